@@ -1,0 +1,47 @@
+"""The package and what it needs; tools are configured in pyproject.toml."""
+
+import pathlib
+
+import setuptools
+
+README = pathlib.Path(__file__).parent / "README.md"
+
+setuptools.setup(
+    name="referee_jax",
+    version="0.1.0",
+    description="Images by model inversion: latents optimised against vision-language referees, in JAX",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["referee_jax", "referee_jax.*"]),
+    package_data={
+        "referee_jax.shapes": ["assets/**/*"],
+        "referee_jax.benchmarks": ["*.txt", "*.json", "*.jsonl"],
+    },
+    install_requires=[
+        "absl-py>=2.1",
+        "flax>=0.12",
+        "huggingface_hub>=1.0",
+        "jax>=0.10",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "Pillow>=10.1",
+        "safetensors>=0.4.3",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "train": ["torch>=2.6", "diffusers>=0.35"],
+        "test": ["torch==2.13.0", "diffusers>=0.35", "kornia>=0.8", "pytest>=8", "hypothesis>=6", "ruff>=0.14"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
