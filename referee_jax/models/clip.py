@@ -1,0 +1,237 @@
+"""CLIP's text and vision towers (Radford et al. 2021, arXiv 2103.00020), as transformers' `CLIPModel` lays them out.
+
+Also Stable Diffusion's text encoder (`CLIPTextModel`). Configs are read from a checkpoint's config.json; a value that
+is not implemented here is an error that names it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from referee_jax.models import layers
+
+
+def _check(config) -> None:
+    if config.hidden_act not in layers.ACTIVATIONS:
+        allowed = ", ".join(layers.ACTIVATIONS)
+        raise ValueError(f"hidden_act={config.hidden_act!r} is not implemented; supported: {allowed}")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"hidden_size={config.hidden_size} does not divide into num_attention_heads={config.num_attention_heads}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """`text_config` of a CLIP checkpoint; the defaults are transformers' (B/32)."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+    projection_dim: int | None = 512  # of the tower alone; `Config.projection_dim` is the one that counts
+
+    def __post_init__(self):
+        _check(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """`vision_config` of a CLIP checkpoint; the defaults are transformers' (B/32)."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int | None = 512
+
+    def __post_init__(self):
+        _check(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """config.json of a `CLIPModel`."""
+
+    text_config: TextConfig = TextConfig()
+    vision_config: VisionConfig = VisionConfig()
+    projection_dim: int = 512
+    logit_scale_init_value: float = 2.6592
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with separate projections."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.q_proj = nnx.Linear(width, width, rngs=rngs)
+        self.k_proj = nnx.Linear(width, width, rngs=rngs)
+        self.v_proj = nnx.Linear(width, width, rngs=rngs)
+        self.out_proj = nnx.Linear(width, width, rngs=rngs)
+        self.heads = heads
+
+    def __call__(self, x: Array, is_causal: bool) -> Array:
+        q, k, v = (layers.split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(layers.merge_heads(layers.attention(q, k, v, is_causal=is_causal)))
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, width: int, hidden: int, act: str, *, rngs: nnx.Rngs):
+        self.fc1 = nnx.Linear(width, hidden, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, width, rngs=rngs)
+        self.act = act
+
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(layers.ACTIVATIONS[self.act](self.fc1(x)))
+
+
+class EncoderLayer(nnx.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: TextConfig | VisionConfig, *, is_causal: bool, rngs: nnx.Rngs):
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_norm1 = layers.LayerNorm(width, epsilon=eps, rngs=rngs)
+        self.self_attn = Attention(width, config.num_attention_heads, rngs=rngs)
+        self.layer_norm2 = layers.LayerNorm(width, epsilon=eps, rngs=rngs)
+        self.mlp = MLP(width, config.intermediate_size, config.hidden_act, rngs=rngs)
+        self.is_causal = is_causal
+
+    def __call__(self, x: Array) -> Array:
+        x = x + self.self_attn(self.layer_norm1(x), self.is_causal)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nnx.Module):
+    """A stack of equal blocks."""
+
+    def __init__(self, config: TextConfig | VisionConfig, *, is_causal: bool, rngs: nnx.Rngs):
+        build = lambda rngs: EncoderLayer(config, is_causal=is_causal, rngs=rngs)  # noqa: E731
+        self.layers = layers.stack(build, config.num_hidden_layers, rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return layers.scan_layers(self.layers, x)
+
+
+class TextEmbeddings(nnx.Module):
+    """Token plus position embeddings."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size, rngs=rngs)
+
+    def __call__(self, input_ids: Array) -> Array:
+        return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[-1]))
+
+
+class TextTransformer(nnx.Module):
+    """Token ids to per-token states (what Stable Diffusion reads) and the pooled state of the end token."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.embeddings = TextEmbeddings(config, rngs=rngs)
+        self.encoder = Encoder(config, is_causal=True, rngs=rngs)
+        self.final_layer_norm = layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.config = config
+
+    def __call__(self, input_ids: Array) -> tuple[Array, Array]:
+        """`int32[B, T] -> (states [B, T, D], pooled [B, D])`; no padding mask, as in CLIP: attention is causal.
+
+        Raises ValueError if there are more tokens than positions.
+        """
+        positions, end_token = self.config.max_position_embeddings, self.config.eos_token_id
+        if input_ids.shape[-1] > positions:
+            raise ValueError(f"{input_ids.shape[-1]} tokens, but CLIP has {positions} positions")
+        states = self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
+        # Checkpoints saved before transformers 4.31 say eos_token_id 2 and mean the largest id.
+        is_end = input_ids == (input_ids.max(-1, keepdims=True) if end_token == 2 else end_token)
+        end = jnp.argmax(is_end, -1)
+        return states, jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]
+
+
+class TextModel(nnx.Module):
+    """transformers' `CLIPTextModel`: Stable Diffusion's text encoder."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.text_model = TextTransformer(config, rngs=rngs)
+
+    def __call__(self, input_ids: Array) -> Array:
+        """`int32[B, T] -> [B, T, D]`: the last hidden states after the final norm."""
+        return self.text_model(input_ids)[0]
+
+
+class VisionEmbeddings(nnx.Module):
+    """Class token, patches and positions."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        width, patch = config.hidden_size, config.patch_size
+        tokens = (config.image_size // patch) ** 2 + 1
+        self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,)) * width**-0.5)
+        self.patch_embedding = nnx.Conv(
+            3, width, (patch, patch), (patch, patch), padding="VALID", use_bias=False, rngs=rngs
+        )
+        self.position_embedding = nnx.Embed(tokens, width, rngs=rngs)
+
+    def __call__(self, images: Array) -> Array:
+        x = self.patch_embedding(images)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
+        return jnp.concatenate([first, x], axis=1) + self.position_embedding.embedding[...].astype(x.dtype)
+
+
+class VisionTransformer(nnx.Module):
+    """Images to the pooled state of the class token."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        eps = config.layer_norm_eps
+        self.embeddings = VisionEmbeddings(config, rngs=rngs)
+        self.pre_layrnorm = layers.LayerNorm(config.hidden_size, epsilon=eps, rngs=rngs)  # the checkpoint's spelling
+        self.encoder = Encoder(config, is_causal=False, rngs=rngs)
+        self.post_layernorm = layers.LayerNorm(config.hidden_size, epsilon=eps, rngs=rngs)
+        self.config = config
+
+    def __call__(self, images: Array) -> Array:
+        """Normalised images `[B, H, W, 3] -> [B, D]`; raises ValueError for another size than the checkpoint's."""
+        size = self.config.image_size
+        if images.shape[1:] != (size, size, 3):
+            raise ValueError(f"images of shape {images.shape}, but CLIP takes [B, {size}, {size}, 3]")
+        x = self.encoder(self.pre_layrnorm(self.embeddings(images)))
+        return self.post_layernorm(x[:, 0])
+
+
+class CLIP(nnx.Module):
+    """transformers' `CLIPModel`: two towers that meet in one space."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.text_model = TextTransformer(config.text_config, rngs=rngs)
+        self.vision_model = VisionTransformer(config.vision_config, rngs=rngs)
+        width = config.projection_dim
+        self.visual_projection = nnx.Linear(config.vision_config.hidden_size, width, use_bias=False, rngs=rngs)
+        self.text_projection = nnx.Linear(config.text_config.hidden_size, width, use_bias=False, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
+        self.config = config
+
+    def encode_text(self, input_ids: Array) -> Array:
+        """`int32[B, T] -> float32[B, D]` of unit length."""
+        return _normalise(self.text_projection(self.text_model(input_ids)[1]))
+
+    def encode_image(self, images: Array) -> Array:
+        """Images `[B, H, W, 3]`, normalised with the checkpoint's mean and std, `-> float32[B, D]` of unit length."""
+        images = images.astype(layers.float_dtype(self.vision_model))
+        return _normalise(self.visual_projection(self.vision_model(images)))
+
+
+def _normalise(x: Array) -> Array:
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,346 @@
+"""Stable Diffusion's U-Net (Rombach et al. 2022, arXiv 2112.10752), as diffusers' `UNet2DConditionModel` lays it out.
+
+Covers SD 1.x, 2.x (base and v) and sd-turbo. Configs are read from a checkpoint's config.json; a value that is not
+implemented is an error that names it.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from referee_jax.models import layers, vae
+
+_DOWN_HAS_ATTENTION = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+_UP_HAS_ATTENTION = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """config.json of a `UNet2DConditionModel`; the defaults are Stable Diffusion 1.x's.
+
+    The second group of fields is there to be refused: they may only hold the values in `__post_init__`.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    center_input_sample: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    transformer_layers_per_block: int = 1
+    cross_attention_dim: int = 768
+    # The NUMBER of heads, of all levels or of each; the name is an old mistake of diffusers'.
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    upcast_attention: bool | None = False  # no effect: layers.attention has its logits in float32 always
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+
+    act_fn: str = "silu"
+    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    mid_block_scale_factor: float = 1.0
+    mid_block_only_cross_attention: bool | None = None
+    downsample_padding: int = 1
+    only_cross_attention: bool = False
+    dual_cross_attention: bool = False
+    reverse_transformer_layers_per_block: tuple | None = None
+    num_attention_heads: int | None = None
+    attention_type: str = "default"
+    cross_attention_norm: str | None = None
+    encoder_hid_dim: int | None = None
+    encoder_hid_dim_type: str | None = None
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    class_embeddings_concat: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    resnet_time_scale_shift: str = "default"
+    resnet_skip_time_act: bool = False
+    resnet_out_scale_factor: float = 1.0
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None
+    time_embedding_act_fn: str | None = None
+    timestep_post_act: str | None = None
+    time_cond_proj_dim: int | None = None
+    conv_in_kernel: int = 3
+    conv_out_kernel: int = 3
+
+    def __post_init__(self):
+        none = (None,)
+        vae.freeze_and_check(
+            self,
+            {
+                "act_fn": ("silu", "swish"),
+                "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+                "mid_block_scale_factor": (1.0,),
+                "mid_block_only_cross_attention": (None, False),
+                "downsample_padding": (1,),
+                "only_cross_attention": (False,),
+                "dual_cross_attention": (False,),
+                "reverse_transformer_layers_per_block": none,
+                "num_attention_heads": none,
+                "attention_type": ("default",),
+                "cross_attention_norm": none,
+                "encoder_hid_dim": none,
+                "encoder_hid_dim_type": none,
+                "class_embed_type": none,
+                "num_class_embeds": none,
+                "projection_class_embeddings_input_dim": none,
+                "class_embeddings_concat": (False,),
+                "addition_embed_type": none,
+                "addition_time_embed_dim": none,
+                "resnet_time_scale_shift": ("default",),
+                "resnet_skip_time_act": (False,),
+                "resnet_out_scale_factor": (1.0,),
+                "time_embedding_type": ("positional",),
+                "time_embedding_dim": none,
+                "time_embedding_act_fn": none,
+                "timestep_post_act": none,
+                "time_cond_proj_dim": none,
+                "conv_in_kernel": (3,),
+                "conv_out_kernel": (3,),
+            },
+        )
+        for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim", "norm_num_groups"):
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise ValueError(f"config.json: {name}={value!r} is not implemented; supported: one integer")
+        widths = self.block_out_channels
+        for name, kinds in (("down_block_types", _DOWN_HAS_ATTENTION), ("up_block_types", _UP_HAS_ATTENTION)):
+            value = getattr(self, name)
+            if len(value) != len(widths) or not set(value) <= set(kinds):
+                raise ValueError(
+                    f"config.json: {name}={value!r} is not implemented; supported: as many as block_out_channels, "
+                    f"{len(widths)}, each one of {', '.join(kinds)}"
+                )
+        heads = self.heads
+        if len(heads) != len(widths) or any(width % n for width, n in zip(widths, heads, strict=True)):
+            raise ValueError(
+                f"config.json: attention_head_dim={self.attention_head_dim!r} is a number of heads and must be one "
+                f"integer or {len(widths)}, dividing block_out_channels={widths}"
+            )
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads of each level."""
+        heads = self.attention_head_dim
+        return heads if isinstance(heads, tuple) else (heads,) * len(self.block_out_channels)
+
+
+def timestep_features(timesteps: Array, width: int, *, flip_sin_to_cos: bool, freq_shift: int) -> Array:
+    """Sinusoids of the timesteps, `[B] -> float32[B, width]`, `width` even; sines first unless flipped."""
+    half = width // 2
+    # Rounded once, on the host: angles are up to 1000 times a frequency, and so is the error of a float32 exponential.
+    frequencies = np.exp(-math.log(10000) * np.arange(half) / (half - freq_shift)).astype(np.float32)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    parts = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
+
+
+class TimeEmbedding(nnx.Module):
+    """Sinusoids to the time embedding."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.linear_1 = nnx.Linear(inputs, outputs, rngs=rngs)
+        self.linear_2 = nnx.Linear(outputs, outputs, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of tokens to a context, which for self-attention is the tokens."""
+
+    def __init__(self, width: int, context: int, heads: int, *, rngs: nnx.Rngs):
+        self.to_q = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+        self.to_k = nnx.Linear(context, width, use_bias=False, rngs=rngs)
+        self.to_v = nnx.Linear(context, width, use_bias=False, rngs=rngs)
+        self.to_out = nnx.List([nnx.Linear(width, width, rngs=rngs)])
+        self.heads = heads
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        q, k, v = (layers.split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out[0](layers.merge_heads(layers.attention(q, k, v)))
+
+
+class GEGLU(nnx.Module):
+    """Linear layer gated by an exact GELU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(inputs, 2 * outputs, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        y, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return y * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """Gated layer and a linear one, numbered as in the checkpoint, where 1 is dropout."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.net = nnx.List([GEGLU(width, 4 * width, rngs=rngs), None, nnx.Linear(4 * width, width, rngs=rngs)])
+
+    def __call__(self, x: Array) -> Array:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nnx.Module):
+    """Pre-norm self-attention, cross-attention to the text and feed-forward, each beside a skip."""
+
+    def __init__(self, width: int, context: int, heads: int, *, rngs: nnx.Rngs):
+        self.norm1 = layers.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.attn1 = Attention(width, width, heads, rngs=rngs)
+        self.norm2 = layers.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.attn2 = Attention(width, context, heads, rngs=rngs)
+        self.norm3 = layers.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.ff = FeedForward(width, rngs=rngs)
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nnx.Module):
+    """Transformer blocks over the pixels of a feature map, beside a skip."""
+
+    def __init__(self, width: int, heads: int, config: Config, *, rngs: nnx.Rngs):
+        self.norm = layers.GroupNorm(config.norm_num_groups, width, epsilon=1e-6, rngs=rngs)
+        if config.use_linear_projection:
+            self.proj_in, self.proj_out = (nnx.Linear(width, width, rngs=rngs) for _ in range(2))
+        else:
+            self.proj_in, self.proj_out = (nnx.Conv(width, width, (1, 1), rngs=rngs) for _ in range(2))
+        depth, context = config.transformer_layers_per_block, config.cross_attention_dim
+        self.transformer_blocks = nnx.List([TransformerBlock(width, context, heads, rngs=rngs) for _ in range(depth)])
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        y = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        return x + self.proj_out(y.reshape(x.shape))
+
+
+class Level(nnx.Module):
+    """What every part of the network is made of: residual blocks, `inputs[i] -> width` each, and transformers."""
+
+    def __init__(self, inputs: list[int], width: int, config: Config, *, transformers: int, heads: int, rngs: nnx.Rngs):
+        groups, eps, time = config.norm_num_groups, config.norm_eps, 4 * config.block_out_channels[0]
+        self.resnets = nnx.List(
+            [vae.ResnetBlock(n, width, groups=groups, epsilon=eps, time_width=time, rngs=rngs) for n in inputs]
+        )
+        self.attentions = nnx.List([Transformer(width, heads, config, rngs=rngs) for _ in range(transformers)])
+
+
+class DownBlock(Level):
+    """One resolution on the way down: leaves a skip after every residual block and after the halving."""
+
+    def __init__(
+        self, inputs: list[int], width: int, config: Config, *, attends: bool, heads: int, is_last: bool, rngs: nnx.Rngs
+    ):
+        super().__init__(inputs, width, config, transformers=len(inputs) * attends, heads=heads, rngs=rngs)
+        self.downsamplers = nnx.List([] if is_last else [vae.Downsample(width, padding=(1, 1), rngs=rngs)])
+
+    def __call__(self, x: Array, time: Array, context: Array) -> tuple[Array, list[Array]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if len(self.attentions):
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(Level):
+    """The lowest resolution: residual block, transformer, residual block."""
+
+    def __init__(self, width: int, config: Config, *, heads: int, rngs: nnx.Rngs):
+        super().__init__([width, width], width, config, transformers=1, heads=heads, rngs=rngs)
+
+    def __call__(self, x: Array, time: Array, context: Array) -> Array:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, time), context), time)
+
+
+class UpBlock(Level):
+    """One resolution on the way up: takes a skip before every residual block."""
+
+    def __init__(
+        self, inputs: list[int], width: int, config: Config, *, attends: bool, heads: int, is_last: bool, rngs: nnx.Rngs
+    ):
+        super().__init__(inputs, width, config, transformers=len(inputs) * attends, heads=heads, rngs=rngs)
+        self.upsamplers = nnx.List([] if is_last else [vae.Upsample(width, rngs=rngs)])
+
+    def __call__(self, x: Array, skips: list[Array], time: Array, context: Array, size: tuple | None) -> Array:
+        """`skips` in the order of their use; `size` is the next resolution's `(h, w)`, None after the last."""
+        for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
+            x = resnet(jnp.concatenate([x, skip], axis=-1), time)
+            if len(self.attentions):
+                x = self.attentions[i](x, context)
+        for upsample in self.upsamplers:
+            x = upsample(x, size)
+        return x
+
+
+class UNet(nnx.Module):
+    """diffusers' `UNet2DConditionModel`: predicts noise or v from noisy latents, the timestep and the text."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        widths, heads, last = config.block_out_channels, config.heads, len(config.block_out_channels) - 1
+        self.conv_in = nnx.Conv(config.in_channels, widths[0], (3, 3), padding=1, rngs=rngs)
+        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0], rngs=rngs)
+
+        skips, down = [widths[0]], []
+        for i, (width, kind) in enumerate(zip(widths, config.down_block_types, strict=True)):
+            inputs = [skips[-1]] + [width] * (config.layers_per_block - 1)
+            attends, is_last = _DOWN_HAS_ATTENTION[kind], i == last
+            down.append(DownBlock(inputs, width, config, attends=attends, heads=heads[i], is_last=is_last, rngs=rngs))
+            skips += [width] * (config.layers_per_block + (not is_last))
+        self.down_blocks = nnx.List(down)
+
+        self.mid_block = MidBlock(widths[-1], config, heads=heads[-1], rngs=rngs)
+
+        up, before = [], widths[-1]
+        for i, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
+            mains = [before] + [widths[i]] * config.layers_per_block
+            inputs = [main + skips.pop() for main in mains]
+            attends, before = _UP_HAS_ATTENTION[kind], widths[i]
+            up.append(UpBlock(inputs, before, config, attends=attends, heads=heads[i], is_last=i == 0, rngs=rngs))
+        self.up_blocks = nnx.List(up)
+
+        self.conv_norm_out = layers.GroupNorm(config.norm_num_groups, widths[0], epsilon=config.norm_eps, rngs=rngs)
+        self.conv_out = nnx.Conv(widths[0], config.out_channels, (3, 3), padding=1, rngs=rngs)
+        self.config = config
+
+    def __call__(self, latents: Array, timesteps: Array, encoder_hidden_states: Array) -> Array:
+        """`[B, h, w, 4], [B], [B, T, D] -> float32[B, h, w, 4]`: scaled latents, timesteps in [0, 1000), text states.
+
+        What the output means (noise or v) is the checkpoint's scheduler's to say.
+        """
+        config, dtype = self.config, layers.float_dtype(self)
+        width, flip, shift = config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
+        features = timestep_features(timesteps, width, flip_sin_to_cos=flip, freq_shift=shift)
+        time = self.time_embedding(features.astype(dtype))
+        context = encoder_hidden_states.astype(dtype)
+
+        x = self.conv_in((2 * latents - 1 if config.center_input_sample else latents).astype(dtype))
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, time, context)
+            skips += more
+        x = self.mid_block(x, time, context)
+        for block in self.up_blocks:
+            skips, mine = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
+            x = block(x, mine[::-1], time, context, skips[-1].shape[1:3] if skips else None)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)

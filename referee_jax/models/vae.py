@@ -1,0 +1,365 @@
+"""Stable Diffusion's autoencoder (Rombach et al. 2022, arXiv 2112.10752), as diffusers' `AutoencoderKL` lays it out.
+
+Also `TinyDecoder`, the decoder of diffusers' `AutoencoderTiny` (madebyollin/taesd). The blocks that the U-Net shares
+with the autoencoder (`ResnetBlock`, `Downsample`, `Upsample`) live here. Configs are read from a checkpoint's
+config.json; a value that is not implemented is an error that names it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from referee_jax.models import layers
+
+# Parameter names of checkpoints saved before diffusers 0.17 (SD 1.5, sd-vae-ft-mse), as weights.convert's `renames`.
+RENAMES: tuple[tuple[str, str], ...] = (
+    (r"(mid_block\.attentions\.0)\.query\.", r"\1.to_q."),
+    (r"(mid_block\.attentions\.0)\.key\.", r"\1.to_k."),
+    (r"(mid_block\.attentions\.0)\.value\.", r"\1.to_v."),
+    (r"(mid_block\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
+)
+
+
+def freeze_and_check(config, supported: dict[str, tuple]) -> None:
+    """Turns the lists that JSON gives into tuples (configs are hashable), and checks values against `supported`.
+
+    Raises ValueError, naming key, value and what is supported.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, list):
+            object.__setattr__(config, field.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
+    for name, values in supported.items():
+        value = getattr(config, name)
+        # 0 == False and 1.0 == True in Python, but they are not the same config value.
+        if not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values):
+            raise ValueError(
+                f"config.json: {name}={value!r} is not implemented; supported: {', '.join(map(repr, values))}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """config.json of an `AutoencoderKL`; the defaults are Stable Diffusion's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] | None = None  # None: as many as block_out_channels
+    up_block_types: tuple[str, ...] | None = None
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    act_fn: str = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @property
+    def downscale(self) -> int:
+        """Image pixels per latent, along each axis."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def __post_init__(self):
+        for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            kinds = [kind] * len(self.block_out_channels)
+            given = getattr(self, name)
+            if given is not None and list(given) != kinds:
+                raise ValueError(f"config.json: {name}={given!r} is not implemented; supported here: {kinds}")
+            object.__setattr__(self, name, kinds)
+        freeze_and_check(
+            self,
+            {
+                "act_fn": ("silu", "swish"),
+                "shift_factor": (None,),
+                "latents_mean": (None,),
+                "latents_std": (None,),
+                "use_quant_conv": (True,),
+                "use_post_quant_conv": (True,),
+                "mid_block_add_attention": (True,),
+            },
+        )
+
+
+class ResnetBlock(nnx.Module):
+    """Two convolutions beside a skip; with `time_width`, a projection of the time embedding is added between them."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, groups: int, epsilon: float, time_width: int | None = None, rngs: nnx.Rngs
+    ):
+        self.norm1 = layers.GroupNorm(groups, inputs, epsilon=epsilon, rngs=rngs)
+        self.conv1 = nnx.Conv(inputs, outputs, (3, 3), padding=1, rngs=rngs)
+        self.time_emb_proj = None if time_width is None else nnx.Linear(time_width, outputs, rngs=rngs)
+        self.norm2 = layers.GroupNorm(groups, outputs, epsilon=epsilon, rngs=rngs)
+        self.conv2 = nnx.Conv(outputs, outputs, (3, 3), padding=1, rngs=rngs)
+        self.conv_shortcut = None if inputs == outputs else nnx.Conv(inputs, outputs, (1, 1), rngs=rngs)
+
+    def __call__(self, x: Array, time: Array | None = None) -> Array:
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            y = y + self.time_emb_proj(jax.nn.silu(time))[:, None, None]
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nnx.Module):
+    """A convolution of stride 2; the autoencoder pads at the bottom and the right only, the U-Net on all sides."""
+
+    def __init__(self, channels: int, *, padding: tuple[int, int], rngs: nnx.Rngs):
+        self.conv = nnx.Conv(channels, channels, (3, 3), (2, 2), padding=(padding, padding), rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Nearest neighbours to twice the size, then a convolution."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(channels, channels, (3, 3), padding=1, rngs=rngs)
+
+    def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
+        """`size` (twice the input's, or one less) is where an odd number of rows was halved on the way down."""
+        x = double(x)
+        return self.conv(x if size is None else x[:, : size[0], : size[1]])
+
+
+def double(x: Array) -> Array:
+    """Nearest-neighbour upsampling, `[B, H, W, C] -> [B, 2 H, 2 W, C]`."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+class Attention(nnx.Module):
+    """Self-attention of one head over all pixels, beside a skip."""
+
+    def __init__(self, channels: int, *, groups: int, rngs: nnx.Rngs):
+        self.group_norm = layers.GroupNorm(groups, channels, epsilon=1e-6, rngs=rngs)
+        self.to_q = nnx.Linear(channels, channels, rngs=rngs)
+        self.to_k = nnx.Linear(channels, channels, rngs=rngs)
+        self.to_v = nnx.Linear(channels, channels, rngs=rngs)
+        self.to_out = nnx.List([nnx.Linear(channels, channels, rngs=rngs)])
+
+    def __call__(self, x: Array) -> Array:
+        y = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        q, k, v = (layers.split_heads(p(y), 1) for p in (self.to_q, self.to_k, self.to_v))
+        return x + self.to_out[0](layers.merge_heads(layers.attention(q, k, v))).reshape(x.shape)
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int, *, groups: int, rngs: nnx.Rngs):
+        self.resnets = nnx.List(
+            [ResnetBlock(channels, channels, groups=groups, epsilon=1e-6, rngs=rngs) for _ in range(2)]
+        )
+        self.attentions = nnx.List([Attention(channels, groups=groups, rngs=rngs)])
+
+    def __call__(self, x: Array) -> Array:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class DownBlock(nnx.Module):
+    """Residual blocks at one resolution, then (but for the last level) half the resolution."""
+
+    def __init__(self, inputs: int, outputs: int, *, depth: int, groups: int, is_last: bool, rngs: nnx.Rngs):
+        widths = [inputs] + [outputs] * (depth - 1)
+        self.resnets = nnx.List([ResnetBlock(w, outputs, groups=groups, epsilon=1e-6, rngs=rngs) for w in widths])
+        self.downsamplers = nnx.List([] if is_last else [Downsample(outputs, padding=(0, 1), rngs=rngs)])
+
+    def __call__(self, x: Array) -> Array:
+        for block in (*self.resnets, *self.downsamplers):
+            x = block(x)
+        return x
+
+
+class UpBlock(nnx.Module):
+    """Residual blocks at one resolution, then (but for the last level) twice the resolution."""
+
+    def __init__(self, inputs: int, outputs: int, *, depth: int, groups: int, is_last: bool, rngs: nnx.Rngs):
+        widths = [inputs] + [outputs] * (depth - 1)
+        self.resnets = nnx.List([ResnetBlock(w, outputs, groups=groups, epsilon=1e-6, rngs=rngs) for w in widths])
+        self.upsamplers = nnx.List([] if is_last else [Upsample(outputs, rngs=rngs)])
+
+    def __call__(self, x: Array) -> Array:
+        for block in (*self.resnets, *self.upsamplers):
+            x = block(x)
+        return x
+
+
+class Encoder(nnx.Module):
+    """Images in [-1, 1] to the moments of the posterior: mean and log-variance side by side."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nnx.Conv(config.in_channels, widths[0], (3, 3), padding=1, rngs=rngs)
+        last = len(widths) - 1
+        self.down_blocks = nnx.List(
+            [
+                DownBlock(
+                    widths[max(i - 1, 0)], w, depth=config.layers_per_block, groups=groups, is_last=i == last, rngs=rngs
+                )
+                for i, w in enumerate(widths)
+            ]
+        )
+        self.mid_block = MidBlock(widths[-1], groups=groups, rngs=rngs)
+        self.conv_norm_out = layers.GroupNorm(groups, widths[-1], epsilon=1e-6, rngs=rngs)
+        self.conv_out = nnx.Conv(widths[-1], 2 * config.latent_channels, (3, 3), padding=1, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nnx.Module):
+    """Latents to images in [-1, 1]."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nnx.Conv(config.latent_channels, widths[0], (3, 3), padding=1, rngs=rngs)
+        self.mid_block = MidBlock(widths[0], groups=groups, rngs=rngs)
+        last, depth = len(widths) - 1, config.layers_per_block + 1
+        self.up_blocks = nnx.List(
+            [
+                UpBlock(widths[max(i - 1, 0)], w, depth=depth, groups=groups, is_last=i == last, rngs=rngs)
+                for i, w in enumerate(widths)
+            ]
+        )
+        self.conv_norm_out = layers.GroupNorm(groups, widths[-1], epsilon=1e-6, rngs=rngs)
+        self.conv_out = nnx.Conv(widths[-1], config.out_channels, (3, 3), padding=1, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nnx.Module):
+    """diffusers' `AutoencoderKL`; with `encoder=False` only what `decode` needs."""
+
+    def __init__(self, config: Config, *, encoder: bool = True, rngs: nnx.Rngs):
+        latent = config.latent_channels
+        self.encoder = Encoder(config, rngs=rngs) if encoder else None
+        self.quant_conv = nnx.Conv(2 * latent, 2 * latent, (1, 1), rngs=rngs) if encoder else None
+        self.post_quant_conv = nnx.Conv(latent, latent, (1, 1), rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        self.config = config
+
+    def encode(self, images: Array) -> tuple[Array, Array]:
+        """Images `[B, H, W, 3]` in [0, 1] to mean and log-variance, float32 `[B, h, w, 4]`, of the posterior.
+
+        The latents that `decode` and the U-Net take are `config.scaling_factor` times a draw from it. Raises ValueError
+        if the network was built without its encoder.
+        """
+        if self.encoder is None:
+            raise ValueError("AutoencoderKL was built with encoder=False and cannot encode")
+        moments = self.quant_conv(self.encoder((2 * images - 1).astype(layers.float_dtype(self))))
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(logvar, -30, 20)
+
+    def decode(self, latents: Array) -> Array:
+        """Scaled latents `[B, h, w, 4]` to images, float32 `[B, H, W, 3]`, in [0, 1] but not clamped to it."""
+        x = (latents / self.config.scaling_factor).astype(layers.float_dtype(self))
+        return self.decoder(self.post_quant_conv(x)).astype(jnp.float32) / 2 + 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TinyConfig:
+    """The decoder's part of config.json of an `AutoencoderTiny`; the defaults are madebyollin/taesd's."""
+
+    latent_channels: int = 4
+    out_channels: int = 3
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    upsampling_scaling_factor: int = 2
+    act_fn: str = "relu"
+    upsample_fn: str = "nearest"
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+
+    def __post_init__(self):
+        freeze_and_check(
+            self,
+            {
+                "upsampling_scaling_factor": (2,),
+                "act_fn": ("relu",),
+                "upsample_fn": ("nearest",),
+                "shift_factor": (0.0, None),
+            },
+        )
+        widths, blocks = self.decoder_block_out_channels, self.num_decoder_blocks
+        if len(widths) != len(blocks) or len(set(widths)) != 1:
+            raise ValueError(
+                f"config.json: decoder_block_out_channels={widths}, num_decoder_blocks={blocks} is not implemented; "
+                "supported: as many blocks as widths, all widths equal"
+            )
+
+
+class Rectifier(nnx.Module):
+    """max(x, 0), where the checkpoint counts activations among the layers."""
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.relu(x)
+
+
+class Doubler(nnx.Module):
+    """`double`, where the checkpoint counts upsampling among the layers."""
+
+    def __call__(self, x: Array) -> Array:
+        return double(x)
+
+
+class TinyBlock(nnx.Module):
+    """Three convolutions beside a skip."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        first, second, third = (nnx.Conv(channels, channels, (3, 3), padding=1, rngs=rngs) for _ in range(3))
+        self.conv = nnx.List([first, Rectifier(), second, Rectifier(), third])
+
+    def __call__(self, x: Array) -> Array:
+        y = x
+        for layer in self.conv:
+            y = layer(y)
+        return jax.nn.relu(x + y)
+
+
+class TinyLayers(nnx.Module):
+    """The layers of the tiny decoder, numbered as in the checkpoint."""
+
+    def __init__(self, config: TinyConfig, *, rngs: nnx.Rngs):
+        width = config.decoder_block_out_channels[0]
+        stages = [nnx.Conv(config.latent_channels, width, (3, 3), padding=1, rngs=rngs), Rectifier()]
+        for i, blocks in enumerate(config.num_decoder_blocks):
+            stages += [TinyBlock(width, rngs=rngs) for _ in range(blocks)]
+            if i < len(config.num_decoder_blocks) - 1:
+                stages += [Doubler(), nnx.Conv(width, width, (3, 3), padding=1, use_bias=False, rngs=rngs)]
+        self.layers = nnx.List([*stages, nnx.Conv(width, config.out_channels, (3, 3), padding=1, rngs=rngs)])
+
+    def __call__(self, x: Array) -> Array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TinyDecoder(nnx.Module):
+    """Decoder of diffusers' `AutoencoderTiny` (madebyollin/taesd)."""
+
+    def __init__(self, config: TinyConfig, *, rngs: nnx.Rngs):
+        self.decoder = TinyLayers(config, rngs=rngs)
+        self.config = config
+
+    def decode(self, latents: Array) -> Array:
+        """Scaled latents `[B, h, w, 4]` to images, float32 `[B, H, W, 3]`, in [0, 1] but not clamped to it."""
+        # The network was trained on latents softly bounded to [-3, 3].
+        x = 3 * jnp.tanh(latents / self.config.scaling_factor / 3)
+        return self.decoder(x.astype(layers.float_dtype(self))).astype(jnp.float32)

@@ -1,0 +1,35 @@
+"""Set-up of every test, and the measures they share."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Tiny random Stable Diffusion (32 px images, 8x8 latents) and CLIP directories: `(sd, clip)`."""
+    from tests.oracles import networks
+
+    return networks.save(tmp_path_factory.mktemp("checkpoints"))
+
+
+def relative_l2(ours, theirs) -> float:
+    """`|ours - theirs| / |theirs|` in float64; shapes must be equal, not just broadcast."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def cosine(a, b) -> float:
+    """Cosine of the angle between two arrays of equal shape, as vectors."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape
+    return float(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))

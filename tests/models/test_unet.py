@@ -1,0 +1,254 @@
+"""The U-Net against diffusers' torch class, with the same weights."""
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models import embeddings
+from flax import nnx
+
+from referee_jax.models import unet
+from referee_jax.weights import convert
+from tests.oracles import networks
+
+BRANCHES = {
+    "stable diffusion 1": {},
+    "stable diffusion 2": {
+        "block_out_channels": (16, 32, 24),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": (2, 4, 3),
+        "layers_per_block": 2,
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+    "attention at the bottom only": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": 2,
+        "cross_attention_dim": 20,
+    },
+    "no attention but in the middle": {
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "norm_eps": 1e-2,
+        "norm_num_groups": 4,
+    },
+    "one level, sines first": {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "center_input_sample": True,
+        "in_channels": 5,
+        "out_channels": 3,
+    },
+}
+
+# config.json of the published checkpoints, what differs from diffusers' own defaults, and their numbers of parameters.
+PUBLISHED = {
+    "stable-diffusion-v1-5": ({"cross_attention_dim": 768, "attention_head_dim": 8}, 859_520_964),
+    "stable-diffusion-2-1": (
+        {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True,
+            "upcast_attention": True,
+            "dual_cross_attention": False,
+            "num_class_embeds": None,
+            "only_cross_attention": False,
+        },
+        865_910_724,
+    ),
+    "sd-turbo": (
+        {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True,
+            "upcast_attention": None,
+            "transformer_layers_per_block": 1,
+            "attention_type": "default",
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+            "resnet_out_scale_factor": 1.0,
+            "resnet_skip_time_act": False,
+        },
+        865_910_724,
+    ),
+}
+
+
+def build(branch):
+    """The oracle, its config.json as a Config, and its tensors."""
+    oracle = networks.unet(**BRANCHES[branch])
+    return oracle, read(oracle.config), {name: x.numpy() for name, x in oracle.state_dict().items()}
+
+
+def read(config):
+    return unet.Config(**{name: value for name, value in config.items() if name in unet.Config.__dataclass_fields__})
+
+
+def load(config, weights, dtype=jnp.float32):
+    return convert.fill(nnx.eval_shape(lambda: unet.UNet(config, rngs=nnx.Rngs(0))), weights, dtype=dtype)
+
+
+def to_torch(x):
+    return torch.from_numpy(np.array(x).transpose(0, 3, 1, 2).copy())
+
+
+def to_numpy(x):
+    return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def error(ours, theirs):
+    """Relative L2 error; shapes must agree, not just broadcast."""
+    ours = np.asarray(ours, np.float32)
+    assert ours.shape == theirs.shape
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def exact(oracle):
+    """The oracle in float64, its sinusoids included, which diffusers computes in float32 whatever the network's dtype.
+
+    float32 angles near 1000 are off by 3e-5, torch's as much as ours, and a random network's gradient makes that 1e-4.
+    """
+
+    def features(timesteps, time=oracle.time_proj):
+        half = time.num_channels // 2
+        exponents = -np.log(10000) * torch.arange(half, dtype=torch.float64) / (half - time.downscale_freq_shift)
+        angles = timesteps.double()[:, None] * exponents.exp()
+        parts = [angles.sin(), angles.cos()]
+        return torch.cat(parts[::-1] if time.flip_sin_to_cos else parts, dim=-1)
+
+    oracle.time_proj.forward = features
+    return oracle.double()
+
+
+@jax.jit
+def predict(network, latents, timesteps, text):
+    return network(latents, timesteps, text)
+
+
+@jax.jit
+def run(network, latents, timesteps, text, cotangent):
+    """Output and the gradients with respect to latents and text."""
+    ours, pullback = jax.vjp(lambda z, h: network(z, timesteps, h), latents, text)
+    return ours, *pullback(cotangent)
+
+
+@pytest.mark.parametrize("branch, size", [*((name, (7, 9)) for name in BRANCHES), ("stable diffusion 2", (8, 4))])
+def test_matches_torch(branch, size):
+    oracle, config, weights = build(branch)
+    network = load(config, weights)
+    latents, text = draw(0, 2, *size, config.in_channels), draw(1, 2, 5, config.cross_attention_dim)
+    timesteps = np.array([37, 951])
+    cotangent = draw(2, 2, *size, config.out_channels)
+
+    z, h = to_torch(latents).double().requires_grad_(True), torch.from_numpy(text).double().requires_grad_(True)
+    theirs = exact(oracle)(z, torch.from_numpy(timesteps), h).sample
+    (theirs * to_torch(cotangent)).sum().backward()
+
+    ours, by_latents, by_text = run(network, latents, timesteps, text, cotangent)
+    theirs = to_numpy(theirs)
+    assert error(ours, theirs) < 1e-4
+    assert error(by_latents, to_numpy(z.grad)) < 1e-4
+    assert error(by_text, h.grad.numpy()) < 1e-4
+
+    # The comparison means something: the output depends on all three inputs.
+    assert error(run(network, latents[::-1], timesteps, text, cotangent)[0], theirs) > 0.1
+    assert error(run(network, latents, timesteps[::-1], text, cotangent)[0], theirs) > 0.1
+    assert error(run(network, latents, timesteps, text[::-1], cotangent)[0], theirs) > 0.1
+
+
+def test_fractional_timesteps_match_torch():
+    oracle, config, weights = build("stable diffusion 1")
+    latents, text, timesteps = draw(0, 2, 4, 4, 4), draw(1, 2, 5, 32), np.array([0.25, 600.5], np.float32)
+    theirs = to_numpy(oracle(to_torch(latents), torch.from_numpy(timesteps), torch.from_numpy(text)).sample)
+    network = load(config, weights)
+    assert error(predict(network, latents, timesteps, text), theirs) < 1e-4
+    assert error(predict(network, latents, timesteps.round(), text), theirs) > 1e-3
+
+
+def test_bfloat16_weights_give_the_same_prediction():
+    """The output only: the gradient of a loud random network is chaotic in bfloat16, in torch too, and is not used."""
+    _, config, weights = build("stable diffusion 1")
+    latents, text, timesteps = draw(0, 1, 8, 8, 4), draw(1, 1, 5, 32), np.array([500])
+    a, b = (predict(load(config, weights, dtype), latents, timesteps, text) for dtype in (jnp.float32, jnp.bfloat16))
+    assert a.dtype == b.dtype == jnp.float32
+    assert not np.array_equal(a, b)
+    assert np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) > 0.99
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_timestep_features_match_torch(flip, shift):
+    timesteps = np.array([0, 1, 50, 999])
+    theirs = embeddings.get_timestep_embedding(torch.from_numpy(timesteps), 320, flip, shift).numpy()
+    ours = unet.timestep_features(jnp.asarray(timesteps), 320, flip_sin_to_cos=flip, freq_shift=shift)
+    assert ours.dtype == jnp.float32
+    assert error(ours, theirs) < 2e-5
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes(name):
+    changes, count = PUBLISHED[name]
+    with torch.device("meta"):
+        oracle = diffusers.UNet2DConditionModel(**changes)
+    theirs = {name: tuple(x.shape) for name, x in oracle.state_dict().items()}
+    module = nnx.eval_shape(lambda: unet.UNet(read(oracle.config), rngs=nnx.Rngs(0)))
+    assert {name: t.source_shape for t in convert.targets(module) for name in t.names} == theirs
+    assert sum(x.size for x in jax.tree.leaves(module)) == sum(x.numel() for x in oracle.parameters()) == count
+
+
+def test_published_network_runs_abstractly():
+    """Levels, skips and heads of the full network fit together at the published size of 64 x 64 latents."""
+
+    def forward():
+        network = unet.UNet(unet.Config(), rngs=nnx.Rngs(0))
+        return network(jnp.zeros((2, 64, 64, 4)), jnp.zeros(2), jnp.zeros((2, 77, 768)))
+
+    assert jax.eval_shape(forward).shape == (2, 64, 64, 4)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("act_fn", "gelu"),
+        ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
+        ("mid_block_scale_factor", 2.0),
+        ("downsample_padding", 0),
+        ("only_cross_attention", True),
+        ("dual_cross_attention", True),
+        ("attention_type", "gated"),
+        ("encoder_hid_dim", 1024),
+        ("class_embed_type", "timestep"),
+        ("num_class_embeds", 1000),
+        ("addition_embed_type", "text_time"),
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("time_embedding_type", "fourier"),
+        ("time_cond_proj_dim", 256),
+        ("conv_in_kernel", 1),
+        ("layers_per_block", [2, 2, 2, 2]),
+        ("transformer_layers_per_block", [1, 2, 10, 10]),
+        ("cross_attention_dim", [768, 768, 768, 768]),
+        ("down_block_types", ["AttnDownBlock2D"] * 4),
+        ("up_block_types", ["UpBlock2D"] * 3),
+        ("attention_head_dim", [5, 10, 20]),
+        ("attention_head_dim", 7),
+    ],
+)
+def test_config_value_that_is_not_implemented_is_named(key, value):
+    with pytest.raises(ValueError, match=f"{key}=") as raised:
+        unet.Config(**{key: value})
+    assert str(value).strip("[]") in str(raised.value)
+
+
+def test_configs_read_from_json_are_hashable():
+    lists, tuples = unet.Config(attention_head_dim=[5, 10, 20, 20]), unet.Config(attention_head_dim=(5, 10, 20, 20))
+    assert hash(lists) == hash(tuples)
