@@ -1,0 +1,175 @@
+"""The one engine between torch-layout tensors and the networks of referee_jax.models, both ways.
+
+A network's attributes are named as the checkpoint's parameters are, so a tensor's name is the attribute path and only
+the layout differs, by the kind of leaf: `KINDS`. Equal layers kept as one `layers.Stack` are gathered from, and written
+as, `<path>.0.…`, `<path>.1.…`.
+"""
+
+import dataclasses
+import fnmatch
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from referee_jax.models import layers
+
+
+class WeightsError(ValueError):
+    """Weights or a config that do not fit the network; the message names the tensors, keys or files."""
+
+
+def _same(ndim: int) -> tuple[int, ...]:
+    return tuple(range(ndim))
+
+
+def _out_last(ndim: int) -> tuple[int, ...]:
+    """torch's `(out, in, *space)` to Flax's `(*space, in, out)`."""
+    return (*range(2, ndim), 1, 0)
+
+
+# Owner of a leaf -> its attribute -> (the checkpoint's name, axes of the source tensor in our order).
+# A parameter that sits in any other module keeps its name and its axes.
+KINDS: dict[type, dict[str, tuple[str, Callable[[int], tuple[int, ...]]]]] = {
+    nnx.Linear: {"kernel": ("weight", _out_last), "bias": ("bias", _same)},
+    nnx.Conv: {"kernel": ("weight", _out_last), "bias": ("bias", _same)},
+    nnx.Embed: {"embedding": ("weight", _same)},
+    layers.LayerNorm: {"scale": ("weight", _same), "bias": ("bias", _same)},
+    layers.GroupNorm: {"scale": ("weight", _same), "bias": ("bias", _same)},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """One leaf of a network: the tensors it is made of, and how.
+
+    `names` has one name per layer of the stacks around the leaf, whose depths are `depths` (empty outside of a stack).
+    """
+
+    names: tuple[str, ...]
+    depths: tuple[int, ...]
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """The shape of each tensor in the checkpoint."""
+        return tuple(self.shape[self.axes.index(axis)] for axis in range(len(self.axes)))
+
+
+def targets(module: nnx.Module) -> list[Target]:
+    """What every leaf of `module` (real or abstract) is made of, in the order of `jax.tree.leaves`."""
+    return [_target(module, path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(module)[0]]
+
+
+def _target(module: nnx.Module, path: Sequence, leaf: jax.ShapeDtypeStruct | jax.Array) -> Target:
+    parts, depths, node, owner = [], [], module, module
+    for key in path:
+        if isinstance(node, nnx.Variable):  # the last step, from a parameter into its array
+            break
+        owner, at = node, getattr(key, "name", getattr(key, "idx", None))
+        node = owner[at] if isinstance(key, jax.tree_util.SequenceKey) else getattr(owner, at)
+        if isinstance(owner, layers.Stack):
+            depths.append(owner.depth)
+            parts.append("{}")
+        else:
+            parts.append(str(at))
+    kinds = next((table for kind, table in KINDS.items() if isinstance(owner, kind)), None)
+    name, axes = parts[-1], _same
+    if kinds is not None:
+        name, axes = kinds[name]
+    template = ".".join([*parts[:-1], name])
+    return Target(
+        names=tuple(template.format(*index) for index in itertools.product(*map(range, depths))),
+        depths=tuple(depths),
+        shape=tuple(leaf.shape[len(depths) :]),
+        axes=axes(leaf.ndim - len(depths)),
+    )
+
+
+def fill(
+    module: nnx.Module,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    dtype: jax.typing.DTypeLike,
+    renames: Iterable[tuple[str, str]] = (),
+    ignore: Iterable[str] = (),
+    prefix: str = "",
+) -> nnx.Module:
+    """Returns the abstract `module` (of `nnx.eval_shape`) with weights read from `tensors`, one at a time.
+
+    `tensors` may be lazy: each is asked for once, cast at once. All weights get `dtype`, but for scalars (logit
+    scales), which stay float32: an exponential of theirs is a factor of the result. `renames` are (regular
+    expression, replacement) pairs, applied in order to the source's names; `ignore` are glob patterns of source
+    names that are not weights; `prefix` stands before the network's own names in the (renamed) source.
+
+    Raises WeightsError where a source tensor is left over, a parameter would stay empty, two tensors go to one
+    parameter, or a shape differs: four checks, each naming the tensors.
+    """
+    wanted = targets(module)
+    sources = _sources(tensors, {prefix + name for target in wanted for name in target.names}, renames, ignore)
+    filled = [_read(tensors, sources, target, dtype, prefix) for target in wanted]
+    return jax.tree.unflatten(jax.tree.structure(module), filled)
+
+
+def _sources(tensors: Mapping, wanted: set[str], renames: Iterable, ignore: Iterable) -> dict[str, str]:
+    """Name in the network -> name in the source; checks that each is used, filled, and once."""
+    renames, ignore = tuple(renames), tuple(ignore)
+    found: dict[str, list[str]] = {}
+    for source in tensors:
+        if any(fnmatch.fnmatchcase(source, pattern) for pattern in ignore):
+            continue
+        name = source
+        for old, new in renames:
+            name = re.sub(old, new, name)
+        found.setdefault(name, []).append(source)
+    twice = {name: sources for name, sources in found.items() if len(sources) > 1}
+    if twice:
+        raise WeightsError(
+            "parameters filled twice: " + "; ".join(f"{n} from {' and '.join(s)}" for n, s in twice.items())
+        )
+    unused = [sources[0] for name, sources in found.items() if name not in wanted]
+    missing = sorted(wanted - set(found))
+    problems = []
+    if missing:
+        problems.append(f"parameters without a tensor: {_listed(missing)}")
+    if unused:
+        problems.append(f"tensors that no parameter takes: {_listed(unused)}")
+    if problems:
+        raise WeightsError("; ".join(problems))
+    return {name: sources[0] for name, sources in found.items()}
+
+
+def _listed(names: Sequence[str], limit: int = 20) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _read(tensors: Mapping, sources: Mapping[str, str], target: Target, dtype, prefix: str) -> jax.Array:
+    """One leaf: every tensor of it checked, turned, cast and, in a stack, put at its place."""
+    dtype = jnp.float32 if target.shape == () else dtype
+    out = np.empty((len(target.names), *target.shape), dtype)
+    for n, name in enumerate(target.names):
+        source = sources[prefix + name]
+        tensor = np.asarray(tensors[source])
+        if tensor.shape != target.source_shape:
+            raise WeightsError(
+                f"{source} has shape {tensor.shape}, but {prefix + name} takes {target.source_shape} "
+                f"({target.shape} in the network)"
+            )
+        out[n] = tensor.transpose(target.axes)
+    return jnp.asarray(out.reshape(target.depths + target.shape))
+
+
+def export(module: nnx.Module) -> dict[str, np.ndarray]:
+    """The inverse of `fill`: every parameter under its checkpoint name, in torch's layout and its own dtype."""
+    tensors = {}
+    for target, leaf in zip(targets(module), jax.tree.leaves(module), strict=True):
+        inverse = tuple(target.axes.index(axis) for axis in range(len(target.axes)))
+        rows = np.asarray(leaf).reshape((-1, *target.shape))
+        tensors |= {n: np.array(row.transpose(inverse), order="C") for n, row in zip(target.names, rows, strict=True)}
+    return tensors

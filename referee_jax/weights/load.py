@@ -1,0 +1,432 @@
+"""Networks from Hugging Face directories: config.json and safetensors, local or on the hub. Nothing pickled is opened.
+
+`KINDS` says for each kind of network which config, which module, which files. A key of config.json is either a field of
+the network's config, or on the list of keys that do not change what the network computes (`HARMLESS`), or an error.
+Tensors are read one at a time and cast at once, so that loading needs about the memory of the loaded network.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from huggingface_hub import errors as hub_errors
+
+from referee_jax.models import clip, unet, vae
+from referee_jax.weights import convert
+from referee_jax.weights.convert import WeightsError
+
+TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"  # what the two libraries call a file of weights
+_PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What scheduler_config.json says of training; the defaults are diffusers'. The rest of it is about samplers."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self):
+        for name, values in (
+            ("beta_schedule", ("scaled_linear", "linear")),
+            ("prediction_type", ("epsilon", "v_prediction")),
+        ):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not implemented; supported: {', '.join(values)}")
+
+    def alphas_cumprod(self) -> np.ndarray:
+        """float32[num_train_timesteps]: the share of signal variance left at each step, from betas in float64."""
+        power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
+        betas = np.linspace(self.beta_start**power, self.beta_end**power, self.num_train_timesteps) ** (1 / power)
+        return np.cumprod(1 - betas).astype(np.float32)
+
+
+def _any(names: str) -> dict[str, None]:
+    return dict.fromkeys(names.split())
+
+
+_PRETRAINED = _any(
+    # where the file comes from, and what only matters in training
+    "_name_or_path _commit_hash _attn_implementation_autoset architectures transformers_version torch_dtype dtype "
+    "attention_dropout dropout initializer_range initializer_factor "
+    # what transformers once wrote into every config: token ids, text generation, classification heads
+    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id forced_bos_token_id "
+    "forced_eos_token_id tokenizer_class prefix max_length min_length do_sample early_stopping num_beams "
+    "num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "
+    "no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences "
+    "exponential_decay_length_penalty remove_invalid_values suppress_tokens begin_suppress_tokens output_scores "
+    "output_attentions output_hidden_states return_dict return_dict_in_generate use_cache id2label label2id "
+    "finetuning_task task_specific_params problem_type chunk_size_feed_forward cross_attention_hidden_size "
+    "tie_word_embeddings tie_encoder_decoder torchscript tf_legacy_loss use_bfloat16"
+) | {
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({}, None),
+}
+_DIFFUSERS = _any("_class_name _diffusers_version _name_or_path _use_default_values sample_size force_upcast dropout")
+
+# Keys that a config need not have a field for: with any value (None), or with these values only.
+HARMLESS: dict[type, Mapping[str, tuple | None]] = {
+    clip.TextConfig: _PRETRAINED | {"model_type": ("clip_text_model",)},
+    clip.VisionConfig: _PRETRAINED | {"model_type": ("clip_vision_model",), "num_channels": (3,)},
+    clip.Config: _PRETRAINED | {"model_type": ("clip",)},
+    unet.Config: _DIFFUSERS | {"_class_name": ("UNet2DConditionModel",), "addition_embed_type_num_heads": None},
+    vae.Config: _DIFFUSERS | {"_class_name": ("AutoencoderKL",)},
+    vae.TinyConfig: _DIFFUSERS
+    | _any("in_channels encoder_block_out_channels num_encoder_blocks block_out_channels")
+    | {"_class_name": ("AutoencoderTiny",), "latent_magnitude": (3,), "latent_shift": (0.5,)},
+    Schedule: _any(
+        "_class_name _diffusers_version algorithm_type clip_sample clip_sample_range dynamic_thresholding_ratio "
+        "euler_at_final final_sigmas_type interpolation_type lambda_min_clipped lower_order_final sample_max_value "
+        "set_alpha_to_one sigma_max sigma_min skip_prk_steps solver_order solver_type steps_offset thresholding "
+        "timestep_spacing timestep_type use_beta_sigmas use_exponential_sigmas use_karras_sigmas use_lu_lambdas "
+        "variance_type"
+    )
+    | {"trained_betas": (None,), "rescale_betas_zero_snr": (False,), "use_flow_sigmas": (False,)},
+}
+
+
+def config_from_json(cls: type, values: Mapping, *, where: str = "config.json"):
+    """Returns the config dataclass `cls` from the dictionary of a config.json; absent keys get the defaults.
+
+    Raises WeightsError, which begins with `where` and names key and value, for an unknown key, a wrong type, or a value
+    that the network does not implement.
+    """
+    hints, known = typing.get_type_hints(cls), HARMLESS.get(cls, {})
+    taken = {}
+    for key, value in values.items():
+        if key in hints:
+            taken[key] = _typed(value, hints[key], key, where)
+        elif key not in known:
+            raise WeightsError(f"{where}: the key {key}={value!r} is not known to {cls.__module__}.{cls.__name__}")
+        elif known[key] is not None and value not in known[key]:
+            allowed = ", ".join(map(repr, known[key]))
+            raise WeightsError(f"{where}: {key}={value!r} is not implemented; supported: {allowed}")
+    try:
+        return cls(**taken)
+    except WeightsError:
+        raise
+    except ValueError as error:
+        raise WeightsError(f"{where}: {str(error).removeprefix('config.json: ')}") from error
+
+
+def _typed(value, hint, key: str, where: str):
+    """`value` of JSON as `hint` wants it: an integer for a float, a list for a tuple, a dictionary for a config."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if dataclasses.is_dataclass(option) and (value is None or isinstance(value, Mapping)):
+            return config_from_json(option, value or {}, where=f"{where}: {key}")
+        if kind is tuple and isinstance(value, list | tuple):
+            return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+            return value
+    expected = getattr(hint, "__name__", hint) if isinstance(hint, type) else hint
+    raise WeightsError(f"{where}: {key}={value!r} is of the wrong type; expected {expected}")
+
+
+def _clip_config(values: Mapping, *, where: str) -> clip.Config:
+    """config.json of a CLIPModel; in old ones `text_config_dict` wins over `text_config`, its defaults included."""
+    values = dict(values)
+    for key, cls in (("text_config", clip.TextConfig), ("vision_config", clip.VisionConfig)):
+        legacy = values.pop(f"{key}_dict", None)
+        if legacy is not None:
+            values[key] = (values.get(key) or {}) | dataclasses.asdict(cls()) | legacy
+    return config_from_json(clip.Config, values, where=where)
+
+
+def _reader(cls: type) -> Callable:
+    return lambda values, *, where: config_from_json(cls, values, where=where)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How one kind of network is read.
+
+    Attributes:
+        config: `(dictionary of config.json, where=...) -> config`.
+        network: `(config, rngs=...) -> module`.
+        stem: what its files of weights are called.
+        renames, ignore: of `convert.fill`.
+    """
+
+    config: Callable
+    network: Callable[..., nnx.Module]
+    stem: str
+    renames: Sequence[tuple[str, str]] = ()
+    ignore: Sequence[str] = ()
+
+
+KINDS: dict[str, Kind] = {
+    # Buffers that transformers wrote before 4.31.
+    "clip": Kind(config=_clip_config, network=clip.CLIP, stem=TRANSFORMERS, ignore=("*.position_ids",)),
+    # transformers 5 writes this class without the prefix that all published files have.
+    "clip_text": Kind(
+        config=_reader(clip.TextConfig),
+        network=clip.TextModel,
+        stem=TRANSFORMERS,
+        renames=((r"^(?!text_model\.)", "text_model."),),
+        ignore=("*.position_ids",),
+    ),
+    "unet": Kind(config=_reader(unet.Config), network=unet.UNet, stem=DIFFUSERS),
+    "vae": Kind(config=_reader(vae.Config), network=vae.AutoencoderKL, stem=DIFFUSERS, renames=vae.RENAMES),
+    "vae_decoder": Kind(
+        config=_reader(vae.Config),
+        network=lambda config, *, rngs: vae.AutoencoderKL(config, encoder=False, rngs=rngs),
+        stem=DIFFUSERS,
+        renames=vae.RENAMES,
+        ignore=("encoder.*", "quant_conv.*"),
+    ),
+    "vae_tiny": Kind(config=_reader(vae.TinyConfig), network=vae.TinyDecoder, stem=DIFFUSERS, ignore=("encoder.*",)),
+}
+
+
+def load(
+    kind: str,
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> nnx.Module:
+    """Returns the network of `KINDS[kind]` with the weights of a local directory or a hub id, cast to `dtype`.
+
+    `revision` (a commit hash, best) is for hub ids; `subfolder` is where in the repository the files are. Raises
+    WeightsError naming the file, tensors or key that is wrong.
+    """
+    row = KINDS[kind]
+    directory = resolve(path_or_id, revision, _patterns(row.stem, subfolder)) / subfolder
+    config = row.config(read_json(directory / "config.json"), where=str(directory / "config.json"))
+    module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
+    tensors = Tensors(directory, row.stem)
+    try:
+        return convert.fill(module, tensors, dtype=dtype, renames=row.renames, ignore=row.ignore)
+    except WeightsError as error:
+        raise WeightsError(f"{directory}: {error}") from error
+
+
+def load_clip(
+    path_or_id: str | Path, *, revision: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
+) -> clip.CLIP:
+    """Returns the `CLIPModel` of a local directory or a hub id; see `load`."""
+    return load("clip", path_or_id, revision=revision, dtype=dtype)
+
+
+def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, subfolder: str = ""):
+    """Returns the transformers tokenizer of a local directory or a hub id; no code of the checkpoint is run."""
+    import transformers  # slow to import, and not needed by those who bring their own token ids
+
+    patterns = [str(Path(subfolder, name)) for name in ("config.json", "*token*.json", "vocab.*", "merges.txt")]
+    directory = resolve(path_or_id, revision, patterns) / subfolder
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise WeightsError(f"{directory}: no tokenizer can be read here ({_first_line(error)})") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StableDiffusion:
+    """The parts of a Stable Diffusion checkpoint.
+
+    Attributes:
+        alphas_cumprod: float32[steps], of the noise schedule it was trained with.
+        prediction_type: what the U-Net predicts, "epsilon" or "v_prediction".
+        tokenizer: transformers', whose `model_max_length` is the number of tokens to pad to.
+    """
+
+    text_encoder: clip.TextModel
+    unet: unet.UNet
+    vae: vae.AutoencoderKL
+    alphas_cumprod: jax.Array
+    prediction_type: str
+    tokenizer: object
+
+
+def load_stable_diffusion(
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    encoder: bool = False,
+) -> StableDiffusion:
+    """Returns the parts of a checkpoint in diffusers' layout (local directory or hub id), weights cast to `dtype`.
+
+    The autoencoder has its encoder only if asked for. Raises WeightsError as `load` does, and if the parts do not fit.
+    """
+    patterns = [
+        "scheduler/scheduler_config.json",
+        "tokenizer/*",
+        *_patterns(TRANSFORMERS, "text_encoder"),
+        *_patterns(DIFFUSERS, "unet"),
+        *_patterns(DIFFUSERS, "vae"),
+    ]
+    directory = resolve(path_or_id, revision, patterns)
+    file = directory / "scheduler" / "scheduler_config.json"
+    schedule = config_from_json(Schedule, read_json(file), where=str(file))
+    parts = StableDiffusion(
+        tokenizer=load_tokenizer(directory, subfolder="tokenizer"),
+        text_encoder=load("clip_text", directory, subfolder="text_encoder", dtype=dtype),
+        unet=load("unet", directory, subfolder="unet", dtype=dtype),
+        vae=load("vae" if encoder else "vae_decoder", directory, subfolder="vae", dtype=dtype),
+        alphas_cumprod=jnp.asarray(schedule.alphas_cumprod()),
+        prediction_type=schedule.prediction_type,
+    )
+    for what, have, want in (
+        ("unet: in_channels", parts.unet.config.in_channels, parts.vae.config.latent_channels),
+        (
+            "unet: cross_attention_dim",
+            parts.unet.config.cross_attention_dim,
+            parts.text_encoder.text_model.config.hidden_size,
+        ),
+    ):
+        if have != want:
+            raise WeightsError(f"{directory}: {what}={have} does not fit the other parts, which have {want}")
+    return parts
+
+
+def _patterns(stem: str, subfolder: str) -> list[str]:
+    names = ("config.json", f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors")
+    return [str(Path(subfolder, name)) for name in names]
+
+
+def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Returns the local directory of `path_or_id`: itself, or where the hub's files that match `patterns` are cached.
+
+    Respects HF_HUB_OFFLINE. Raises WeightsError with the command that would get the files.
+    """
+    name, path = str(path_or_id), Path(path_or_id).expanduser()
+    if name and path.is_dir():
+        return path
+    if name and path.exists():
+        raise WeightsError(f"{name} is not a directory")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise WeightsError(f"{name!r} is not a directory, nor the id of a repository on the hub")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except (OSError, hub_errors.HFValidationError) as error:
+        command = ["hf", "download", name, *(["--revision", revision] if revision else [])]
+        for pattern in patterns:
+            command += ["--include", pattern]
+        raise WeightsError(
+            f"{name} is not a local directory, and getting it from the Hugging Face hub failed ({_first_line(error)}); "
+            f"where there is a network, run: {shlex.join(command)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; raises WeightsError naming the file."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{file} is missing") from error
+    except ValueError as error:
+        raise WeightsError(f"{file} is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{file} does not hold a JSON object")
+    return values
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of a directory's safetensors file or shards, each read when asked for.
+
+    Raises WeightsError naming the file that is missing, damaged, or not what the index says.
+    """
+
+    def __init__(self, directory: Path, stem: str):
+        self._files: dict[str, Path] = {}
+        self._open: dict[Path, safetensors.safe_open] = {}
+        for file, promised in _shards(directory, stem).items():
+            try:
+                self._open[file] = safetensors.safe_open(file, framework="numpy")
+            except FileNotFoundError as error:
+                raise WeightsError(f"{file} is missing") from error
+            except (OSError, safetensors.SafetensorError) as error:
+                raise WeightsError(f"{file} is damaged or not a safetensors file ({error})") from error
+            names = set(self._open[file].keys())
+            if promised is not None and names != promised:
+                raise WeightsError(f"{file} does not hold what the index says: {', '.join(sorted(names ^ promised))}")
+            self._files |= dict.fromkeys(sorted(names), file)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        file = self._files[name]
+        try:
+            return self._open[file].get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise WeightsError(f"{file}: {name} cannot be read ({error})") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _shards(directory: Path, stem: str) -> dict[Path, set[str] | None]:
+    """The files of weights in `directory`, and which tensors the index promises in each (None without an index)."""
+    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+    if single.exists():
+        return {single: None}
+    if not index.exists():
+        pickled = sorted(f.name for f in directory.glob("*") if f.suffix in _PICKLED)
+        found = f" (there is {', '.join(pickled)})" if pickled else ""
+        raise WeightsError(
+            f"{single} is missing{found}; only safetensors are read, as pickled files can run code: convert a "
+            "checkpoint that has no others once, with from_pretrained and save_pretrained of transformers or diffusers"
+        )
+    shards: dict[Path, set[str]] = {}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{index} has no weight_map")
+    for name, file in weight_map.items():
+        # An index is data from outside: it may name files beside it only.
+        if not isinstance(file, str) or not file or Path(file).name != file:
+            raise WeightsError(f"{index} puts {name} into {file!r}, which is not the name of a file beside it")
+        shards.setdefault(directory / file, set()).add(name)
+    return shards
+
+
+def save_directory(
+    path: str | Path,
+    weights: nnx.Module | Mapping[str, np.ndarray],
+    config: Mapping,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> None:
+    """Writes a network as Hugging Face lays it out: config.json and one file of safetensors.
+
+    `dtype` (float16, say) is what floating-point tensors are cast to. `config` is written as it is given, with the keys
+    by which the library knows the class: `_class_name` (diffusers), or `model_type` and `architectures` (transformers).
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = convert.export(weights) if isinstance(weights, nnx.Module) else dict(weights)
+    if dtype is not None:
+        tensors = {n: t.astype(dtype) if jnp.issubdtype(t.dtype, jnp.floating) else t for n, t in tensors.items()}
+    file = path / f"{DIFFUSERS if '_class_name' in config else TRANSFORMERS}.safetensors"
+    (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(file)
