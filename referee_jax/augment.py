@@ -1,0 +1,389 @@
+"""Random augmentations of one view: what is drawn, and what it does to a `[S, S, 3]` image.
+
+Each augmentation is a pair of functions of ONE view; views.py adds the axis of views. What is drawn is physical (an angle
+in degrees, a shift in pixels, corner points), so a test or a user may set it by hand, and the drawn values alone decide
+the result. Formulas and pixel conventions are kornia's with `align_corners=False`: pixel centres at the integers, bilinear,
+zero outside the image. (The release the paper's code pinned, 0.6.12, mixed two conventions here: there a shift is longer by
+S / (S - 1) and a perspective view is stretched by as much about its centre, half a pixel at the border; not reproduced.)
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+GREY = (0.299, 0.587, 0.114)
+ELASTIC_RADIUS = 31  # half width of the elastic transform's Gaussian, in pixels (kornia's kernel of 63)
+
+
+@struct.dataclass
+class Settings:
+    """Magnitudes and probabilities of all augmentations, all of them traced: changing one recompiles nothing.
+
+    Defaults are the paper's for affine, perspective, jitter, erasing and noise; ranges are `(low, high)`, pairs of axes are
+    `(x, y)`, shifts are fractions of the view's side, and every `*_p` is the probability that one view is touched.
+    """
+
+    affine_degrees: float = 30.0
+    affine_translate: tuple[float, float] = (0.0, 0.1)
+    affine_p: float = 1.0
+    perspective_distortion: float = 0.2
+    perspective_p: float = 0.4
+    jitter: tuple[float, float, float, float] = (0.1, 0.1, 0.1, 0.1)  # brightness, contrast, saturation, hue (turns)
+    jitter_p: float = 0.5
+    erase_area: tuple[float, float] = (0.1, 0.4)
+    erase_ratio: tuple[float, float] = (0.3, 3.33)
+    erase_p: float = 1.0
+    noise: float = 0.1
+    flip_p: float = 0.5
+    sharpness: float = 0.3
+    sharpness_p: float = 0.5
+    gaussian: float = 0.1
+    gaussian_p: float = 0.5
+    rotation_degrees: float = 15.0
+    rotation_p: float = 0.7
+    elastic_sigma: float = 32.0
+    elastic_alpha: float = 1.0
+    elastic_p: float = 0.7
+    spline_scale: float = 0.2
+    spline_p: float = 0.7
+    crop_padding: float = 0.1
+    crop_p: float = 0.5
+    resized_area: tuple[float, float] = (0.1, 1.0)
+    resized_ratio: tuple[float, float] = (0.75, 4 / 3)
+    resized_p: float = 0.5
+
+
+class Augmentation(NamedTuple):
+    """`sample(key, settings, size) -> params` and `apply(view [S, S, 3], params) -> view`.
+
+    `params["on"]` says whether the view is touched at all (views.py selects); leaves named in `shared` are one draw for
+    all views of a prompt.
+    """
+
+    sample: Callable[[Array, Settings, int], dict[str, Array]]
+    apply: Callable[[Array, dict[str, Array]], Array]
+    shared: tuple[str, ...] = ()
+
+
+def warp(view: Array, x: Array, y: Array) -> Array:
+    """Bilinear samples of `view [H, W, C]` at the pixel positions `x, y` (broadcast to `[...]`); zero outside -> `[..., C]`."""
+    height, width, channels = view.shape
+    x, y = jnp.clip(x, -1, width), jnp.clip(y, -1, height)
+    left, top = jnp.floor(x), jnp.floor(y)
+    right, low = (x - left)[..., None], (y - top)[..., None]
+    # All four neighbours lie side by side in one row of the table: one gather, and in the backward pass one scatter-add
+    # (XLA's slowest operation on a CPU) of a quarter of the rows.
+    padded = jnp.pad(view, ((1, 2), (1, 2), (0, 0)))
+    corners = (padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:])
+    table = jnp.concatenate(corners, -1).reshape(-1, 4 * channels)
+    index = (top.astype(jnp.int32) + 1) * (width + 2) + left.astype(jnp.int32) + 1
+    a, b, c, d = jnp.split(table.at[index].get(mode="clip"), 4, axis=-1)
+    return (a * (1 - right) + b * right) * (1 - low) + (c * (1 - right) + d * right) * low
+
+
+def _grid(view: Array) -> tuple[Array, Array]:
+    """Pixel positions `x [1, W]`, `y [H, 1]` of an image."""
+    height, width, _ = view.shape
+    return jnp.arange(width, dtype=jnp.float32)[None, :], jnp.arange(height, dtype=jnp.float32)[:, None]
+
+
+def _clamp(x: Array) -> Array:
+    """Clamp to `[0, 1]`; the gradient is 1 on the closed interval, as in torch (jnp.clip halves it at the ends)."""
+    return jnp.where((x >= 0) & (x <= 1), x, jax.lax.stop_gradient(jnp.clip(x, 0, 1)))
+
+
+def _uniform(key: Array, low: Array | float, high: Array | float, shape: tuple[int, ...] = ()) -> Array:
+    return low + (jnp.asarray(high, jnp.float32) - low) * jax.random.uniform(key, shape)
+
+
+def _rotate(view: Array, degrees: Array, shift: Array) -> Array:
+    """Turn clockwise (as displayed) about the centre, then move by `shift (x, y)` pixels."""
+    x, y = _grid(view)
+    centre_x, centre_y = (view.shape[1] - 1) / 2, (view.shape[0] - 1) / 2
+    cos, sin = jnp.cos(jnp.deg2rad(degrees)), jnp.sin(jnp.deg2rad(degrees))
+    x, y = x - centre_x - shift[0], y - centre_y - shift[1]
+    return warp(view, cos * x + sin * y + centre_x, cos * y - sin * x + centre_y)
+
+
+def _sample_affine(key: Array, settings: Settings, size: int) -> dict[str, Array]:
+    on, angle, shift = jax.random.split(key, 3)
+    reach = jnp.asarray(settings.affine_translate, jnp.float32) * size
+    return {
+        "on": jax.random.bernoulli(on, settings.affine_p),
+        "angle": _uniform(angle, -settings.affine_degrees, settings.affine_degrees),
+        "shift": _uniform(shift, -reach, reach, (2,)),
+    }
+
+
+def _apply_affine(view: Array, params: dict[str, Array]) -> Array:
+    return _rotate(view, params["angle"], params["shift"])
+
+
+def _sample_rotation(key: Array, settings: Settings, size: int) -> dict[str, Array]:
+    on, angle = jax.random.split(key)
+    return {
+        "on": jax.random.bernoulli(on, settings.rotation_p),
+        "angle": _uniform(angle, -settings.rotation_degrees, settings.rotation_degrees),
+    }
+
+
+def _apply_rotation(view: Array, params: dict[str, Array]) -> Array:
+    # kornia's rotation is counter-clockwise where its affine is clockwise.
+    return _rotate(view, -params["angle"], jnp.zeros(2))
+
+
+def _sample_perspective(key: Array, settings: Settings, size: int) -> dict[str, Array]:
+    on, inward = jax.random.split(key)
+    corners = (size - 1) * jnp.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    inside = jnp.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
+    reach = settings.perspective_distortion * size / 2
+    return {
+        "on": jax.random.bernoulli(on, settings.perspective_p),
+        "corners": corners + reach * inside * jax.random.uniform(inward, (4, 2)),
+    }
+
+
+def _apply_perspective(view: Array, params: dict[str, Array]) -> Array:
+    """Move the image's corners (clockwise from the top left) to `corners [4, 2]`, in pixels."""
+    x, y = _grid(view)
+    end = jnp.array([view.shape[1] - 1, view.shape[0] - 1], jnp.float32)
+    # The homography from the unit square to the four corners in closed form (Heckbert 1989), in units of the image's side:
+    # entries stay near one, and no linear solver is needed. Its adjugate leads back from a target pixel to its source.
+    p0, p1, p2, p3 = params["corners"] / end
+    u, v, w = p1 - p2, p3 - p2, p0 - p1 + p2 - p3
+    det = u[0] * v[1] - v[0] * u[1]
+    g, h = (w[0] * v[1] - v[0] * w[1]) / det, (u[0] * w[1] - w[0] * u[1]) / det
+    (a, d), (b, e), (c, f) = p1 - p0 + g * p1, p3 - p0 + h * p3, p0
+    x, y = x / end[0], y / end[1]
+    scale = (d * h - e * g) * x + (b * g - a * h) * y + (a * e - b * d)
+    source_x = ((e - f * h) * x + (c * h - b) * y + (b * f - c * e)) / scale
+    source_y = ((f * g - d) * x + (a - c * g) * y + (c * d - a * f)) / scale
+    return warp(view, end[0] * source_x, end[1] * source_y)
+
+
+def _sample_jitter(key: Array, settings: Settings, size: int) -> dict[str, Array]:
+    on, order, factors, hue = jax.random.split(key, 4)
+    reach = jnp.asarray(settings.jitter, jnp.float32)
+    brightness, contrast, saturation = jnp.maximum(_uniform(factors, 1 - reach[:3], 1 + reach[:3], (3,)), 0)
+    return {
+        "on": jax.random.bernoulli(on, settings.jitter_p),
+        "brightness": brightness,
+        "contrast": contrast,
+        "saturation": saturation,
+        "hue": _uniform(hue, -reach[3], reach[3]),
+        "order": jax.random.permutation(order, 4),
+    }
+
+
+def shift_hue(planes: Array, turns: Array) -> Array:
+    """Turn the hue of `[3, H, W]` by `turns`, value and saturation kept (kornia's adjust_hue)."""
+    red, green, blue = planes
+    high, low = planes.max(0), planes.min(0)
+    chroma = high - low
+    # Sixths of a turn, from the first channel that is the largest.
+    sixths = jnp.where(
+        (red >= green) & (red >= blue),
+        green - blue,
+        jnp.where(green >= blue, blue - red + 2 * chroma, red - green + 4 * chroma),
+    ) / jnp.where(chroma == 0, 1, chroma)
+    # Each channel falls from the largest value by the chroma times a trapezium of the hue, a third of a turn apart.
+    k = jnp.array([5.0, 3.0, 1.0])[:, None, None] + sixths + 6 * turns
+    k = k - 6 * jnp.floor(k / 6)
+    return high - chroma * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
+
+
+def _apply_jitter(view: Array, params: dict[str, Array]) -> Array:
+    """Brightness, contrast, saturation (0, 1, 2: each clamps) and hue (3) in the given `order [4]`."""
+    order = params["order"]
+    factors = jnp.stack([params["brightness"], params["contrast"], params["saturation"], jnp.ones(())])[order]
+    hue_later = jnp.arange(4) < jnp.argmax(order == 3)
+
+    # Brightness, contrast and saturation are one formula, a blend with black, the mean grey or the grey image, so a traced
+    # order needs no branch (under vmap a branch computes every side); the hue, which is dearer, is computed once, between
+    # the slots before it and those after it. Scans, because XLA's CPU backend fuses the unrolled chain into one loop that
+    # computes its beginning again and again (twice the time).
+    def mix(planes: Array, slot: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        step, factor, active = slot
+        grey = GREY[0] * planes[0] + GREY[1] * planes[1] + GREY[2] * planes[2]
+        towards = jnp.where(step == 1, grey.mean(), jnp.where(step == 2, grey, 0))
+        mixed = _clamp(factor * planes + (1 - factor) * towards)
+        return jnp.where(active & (step != 3), mixed, planes), None
+
+    planes, _ = jax.lax.scan(mix, jnp.moveaxis(view, -1, 0), (order[:3], factors[:3], hue_later[:3]))
+    # Left out at zero, as kornia does: without a turn the red, yellow, ... pixels sit on kinks of the formula.
+    planes = jnp.where(params["hue"] == 0, planes, shift_hue(planes, params["hue"]))
+    planes, _ = jax.lax.scan(mix, planes, (order[1:], factors[1:], ~hue_later[1:]))
+    return jnp.moveaxis(planes, 0, -1)
+
+
+def _sample_erasing(key: Array, settings: Settings, size: int) -> dict[str, Array]:
+    on, area, wide, ratio, place = jax.random.split(key, 5)
+    area = _uniform(area, *settings.erase_area) * size**2
+    low, high = settings.erase_ratio
+    ratio = jnp.where(
+        jax.random.bernoulli(wide),
+        _uniform(ratio, low, jnp.minimum(high, 1)),
+        _uniform(ratio, jnp.maximum(low, 1), high),
+    )
+    sides = jnp.clip(jnp.round(jnp.sqrt(area * jnp.stack([1 / ratio, ratio]))), 1, size)
+    left, top = jnp.floor(jax.random.uniform(place, (2,)) * (size - sides + 1))
+    return {
+        "on": jax.random.bernoulli(on, settings.erase_p),
+        "box": jnp.stack([left, top, sides[0], sides[1]]),
+    }
+
+
+def _apply_erasing(view: Array, params: dict[str, Array]) -> Array:
+    """Blacken the rectangle `box (left, top, width, height)`, in whole pixels."""
+    x, y = _grid(view)
+    left, top, width, height = params["box"]
+    inside = (x >= left) & (x < left + width) & (y >= top) & (y < top + height)
+    return jnp.where(inside[..., None], 0.0, view)
+
+
+def _sample_flip(key: Array, settings: Settings, size: int) -> dict[str, Array]:
+    return {"on": jax.random.bernoulli(key, settings.flip_p)}
+
+
+def _apply_flip(view: Array, params: dict[str, Array]) -> Array:
+    return view[:, ::-1]
+
+
+def _sample_sharpness(key: Array, settings: Settings, size: int) -> dict[str, Array]:
+    on, factor = jax.random.split(key)
+    return {
+        "on": jax.random.bernoulli(on, settings.sharpness_p),
+        "factor": _uniform(factor, 0.0, settings.sharpness),
+    }
+
+
+def _apply_sharpness(view: Array, params: dict[str, Array]) -> Array:
+    """Blend a smoothed copy (`factor` 0) with the view (1; above it sharpens), borders kept."""
+    height, width, _ = view.shape
+    box = sum(view[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3))
+    smooth = view.at[1:-1, 1:-1].set(_clamp((box + 4 * view[1:-1, 1:-1]) / 13))
+    return _clamp(smooth + (view - smooth) * params["factor"])
+
+
+def _sample_gaussian(key: Array, settings: Settings, size: int) -> dict[str, Array]:
+    on, noise = jax.random.split(key)
+    return {
+        "on": jax.random.bernoulli(on, settings.gaussian_p),
+        "noise": settings.gaussian * jax.random.normal(noise, (size, size, 3)),
+    }
+
+
+def _apply_gaussian(view: Array, params: dict[str, Array]) -> Array:
+    return view + params["noise"]
+
+
+def elastic_shift(noise: Array, *, sigma: Array | float, alpha: Array | float) -> Array:
+    """Pixel shifts `[S, S, 2]` (x, y) of an elastic transform from noise in `[-1, 1]`: smoothed, `alpha` in half sides."""
+    size = noise.shape[0]
+    distance = jnp.arange(size)[:, None] - jnp.arange(size)[None, :]
+    total = jnp.exp(-0.5 * (jnp.arange(-ELASTIC_RADIUS, ELASTIC_RADIUS + 1) / sigma) ** 2).sum()
+    blur = jnp.where(abs(distance) <= ELASTIC_RADIUS, jnp.exp(-0.5 * (distance / sigma) ** 2) / total, 0.0)
+    return alpha * size / 2 * jnp.einsum("ij,jkc,lk->ilc", blur, noise, blur, precision="highest")
+
+
+def _sample_elastic(key: Array, settings: Settings, size: int) -> dict[str, Array]:
+    on, noise = jax.random.split(key)
+    noise = jax.random.uniform(noise, (size, size, 2), minval=-1.0, maxval=1.0)
+    return {
+        "on": jax.random.bernoulli(on, settings.elastic_p),
+        "shift": elastic_shift(noise, sigma=settings.elastic_sigma, alpha=settings.elastic_alpha),
+    }
+
+
+def _apply_elastic(view: Array, params: dict[str, Array]) -> Array:
+    x, y = _grid(view)
+    return warp(view, x + params["shift"][..., 0], y + params["shift"][..., 1])
+
+
+def _spline_points() -> Array:
+    return jnp.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0], [0.0, 0.0]])
+
+
+def _sample_spline(key: Array, settings: Settings, size: int) -> dict[str, Array]:
+    on, points = jax.random.split(key)
+    return {
+        "on": jax.random.bernoulli(on, settings.spline_p),
+        "points": _spline_points() + _uniform(points, -settings.spline_scale, settings.spline_scale, (5, 2)),
+    }
+
+
+def _apply_spline(view: Array, params: dict[str, Array]) -> Array:
+    """Thin plate spline that moves the corners and the centre to `points [5, 2]`, in half sides from the centre."""
+    start, end = _spline_points(), params["points"]
+
+    def kernel(a: Array, b: Array) -> Array:
+        square = jnp.square(a[..., None, :] - b).sum(-1)
+        return 0.5 * square * jnp.log(jnp.where(square > 0, square, 1))
+
+    ones = jnp.ones((5, 1))
+    linear = jnp.concatenate([ones, end], 1)
+    system = jnp.block([[kernel(end, start), linear], [linear.T, jnp.zeros((3, 3))]])
+    weights = jnp.linalg.solve(system, jnp.concatenate([start, jnp.zeros((3, 2))]))
+    x, y = _grid(view)
+    height, width, _ = view.shape
+    x, y = jnp.broadcast_arrays((2 * x + 1) / width - 1, (2 * y + 1) / height - 1)
+    terms = jnp.concatenate(
+        [kernel(jnp.stack([x, y], -1), start), jnp.stack([jnp.ones_like(x), x, y], -1)], -1
+    )  # [H, W, 8]
+    source = jnp.einsum("hwt,tc->hwc", terms, weights, precision="highest")
+    return warp(view, ((source[..., 0] + 1) * width - 1) / 2, ((source[..., 1] + 1) * height - 1) / 2)
+
+
+def _sample_crop(key: Array, settings: Settings, size: int) -> dict[str, Array]:
+    on, offset = jax.random.split(key)
+    pad = jnp.floor(settings.crop_padding * size)
+    return {
+        "on": jax.random.bernoulli(on, settings.crop_p),
+        "offset": jnp.floor(jax.random.uniform(offset, (2,)) * (2 * pad + 1)) - pad,
+    }
+
+
+def _apply_crop(view: Array, params: dict[str, Array]) -> Array:
+    """Pad with zeros and cut the view out again, `offset (x, y)` whole pixels from where it was."""
+    x, y = _grid(view)
+    return warp(view, x + params["offset"][0], y + params["offset"][1])
+
+
+def _sample_resized(key: Array, settings: Settings, size: int) -> dict[str, Array]:
+    on, area, ratio, place = jax.random.split(key, 4)
+    area = _uniform(area, *settings.resized_area) * size**2
+    ratio = jnp.exp(_uniform(ratio, *(jnp.log(bound) for bound in settings.resized_ratio)))
+    sides = jnp.clip(jnp.floor(jnp.sqrt(area * jnp.stack([ratio, 1 / ratio]))), 2, size)
+    left, top = jnp.floor(jax.random.uniform(place, (2,)) * (size - sides + 1))
+    return {
+        "on": jax.random.bernoulli(on, settings.resized_p),
+        "box": jnp.stack([left, top, sides[0], sides[1]]),
+    }
+
+
+def _apply_resized(view: Array, params: dict[str, Array]) -> Array:
+    """Stretch the rectangle `box (left, top, width, height)` over the view, corner pixel onto corner pixel."""
+    x, y = _grid(view)
+    left, top, width, height = params["box"]
+    x, y = left + x * (width - 1) / (view.shape[1] - 1), top + y * (height - 1) / (view.shape[0] - 1)
+    return warp(view, x, y)
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "Af": Augmentation(_sample_affine, _apply_affine),
+    "Pe": Augmentation(_sample_perspective, _apply_perspective),
+    "Ji": Augmentation(_sample_jitter, _apply_jitter, shared=("order",)),
+    "Er": Augmentation(_sample_erasing, _apply_erasing),
+    "Hf": Augmentation(_sample_flip, _apply_flip),
+    "Sh": Augmentation(_sample_sharpness, _apply_sharpness),
+    "Gn": Augmentation(_sample_gaussian, _apply_gaussian),
+    "Ro": Augmentation(_sample_rotation, _apply_rotation),
+    "Et": Augmentation(_sample_elastic, _apply_elastic),
+    "Ts": Augmentation(_sample_spline, _apply_spline),
+    "Cr": Augmentation(_sample_crop, _apply_crop),
+    "Re": Augmentation(_sample_resized, _apply_resized),
+}
