@@ -1,0 +1,97 @@
+"""The referees' half of the gradient, and its balance with the prior's (arXiv 2402.16305).
+
+The image is decoded once, with its pullback held. Each referee looks at its own views of it and adds its gradient with
+respect to the image; one pullback through the decoder turns the sum into a gradient of the latents. Nothing here knows
+which referees there are.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from referee_jax import sds, views
+from referee_jax.referees import base
+
+
+class Hyper(struct.PyTreeNode):
+    """Numbers of the term, all traced.
+
+    The referees act in iterations `start` to `stop - 1`; their step is `weight` times the length of the prior's, moving
+    along a cosine to `weight_final` meanwhile. `balance_epsilon` keeps the ratio finite; `noise` is the standard
+    deviation added to the views, in [0, 1] units.
+    """
+
+    weight: Array | float = 2.0
+    weight_final: Array | float = 2.0
+    start: Array | int = 0
+    stop: Array | int = 150
+    balance_epsilon: Array | float = 0.0
+    noise: Array | float = 0.2
+
+    def is_on(self, i: Array) -> Array:
+        """Whether the referees act at iteration `i`."""
+        return (i >= self.start) & (i < self.stop)
+
+    def weight_at(self, i: Array) -> Array:
+        """Length of the referees' step in prior steps at iteration `i`."""
+        return sds.cosine(self.weight, self.weight_final, (i - self.start) / jnp.maximum(self.stop - self.start, 1))
+
+
+class Looks(struct.PyTreeNode):
+    """How one referee looks at the image: static facts. `losses` are (name, weight) pairs; `keep` <= `count` views count."""
+
+    losses: tuple[tuple[str, float], ...] = struct.field(pytree_node=False)
+    count: int = struct.field(pytree_node=False)
+    keep: int = struct.field(pytree_node=False)
+    augmentations: tuple[str, ...] = struct.field(pytree_node=False)
+
+
+def clamp(x: Array, how: str) -> Array:
+    """`x` clamped to [0, 1]. `hard`: no gradient outside. `straight_through`: the gradient that leads back inside passes."""
+    if how == "hard":
+        return jnp.where((x >= 0) & (x <= 1), x, jax.lax.stop_gradient(jnp.clip(x, 0, 1)))
+    return _straight_through(x)
+
+
+@jax.custom_vjp
+def _straight_through(x: Array) -> Array:
+    return jnp.clip(x, 0, 1)
+
+
+def _straight_through_backward(x: Array, g: Array) -> tuple[Array]:
+    return (jnp.where(((x > 1) & (g < 0)) | ((x < 0) & (g > 0)), 0, g),)
+
+
+_straight_through.defvjp(lambda x: (jnp.clip(x, 0, 1), x), _straight_through_backward)
+
+
+def image_gradient(
+    referee: base.Referee, image: Array, text: Any, looks: Looks, *, params: views.Params, noise: Array
+) -> tuple[Array, dict[str, Array]]:
+    """d(loss)/d(image) of one referee, and its losses, means over the kept views.
+
+    Of `count` views the `keep` with the largest loss are kept (all, unscored, where keep = count); `noise [keep, S, S, 3]`,
+    in pixel units, is added to those.
+    """
+    size, names = referee.image_size, looks.augmentations
+    weigh = lambda losses: sum(weight * losses[name] for name, weight in looks.losses)  # noqa: E731
+    if looks.keep < looks.count:
+        scored = weigh(referee.views_losses(views.apply(image, params, size=size, names=names), text))
+        params = views.take(params, views.hardest(scored, looks.keep))
+
+    def loss(image: Array) -> tuple[Array, dict[str, Array]]:
+        shown = views.apply(image, params, size=size, names=names) + noise
+        losses = {name: value.mean() for name, value in referee.views_losses(shown, text).items()}
+        return weigh(losses), losses
+
+    (total, losses), gradient = jax.value_and_grad(loss, has_aux=True)(image)
+    return gradient, {name: losses[name] for name, _ in looks.losses} | {"loss": total}
+
+
+def balance(prior: Array, referee: Array, epsilon: Array) -> Array:
+    """|prior| / (|referee| + epsilon), by which the referees' gradient is scaled to the prior's length; 1 without a prior."""
+    length = jnp.linalg.norm(prior)
+    return jnp.where(length > 0, length / (jnp.linalg.norm(referee) + epsilon), 1.0)

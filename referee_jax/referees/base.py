@@ -1,0 +1,40 @@
+"""What a referee is: a frozen vision-language model that says how far an image is from a text.
+
+A referee is a JAX pytree (its weights are the leaves), so it is an ordinary argument of compiled functions. All is written
+for one image or one prompt's views; vmap adds prompts.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jax import Array
+
+Losses = dict[str, Array]
+
+
+class Referee(Protocol):
+    """A frozen judge.
+
+    Attributes:
+        image_size: side of the square views it reads, in pixels.
+        losses: names of the losses it knows.
+    """
+
+    image_size: int
+    losses: tuple[str, ...]
+
+    def encode(self, tokens: Any) -> Any:
+        """All that depends on the text alone, of what `Judge.tokenize` gave for one prompt; computed once per prompt."""
+
+    def views_losses(self, views: Array, text: Any) -> Losses:
+        """Views `[V, S, S, 3]` in [0, 1] (noise may leave it) and `encode`'s result to each loss, float32 `[V]`."""
+
+    def scores(self, image: Array, text: Any) -> dict[str, Array]:
+        """One clean image `[H, W, 3]` in [0, 1] to scalars, the higher the better."""
+
+
+class Tokenize(Protocol):
+    """The host's half of a referee: texts to arrays of one shape for every prompt."""
+
+    def __call__(self, prompt: str, negatives: Sequence[str]) -> dict[str, np.ndarray]: ...
