@@ -1,0 +1,1 @@
+"""Oracles in plain torch that tests compare the JAX implementation with."""

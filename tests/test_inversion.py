@@ -1,0 +1,163 @@
+"""The method against the torch oracle, with injected noise: one step to 1e-5, twenty to 1e-3 (float32, CPU)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from referee_jax import augment, inversion, objective, optim, sds
+from referee_jax.referees import clip
+from referee_jax.weights import load
+from tests.conftest import relative_l2
+from tests.oracles import inversion as oracle
+from tests.oracles import networks as tiny
+
+STEPS, PROMPTS = 20, ("a red circle and a blue square", "a green square")
+NEGATIVES = ("a blue circle and a red square", "a square")
+# Small steps: with large ones the iteration is chaotic and float32 parts from float64 by itself.
+GENTLE = oracle.Settings(
+    steps=STEPS, sds_weight=1.5, sds_weight_final=0.75, sds_weight_steps=STEPS, sds_guidance=1.5,
+    referee_weight=1.0, referee_start=0, referee_stop=16, referee_noise=0.1, referee_losses={"cosine": 0.5, "contrastive": 1.0},
+    optim_warmup=4, optim_noise=0.05, ema_start=5, ema_every=4, ema_decay=0.8, views_count=4, views_keep=4,
+)  # fmt: skip
+# Each part of the method off, or otherwise.
+VARIANTS = {
+    "faithful": {},
+    "without sds": {"use_sds": False},
+    "without referee": {"use_referee": False},
+    "without noise": {"optim_noise": 0.0, "optim_tail_noise": 0.0, "referee_noise": 0.0},
+    "without restart": {"ema_start": 1000},
+    "without augmentation": {"views_augmentations": ()},
+    "affine alone": {"views_augmentations": ("Af",)},
+    "hardest views": {"views_keep": 2},
+    "cosine alone": {"referee_losses": {"cosine": 1.0}},
+    "contrastive alone": {"referee_losses": {"contrastive": 1.0}},
+    "straight through": {"clamp": "straight_through"},
+    "epsilon": {"referee_balance_epsilon": 0.05},
+    "storage shared": {"ema_alias": True},
+    "ema": {"output": "ema"},
+    "best": {"output": "best"},
+    "weighted timesteps": {"sds_alpha_power": 1.0, "sds_sigma_power": 0.5},
+    "late referee": {"referee_start": 3, "referee_stop": 12},
+}
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def sides(request, tmp_path_factory):
+    """The same tiny random networks in torch and in JAX."""
+    sd, judge = tiny.save(tmp_path_factory.mktemp(request.param), prediction_type=request.param)
+    prior = load.load_stable_diffusion(sd)
+    referee = clip.ClipReferee(network=load.load_clip(judge), mean=tiny.CLIP_MEAN, std=tiny.CLIP_STD)
+    networks = inversion.Networks(
+        unet=prior.unet, vae=prior.vae, alphas_cumprod=prior.alphas_cumprod, prediction_type=prior.prediction_type,
+        referees=(referee,),
+    )  # fmt: skip
+    ids = {"sds": oracle.tokens(sd / "tokenizer", PROMPTS), "empty": oracle.tokens(sd / "tokenizer", [""])}
+    ids |= {"referee": oracle.tokens(judge, PROMPTS)}
+    ids |= {"negative": oracle.tokens(judge, NEGATIVES)[None].expand(len(PROMPTS), -1, -1)}
+    return sd, judge, networks, prior.text_encoder, ids
+
+
+def ours(settings: oracle.Settings) -> tuple[inversion.Plan, inversion.Hyper]:
+    """The oracle's settings as a plan and numbers."""
+    s = settings
+    looks = objective.Looks(
+        losses=tuple(s.referee_losses.items()),
+        count=s.views_count,
+        keep=s.views_keep,
+        augmentations=s.views_augmentations,
+    )
+    plan = inversion.Plan(
+        latent=(8, 8, 4), looks=(looks,), steps=s.steps, clamp=s.clamp, ema_alias=s.ema_alias, use_sds=s.use_sds
+    )
+    hyper = inversion.Hyper(
+        prior=sds.Hyper(
+            weight=s.sds_weight, weight_final=s.sds_weight_final, weight_steps=s.sds_weight_steps, guidance=s.sds_guidance,
+            alpha_power=s.sds_alpha_power, sigma_power=s.sds_sigma_power,
+        ),
+        referee=objective.Hyper(
+            weight=s.referee_weight, weight_final=s.referee_weight, start=s.referee_start,
+            stop=s.referee_stop if s.use_referee else 0, balance_epsilon=s.referee_balance_epsilon, noise=s.referee_noise,
+        ),
+        update=optim.Hyper(
+            lr=s.optim_lr, lr_final=s.optim_lr_final, warmup=s.optim_warmup, noise=s.optim_noise,
+            tail_noise=s.optim_tail_noise, ema_decay=s.ema_decay, ema_start=s.ema_start, ema_every=s.ema_every,
+        ),
+        views=augment.Settings(),
+    )  # fmt: skip
+    return plan, jax.tree.map(jnp.asarray, hyper)
+
+
+def encode(networks, text_encoder, ids) -> inversion.Prompt:
+    """Both prompts' encodings, leading axis the prompt."""
+    judge = networks.referees[0]
+    texts = np.concatenate([ids["referee"].numpy()[:, None], ids["negative"].numpy()], axis=1)
+    features = jax.vmap(judge.encode)({"input_ids": texts, "real": np.ones(texts.shape[:2], bool)})
+    cond = text_encoder(jnp.asarray(ids["sds"].numpy()))
+    uncond = jnp.broadcast_to(text_encoder(jnp.asarray(ids["empty"].numpy())), cond.shape)
+    return inversion.Prompt(cond=cond, uncond=uncond, texts=(features,))
+
+
+def as_torch(noise: inversion.Noise) -> dict:
+    """One step's noise of all prompts under the oracle's names."""
+    tensor = lambda x: torch.from_numpy(np.array(x))  # noqa: E731
+    noise = jax.tree.map(tensor, noise)
+    return {
+        "t": noise.t.long(), "eps": noise.eps, "n1": noise.n1, "n2": noise.n2,
+        "views": noise.views[0], "referee_noise": noise.referee[0],
+    }  # fmt: skip
+
+
+def trajectories(sides, variant: dict) -> tuple[np.ndarray, list, np.ndarray, dict]:
+    """`[step, prompt, h, w, C]` of both sides, the steps of ours from each of the oracle's latents, and the outputs."""
+    sd, judge, networks, text_encoder, ids = sides
+    settings = dataclasses.replace(GENTLE, **variant)
+    plan, hyper = ours(settings)
+    theirs = oracle.load(sd, judge, settings=settings, mean=tiny.CLIP_MEAN, std=tiny.CLIP_STD)
+    prompt, prompt_torch = encode(networks, text_encoder, ids), theirs.encode_text(*ids.values())
+    keys = jax.random.split(jax.random.key(7), (STEPS, len(PROMPTS)))
+    draw = jax.jit(jax.vmap(lambda key: inversion.draw(key, networks, plan, hyper)))
+    noises = [draw(keys[i]) for i in range(STEPS)]
+    start = jax.random.normal(jax.random.key(1), (len(PROMPTS), *plan.latent))
+    wanted, last, history = theirs.run(torch.from_numpy(np.array(start)), map(as_torch, noises), prompt_torch)
+    wanted_output = theirs.output(wanted[-1], last).numpy()
+    wanted = np.stack(wanted)
+
+    step = jax.jit(
+        jax.vmap(lambda p, s, i, n: inversion.step(networks, p, hyper, plan, s, i, n), in_axes=(0, 0, None, 0))
+    )
+    state = jax.vmap(lambda z: inversion.init(z, plan, hyper))(start)
+    made, single, losses = [np.asarray(start)], [], []
+    for i, noise in enumerate(noises):
+        from_theirs = state.replace(latents=jnp.asarray(wanted[i]))
+        single.append(
+            relative_l2(step(prompt, from_theirs, i, noise)[0].latents - wanted[i], wanted[i + 1] - wanted[i])
+        )
+        state, metrics = step(prompt, state, i, noise)
+        made.append(np.asarray(state.latents))
+        losses.append(metrics["loss"])
+    output = jax.vmap(lambda s: inversion.output(s, settings.output))(state)
+    measured = [h["loss"].numpy() for h in history if "loss" in h]
+    on = [np.asarray(x) for x in losses if np.isfinite(x).all()]
+    return wanted, np.stack(made), single, {"output": (output, wanted_output), "loss": (on, measured)}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_trajectory(sides, name):
+    if name != "faithful" and sides[2].prediction_type == "v_prediction":
+        pytest.skip("the other variants do not depend on what the U-Net predicts")
+    wanted, made, single, others = trajectories(sides, VARIANTS[name])
+    print(name, "one step", max(single), "all", relative_l2(made[-1], wanted[-1]))
+    # The first step from equal latents, its update measured against its own length.
+    assert single[0] <= 1e-5
+    assert relative_l2(made[1:], wanted[1:]) <= 1e-3
+    assert relative_l2(made[-1], wanted[-1]) <= 1e-3
+    assert relative_l2(*others["output"]) <= 1e-3
+    assert len(others["loss"][0]) == len(others["loss"][1])
+    if others["loss"][1]:
+        assert relative_l2(*map(np.stack, others["loss"])) <= 1e-3
+    # The latents move, or the agreement would say nothing.
+    assert relative_l2(wanted[-1], wanted[0]) > 0.1 or name == "without referee"
