@@ -1,0 +1,400 @@
+"""Settings: what can be chosen, the paper's values, and the checks that come before any weight is loaded.
+
+`default()` is an ml_collections ConfigDict for configs/*.py and `--config.x.y=`; `from_config` turns it, once, into
+frozen dataclasses. These are the one place where names, types, defaults and ranges are written down: the ConfigDict,
+the checks and the messages are derived from them. Defaults are those of "Referee Can Play" (arXiv 2402.16305), for
+Stable Diffusion 1.5.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import numbers
+import pathlib
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from referee_jax import augment, optim, views
+
+ASSETS = pathlib.Path(__file__).parent / "shapes" / "assets"
+EMBEDDED = "shapes/"  # checkpoints whose names begin so are part of the package
+LOSSES = ("cosine", "contrastive")
+
+# What decides which images are made, how they are stored or how fast, but not what any one of them looks like.
+_NOT_OF_THE_IMAGE = ("prompts", "samples", "workdir", "batch_size", "chunk", "outputs.trajectory")
+
+
+class ConfigError(ValueError):
+    """One sentence: which key, what was given, what is allowed."""
+
+
+def _field(default: Any, *, low: float = None, above: float = None, high: float = None, allowed: tuple = None) -> Any:
+    """A field with a range: at least `low`, more than `above`, at most `high`, one of `allowed`."""
+    limits = {"low": low, "above": above, "high": high, "allowed": allowed}
+    return dataclasses.field(default=default, metadata={name: x for name, x in limits.items() if x is not None})
+
+
+def _group(cls: type) -> Any:
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generator:
+    """The image prior: a Stable Diffusion checkpoint in diffusers' layout."""
+
+    checkpoint: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id, local directory, or shapes/...
+    revision: str = ""  # commit of a hub id; empty: the newest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sds:
+    """The score distillation gradient; see sds.py. Its weight falls along a cosine in `weight_steps` iterations."""
+
+    weight: float = _field(800.0, low=0)
+    weight_final: float = _field(400.0, low=0)
+    weight_steps: int = _field(160, low=1)
+    guidance: float = 30.0
+    t_min: int = _field(50, low=0)
+    t_max: int = _field(950, low=2, high=1000)
+    alpha_power: float = 0.0
+    sigma_power: float = 0.0
+    prompt: str = "A photo exactly contains {}"  # {} is the prompt; without it the prior is the same for all
+    negative_prompt: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Referee:
+    """The referees' common step; see objective.py. They act in iterations `start` to `stop - 1`."""
+
+    weight: float = _field(2.0, low=0)
+    weight_final: float = _field(2.0, low=0)
+    start: int = _field(0, low=0)
+    stop: int = _field(150, low=0)
+    balance: bool = True  # the referees' gradient takes the length of the prior's
+    balance_epsilon: float = _field(0.0, low=0)
+    noise: float = _field(0.2, low=0)  # standard deviation added to the views, in [0, 1] units
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RefereeSpec:
+    """One vision-language model: one that is optimised against, or one that only scores."""
+
+    name: str = _field("clip", allowed=("clip",))
+    checkpoint: str = "openai/clip-vit-large-patch14"
+    revision: str = ""
+    losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"cosine": 1.0})  # loss: weight
+    negatives: tuple[str, ...] = ()  # texts that the contrastive loss tells the prompt from
+    near: int = _field(0, low=0)  # and so many made of the prompt itself; see prompts.near
+    exchange: tuple[tuple[str, ...], ...] = ()  # groups of words that stand for one another in those
+    image_size: int = _field(0, low=0)  # side of the views; 0: the checkpoint's
+    role: str = _field("optimise", allowed=("optimise", "held_out"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The update of the latents; see optim.py. `noise` while the referees act, `tail_noise` after."""
+
+    name: str = _field("sgd", allowed=tuple(optim.OPTIMIZERS))
+    lr: float = _field(1.0, above=0)
+    lr_final: float = _field(0.5, low=0)
+    warmup: int = _field(10, low=0)
+    noise: float = _field(0.2, low=0)
+    tail_noise: float = _field(0.01, low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ema:
+    """The running average of the latents and the restarts from it, at `start`, `start + every`, ..."""
+
+    decay: float = _field(0.95, low=0, high=1)
+    start: int = _field(40, low=0)
+    every: int = _field(60, low=1)
+    alias: bool = False  # as in the authors' code, where a restart makes latents and average one tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Views(augment.Settings):
+    """Augmented views of the image: how many, which augmentations, and (inherited) the magnitudes of all of them."""
+
+    count: int = _field(10, low=1)
+    keep: int = _field(10, low=1)  # so many of the hardest have a gradient
+    augmentations: tuple[str, ...] = views.DEFAULT
+    shared_erase: bool = True  # one erased rectangle for all views
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What is written besides images, scores and log."""
+
+    trajectory: bool = False  # an animated WebP of each item
+    stretch: bool = False  # spread each image's values over the whole range, as the authors do
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that can be chosen."""
+
+    steps: int = _field(160, low=1)
+    image_size: int = _field(512, low=8)
+    precision: str = _field("float32", allowed=("float32", "bfloat16"))
+    batch_size: int = _field(8, low=1)  # items per device
+    chunk: int = _field(10, low=1)  # iterations between two looks at the clock, the log and the stop request
+    seed: int = _field(0, low=0, high=2**32 - 1)
+    samples: int = _field(1, low=1)  # images per prompt
+    workdir: str = ""  # the run directory; empty: runs/<config>-<fingerprint>
+    prompts: tuple[str, ...] = ()
+    generator: Generator = _group(Generator)
+    sds: Sds = _group(Sds)
+    referee: Referee = _group(Referee)
+    referees: tuple[RefereeSpec, ...] = (RefereeSpec(),)
+    optim: Optim = _group(Optim)
+    ema: Ema = _group(Ema)
+    views: Views = _group(Views)
+    output: str = _field("final", allowed=("final", "ema", "best"))
+    clamp: str = _field("hard", allowed=("hard", "straight_through"))
+    init: str = _field("noise", allowed=("noise", "sample"))
+    init_steps: int = _field(50, low=1)  # of the sampler, if init="sample"
+    init_guidance: float = 7.5
+    outputs: Outputs = _group(Outputs)
+
+
+# --- ConfigDicts ------------------------------------------------------------------------------------------------------
+
+
+def _config_dict(values: Any) -> Any:
+    """Dictionaries, also those in a tuple, as locked ConfigDicts (a tuple's are left alone by ml_collections)."""
+    if isinstance(values, Mapping):
+        config = ml_collections.ConfigDict({key: _config_dict(value) for key, value in values.items()})
+        return config.lock()
+    return tuple(map(_config_dict, values)) if isinstance(values, tuple) else values
+
+
+def default() -> ml_collections.ConfigDict:
+    """The paper's values, typed and locked."""
+    return _config_dict(dataclasses.asdict(Settings()))
+
+
+def referee(**changes: Any) -> ml_collections.ConfigDict:
+    """One entry of `config.referees`: the defaults with `changes`; ConfigError for an impossible key or value."""
+    return _config_dict(dataclasses.asdict(_parse(changes, RefereeSpec, "referee", {})))
+
+
+def from_config(config: ml_collections.ConfigDict | Mapping) -> Settings:
+    """The checked settings of a ConfigDict or a dictionary; what is left out has its default. Raises ConfigError."""
+    settings = _parse(config, Settings, "", {})
+    _check(settings)
+    return settings
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _wrong(key: str, value: Any, allowed: str) -> ConfigError:
+    given = repr(value)
+    return ConfigError(
+        f"{key} = {given if len(given) <= 200 else given[:200] + '...'} is not possible: it must be {allowed}"
+    )
+
+
+def _parse(value: Any, hint: Any, key: str, limits: Mapping) -> Any:
+    """`value` as type `hint` and within `limits`."""
+    if dataclasses.is_dataclass(hint):
+        return _parse_group(value, hint, key)
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is tuple:
+        return _parse_tuple(value, inner, key)
+    if kind is dict:
+        if not isinstance(value, Mapping | ml_collections.ConfigDict):
+            raise _wrong(key, value, "a dictionary of names and numbers")
+        return {name: _parse(x, inner[1], f"{key}.{name}", {}) for name, x in sorted(value.items())}
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise _wrong(key, value, "True or False")
+        return value
+    if kind is str:
+        if not isinstance(value, str):
+            raise _wrong(key, value, "a text")
+    else:
+        number = numbers.Integral if kind is int else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, number) or not math.isfinite(value):
+            raise _wrong(key, value, "a whole number" if kind is int else "a finite number")
+        value = kind(value)
+    return _within(value, key, limits)
+
+
+def _within(value: Any, key: str, limits: Mapping) -> Any:
+    if "allowed" in limits and value not in limits["allowed"]:
+        raise _wrong(key, value, "one of " + ", ".join(map(repr, limits["allowed"])))
+    for name, words, is_met in (
+        ("low", "at least", lambda limit: value >= limit),
+        ("above", "more than", lambda limit: value > limit),
+        ("high", "at most", lambda limit: value <= limit),
+    ):
+        if name in limits and not is_met(limits[name]):
+            raise _wrong(key, value, f"{words} {limits[name]}")
+    return value
+
+
+def _parse_tuple(value: Any, inner: tuple, key: str) -> tuple:
+    is_open = inner[-1] is Ellipsis
+    if not isinstance(value, list | tuple) or not (is_open or len(value) == len(inner)):
+        length = "" if is_open else f" of {len(inner)}"
+        raise _wrong(
+            key,
+            value,
+            f"a tuple{length}, as in --config.{key}=\"('first', 'second')\"" if is_open else f"a tuple{length}",
+        )
+    hints = [inner[0]] * len(value) if is_open else inner
+    return tuple(_parse(x, hint, f"{key}[{n}]", {}) for n, (x, hint) in enumerate(zip(value, hints, strict=True)))
+
+
+def _parse_group(value: Any, cls: type, key: str) -> Any:
+    if isinstance(value, cls):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(cls)}
+    if not isinstance(value, Mapping | ml_collections.ConfigDict):
+        raise _wrong(key or "the config", value, "a group of settings (a ConfigDict or a dictionary)")
+    value, hints = dict(value.items()), typing.get_type_hints(cls)
+    fields, prefix = {field.name: field for field in dataclasses.fields(cls)}, f"{key}." if key else ""
+    for name in value:
+        if name not in fields:
+            raise ConfigError(unknown_key(f"{prefix}{name}", fields))
+    return cls(**{name: _parse(x, hints[name], prefix + name, fields[name].metadata) for name, x in value.items()})
+
+
+def unknown_key(key: str, known: typing.Iterable[str]) -> str:
+    """What is said of a key that there is not, beside the `known` ones of its group."""
+    *path, name = key.split(".")
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean {'.'.join([*path, near[0]])}?" if near else f"there are {', '.join(sorted(known))}"
+    return f"{key} is not a setting; {hint}"
+
+
+def _check(settings: Settings) -> None:
+    """What fields must fulfil together, and the ranges that hold for all fields of a kind."""
+    if settings.image_size % 8:
+        raise _wrong("image_size", settings.image_size, "a multiple of 8")
+    # The last timestep drawn is t_max - 2.
+    if settings.sds.t_max < settings.sds.t_min + 2:
+        raise _wrong("sds.t_max", settings.sds.t_max, f"at least sds.t_min + 2 = {settings.sds.t_min + 2}")
+    if settings.sds.prompt.count("{}") > 1:
+        raise _wrong("sds.prompt", settings.sds.prompt, "a text with one {} where the prompt is put, or with none")
+    _check_views(settings.views)
+    _check_referees(settings)
+
+
+def _check_views(settings: Views) -> None:
+    if settings.keep > settings.count:
+        raise _wrong("views.keep", settings.keep, f"at most views.count = {settings.count}")
+    try:
+        views.check(settings.augmentations)
+    except ValueError as error:
+        raise ConfigError(f"views.augmentations = {settings.augmentations!r} is not possible: {error}") from error
+    for field in dataclasses.fields(augment.Settings):
+        key, value = field.name, getattr(settings, field.name)
+        amounts = value if isinstance(value, tuple) else (value,)
+        if key.endswith("_p") and not 0 <= value <= 1:
+            raise _wrong(f"views.{key}", value, "a probability, 0 to 1")
+        if min(amounts) < 0:
+            raise _wrong(f"views.{key}", value, "at least 0")
+        if key.endswith(("_area", "_ratio")) and not 0 < amounts[0] <= amounts[1]:
+            raise _wrong(f"views.{key}", value, "(low, high) with 0 < low <= high")
+        if key.endswith("_area") and amounts[1] > 1:
+            raise _wrong(f"views.{key}", value, "shares of the view, at most 1")
+    if settings.elastic_sigma == 0:
+        raise _wrong("views.elastic_sigma", 0.0, "more than 0")
+
+
+def _check_referees(settings: Settings) -> None:
+    for n, spec in enumerate(settings.referees):
+        key = f"referees[{n}]"
+        unknown = sorted(spec.losses.keys() - set(LOSSES))
+        if unknown:
+            raise _wrong(f"{key}.losses", spec.losses, f"a dictionary of weights of {', '.join(LOSSES)}")
+        if min(spec.losses.values(), default=0) < 0 or not any(spec.losses.values()):
+            raise _wrong(f"{key}.losses", spec.losses, "weights of at least 0, one of them more")
+        if "contrastive" in spec.losses and not (spec.negatives or spec.near):
+            raise _wrong(
+                f"{key}.negatives", spec.negatives, f"some texts, or {key}.near some number, for the contrastive loss"
+            )
+        if not spec.checkpoint:
+            raise _wrong(f"{key}.checkpoint", "", "a directory, a hub id, or shapes/...")
+    acts = settings.referee.weight or settings.referee.weight_final
+    if acts and all(spec.role != "optimise" for spec in settings.referees):
+        raise _wrong(
+            "referees",
+            settings.referees,
+            'one with role="optimise" at least, unless referee.weight and weight_final are 0',
+        )
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def to_dict(settings: Settings) -> dict[str, Any]:
+    """Plain values, as JSON has them: `from_config(to_dict(settings)) == settings`."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def to_json(settings: Settings) -> str:
+    """`to_dict` as indented JSON with sorted keys."""
+    return json.dumps(to_dict(settings), indent=2, sort_keys=True)
+
+
+def image_settings(settings: Settings) -> dict[str, Any]:
+    """The part of `to_dict` that decides what the image of a given prompt and sample looks like."""
+    return image_part(to_dict(settings))
+
+
+def image_part(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`image_settings` of a dictionary, also of one that another version of this program wrote."""
+    kept = {}
+    for key, value in values.items():
+        inner = [name.removeprefix(f"{key}.") for name in _NOT_OF_THE_IMAGE if name.startswith(f"{key}.")]
+        if inner and isinstance(value, Mapping):
+            value = {name: x for name, x in value.items() if name not in inner}
+        if key not in _NOT_OF_THE_IMAGE:
+            kept[key] = value
+    return kept
+
+
+def fingerprint(settings: Settings) -> str:
+    """sha256, in hex, of `image_settings`. Checkpoints enter by name and revision, not by content."""
+    return hashlib.sha256(json.dumps(image_settings(settings), sort_keys=True).encode()).hexdigest()
+
+
+def diff(old: Settings | Mapping, new: Settings | Mapping) -> str:
+    """The differences of two settings (or dictionaries of them), one line each: `sds.guidance: 30.0 -> 7.5`."""
+    old, new = (_flat(x if isinstance(x, Mapping) else to_dict(x)) for x in (old, new))
+    said = lambda values, key: json.dumps(values[key]) if key in values else "(absent)"  # noqa: E731
+    keys = sorted(key for key in old.keys() | new.keys() if said(old, key) != said(new, key))
+    return "\n".join(f"{key}: {said(old, key)} -> {said(new, key)}" for key in keys)
+
+
+def _flat(values: Any, key: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}, "c": [{"d": 2}]}` to `{"a.b": 1, "c[0].d": 2}`."""
+    if isinstance(values, Mapping):
+        parts = [(f"{key}.{name}" if key else name, x) for name, x in values.items()]
+    elif isinstance(values, list) and any(isinstance(x, Mapping) for x in values):
+        parts = [(f"{key}[{n}]", x) for n, x in enumerate(values)]
+    else:
+        return {key: values}
+    return {name: x for part, inner in parts for name, x in _flat(inner, part).items()}
+
+
+def checkpoint_path(name: str) -> str:
+    """The local directory of one of the package's own checkpoints (`shapes/...`); any other name as it is.
+
+    Raises ConfigError where the package holds no such checkpoint.
+    """
+    if not name.startswith(EMBEDDED):
+        return name
+    path = ASSETS / name.removeprefix(EMBEDDED)
+    if ".." in path.parts or not path.is_dir():
+        held = ", ".join(sorted(EMBEDDED + x.name for x in ASSETS.glob("*") if x.is_dir())) or "none"
+        raise ConfigError(f"the checkpoint {name!r} is not in the package; it holds {held}")
+    return str(path)

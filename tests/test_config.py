@@ -1,0 +1,226 @@
+"""Settings: the paper's values, what is refused and how that is said, and what makes two runs the same."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+from referee_jax import augment, config, objective, optim, sds
+from referee_jax.shapes import world
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return config.from_config(module.get_config())
+
+
+def test_defaults_are_the_papers():
+    settings = config.from_config(config.default())
+    assert (settings.steps, settings.image_size, settings.seed) == (160, 512, 0)
+    assert (settings.sds.weight, settings.sds.weight_final, settings.sds.guidance) == (800.0, 400.0, 30.0)
+    assert (settings.sds.t_min, settings.sds.t_max) == (50, 950)
+    assert settings.sds.prompt == "A photo exactly contains {}"
+    assert (settings.referee.weight, settings.referee.stop, settings.referee.noise) == (2.0, 150, 0.2)
+    assert (settings.optim.lr, settings.optim.lr_final, settings.optim.warmup) == (1.0, 0.5, 10)
+    assert (settings.optim.noise, settings.optim.tail_noise) == (0.2, 0.01)
+    assert (settings.ema.decay, settings.ema.start, settings.ema.every, settings.ema.alias) == (0.95, 40, 60, False)
+    assert (settings.views.count, settings.views.keep) == (10, 10)
+    assert settings.views.augmentations == ("Af", "Pe", "Ji", "Er")
+    assert (settings.output, settings.clamp, settings.init) == ("final", "hard", "noise")
+    assert settings.referees[0].losses == {"cosine": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("group", "hyper", "prefix"),
+    [
+        ("sds", sds.Hyper, ""),
+        ("referee", objective.Hyper, ""),
+        ("optim", optim.Hyper, ""),
+        ("views", augment.Settings, ""),
+    ]
+    + [("ema", optim.Hyper, "ema_")],
+)
+def test_defaults_agree_with_the_modules_that_use_them(group, hyper, prefix):
+    ours = dataclasses.asdict(getattr(config.Settings(), group))
+    theirs = {field.name.removeprefix(prefix): field.default for field in dataclasses.fields(hyper)}
+    shared = ours.keys() & theirs.keys()
+    assert len(shared) >= 3
+    assert {key: ours[key] for key in shared} == {key: theirs[key] for key in shared}
+
+
+def test_every_magnitude_of_a_view_is_a_setting():
+    magnitudes = {field.name for field in dataclasses.fields(augment.Settings)}
+    own = {"count", "keep", "augmentations", "shared_erase"}
+    assert set(dataclasses.asdict(config.Settings().views)) == magnitudes | own
+
+
+def test_settings_survive_json():
+    changed = config.default()
+    changed.views.affine_translate = (0.25, 0.125)
+    changed.prompts = ("a", "b")
+    changed.referees = (config.referee(checkpoint="x"), config.referee(role="held_out", losses={"cosine": 0.5}))
+    settings = config.from_config(changed)
+    assert settings != config.Settings()
+    assert config.from_config(config.to_dict(settings)) == settings
+    assert config.from_config(json.loads(config.to_json(settings))) == settings
+    assert config.from_config({}) == config.Settings()
+
+
+def test_whole_numbers_become_floats():
+    # A float that is an integer would be traced as one.
+    settings = config.from_config({"sds": {"guidance": 7}, "views": {"affine_translate": [0, 1]}})
+    assert isinstance(settings.sds.guidance, float)
+    assert [type(x) for x in settings.views.affine_translate] == [float, float]
+
+
+def test_config_dict_is_locked_and_typed():
+    settings = config.default()
+    with pytest.raises(AttributeError, match="stepz"):
+        settings.stepz = 3
+    with pytest.raises(TypeError):
+        settings.steps = "many"
+    with pytest.raises(AttributeError, match="rolle"):
+        settings.referees[0].rolle = "held_out"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 3}, "stepz is not a setting; did you mean steps?"),
+        ({"sds": {"guidanse": 3}}, "sds.guidanse is not a setting; did you mean sds.guidance?"),
+        ({"outputs": {"zzz": 3}}, "outputs.zzz is not a setting; there are stretch, trajectory"),
+        ({"steps": 0}, "steps = 0 is not possible: it must be at least 1"),
+        ({"steps": 2.5}, "steps = 2.5 is not possible: it must be a whole number"),
+        ({"steps": True}, "steps = True is not possible: it must be a whole number"),
+        ({"sds": 3}, "sds = 3 is not possible: it must be a group of settings (a ConfigDict or a dictionary)"),
+        ({"sds": {"weight": "much"}}, "sds.weight = 'much' is not possible: it must be a finite number"),
+        ({"sds": {"weight": float("nan")}}, "sds.weight = nan is not possible: it must be a finite number"),
+        ({"sds": {"prompt": "a photo"}}, "sds.prompt = 'a photo' is not possible: it must be a text with one {}, "),
+        ({"sds": {"t_max": 51}}, "sds.t_max = 51 is not possible: it must be at least sds.t_min + 2 = 52"),
+        ({"precision": "float16"}, "precision = 'float16' is not possible: it must be one of 'float32', 'bfloat16'"),
+        ({"seed": 2**32}, f"seed = {2**32} is not possible: it must be at most {2**32 - 1}"),
+        ({"image_size": 500}, "image_size = 500 is not possible: it must be a multiple of 8"),
+        ({"optim": {"lr": 0}}, "optim.lr = 0.0 is not possible: it must be more than 0"),
+        ({"optim": {"name": "sdg"}}, "optim.name = 'sdg' is not possible: it must be one of 'sgd', 'adam'"),
+        ({"ema": {"alias": 1}}, "ema.alias = 1 is not possible: it must be True or False"),
+        ({"prompts": "a"}, "prompts = 'a' is not possible: it must be a tuple"),
+        ({"prompts": ["a", 3]}, "prompts[1] = 3 is not possible: it must be a text"),
+        ({"views": {"keep": 11}}, "views.keep = 11 is not possible: it must be at most views.count = 10"),
+        (
+            {"views": {"augmentations": ("Af", "Xy")}},
+            "views.augmentations = ('Af', 'Xy') is not possible: augmentations",
+        ),
+        (
+            {"views": {"affine_translate": (0.1,)}},
+            "views.affine_translate = (0.1,) is not possible: it must be a tuple of 2",
+        ),
+        ({"views": {"affine_p": 1.5}}, "views.affine_p = 1.5 is not possible: it must be a probability, 0 to 1"),
+        ({"views": {"noise": -0.1}}, "views.noise = -0.1 is not possible: it must be at least 0"),
+        (
+            {"views": {"erase_area": (0.4, 0.1)}},
+            "views.erase_area = (0.4, 0.1) is not possible: it must be (low, high)",
+        ),
+        ({"views": {"erase_area": (0.4, 1.1)}}, "views.erase_area = (0.4, 1.1) is not possible: it must be shares"),
+        ({"referees": [{"name": "bert"}]}, "referees[0].name = 'bert' is not possible: it must be one of "),
+        (
+            {"referees": [{"losses": {"l2": 1.0}}]},
+            "referees[0].losses = {'l2': 1.0} is not possible: it must be a dict",
+        ),
+        (
+            {"referees": [{"losses": {"cosine": 0.0}}]},
+            "referees[0].losses = {'cosine': 0.0} is not possible: it must be w",
+        ),
+        (
+            {"referees": [{"losses": {"contrastive": 1.0}}]},
+            "referees[0].negatives = () is not possible: it must be texts",
+        ),
+        (
+            {"referees": [{}, {"role": "judge"}]},
+            "referees[1].role = 'judge' is not possible: it must be one of 'optimise'",
+        ),
+        (
+            {"referees": [{"checkpoint": ""}]},
+            "referees[0].checkpoint = '' is not possible: it must be a directory, a hub",
+        ),
+        ({"referees": []}, 'referees = () is not possible: it must be one with role="optimise" at least'),
+    ],
+)
+def test_mistakes_are_named(values, message):
+    with pytest.raises(config.ConfigError) as caught:
+        config.from_config(values)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_long_values_are_shortened():
+    with pytest.raises(config.ConfigError) as caught:
+        config.from_config({"prompts": "word " * 1000})
+    assert len(str(caught.value)) < 400
+
+
+def test_no_referee_is_needed_where_none_acts():
+    assert config.from_config({"referees": [], "referee": {"weight": 0, "weight_final": 0}}).referees == ()
+
+
+def test_fingerprint_is_of_what_changes_the_images():
+    base = config.from_config({})
+    same = {
+        "prompts": ["a"],
+        "samples": 3,
+        "workdir": "x",
+        "batch_size": 1,
+        "chunk": 7,
+        "outputs": {"trajectory": True},
+    }
+    for key, value in same.items():
+        assert config.from_config({key: value}) != base
+        assert config.fingerprint(config.from_config({key: value})) == config.fingerprint(base), key
+    others = [
+        {"seed": 1}, {"steps": 159}, {"sds": {"guidance": 29.5}}, {"views": {"noise": 0.0}}, {"precision": "bfloat16"},
+        {"referees": [{"revision": "abc"}]}, {"outputs": {"stretch": True}}, {"output": "best"},
+    ]  # fmt: skip
+    prints = {config.fingerprint(config.from_config(values)) for values in [{}, *others]}
+    assert len(prints) == 1 + len(others)
+    assert all(len(x) == 64 for x in prints)
+
+
+def test_diff_names_what_changed():
+    old = config.from_config({})
+    new = config.from_config({"steps": 3, "sds": {"guidance": 7.5}, "referees": [{"checkpoint": "mine"}, {}]})
+    lines = config.diff(old, new).splitlines()
+    assert lines[-2:] == ["sds.guidance: 30.0 -> 7.5", "steps: 160 -> 3"]
+    assert 'referees[0].checkpoint: "openai/clip-vit-large-patch14" -> "mine"' in lines
+    assert 'referees[1].name: (absent) -> "clip"' in lines
+    assert config.diff(old, old) == ""
+    # Records of another version have other keys.
+    assert config.diff({"a": {"gone": 1}}, {"a": {}}) == "a.gone: 1 -> (absent)"
+
+
+def test_checkpoints_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "ASSETS", tmp_path / "assets")
+    (tmp_path / "assets" / "clip").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    assert config.checkpoint_path("shapes/clip") == str(tmp_path / "assets" / "clip")
+    assert config.checkpoint_path("openai/clip-vit-large-patch14") == "openai/clip-vit-large-patch14"
+    for name in ("shapes/clop", "shapes/../outside"):
+        with pytest.raises(config.ConfigError, match="not in the package; it holds shapes/clip$"):
+            config.checkpoint_path(name)
+
+
+def test_configs():
+    base = config.Settings()
+    assert load("paper") == base
+    changed = {line.split(":")[0] for line in config.diff(base, load("clip")).splitlines()}
+    assert changed == {
+        "output", "clamp", "sds.prompt", "referee.balance_epsilon", "views.affine_translate", "views.shared_erase",
+    }  # fmt: skip
+    shapes = load("shapes")
+    assert len(shapes.prompts) == 8
+    assert all(len(world.parse(text).things) == 2 for text in shapes.prompts)
+    assert [spec.role for spec in shapes.referees] == ["optimise", "held_out"]
