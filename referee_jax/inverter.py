@@ -1,0 +1,353 @@
+"""Inverter: networks and one compiled program; prompts in, images and metrics out. Knows no files but checkpoints.
+
+    inverter = Inverter.from_config(settings)
+    result = inverter(["a red circle and a blue square"], samples=2, seed=0)
+
+A batch is a fixed number of items (prompt, sample) at the same iteration; a shorter one is padded. `begin`, `advance` by a
+chunk of iterations, and `finish` are the pieces of the loop, for who wants to look or stop in between.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from referee_jax import augment, config, inversion, objective, optim, parallel, prompts, queue, referees, sampler, sds
+from referee_jax.weights import load
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One result. `scores` are the referees' on the clean image, `latents` the scaled latents `[h, w, C]` it was decoded from."""
+
+    item: queue.Item
+    image: np.ndarray
+    scores: dict[str, float]
+    latents: np.ndarray
+    status: str = "done"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """All results of a call, in the order prompts x samples; `history` has `[item, step]` per metric."""
+
+    items: list[queue.Item]
+    images: np.ndarray
+    scores: list[dict[str, float]]
+    latents: np.ndarray
+    history: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A batch between two chunks: its real items, and what the compiled program carries, padded to the batch size."""
+
+    items: tuple[queue.Item, ...]
+    step: int
+    prompt: inversion.Prompt
+    hyper: inversion.Hyper
+    state: inversion.InversionState
+    keys: Array
+
+
+class Inverter:
+    """The method with its networks on this process's devices."""
+
+    def __init__(
+        self,
+        settings: config.Settings,
+        prior: load.StableDiffusion,
+        judges: Sequence[referees.Judge],
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        self.settings, self.tokenizer = settings, prior.tokenizer
+        self.mesh = parallel.prompt_mesh(devices)
+        self.steps, self.chunk = settings.steps, settings.chunk
+        self.batch_size = settings.batch_size * self.mesh.size
+        self.judges = [judge for judge in judges if judge.spec.role == "optimise"]
+        self.held_out = [judge for judge in judges if judge.spec.role == "held_out"]
+        networks = inversion.Networks(
+            unet=prior.unet,
+            vae=prior.vae,
+            alphas_cumprod=prior.alphas_cumprod,
+            prediction_type=prior.prediction_type,
+            referees=tuple(judge.referee for judge in self.judges),
+            held_out=tuple(judge.referee for judge in self.held_out),
+        )
+        self.networks = parallel.place(networks, self.mesh, batched=False)
+        self.text_encoder = prior.text_encoder
+        self.plan = make_plan(settings, prior, self.judges)
+        self.hyper = make_hyper(settings)
+        self.is_guided = settings.sds.prompt != settings.sds.negative_prompt
+        self.compiled = False
+        self._encode = jax.jit(jax.vmap(_encode, in_axes=(None, None, 0)))
+
+    @classmethod
+    def from_config(cls, settings: config.Settings, devices: Sequence[jax.Device] | None = None) -> "Inverter":
+        """Loads the networks that `settings` names, onto `devices` (default: all of this process).
+
+        Raises WeightsError where a checkpoint cannot be had or does not fit.
+        """
+        dtype = DTYPES[settings.precision]
+        prior = load.load_stable_diffusion(
+            config.checkpoint_path(settings.generator.checkpoint),
+            revision=settings.generator.revision or None,
+            dtype=dtype,
+        )
+        return cls(settings, prior, [referees.load_referee(spec, dtype=dtype) for spec in settings.referees], devices)
+
+    @property
+    def devices(self) -> str:
+        """What it runs on, in words."""
+        return f"{self.mesh.devices.flat[0].device_kind} x {self.mesh.size}"
+
+    def check(self, prompt: str) -> str | None:
+        """Why this prompt cannot be done, or None."""
+        texts = [(self.tokenizer, self.settings.sds.prompt.replace("{}", prompt), "the prior")]
+        texts += [(judge.tokenizer, prompt, judge.spec.name) for judge in (*self.judges, *self.held_out)]
+        for tokenizer, text, who in texts:
+            count, limit = prompts.token_count(tokenizer, text), tokenizer.model_max_length
+            if count > limit:
+                return f"{count} tokens, {who} reads {limit}"
+        return None
+
+    def begin(self, items: Sequence[queue.Item], seed: int, hypers: Sequence[inversion.Hyper] | None = None) -> Batch:
+        """A batch before its first iteration; `hypers` gives each item its own numbers (one more vmapped axis)."""
+        items = tuple(items)
+        if not 0 < len(items) <= self.batch_size:
+            raise ValueError(f"{len(items)} items for a batch of 1 to {self.batch_size}")
+        padded = items + items[-1:] * (self.batch_size - len(items))
+        tokens = jax.tree.map(lambda *x: np.stack(x), *[self._tokenize(item.prompt) for item in padded])
+        place = functools.partial(parallel.place, mesh=self.mesh, batched=True)
+        prompt = place(self._encode(self.networks, self.text_encoder, tokens))
+        keys = place(jnp.stack([item_key(seed, item) for item in padded]))
+        hyper = self.hyper
+        if hypers is not None:
+            hypers = [*hypers, *[hypers[-1]] * (self.batch_size - len(items))]
+            hyper = place(jax.tree.map(lambda *x: jnp.stack(x), *hypers))
+        state = self._program("start", hypers is not None)(self.networks, prompt, hyper, keys)
+        return Batch(items, 0, prompt, hyper, state, keys)
+
+    def advance(self, batch: Batch) -> tuple[Batch, dict[str, np.ndarray]]:
+        """One chunk of iterations; the metrics of each, `[item, iteration]`. Donates the batch: go on with the result."""
+        run = self._program("chunk", self._is_swept(batch))
+        state, metrics = run(self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(batch.step))
+        done = min(self.chunk, self.steps - batch.step)
+        metrics = {name: np.asarray(x).T[: len(batch.items), :done] for name, x in metrics.items()}
+        self.compiled = True
+        return dataclasses.replace(batch, step=batch.step + done, state=state), metrics
+
+    def preview(self, batch: Batch) -> np.ndarray:
+        """The images as they are, uint8 `[item, H, W, 3]`."""
+        images = self._program("finish", False)(self.networks, batch.prompt, batch.state)[1]
+        return np.asarray(jnp.round(images[: len(batch.items)] * 255)).astype(np.uint8)
+
+    def finish(self, batch: Batch) -> list[Picture]:
+        """The chosen output of each item, decoded and scored by all referees."""
+        latents, images, scores = self._program("finish", False)(self.networks, batch.prompt, batch.state)
+        latents, images, frozen = np.asarray(latents), np.asarray(images), np.asarray(batch.state.frozen)
+        scores = {name: np.asarray(value) for name, value in scores.items()}
+        return [
+            Picture(
+                item, images[n], {name: float(value[n]) for name, value in scores.items()}, latents[n],
+                "nonfinite" if frozen[n] else "done",
+            )
+            for n, item in enumerate(batch.items)
+        ]  # fmt: skip
+
+    def __call__(self, texts: Sequence[str], *, samples: int = 1, seed: int = 0) -> Result:
+        """All of `texts` x `samples`, batch by batch. ValueError for a prompt that cannot be done."""
+        for text in texts:
+            if reason := self.check(text):
+                raise ValueError(f"prompt {text[:80]!r}: {reason}")
+        items = [queue.Item(text, sample) for text in texts for sample in range(samples)]
+        pictures, histories = [], []
+        for start in range(0, len(items), self.batch_size):
+            batch, history = self.begin(items[start : start + self.batch_size], seed), []
+            while batch.step < self.steps:
+                batch, metrics = self.advance(batch)
+                history.append(metrics)
+            histories.append({name: np.concatenate([h[name] for h in history], axis=1) for name in history[0]})
+            pictures += self.finish(batch)
+        return Result(
+            items=items,
+            images=np.stack([picture.image for picture in pictures]),
+            scores=[picture.scores for picture in pictures],
+            latents=np.stack([picture.latents for picture in pictures]),
+            history={name: np.concatenate([h[name] for h in histories]) for name in histories[0]},
+        )
+
+    def sample(
+        self, texts: Sequence[str], *, samples: int = 1, seed: int = 0, steps: int = 50, guidance: float = 7.5
+    ) -> Result:
+        """The baseline: plain DDIM sampling of the prior for the same items and from the same noise."""
+        items = [queue.Item(text, sample) for text in texts for sample in range(samples)]
+        pictures = []
+        for start in range(0, len(items), self.batch_size):
+            batch = self.begin(items[start : start + self.batch_size], seed)
+            latents = self._sampler(steps)(self.networks, batch.prompt, batch.keys, jnp.float32(guidance))
+            pictures += self.finish(dataclasses.replace(batch, state=batch.state.replace(latents=latents)))
+        return Result(
+            items=items,
+            images=np.stack([picture.image for picture in pictures]),
+            scores=[picture.scores for picture in pictures],
+            latents=np.stack([picture.latents for picture in pictures]),
+            history={},
+        )
+
+    def _tokenize(self, prompt: str) -> dict[str, Any]:
+        template = self.settings.sds
+        texts = [template.prompt.replace("{}", prompt), template.negative_prompt][: 2 if self.is_guided else 1]
+        return {
+            "prior": prompts.tokenize(self.tokenizer, texts),
+            "referees": tuple(judge.tokenize(prompt) for judge in self.judges),
+            "held_out": tuple(judge.tokenize(prompt) for judge in self.held_out),
+        }
+
+    def _is_swept(self, batch: Batch) -> bool:
+        return jax.tree.leaves(batch.hyper)[0].ndim > 0
+
+    @functools.cache  # noqa: B019 - an inverter lives as long as its programs
+    def _program(self, name: str, swept: bool) -> Any:
+        """The compiled `start`, `chunk` or `finish` of a batch over all devices."""
+        over = 0 if swept else None
+        if name == "start":
+            init = self.settings.init, self.settings.init_steps, self.settings.init_guidance
+            fn = jax.vmap(functools.partial(_start, plan=self.plan, how=init), in_axes=(None, 0, over, 0))
+            return jax.jit(parallel.across_devices(fn, self.mesh, (False, True, swept, True)))
+        if name == "chunk":
+            fn = functools.partial(_chunk, plan=self.plan, count=self.chunk, over=over)
+            spread = parallel.across_devices(fn, self.mesh, (False, True, swept, True, True, False), joined=(0, 1))
+            return jax.jit(spread, donate_argnums=3)
+        fn = jax.vmap(functools.partial(_finish, plan=self.plan, output=self.settings.output), in_axes=(None, 0, 0))
+        return jax.jit(parallel.across_devices(fn, self.mesh, (False, True, True)))
+
+    @functools.cache  # noqa: B019
+    def _sampler(self, steps: int) -> Any:
+        fn = jax.vmap(functools.partial(_sample, plan=self.plan, steps=steps), in_axes=(None, 0, 0, None))
+        return jax.jit(parallel.across_devices(fn, self.mesh, (False, True, True, False)))
+
+
+def item_key(seed: int, item: queue.Item) -> Array:
+    """The key of all that is random for one item: of the seed, the prompt's text and the sample's number, nothing else."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), item.prompt_id), item.sample)
+
+
+def make_plan(
+    settings: config.Settings, prior: load.StableDiffusion, judges: Sequence[referees.Judge]
+) -> inversion.Plan:
+    """What is static of the settings."""
+    side = settings.image_size // prior.vae.config.downscale
+    looks = [
+        objective.Looks(
+            losses=tuple(sorted(judge.spec.losses.items())), count=settings.views.count, keep=settings.views.keep,
+            augmentations=tuple(settings.views.augmentations),
+        )
+        for judge in judges
+    ]  # fmt: skip
+    return inversion.Plan(
+        latent=(side, side, prior.vae.config.latent_channels),
+        looks=tuple(looks),
+        steps=settings.steps,
+        clamp=settings.clamp,
+        shared_erase=settings.views.shared_erase,
+        optimizer=settings.optim.name,
+        ema_alias=settings.ema.alias,
+        use_sds=bool(settings.sds.weight or settings.sds.weight_final),
+        use_balance=settings.referee.balance,
+    )
+
+
+def make_hyper(settings: config.Settings) -> inversion.Hyper:
+    """What is a number of the settings, as float32 and int32 arrays."""
+
+    def fill(kind: type, *sources: Any) -> Any:
+        names = [field.name for field in dataclasses.fields(kind)]
+        return kind(**{name: getattr(source, name) for source in sources for name in names if hasattr(source, name)})
+
+    ema = {f"ema_{name}": getattr(settings.ema, name) for name in ("decay", "start", "every")}
+    hyper = inversion.Hyper(
+        prior=fill(sds.Hyper, settings.sds),
+        referee=fill(objective.Hyper, settings.referee),
+        update=fill(optim.Hyper, settings.optim).replace(**ema),
+        views=fill(augment.Settings, settings.views),
+    )
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32), hyper)
+
+
+# --- the compiled pieces, for one item (and, of the chunk, for the batch of one device) ----------------------------------
+
+
+def _encode(networks: inversion.Networks, text_encoder: Any, tokens: dict[str, Any]) -> inversion.Prompt:
+    states = text_encoder(tokens["prior"]).astype(jnp.float32)
+    judged = lambda referees, key: tuple(r.encode(t) for r, t in zip(referees, tokens[key], strict=True))  # noqa: E731
+    return inversion.Prompt(
+        cond=states[0],
+        uncond=states[1] if len(states) > 1 else None,
+        texts=judged(networks.referees, "referees"),
+        held_out=judged(networks.held_out, "held_out"),
+    )
+
+
+def _noise(key: Array, plan: inversion.Plan) -> Array:
+    # Iterations fold in 0, 1, ...; the start folds in what no iteration reaches.
+    return jax.random.normal(jax.random.fold_in(key, 2**31 - 1), plan.latent)
+
+
+def _sample(
+    networks: inversion.Networks,
+    prompt: inversion.Prompt,
+    key: Array,
+    guidance: Array,
+    *,
+    plan: inversion.Plan,
+    steps: int,
+):
+    return sampler.ddim(
+        networks.unet, _noise(key, plan), cond=prompt.cond, uncond=prompt.uncond, steps=steps, guidance=guidance,
+        alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
+    )  # fmt: skip
+
+
+def _start(networks, prompt, hyper, key, *, plan: inversion.Plan, how: tuple) -> inversion.InversionState:
+    init, steps, guidance = how
+    latents = _noise(key, plan)
+    if init == "sample":
+        latents = _sample(networks, prompt, key, guidance, plan=plan, steps=steps)
+    return inversion.init(latents, plan, hyper)
+
+
+def _chunk(networks, prompt, hyper, state, keys, start, *, plan: inversion.Plan, count: int, over: int | None):
+    def one(prompt, hyper, state, key, i):
+        noise = inversion.draw(jax.random.fold_in(key, i), networks, plan, hyper)
+        return inversion.step(networks, prompt, hyper, plan, state, i, noise)
+
+    step = jax.vmap(one, in_axes=(0, over, 0, 0, None))
+
+    def body(state, i):
+        run = lambda state: step(prompt, hyper, state, keys, i)  # noqa: E731
+        shapes = jax.eval_shape(run, state)[1]
+        # The last chunk may reach past the end: those iterations do nothing.
+        rest = lambda state: (state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))  # noqa: E731
+        return jax.lax.cond(i < plan.steps, run, rest, state)
+
+    return jax.lax.scan(body, state, start + jnp.arange(count))
+
+
+def _finish(networks, prompt, state, *, plan: inversion.Plan, output: str):
+    latents = inversion.output(state, output)
+    image = inversion.decode(networks, latents, plan)
+    scores = {}
+    judged = zip((*networks.referees, *networks.held_out), (*prompt.texts, *prompt.held_out), strict=True)
+    for number, (referee, text) in enumerate(judged):
+        place = number - len(networks.referees)
+        name = f"referee_{number}" if place < 0 else f"held_out_{place}"
+        scores |= {f"{name}_{key}": value for key, value in referee.scores(image, text).items()}
+    return latents, image, scores

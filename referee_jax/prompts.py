@@ -1,0 +1,144 @@
+"""Prompts: files of them, what can be wrong with one, and their tokens."""
+
+import dataclasses
+import itertools
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LONGEST = 2000  # characters; the longest text encoder reads 77 tokens
+
+
+class PromptError(ValueError):
+    """A file of prompts or a prompt that cannot be used; one sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A prompt as it was given, and where: "line 3 of prompts.txt". None is a text that could not be read."""
+
+    text: str | None
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A prompt that was left out, and why."""
+
+    text: str
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        shown = f" ({self.text[:60]!r})" if self.text else ""
+        return f"{self.where}{shown}: {self.reason}"
+
+
+def read_prompts(file: str | os.PathLike) -> list[Entry]:
+    """One entry per line of a UTF-8 text file, as it stands; PromptError where the file cannot be read."""
+    path = Path(file)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"the prompt file {path} cannot be read: {error.strerror or error}") from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise PromptError(f"the prompt file {path} is UTF-16; save it as UTF-8")
+    # By bytes: str.splitlines would also end a line at U+2028 and the like.
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            text = None
+        entries.append(Entry(text, f"line {number} of {path.name}"))
+    return entries
+
+
+def clean(text: str) -> str:
+    """The prompt without white space around it; all else is the user's."""
+    return text.strip()
+
+
+def check(text: str) -> str | None:
+    """Why this text cannot be a prompt, or None."""
+    if not text.strip():
+        return "blank"
+    if len(text) > LONGEST:
+        return f"{len(text)} characters, at most {LONGEST} are allowed"
+    for place, character in enumerate(text, 1):
+        # Cc are control characters, Cs lone surrogates. Cf stays: emoji are joined by it.
+        if unicodedata.category(character) in ("Cc", "Cs"):
+            return f"U+{ord(character):04X} at character {place} is a control character or half a character"
+    return None
+
+
+def sift(entries: Iterable[Entry]) -> tuple[list[str], list[Rejected]]:
+    """The usable prompts, cleaned, each once and in order; and those left out, with reasons."""
+    kept: dict[str, str] = {}
+    rejected = []
+    for entry in entries:
+        text = clean(entry.text or "")
+        reason = "not UTF-8" if entry.text is None else check(text)
+        if not reason and text in kept:
+            reason = f"the same as {kept[text]}"
+        if reason:
+            rejected.append(Rejected(text, entry.where, reason))
+        else:
+            kept[text] = entry.where
+    return list(kept), rejected
+
+
+def token_count(tokenizer: Any, text: str) -> int:
+    """Tokens of `text` with both ends, by a transformers tokenizer."""
+    return len(tokenizer(text, verbose=False)["input_ids"])
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], length: int | None = None) -> np.ndarray:
+    """Token ids, int32 `[text, length]`, padded as the tokenizer pads; `length` is by default the tokenizer's limit.
+
+    Nothing is cut: a text of more tokens raises PromptError.
+    """
+    length = tokenizer.model_max_length if length is None else length
+    rows = tokenizer(list(texts), padding="max_length", max_length=length, truncation=False, verbose=False)["input_ids"]
+    for text, row in zip(texts, rows, strict=True):
+        if len(row) > length:
+            raise PromptError(f"the prompt {text[:60]!r} has {len(row)} tokens, the text encoder reads {length}")
+    return np.array(rows, np.int32).reshape(len(rows), length)
+
+
+def near(prompt: str, exchange: Sequence[Sequence[str]]) -> list[str]:
+    """Texts near to a prompt that say something else, the most treacherous first: what a referee must not mix up.
+
+    `exchange` are groups of words of which each may stand where another stands (colours, shapes, ...). Two words of a group
+    that are both in the prompt change places; one part of an "and" is left out; one word gives way to each other one of its
+    group.
+    """
+    words = prompt.split()
+    groups = [{word.lower(): None for word in group} for group in exchange]
+    at = [[i for i, word in enumerate(words) if word.lower() in group] for group in groups]
+    texts = []
+    for places in at:
+        for i, j in itertools.combinations(places, 2):
+            swapped = list(words)
+            swapped[i], swapped[j] = words[j], words[i]
+            texts.append(swapped)
+    parts = prompt.split(" and ")
+    texts += [part.split() for part in parts if len(parts) > 1]
+    for group, places in zip(groups, at, strict=True):
+        texts += [[*words[:i], other, *words[i + 1 :]] for i in places for other in group]
+    # "a red ..." with another colour may be "an orange ...".
+    told = [" ".join(_article(text, i) for i in range(len(text))) for text in texts]
+    return [text for text in dict.fromkeys(told) if text.lower() != prompt.lower()]
+
+
+def _article(words: Sequence[str], i: int) -> str:
+    if words[i] not in ("a", "an") or i + 1 == len(words):
+        return words[i]
+    return "an" if words[i + 1][0].lower() in "aeiou" else "a"

@@ -1,0 +1,211 @@
+"""The engine: one program whatever surrounds a prompt (batch, devices, transformation), and nothing compiled twice."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from referee_jax import config, inversion, parallel, queue
+from referee_jax import inverter as inverter_lib
+from tests.conftest import relative_l2
+
+PROMPTS = [
+    "a red circle and a blue square",
+    "a green square",
+    "a blue circle",
+    "red",
+    "a photo",
+    "blue and red",
+    "b",
+    "c",
+]
+# XLA tiles a batch of 8 otherwise than one of 1, and sums of floats depend on their order; the steps below are gentle
+# enough that such differences (1e-7 at first) do not grow past this in 6 iterations.
+TOLERANCE = 2e-5
+
+
+def settings(checkpoints, **changes) -> config.Settings:
+    sd, clip = map(str, checkpoints)
+    values = {
+        "steps": 6, "chunk": 4, "image_size": 32, "batch_size": 8, "output": "final",
+        "generator": {"checkpoint": sd},
+        "referees": (
+            {"checkpoint": clip, "losses": {"cosine": 0.5, "contrastive": 1.0}, "near": 3, "exchange": (("red", "blue", "green"),)},
+            {"checkpoint": clip, "role": "held_out"},
+        ),
+        "sds": {"weight": 1.5, "weight_final": 0.75, "weight_steps": 6, "guidance": 1.5},
+        "referee": {"weight": 1.0, "weight_final": 1.0, "stop": 5, "noise": 0.1, "balance_epsilon": 1e-8},
+        "optim": {"warmup": 2, "noise": 0.05}, "ema": {"start": 2, "every": 2}, "views": {"count": 3, "keep": 2},
+    }  # fmt: skip
+    for key, value in changes.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return config.from_config(values)
+
+
+def build(checkpoints, devices: int = 1, **changes) -> inverter_lib.Inverter:
+    return inverter_lib.Inverter.from_config(settings(checkpoints, **changes), jax.devices()[:devices])
+
+
+@pytest.fixture(scope="module")
+def inverter(checkpoints):
+    return build(checkpoints)
+
+
+@pytest.fixture(scope="module")
+def straight(inverter):
+    """All eight prompts in one batch on one device."""
+    return inverter(PROMPTS, seed=3)
+
+
+def test_result(inverter, straight):
+    assert straight.images.shape == (8, 32, 32, 3) and straight.latents.shape == (8, 8, 8, 4)
+    assert 0 <= straight.images.min() and straight.images.max() <= 1
+    assert straight.history["loss"].shape == (8, 6)
+    # The referees act in iterations 0 to 4.
+    assert np.isfinite(straight.history["loss"][:, :5]).all() and np.isnan(straight.history["loss"][:, 5]).all()
+    assert set(straight.scores[0]) == {"referee_0_cosine", "referee_0_probability", "held_out_0_cosine"}
+    # The held-out referee is the same network here, so the same cosine: roles do not change a score.
+    assert straight.scores[0]["held_out_0_cosine"] == pytest.approx(straight.scores[0]["referee_0_cosine"], abs=1e-6)
+    # Different prompts and different samples make different pictures.
+    flat = straight.latents.reshape(8, -1)
+    assert min(relative_l2(flat[i], flat[j]) for i in range(8) for j in range(i)) > 0.5
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_batch_independence(checkpoints, straight, size):
+    small = build(checkpoints, batch_size=size)
+    picked = [PROMPTS[i] for i in (5, 2, 0, 7)]
+    result = small(picked, seed=3)
+    for n, i in enumerate((5, 2, 0, 7)):
+        assert relative_l2(result.latents[n], straight.latents[i]) < TOLERANCE
+
+
+def test_samples_and_seed(inverter):
+    first = inverter(PROMPTS[:2], samples=2, seed=0)
+    assert [(item.prompt, item.sample) for item in first.items] == [(p, s) for p in PROMPTS[:2] for s in (0, 1)]
+    again, other = inverter(PROMPTS[1:2], samples=1, seed=0), inverter(PROMPTS[1:2], samples=1, seed=1)
+    assert relative_l2(again.latents[0], first.latents[2]) < TOLERANCE
+    assert relative_l2(first.latents[3], first.latents[2]) > 0.5
+    assert relative_l2(other.latents[0], first.latents[2]) > 0.5
+
+
+def test_devices(checkpoints, straight):
+    """Eight devices with one prompt each, by shard_map."""
+    spread = build(checkpoints, devices=8, batch_size=1)
+    assert spread.batch_size == 8
+    result = spread(PROMPTS, seed=3)
+    assert relative_l2(result.latents, straight.latents) < TOLERANCE
+    batch = spread.begin(queue.items(PROMPTS, 1), 0)
+    program = spread._program("chunk", False)
+    text = (
+        program.lower(spread.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(0))
+        .compile()
+        .as_text()
+    )
+    assert "fusion" in text  # it is the program
+    collectives = r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)\b"
+    assert re.findall(collectives, text) == []
+
+
+def test_transformations(inverter):
+    """One iteration under jit, vmap, scan, shard_map and pmap."""
+    networks, plan, hyper = inverter.networks, inverter.plan, inverter.hyper
+    mesh = parallel.prompt_mesh(jax.devices())
+    batch = inverter.begin(queue.items(PROMPTS, 1), 3)
+    prompt, state, keys = jax.device_get((batch.prompt, batch.state, jax.random.key_data(batch.keys)))
+    networks = jax.device_get(networks)
+
+    def step(networks, prompt, hyper, state, key, i):
+        noise = inversion.draw(jax.random.fold_in(jax.random.wrap_key_data(key), i), networks, plan, hyper)
+        return inversion.step(networks, prompt, hyper, plan, state, i, noise)[0].latents
+
+    take = lambda tree, n: jax.tree.map(lambda x: x[n], tree)  # noqa: E731
+    single = jax.jit(step)
+    wanted = np.stack([single(networks, take(prompt, n), hyper, take(state, n), keys[n], 0) for n in range(8)])
+    assert relative_l2(wanted, state.latents) > 1e-3
+    over = (None, 0, None, 0, 0, None)
+    batched = jax.vmap(step, in_axes=over)
+    scanned = lambda *args: jax.lax.scan(lambda c, i: (c, batched(*args, i)), 0, jnp.arange(1))[1][0]  # noqa: E731
+    made = {
+        "vmap": jax.jit(batched)(networks, prompt, hyper, state, keys, 0),
+        "scan": jax.jit(scanned)(networks, prompt, hyper, state, keys),
+        "shard_map": jax.jit(parallel.across_devices(batched, mesh, [x == 0 for x in over]))(
+            networks, prompt, hyper, state, keys, jnp.int32(0)
+        ),
+        "pmap": jax.pmap(step, in_axes=over)(networks, prompt, hyper, state, keys, 0),
+    }
+    for name, latents in made.items():
+        assert relative_l2(latents, wanted) < TOLERANCE, name
+
+
+def test_nothing_recompiles(checkpoints):
+    inverter = build(checkpoints, batch_size=2)
+    inverter(PROMPTS[:2], seed=0)
+    inverter.sample(PROMPTS[:2], steps=4)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, _, **kwargs: compiled.append(name) if "backend_compile" in name else None
+    )
+    inverter(PROMPTS[3:5], seed=17)
+    changed = settings(
+        checkpoints, batch_size=2, sds={"guidance": 4.0, "weight": 2.0, "t_max": 700}, referee={"weight": 3.0, "stop": 3},
+        optim={"lr": 0.5, "noise": 0.0}, ema={"every": 1}, views={"affine_degrees": 3.0},
+    )  # fmt: skip
+    before = inverter.hyper
+    inverter.hyper = inverter_lib.make_hyper(changed)
+    assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, inverter.hyper)
+    result = inverter(PROMPTS[:2], seed=0)
+    inverter.sample(PROMPTS[2:4], steps=4, guidance=2.0)
+    assert compiled == []
+    jax.jit(lambda x: x * 3.25)(np.ones(7, np.float32))
+    assert len(compiled) == 1  # the counter counts
+    assert np.isfinite(result.latents).all()
+
+
+def test_settings_as_an_axis(checkpoints, inverter):
+    """Hyper-parameters per item, in one program, equal separate runs with each."""
+    items = queue.items(PROMPTS[:1], 1) * 3
+    hypers = [
+        inverter.hyper.replace(prior=inverter.hyper.prior.replace(guidance=jnp.float32(g))) for g in (1.5, 3.0, 6.0)
+    ]
+    batch = inverter.begin(items, 0, hypers)
+    while batch.step < inverter.steps:
+        batch, _ = inverter.advance(batch)
+    swept = [picture.latents for picture in inverter.finish(batch)]
+    for latents, guidance in zip(swept, (1.5, 3.0, 6.0), strict=True):
+        alone = build(checkpoints, sds={"guidance": guidance})(PROMPTS[:1], seed=0)
+        assert relative_l2(latents, alone.latents[0]) < TOLERANCE
+    assert relative_l2(swept[0], swept[2]) > 1e-3
+
+
+def test_a_nonfinite_prompt_is_frozen_alone(checkpoints, inverter):
+    items = queue.items(PROMPTS[:3], 1)
+    clean = inverter.begin(items, 0)
+    broken = inverter.begin(items, 0)
+    cond = broken.prompt.cond.at[1].set(jnp.nan)
+    broken = dataclasses.replace(broken, prompt=broken.prompt.replace(cond=cond))
+    start = np.asarray(broken.state.latents[1])
+    clean, broken = inverter.advance(clean)[0], inverter.advance(broken)[0]
+    pictures, wanted = inverter.finish(broken), inverter.finish(clean)
+    assert [picture.status for picture in pictures] == ["done", "nonfinite", "done"]
+    np.testing.assert_array_equal(pictures[1].latents, start)
+    for n in (0, 2):
+        np.testing.assert_array_equal(pictures[n].latents, wanted[n].latents)
+
+
+@pytest.mark.parametrize("init", ["noise", "sample"])
+def test_start(checkpoints, init):
+    inverter = build(checkpoints, init=init, init_steps=3, steps=1, batch_size=1)
+    start = np.asarray(inverter.begin(queue.items(PROMPTS[:1], 1), 0).state.latents[0])
+    sampled = inverter.sample(PROMPTS[:1], steps=3, guidance=7.5).latents[0]
+    assert (relative_l2(start, sampled) < 1e-5) == (init == "sample")
+
+
+def test_check(inverter):
+    assert inverter.check(PROMPTS[0]) is None
+    assert re.fullmatch(r"\d+ tokens, the prior reads 77", inverter.check("red circle " * 60))
+    with pytest.raises(ValueError, match="the prior reads 77"):
+        inverter(["red circle " * 60])

@@ -1,0 +1,100 @@
+"""Prompt files with all that people put into them, and tokens."""
+
+import numpy as np
+import pytest
+import transformers
+
+from referee_jax import prompts
+from referee_jax.shapes import tokens
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tokens.save(directory)
+    return transformers.CLIPTokenizer.from_pretrained(directory)
+
+
+def test_a_file_of_all_sorts(tmp_path):
+    file = tmp_path / "list.txt"
+    file.write_bytes(
+        b"\xef\xbb\xbfa red circle\r\n"
+        b"\n"
+        b"  a blue square \n"
+        b"caf\xe9\n"  # Latin-1
+        b"a red circle\n"
+        b"tab\there\n" + "👩‍🚀 rides, “quoted”\u2028one line\n".encode() + b"x" * 2001 + b"\nlast/no end"
+    )
+    kept, rejected = prompts.sift(prompts.read_prompts(file))
+    assert kept == ["a red circle", "a blue square", "👩‍🚀 rides, “quoted”\u2028one line", "last/no end"]
+    assert [(x.where, x.reason) for x in rejected] == [
+        ("line 2 of list.txt", "blank"),
+        ("line 4 of list.txt", "not UTF-8"),
+        ("line 5 of list.txt", "the same as line 1 of list.txt"),
+        ("line 6 of list.txt", "U+0009 at character 4 is a control character or half a character"),
+        ("line 8 of list.txt", "2001 characters, at most 2000 are allowed"),
+    ]
+    assert str(rejected[2]) == "line 5 of list.txt ('a red circle'): the same as line 1 of list.txt"
+    assert len(str(rejected[4])) < 150
+
+
+def test_empty_file_and_last_line(tmp_path):
+    file = tmp_path / "empty.txt"
+    file.write_bytes(b"")
+    assert prompts.read_prompts(file) == []
+    file.write_bytes(b"one\ntwo\n")
+    assert [entry.text for entry in prompts.read_prompts(file)] == ["one", "two"]
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(prompts.PromptError, match=r"none.txt cannot be read: No such file"):
+        prompts.read_prompts(tmp_path / "none.txt")
+    with pytest.raises(prompts.PromptError, match="cannot be read: Is a directory"):
+        prompts.read_prompts(tmp_path)
+    file = tmp_path / "wide.txt"
+    file.write_text("a red circle", encoding="utf-16")
+    with pytest.raises(prompts.PromptError, match="is UTF-16; save it as UTF-8"):
+        prompts.read_prompts(file)
+
+
+@pytest.mark.parametrize("text", ["a", "ä", "🙂", "a" * 2000, "two\u00a0words", "👨‍👩‍👧"])
+def test_good_prompts(text):
+    assert prompts.check(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "blank"),
+        (" \t ", "blank"),
+        ("a" * 2001, "2001 characters, at most 2000 are allowed"),
+        ("ab\x00", "U+0000 at character 3 is a control character or half a character"),
+        ("a\nb", "U+000A at character 2 is a control character or half a character"),
+        ("\x1b[31m", "U+001B at character 1 is a control character or half a character"),
+        ("a\ud800", "U+D800 at character 2 is a control character or half a character"),
+    ],
+)
+def test_bad_prompts(text, reason):
+    assert prompts.check(text) == reason
+
+
+def test_tokens(tokenizer):
+    texts = ["a red circle", "a blue square and a yellow star", ""]
+    ids = prompts.tokenize(tokenizer, texts)
+    assert ids.dtype == np.int32
+    np.testing.assert_array_equal(ids, tokens.encode(texts))
+    assert (ids[0, 0], ids[0, 4], ids[0, -1]) == (tokens.START, tokens.END, tokens.END)
+    assert prompts.tokenize(tokenizer, texts[:1], 7).shape == (1, 7)
+    assert prompts.tokenize(tokenizer, [], 7).shape == (0, 7)
+    assert prompts.token_count(tokenizer, "a red circle") == 5
+
+
+def test_nothing_is_cut(tokenizer):
+    text = "a red circle and a blue square and a green star and a pink cross and a black ring"
+    count = prompts.token_count(tokenizer, text)
+    assert count == 21
+    with pytest.raises(
+        prompts.PromptError, match=r"the prompt 'a red circle .*' has 21 tokens, the text encoder reads 20"
+    ):
+        prompts.tokenize(tokenizer, ["a star", text])
+    assert prompts.tokenize(tokenizer, ["a star", text], 21).shape == (2, 21)
