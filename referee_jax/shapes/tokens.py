@@ -1,0 +1,63 @@
+"""The vocabulary of the shapes world as a CLIP tokenizer: every word one token, every other word spelled by its letters."""
+
+import functools
+import json
+import pathlib
+import string
+
+import numpy as np
+
+from referee_jax.shapes import world
+
+LENGTH = 20  # tokens of a caption with both ends
+WORDS = (
+    *("a", "an", "and", "on", "the", "left", "right", "of", "above", "below", "photo", "exactly", "contains", "picture"),
+    *world.NUMBERS, *world.COLOURS, *world.SHAPES, *world.PLURALS.values(), *world.TEXTURES,
+)  # fmt: skip
+
+
+def _merges() -> list[tuple[str, str]]:
+    """Byte-pair merges that join each of WORDS letter by letter from its end.
+
+    From the end, because every piece then carries the end-of-word mark: no merge of one word ever happens inside another.
+    """
+    merges = {}
+    for word in WORDS:
+        whole = word[-1] + "</w>"
+        for letter in reversed(word[:-1]):
+            merges[letter, whole] = None
+            whole = letter + whole
+    return list(merges)
+
+
+LETTERS = string.ascii_lowercase + string.digits + ".,;:!?'\"-()"
+_ENDS = ("<|startoftext|>", "<|endoftext|>")
+_PIECES = [*LETTERS, *(c + "</w>" for c in LETTERS), *("".join(pair) for pair in _merges())]
+VOCABULARY = {piece: i for i, piece in enumerate(dict.fromkeys([*_PIECES, *_ENDS]))}
+START, END = (VOCABULARY[end] for end in _ENDS)
+
+
+def save(directory: pathlib.Path) -> None:
+    """Writes vocab.json, merges.txt and tokenizer_config.json, as `transformers.CLIPTokenizer` reads them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "vocab.json").write_text(json.dumps(VOCABULARY))
+    (directory / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in _merges()))
+    config = {
+        "tokenizer_class": "CLIPTokenizer", "bos_token": _ENDS[0], "eos_token": _ENDS[1], "pad_token": _ENDS[1],
+        "unk_token": _ENDS[1], "model_max_length": LENGTH,
+    }  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+@functools.cache
+def _words(text: str) -> tuple[int, ...]:
+    return tuple(VOCABULARY[f"{word}</w>"] for word in text.split())
+
+
+def encode(texts: list[str]) -> np.ndarray:
+    """Captions of this world's words to int32 `[text, LENGTH]`: start, words, end, padded with end. As the saved tokenizer."""
+    ids = np.full((len(texts), LENGTH), END, np.int32)
+    for row, text in zip(ids, texts, strict=True):
+        words = _words(text)
+        row[0], row[1 : len(words) + 1] = START, words
+    return ids

@@ -1,0 +1,410 @@
+"""The shapes world: scenes of coloured shapes on 64x64 canvases, their captions, and the drawing of both.
+
+A scene is one to three objects, each a shape with a colour, a texture, a centre and a radius. A `Prompt` is what a caption says
+of a scene; `Prompt.text` is the caption. The grammar goes both ways: `parse(text)` gives the Prompt back, so that any
+caption of the world can be judged (shapes.detect). All is NumPy; what is random takes one `Generator`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+SIZE = 64
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (45, 80, 215),
+    "yellow": (240, 205, 40),
+    "purple": (140, 60, 170),
+    "orange": (245, 130, 30),
+    "pink": (250, 130, 180),
+    "black": (25, 25, 25),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+PLURALS = {"cross": "crosses"} | {shape: shape + "s" for shape in SHAPES if shape != "cross"}
+TEXTURES = ("solid", "striped", "dotted")
+RELATIONS = ("on the left of", "on the right of", "above", "below")
+NUMBERS = {"two": 2, "three": 3}
+CATEGORIES = ("colour", "shape", "texture", "spatial", "numeracy", "complex")
+MAX_OBJECTS = 3
+
+# Attribute pairs that no training scene shows: T2I-CompBench's "unseen".
+UNSEEN = frozenset(
+    {
+        ("red", "star"),
+        ("green", "circle"),
+        ("blue", "triangle"),
+        ("yellow", "cross"),
+        ("purple", "square"),
+        ("orange", "ring"),
+        ("striped", "ring"),
+        ("dotted", "triangle"),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """One drawn thing: centre (x right, y down) and radius in pixels."""
+
+    shape: str
+    colour: str
+    texture: str = "solid"
+    x: float = SIZE / 2
+    y: float = SIZE / 2
+    radius: float = 12.0
+
+    def is_unseen(self) -> bool:
+        """Whether the object shows an attribute pair that training never does."""
+        return (self.colour, self.shape) in UNSEEN or (self.texture, self.shape) in UNSEEN
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Objects on a grey background (235..255)."""
+
+    objects: tuple[Object, ...]
+    background: int = 245
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """What a caption says of one object; None is unsaid."""
+
+    shape: str
+    colour: str | None = None
+    texture: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Texture, colour, shape: "striped red circle"."""
+        return " ".join(word for word in (self.texture, self.colour, self.shape) if word)
+
+    def is_unseen(self) -> bool:
+        """Whether it names an attribute pair that no training caption does."""
+        return (self.colour, self.shape) in UNSEEN or (self.texture, self.shape) in UNSEEN
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a caption says of a scene: its things, the relation of the first to the second, or how many of the one."""
+
+    things: tuple[Thing, ...]
+    relation: str | None = None
+    count: int = 1
+
+    @property
+    def text(self) -> str:
+        """The caption."""
+        if self.count > 1:
+            thing = self.things[0]
+            number = next(word for word, count in NUMBERS.items() if count == self.count)
+            return f"{number} {dataclasses.replace(thing, shape=PLURALS[thing.shape]).text}"
+        joint = f" {self.relation or 'and'} "
+        return joint.join(f"{'an' if thing.text[0] in 'aeiou' else 'a'} {thing.text}" for thing in self.things)
+
+
+def _thing(words: str) -> Thing:
+    said = {"shape": None, "colour": None, "texture": None}
+    singular = {plural: shape for shape, plural in PLURALS.items()}
+    for word in words.split():
+        word = singular.get(word, word)
+        kind = (
+            "shape" if word in SHAPES else "colour" if word in COLOURS else "texture" if word in TEXTURES[1:] else None
+        )
+        if kind is None or said[kind] is not None:
+            raise ValueError(f"not a thing of the shapes world: {words!r}")
+        said[kind] = word
+    if said["shape"] is None:
+        raise ValueError(f"no shape in {words!r}; there are {', '.join(SHAPES)}")
+    return Thing(**said)
+
+
+def parse(text: str) -> Prompt:
+    """The Prompt whose caption `text` is; ValueError where it is none of this world's."""
+    words = " ".join(text.lower().replace(".", " ").split())
+    if match := re.fullmatch(rf"({'|'.join(NUMBERS)}) (.+)", words):
+        return Prompt(things=(_thing(match[2]),), count=NUMBERS[match[1]])
+    parts = re.split(rf" ({'|'.join(('and', *RELATIONS))}) an? ", words)
+    first = re.fullmatch(r"an? (.+)", parts[0])
+    if not first or len(parts) not in (1, 3):
+        raise ValueError(f"not a caption of the shapes world: {text!r}")
+    things = (_thing(first[1]), *(_thing(part) for part in parts[2::2]))
+    relation = parts[1] if len(parts) == 3 and parts[1] != "and" else None
+    return Prompt(things=things, relation=relation)
+
+
+def holds(relation: str, first: Object, second: Object) -> bool:
+    """Whether `first` stands in `relation` to `second`: the larger of the two centre offsets decides the axis."""
+    dx, dy = first.x - second.x, first.y - second.y
+    if abs(dx) >= abs(dy):
+        return relation == ("on the left of" if dx < 0 else "on the right of")
+    return relation == ("above" if dy < 0 else "below")
+
+
+def matches(prompt: Prompt, scene: Scene) -> bool:
+    """Whether the scene shows every named object with its attributes, relation and count, and nothing else."""
+
+    def fits(thing: Thing, item: Object) -> bool:
+        return all(said is None or said == getattr(item, kind) for kind, said in dataclasses.asdict(thing).items())
+
+    if prompt.count > 1:
+        return len(scene.objects) == prompt.count and all(fits(prompt.things[0], item) for item in scene.objects)
+    if len(scene.objects) != len(prompt.things):
+        return False
+    if len(prompt.things) == 1:
+        return fits(prompt.things[0], scene.objects[0])
+    return any(
+        fits(prompt.things[0], a)
+        and fits(prompt.things[1], b)
+        and (not prompt.relation or holds(prompt.relation, a, b))
+        for a, b in (scene.objects, scene.objects[::-1])
+    )
+
+
+# --- sampling ----------------------------------------------------------------------------------------------------------
+
+
+def pick(rng: np.random.Generator, values: Sequence) -> object:
+    """One of `values`; many times faster than `rng.choice`, and the values stay what they are."""
+    return values[int(rng.integers(len(values)))]
+
+
+def pick_distinct(rng: np.random.Generator, values: Sequence, count: int) -> list:
+    """`count` different ones of `values`."""
+    return [values[i] for i in rng.permutation(len(values))[:count]]
+
+
+def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
+    """Centres and radii of `count` objects in pixels: side by side or one above the other, not touching."""
+    if count == 1:
+        radius = rng.uniform(10, 17)
+        return [(*rng.uniform(radius + 1, SIZE - radius - 1, 2), radius)]
+    low, high = (8, 12) if count == 2 else (7, 8.5)
+    radii = rng.uniform(low, high, count)
+    slack = SIZE - 2 - 2 * radii.sum() - 3 * (count - 1)
+    share = rng.dirichlet(np.ones(count + 1)) * slack
+    along, edge = [], 1.0
+    for radius, gap in zip(radii, share[:count], strict=True):
+        along.append(edge + gap + radius)
+        edge = along[-1] + radius + 3
+    # Less offset across than along, so that the relation of two objects is never in doubt.
+    across = SIZE / 2 + rng.uniform(-7, 7, count)
+    pairs = zip(along, across, strict=True) if rng.random() < 0.5 else zip(across, along, strict=True)
+    placed = [(x, y, radius) for (x, y), radius in zip(pairs, radii, strict=True)]
+    rng.shuffle(placed)
+    return [tuple(map(float, item)) for item in placed]
+
+
+def _objects(rng: np.random.Generator, count: int, *, textured: bool, equal: bool) -> tuple[Object, ...]:
+    shapes, colours = pick_distinct(rng, SHAPES, count), pick_distinct(rng, tuple(COLOURS), count)
+    textures = [pick(rng, TEXTURES) if textured else "solid" for _ in range(count)]
+    if equal:
+        shapes, colours, textures = ([kind[0]] * count for kind in (shapes, colours, textures))
+    return tuple(Object(s, c, t, *p) for s, c, t, p in zip(shapes, colours, textures, place(rng, count), strict=True))
+
+
+def sample_scene(rng: np.random.Generator, category: str, *, unseen: bool = False) -> Scene:
+    """A scene fit for a caption of `category` ('single' or one of CATEGORIES).
+
+    Training scenes show no attribute pair of UNSEEN; with `unseen=True` at least one object does.
+    """
+    count = {"single": 1, "numeracy": int(rng.integers(2, 4))}.get(category, 2)
+    textured = category in ("texture", "complex") or (category == "single" and rng.random() < 0.3)
+    while True:
+        objects = _objects(rng, count, textured=textured, equal=category == "numeracy")
+        fit = any(item.is_unseen() for item in objects) == unseen
+        if category == "texture":
+            fit = fit and len({item.texture for item in objects}) == 2 and "solid" not in {i.texture for i in objects}
+        if category == "complex":
+            fit = fit and any(item.texture != "solid" for item in objects)
+        if fit:
+            return Scene(objects, int(rng.integers(235, 256)))
+
+
+def describe(rng: np.random.Generator, scene: Scene, category: str) -> Prompt:
+    """A true caption of the scene in the manner of `category`; objects are named in either order."""
+    objects = list(scene.objects)
+    if category != "numeracy":
+        rng.shuffle(objects)
+
+    def thing(item: Object) -> Thing:
+        colour = item.colour if category not in ("shape", "texture") else None
+        texture = item.texture if item.texture != "solid" and category not in ("colour", "shape") else None
+        return Thing(item.shape, colour, texture)
+
+    if category == "numeracy":
+        return Prompt(things=(thing(objects[0]),), count=len(objects))
+    relation = None
+    if category in ("spatial", "complex") and len(objects) == 2:
+        relation = next(r for r in RELATIONS if holds(r, *objects))
+    return Prompt(things=tuple(map(thing, objects)), relation=relation)
+
+
+def edit(rng: np.random.Generator, scene: Scene) -> Scene:
+    """A scene like the given one but for one thing: attributes swapped, one changed, places exchanged, one more or less."""
+    a, *rest = scene.objects
+    equal = len(rest) > 0 and all((i.shape, i.colour, i.texture) == (a.shape, a.colour, a.texture) for i in rest)
+    kinds = ["colour", "shape", "texture"] if a.texture != "solid" else ["colour", "shape"]
+    if rest and not equal:
+        kinds = [*kinds, "swap colour", "swap colour", "swap shape", "places", "drop"]
+        if {a.texture, rest[0].texture} != {"solid"}:
+            kinds.append("swap texture")
+    elif equal:
+        kinds = [*kinds, "drop"]
+    for _ in range(20):
+        kind = pick(rng, kinds)
+        edited = scene
+        if kind == "drop":
+            keep = rng.permutation(len(scene.objects))[1:]
+            edited = dataclasses.replace(scene, objects=tuple(scene.objects[i] for i in sorted(keep)))
+        elif kind == "places":
+            b = rest[0]
+            moved = (dataclasses.replace(a, x=b.x, y=b.y), dataclasses.replace(b, x=a.x, y=a.y))
+            edited = dataclasses.replace(scene, objects=moved)
+        elif kind.startswith("swap"):
+            name, b = kind.split()[1], rest[0]
+            swapped = (
+                dataclasses.replace(a, **{name: getattr(b, name)}),
+                dataclasses.replace(b, **{name: getattr(a, name)}),
+            )
+            edited = dataclasses.replace(scene, objects=swapped)
+        else:
+            n = len(scene.objects)
+            which = range(n) if equal else [int(rng.integers(n))]
+            values = {"colour": list(COLOURS), "shape": SHAPES, "texture": TEXTURES[1:]}[kind]
+            taken = {getattr(item, kind) for item in scene.objects}
+            new = pick(rng, [value for value in values if value not in taken] or values)
+            objects = tuple(
+                dataclasses.replace(o, **{kind: new}) if i in which else o for i, o in enumerate(scene.objects)
+            )
+            edited = dataclasses.replace(scene, objects=objects)
+        if edited != scene and not any(item.is_unseen() for item in edited.objects):
+            return edited
+    return scene
+
+
+def distractors(rng: np.random.Generator, prompt: Prompt, count: int, *, seen: bool = False) -> list[Prompt]:
+    """Captions near to `prompt` that say something else: swapped or exchanged attributes, relation, number, one thing less.
+
+    At most `count`, all different from `prompt` and from each other in meaning; with `seen` none names a pair of UNSEEN (a
+    referee that met those as false captions alone would learn that they are never true).
+    """
+    found: dict[str, Prompt] = {}
+    things = prompt.things
+    for _ in range(20 * count):
+        if len(found) == count:
+            break
+        moves = ["colour", "shape", "colour"]
+        if len(things) == 2:
+            moves += ["swap", "swap", "drop"]
+        if prompt.relation:
+            moves += ["relation", "relation"]
+        if prompt.count > 1:
+            moves += ["count"]
+        if any(thing.texture for thing in things):
+            moves += ["texture"]
+        move, near = pick(rng, moves), prompt
+        i = int(rng.integers(len(things)))
+        if move in ("colour", "shape", "texture"):
+            old = getattr(things[i], move)
+            values = {"colour": list(COLOURS), "shape": SHAPES, "texture": TEXTURES[1:]}[move]
+            if old is not None:
+                new = pick(rng, [value for value in values if value != old])
+                changed = tuple(dataclasses.replace(t, **{move: new}) if j == i else t for j, t in enumerate(things))
+                near = dataclasses.replace(prompt, things=changed)
+        elif move == "swap":
+            shapes = tuple(dataclasses.replace(t, shape=u.shape) for t, u in zip(things, things[::-1], strict=True))
+            near = dataclasses.replace(prompt, things=shapes)
+        elif move == "drop":
+            near = Prompt(things=(things[i],))
+        elif move == "relation":
+            near = dataclasses.replace(prompt, relation=pick(rng, [r for r in RELATIONS if r != prompt.relation]))
+        elif move == "count":
+            near = dataclasses.replace(prompt, count=5 - prompt.count)
+        if meaning(near) != meaning(prompt) and not (seen and any(thing.is_unseen() for thing in near.things)):
+            found.setdefault(meaning(near), near)
+    return list(found.values())
+
+
+def meaning(prompt: Prompt) -> str:
+    """A text that is equal for captions that say the same ("a X and a Y", "a Y and a X"; left and right turned round)."""
+    if prompt.relation in ("on the right of", "below"):
+        turned = {"on the right of": "on the left of", "below": "above"}[prompt.relation]
+        return Prompt(things=prompt.things[::-1], relation=turned).text
+    if prompt.relation is None and len(prompt.things) == 2:
+        return Prompt(things=tuple(sorted(prompt.things, key=lambda thing: thing.text))).text
+    return prompt.text
+
+
+# --- drawing -----------------------------------------------------------------------------------------------------------
+
+
+def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Whether unit coordinates (u right, v down) lie inside the shape."""
+    match shape:
+        case "circle":
+            return u * u + v * v <= 0.95**2
+        case "square":
+            return np.maximum(np.abs(u), np.abs(v)) <= 0.84
+        case "triangle":
+            return (v <= 0.8) & (np.abs(u) <= (v + 1) * 0.56)
+        case "star":
+            # A point is in the pentagram when it is within four or more of the five lines that join every second tip.
+            turns = np.pi * (2 * np.arange(5) + 1) / 5
+            return sum((u * np.sin(a) - v * np.cos(a) <= np.cos(2 * np.pi / 5)).astype(int) for a in turns) >= 4
+        case "cross":
+            u, v = np.abs(u), np.abs(v)
+            return (np.minimum(u, v) <= 0.3) & (np.maximum(u, v) <= 0.95)
+        case "ring":
+            square = u * u + v * v
+            return (square <= 0.98**2) & (square >= 0.52**2)
+    raise ValueError(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
+
+
+def _is_white(texture: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether the texture paints the pixel at offset (x, y) from the object's centre white."""
+    if texture == "striped":
+        return (x + y) % 7 < 2.8
+    if texture == "dotted":
+        return ((x + 3) % 6 - 3) ** 2 + ((y + 3) % 6 - 3) ** 2 < 1.7**2
+    return np.zeros(x.shape, bool)
+
+
+def draw(scene: Scene, *, view: np.ndarray | None = None, supersampling: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a scene, antialiased by supersampling.
+
+    `view` float `[2, 3]` takes canvas pixels (x, y, 1), measured from the middle, to world pixels; what lies outside of the
+    world is black, as in the views that a referee is shown. Returns the image, float32 `[64, 64, 3]` in [0, 1], and the
+    share of each pixel that each object covers, float32 `[64, 64, MAX_OBJECTS]`.
+    """
+    n, middle = SIZE * supersampling, SIZE / 2
+    canvas = np.full((n, n, 3), scene.background / 255, np.float32)
+    cover = np.zeros((n, n, MAX_OBJECTS), np.float32)
+    ticks = ((np.arange(n) + 0.5) / supersampling - middle).astype(np.float32)
+    linear, offset = np.eye(2, dtype=np.float32), np.zeros(2, np.float32)
+    if view is not None:
+        linear, offset = np.asarray(view[:, :2], np.float32), np.asarray(view[:, 2], np.float32)
+        x, y = ticks[None, :], ticks[:, None]
+        across, down = (np.abs(linear[i, 0] * x + linear[i, 1] * y + offset[i]) for i in range(2))
+        canvas[np.maximum(across, down) > middle] = 0
+    reach_out = 1 / np.sqrt(abs(np.linalg.det(linear)))
+    for i, item in enumerate(scene.objects):
+        at = np.linalg.solve(linear, np.array([item.x, item.y]) - middle - offset)
+        reach = item.radius * reach_out + 1
+        low, high = (np.clip(np.searchsorted(ticks, at + d), 0, n) for d in (-reach, reach))
+        x, y = ticks[None, low[0] : high[0]] - at[0], ticks[low[1] : high[1], None] - at[1]
+        dx, dy = (linear[j, 0] * x + linear[j, 1] * y for j in range(2))
+        mask = _inside(item.shape, dx / item.radius, dy / item.radius)
+        white = _is_white(item.texture, dx, dy)[..., None]
+        box = (slice(low[1], high[1]), slice(low[0], high[0]))
+        paint = np.where(white, np.float32(1), np.array(COLOURS[item.colour], np.float32) / 255)
+        canvas[box] = np.where(mask[..., None], paint, canvas[box])
+        cover[(*box, i)] = mask
+    steps = range(supersampling)
+    return tuple(
+        sum(x[i::supersampling, j::supersampling] for i in steps for j in steps) / len(steps) ** 2
+        for x in (canvas, cover)
+    )
