@@ -1,0 +1,374 @@
+"""The command: what it makes, what it refuses and in which words, and that an interrupted run loses nothing."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from referee_jax import config, outputs, queue, run
+from referee_jax.weights import convert
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "paper.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    items: tuple
+    seed: int
+    step: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    item: queue.Item
+    image: np.ndarray
+    scores: dict
+    latents: np.ndarray
+    status: str = "done"
+
+
+class FakeInverter:
+    """The engine's methods; an image is one colour, of the prompt, the sample and the seed. Fails as `failures` say."""
+
+    devices = "fake x 1"
+
+    def __init__(self, settings, failures=()):
+        self.settings, self.steps, self.chunk, self.batch_size = settings, settings.steps, settings.chunk, 3
+        self.failures, self.compiled, self.calls, self.begun = dict(failures), False, 0, []
+
+    def check(self, prompt):
+        return "99 tokens, the prior reads 77" if "too long" in prompt else None
+
+    def begin(self, items, seed):
+        self.begun.append(tuple(items))
+        return Batch(tuple(items), seed)
+
+    def advance(self, batch):
+        self.calls += 1
+        self.compiled = True
+        if self.calls in self.failures:
+            raise self.failures[self.calls]
+        count = min(self.chunk, self.steps - batch.step)
+        loss = np.tile(np.arange(batch.step, batch.step + count, dtype=np.float32), (len(batch.items), 1))
+        return dataclasses.replace(batch, step=batch.step + count), {"loss": loss, "norm": np.full_like(loss, np.nan)}
+
+    def preview(self, batch):
+        return np.full((len(batch.items), 8, 8, 3), batch.step, np.uint8)
+
+    def finish(self, batch):
+        pictures = []
+        for item in batch.items:
+            colour = hashlib.sha256(f"{item.prompt} {item.sample} {batch.seed}".encode()).digest()[:3]
+            image = np.broadcast_to(np.frombuffer(colour, np.uint8) / np.float32(255), (8, 8, 3))
+            score = float("nan") if "broken" in item.prompt else 0.5
+            pictures.append(Picture(item, image, {"cosine": score}, np.zeros((1, 1, 4))))
+        return pictures
+
+
+def command(*arguments, path=CONFIG):
+    argv = ["run", f"--config={path}", *map(str, arguments)]
+    values = flags.FlagValues()
+    return run.read_command(values, run.parse_flags(argv, values)[1:])
+
+
+def execute(*arguments, failures=()):
+    """Exit code and engine (None where it was not loaded)."""
+    engines = []
+
+    def load(settings):
+        engines.append(FakeInverter(settings, failures))
+        return engines[-1]
+
+    code = run.main(command("--config.steps=25", *arguments), load=load)
+    return code, engines[0] if engines else None
+
+
+def pixels(path):
+    return {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in (path / "images").iterdir()}
+
+
+def colours(path):
+    return {x.name: Image.open(x).getpixel((0, 0)) for x in (path / "images").iterdir()}
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_run(tmp_path, capsys):
+    work = tmp_path / "run"
+    code, engine = execute("--prompt=one", "--prompt=two", "--samples=2", "--seed=5", f"--workdir={work}")
+    assert code == 0
+    assert [len(batch) for batch in engine.begun] == [3, 1]
+    records = lines(work / "metadata.jsonl")
+    assert [(x["text"], x["sample"], x["seed"]) for x in records] == [
+        ("one", 0, 5), ("one", 1, 5), ("two", 0, 5), ("two", 1, 5),
+    ]  # fmt: skip
+    assert all((work / x["file_name"]).is_file() for x in records)
+    assert (work / "contact_sheet.png").is_file()
+    chunks = [x for x in lines(work / "log.jsonl") if x["event"] == "chunk"]
+    assert [(x["batch"], x["step"]) for x in chunks] == [(0, 10), (0, 20), (0, 25), (1, 10), (1, 20), (1, 25)]
+    assert chunks[2]["metrics"] == {"loss": [22.0] * 3, "norm": [None] * 3}
+    assert chunks[3]["items"] == [queue.Item("two", 1).id]
+    out, err = capsys.readouterr()
+    told = out.splitlines()
+    assert told[1] == "compiling for fake x 1, 3 images at once (this takes a while, once)"
+    assert sum("compiling" in line for line in told) == 1
+    assert told[2].startswith("3/4 images, 25/50 steps")
+    assert told[-1].startswith("4 images done, 0 prompts skipped, 0 s; see ") and told[-1].endswith("contact_sheet.png")
+    assert len(told) == 5 and not err
+
+
+def test_done_is_done(tmp_path, capsys):
+    arguments = "--prompt=one", "--samples=2", f"--workdir={tmp_path}"
+    execute(*arguments)
+    before = pixels(tmp_path)
+    code, engine = execute(*arguments)
+    assert (code, engine) == (0, None)  # nothing is loaded where nothing is to be made
+    assert "2 of 2 images are there already" in capsys.readouterr().out
+    code, engine = execute("--prompt=zero", "--prompt=one", "--samples=3", f"--workdir={tmp_path}")
+    assert [item.id for item in engine.begun[0]] == [queue.Item("zero", n).id for n in range(3)]
+    assert engine.begun[1] == (queue.Item("one", 2),)
+    assert before.items() <= pixels(tmp_path).items() and len(pixels(tmp_path)) == 6
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, run.Terminated, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("call", [1, 4, 6])
+def test_interrupted_and_continued(tmp_path, capsys, failure, call):
+    arguments = "--prompt=one", "--prompt=two", "--samples=2"
+    execute(*arguments, f"--workdir={tmp_path / 'whole'}")
+    work = tmp_path / "cut"
+    code, _ = execute(*arguments, f"--workdir={work}", failures={call: failure})
+    assert code == {KeyboardInterrupt: 130, run.Terminated: 143}.get(failure, 1)
+    err = capsys.readouterr().err
+    assert err.endswith(f"the finished images are in {work}, and the same command continues\n") and err.count("\n") == 1
+    assert len(pixels(work)) == len(lines(work / "metadata.jsonl") if call > 3 else []) == (3 if call > 3 else 0)
+    code, engine = execute(*arguments, f"--workdir={work}")
+    assert code == 0 and sum(map(len, engine.begun)) == (1 if call > 3 else 4)
+    assert len(colours(work)) == 4 and colours(work) == colours(tmp_path / "whole")
+
+
+def test_bad_prompts_are_skipped_with_a_reason(tmp_path, capsys):
+    file = tmp_path / "list.txt"
+    file.write_bytes(b"a cat\n\ncaf\xe9\na dog\na cat\ntoo long\nbroken\n")
+    work = tmp_path / "run"
+    code, _ = execute(f"--prompts={file}", "--prompt=a bird", f"--workdir={work}")
+    assert code == 0
+    assert [x["text"] for x in lines(work / "metadata.jsonl")] == ["a cat", "a dog", "broken", "a bird"]
+    assert [x["status"] for x in lines(work / "metadata.jsonl")] == ["done", "done", "nonfinite", "done"]
+    skipped = [x for x in lines(work / "log.jsonl") if x["event"] == "skipped"]
+    assert [(x["where"], x["reason"]) for x in skipped] == [
+        ("line 2 of list.txt", "blank"),
+        ("line 3 of list.txt", "not UTF-8"),
+        ("line 5 of list.txt", "the same as line 1 of list.txt"),
+        ("prompt", "99 tokens, the prior reads 77"),
+    ]
+    out, err = capsys.readouterr()
+    assert "4 images done (1 of them not finite), 4 prompts skipped" in out
+    assert err.splitlines()[-1] == "skipped prompt ('too long'): 99 tokens, the prior reads 77"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt= "], "no prompt can be used; --prompt 1: blank"),
+        (["--prompt=too long"], "no prompt can be used; prompt ('too long'): 99 tokens, the prior reads 77"),
+    ],
+)
+def test_no_prompt_is_left(tmp_path, capsys, arguments, message):
+    code, _ = execute(*arguments, f"--workdir={tmp_path}")
+    assert code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
+
+
+def test_other_settings_are_refused_before_weights_are_loaded(tmp_path, capsys):
+    execute("--prompt=one", f"--workdir={tmp_path}")
+    code, engine = execute("--prompt=two", "--config.sds.guidance=5", f"--workdir={tmp_path}")
+    assert (code, engine) == (2, None)
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path} was begun with other settings; choose another --workdir, or take back:\n"
+        "sds.guidance: 30.0 -> 5.0\n"
+    )
+
+
+def test_weights_that_cannot_be_loaded(tmp_path, capsys):
+    def load(settings):
+        raise convert.WeightsError("x/config.json is missing")
+
+    assert run.main(command("--prompt=one", f"--workdir={tmp_path}"), load=load) == 2
+    assert capsys.readouterr().err == "error: x/config.json is missing\n"
+
+
+def test_too_little_memory(tmp_path, capsys):
+    failure = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+    code, _ = execute("--prompt=one", f"--workdir={tmp_path}", failures={1: failure})
+    assert code == 1
+    assert "memory is too small for --config.batch_size=8; try a smaller one" in capsys.readouterr().err
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        execute("--prompt=one", f"--workdir={tmp_path}", failures={1: jax.errors.JaxRuntimeError("INTERNAL: bug")})
+
+
+def test_trajectories(tmp_path):
+    execute("--prompt=one", "--config.outputs.trajectory=True", f"--workdir={tmp_path}")
+    with Image.open(tmp_path / "trajectories" / f"{queue.Item('one', 0).id}.webp") as image:
+        assert (image.n_frames, image.size) == (3, (8, 8))
+
+
+def test_a_progress_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    execute("--prompt=one", f"--workdir={tmp_path}")
+    err = capsys.readouterr().err
+    assert "1/1 images" in err and "25/25" in err and "loss 22" in err
+
+
+def test_flags_change_the_config(tmp_path):
+    asked = command(
+        "--prompt=a", "--samples=3", "--seed=9", "--config.sds.guidance=7", "--config.views.affine_translate=0.1,0.2"
+    )
+    assert (asked.settings.samples, asked.settings.seed, asked.settings.sds.guidance) == (3, 9, 7.0)
+    assert asked.settings.views.affine_translate == (0.1, 0.2)
+    assert asked.workdir == pathlib.Path("runs", f"paper-{config.fingerprint(asked.settings)[:8]}")
+    assert command("--prompt=a", "--workdir=x").workdir == pathlib.Path("x")
+    asked = command(path=ROOT / "configs" / "shapes.py")
+    assert (asked.entries[0].text, asked.entries[0].where) == (asked.settings.prompts[0], "prompt 1 of the config")
+    assert command("--prompt=b", path=ROOT / "configs" / "shapes.py").entries[0].text == "b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.stepz=3"], "stepz is not a setting; did you mean steps?"),
+        (["--config.sds.guidanse=3"], "sds.guidanse is not a setting; did you mean sds.guidance?"),
+        (["--config.referees[0].rolle=held_out"], "referees[0].rolle is not a setting; did you mean referees[0].role?"),
+        (["--config.steps=many"], "steps = 'many' is not possible: invalid literal for int()"),
+        (["--config.steps=0"], "steps = 0 is not possible: it must be at least 1"),
+        (["--seed=-1"], "seed = -1 is not possible: it must be at least 0"),
+        (["--samples=two"], "flag --samples=two: invalid literal for int()"),
+        (["--promt=a"], "Unknown command line flag 'promt'. Did you mean: prompt"),
+        (["a", "cat"], "unexpected argument 'a'; prompts are given with --prompt or --prompts"),
+        (["--config.referees[3].name=clip"], "referees[3].name cannot be set: tuple index out of range"),
+        (["--config.referees[0].losses.l2=1"], "referees[0].losses.l2 cannot be set: "),
+        (["--config.ema=3"], "ema = '3' is not possible: "),
+        ([], "there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts"),
+        (["--prompts=none.txt"], "the prompt file none.txt cannot be read: No such file or directory"),
+    ],
+)
+def test_mistakes_in_the_command(arguments, message):
+    with pytest.raises(ValueError) as caught:
+        command(*arguments)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_is_needed():
+    values = flags.FlagValues()
+    with pytest.raises(run.CommandError, match="--config is missing, for example --config=configs/shapes.py"):
+        run.parse_flags(["run", "--prompt=a"], values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "the config file cannot be read: No such file or directory: "),
+        ("x = (", "the config file fails: '(' was never closed (mine.py, line 5)"),
+        ("settings.stepz = 3", "stepz is not a setting; did you mean steps?"),
+        ("settings.steps = 'a'", "the config file fails: TypeError: "),
+        (
+            "config.referee(rolle='a')",
+            "the config file fails: referee.rolle is not a setting; did you mean referee.role?",
+        ),
+    ],
+)
+def test_mistakes_in_the_config_file(tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    if text is not None:
+        body = f"    settings = config.default()\n    {text}\n    return settings\n"
+        file.write_text(f"from referee_jax import config\n\ndef get_config():\n{body}")
+    with pytest.raises(run.CommandError) as caught:
+        command("--prompt=a", path=file)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def program(*arguments, **options):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "referee_jax.run", *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        timeout=300,
+        **options,
+    )
+
+
+def test_the_program_fails_without_a_traceback(tmp_path):
+    done = program("--config=configs/paper.py", "--config.sds.guidanse=3", capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: sds.guidanse is not a setting; did you mean sds.guidance?\n"
+
+
+def test_nobody_reads(tmp_path):
+    # `... | head -0`: the pipe is closed before the first word.
+    script = (
+        "import pathlib, sys, time\n"
+        "from tests import test_run\n"
+        "sys.stdin.read()\n"
+        f"sys.exit(test_run.execute('--prompt=one', '--prompt=two', '--prompt= ', '--workdir={tmp_path}')[0])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    process.stdin.close()
+    err = process.stderr.read().decode()
+    assert process.wait(timeout=300) == 0, err
+    assert "Traceback" not in err and "BrokenPipe" not in err
+    assert len(pixels(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_signals(tmp_path, sent, code):
+    arguments = [f"--prompt={n}" for n in range(9)]
+    script = (
+        "import sys, time\n"
+        "from tests import test_run\n"
+        "from referee_jax import run\n"
+        "advance = test_run.FakeInverter.advance\n"
+        "test_run.FakeInverter.advance = lambda *x: time.sleep(0.1) or advance(*x)\n"
+        "run.catch_signals()\n"
+        f"sys.exit(test_run.execute('--workdir={tmp_path / 'cut'}', *{arguments})[0])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    journal, end = tmp_path / "cut" / "metadata.jsonl", time.monotonic() + 200
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 3) and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(sent)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    execute(*arguments, f"--workdir={tmp_path / 'cut'}")
+    execute(*arguments, f"--workdir={tmp_path / 'whole'}")
+    assert len(colours(tmp_path / "cut")) == 9 and colours(tmp_path / "cut") == colours(tmp_path / "whole")
+    assert len(lines(journal)) == 9
+    starts = [x["event"] for x in lines(tmp_path / "cut" / "log.jsonl")].count("start")
+    assert starts == 2
+
+
+def test_outputs_are_what_the_engine_gave(tmp_path):
+    execute("--prompt=one", "--seed=5", f"--workdir={tmp_path}")
+    name = queue.Item("one", 0).id
+    assert colours(tmp_path)[f"{name}.png"] == tuple(hashlib.sha256(b"one 0 5").digest()[:3])
+    assert outputs.read_settings(tmp_path / "images" / f"{name}.png")["settings"]["steps"] == 25
