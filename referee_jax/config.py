@@ -12,7 +12,9 @@ import hashlib
 import json
 import math
 import numbers
+import os
 import pathlib
+import runpy
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -184,7 +186,14 @@ def referee(**changes: Any) -> ml_collections.ConfigDict:
     return _config_dict(dataclasses.asdict(_parse(changes, RefereeSpec, "referee", {})))
 
 
-def from_config(config: ml_collections.ConfigDict | Mapping) -> Settings:
+def load(path: str | os.PathLike) -> Settings:
+    """The checked settings of a config file, as configs/shapes.py: Python with a function `get_config`."""
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f"there is no config file {str(path)!r}")
+    return from_config(runpy.run_path(str(path))["get_config"]())
+
+
+def from_config(config: Settings | ml_collections.ConfigDict | Mapping) -> Settings:
     """The checked settings of a ConfigDict or a dictionary; what is left out has its default. Raises ConfigError."""
     settings = _parse(config, Settings, "", {})
     _check(settings)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax import Array
 
@@ -90,11 +91,14 @@ class Inverter:
         self._encode = jax.jit(jax.vmap(_encode, in_axes=(None, None, 0)))
 
     @classmethod
-    def from_config(cls, settings: config.Settings, devices: Sequence[jax.Device] | None = None) -> "Inverter":
+    def from_config(
+        cls, settings: config.Settings | ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+    ) -> "Inverter":
         """Loads the networks that `settings` names, onto `devices` (default: all of this process).
 
-        Raises WeightsError where a checkpoint cannot be had or does not fit.
+        Raises ConfigError for impossible settings, WeightsError where a checkpoint cannot be had or does not fit.
         """
+        settings = config.from_config(settings)
         dtype = DTYPES[settings.precision]
         prior = load.load_stable_diffusion(
             config.checkpoint_path(settings.generator.checkpoint),

@@ -106,11 +106,13 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int | None = None) ->
     Nothing is cut: a text of more tokens raises PromptError.
     """
     length = tokenizer.model_max_length if length is None else length
+    if not texts:
+        return np.zeros((0, length), np.int32)
     rows = tokenizer(list(texts), padding="max_length", max_length=length, truncation=False, verbose=False)["input_ids"]
     for text, row in zip(texts, rows, strict=True):
         if len(row) > length:
             raise PromptError(f"the prompt {text[:60]!r} has {len(row)} tokens, the text encoder reads {length}")
-    return np.array(rows, np.int32).reshape(len(rows), length)
+    return np.array(rows, np.int32)
 
 
 def near(prompt: str, exchange: Sequence[Sequence[str]]) -> list[str]:

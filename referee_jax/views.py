@@ -1,8 +1,8 @@
 """Differentiable random views of one image, and the choice of the hardest of them.
 
-The image is pooled to the referee's size once, then each of `count` views runs its own chain of augmentations (augment.py)
-and gets its own noise. Everything random is drawn by `sample` and handed to `apply`, which is deterministic. All of it is
-for one image: vmap adds prompts.
+The image is pooled to the referee's size once, then each of `count` views runs its own chain of augmentations
+(augment.py) and gets its own noise. Everything random is drawn by `sample` and handed to `apply`, which is
+deterministic. All of it is for one image: vmap adds prompts.
 """
 
 import functools
@@ -95,8 +95,8 @@ def sample(
 
     Leaves have a leading axis `[count]`, except those that all views share (the order of the colour jitter's steps);
     `noise [count, size, size, 3]` is normal with an amplitude drawn from `[0, settings.noise]` per view. `shared_erase`
-    gives all views the same rectangle (the paper's setting). What one augmentation draws does not depend on which others
-    are asked for. Raises ValueError for unknown names.
+    gives all views the same rectangle (the paper's setting). What one augmentation draws does not depend on which
+    others are asked for. Raises ValueError for unknown names.
     """
     check(names)
     *keys, noise_key = jax.random.split(key, len(AUGMENTATIONS) + 1)

@@ -101,7 +101,7 @@ def test_config_dict_is_locked_and_typed():
         ({"sds": 3}, "sds = 3 is not possible: it must be a group of settings (a ConfigDict or a dictionary)"),
         ({"sds": {"weight": "much"}}, "sds.weight = 'much' is not possible: it must be a finite number"),
         ({"sds": {"weight": float("nan")}}, "sds.weight = nan is not possible: it must be a finite number"),
-        ({"sds": {"prompt": "a photo"}}, "sds.prompt = 'a photo' is not possible: it must be a text with one {}, "),
+        ({"sds": {"prompt": "{} {}"}}, "sds.prompt = '{} {}' is not possible: it must be a text with one {} where"),
         ({"sds": {"t_max": 51}}, "sds.t_max = 51 is not possible: it must be at least sds.t_min + 2 = 52"),
         ({"precision": "float16"}, "precision = 'float16' is not possible: it must be one of 'float32', 'bfloat16'"),
         ({"seed": 2**32}, f"seed = {2**32} is not possible: it must be at most {2**32 - 1}"),
@@ -138,7 +138,7 @@ def test_config_dict_is_locked_and_typed():
         ),
         (
             {"referees": [{"losses": {"contrastive": 1.0}}]},
-            "referees[0].negatives = () is not possible: it must be texts",
+            "referees[0].negatives = () is not possible: it must be some texts, or referees[0].near",
         ),
         (
             {"referees": [{}, {"role": "judge"}]},

@@ -1,26 +1,22 @@
 """Referees by name: `load_referee(spec)` gives a `Judge`, the host's handle on one."""
 
 import dataclasses
-import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from referee_jax import prompts
+from referee_jax import config, prompts
 from referee_jax.referees import base, clip
 from referee_jax.weights import load
-
-if TYPE_CHECKING:
-    from referee_jax import config
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
     """A referee with its tokenizer and its part of the settings."""
 
-    spec: "config.RefereeSpec"
+    spec: config.RefereeSpec
     referee: base.Referee
     tokenizer: Any
 
@@ -40,7 +36,7 @@ class Judge:
 
 def _load_clip(path: str, revision: str | None, dtype: Any) -> base.Referee:
     directory = load.resolve(path, revision, ["preprocessor_config.json"])
-    preprocessing = json.loads((directory / "preprocessor_config.json").read_text())
+    preprocessing = load.read_json(directory / "preprocessor_config.json")
     return clip.from_checkpoint(load.load_clip(path, revision=revision, dtype=dtype), preprocessing)
 
 
@@ -48,10 +44,8 @@ def _load_clip(path: str, revision: str | None, dtype: Any) -> base.Referee:
 REFEREES = {"clip": _load_clip}
 
 
-def load_referee(spec: "config.RefereeSpec", *, dtype: jax.typing.DTypeLike = jnp.float32) -> Judge:
+def load_referee(spec: config.RefereeSpec, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Judge:
     """Loads the referee that `spec` names (name, checkpoint, revision); WeightsError where it cannot be had."""
-    from referee_jax import config
-
     path, revision = config.checkpoint_path(spec.checkpoint), spec.revision or None
     referee = REFEREES[spec.name](path, revision, dtype)
     if unknown := set(spec.losses) - set(referee.losses):

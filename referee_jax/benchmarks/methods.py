@@ -1,0 +1,134 @@
+"""The method against its parts, judged by ground truth in the shapes world.
+
+    python -m referee_jax.benchmarks.methods --config=configs/shapes.py --samples=2 --out=runs/methods
+
+Three rows: plain DDIM sampling of the prior (guidance 7.5, 50 steps), score distillation alone (guidance 7.5), and the
+config as it is; over the fixed two-object colour prompts, seen and unseen. Prints a Markdown table with 95 % intervals
+(bootstrap over prompts) and writes table.md, the images, and one JSON line per image, from which an interrupted run continues.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from referee_jax import config, inverter, outputs, queue
+from referee_jax.benchmarks import shapes
+from referee_jax.shapes import detect, world
+
+SPLITS = ("seen", "unseen")
+GUIDANCE = 7.5
+
+# Row -> (what is changed in the settings, how pictures of prompts are made).
+Make = Callable[[inverter.Inverter, Sequence[str], int, int], inverter.Result]
+
+
+def _alone(settings: config.Settings) -> config.Settings:
+    prior = dataclasses.replace(settings.sds, prompt="{}", guidance=GUIDANCE)
+    return dataclasses.replace(
+        settings, sds=prior, referee=dataclasses.replace(settings.referee, stop=0), output="final", init="noise"
+    )
+
+
+def _sampled(made: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
+    return made.sample(prompts, samples=samples, seed=seed, steps=50, guidance=GUIDANCE)
+
+
+def _inverted(made: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
+    return made(prompts, samples=samples, seed=seed)
+
+
+ROWS: dict[str, tuple[Callable[[config.Settings], config.Settings], Make]] = {
+    "DDIM sampling": (_alone, _sampled),
+    "SDS alone": (_alone, _inverted),
+    "referee + SDS": (lambda settings: settings, _inverted),
+}
+
+
+def interval(right: np.ndarray, *, draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of `right [prompt, sample]`, prompts drawn with replacement."""
+    means = right.mean(1)
+    picked = np.random.default_rng(0).integers(len(means), size=(draws, len(means)))
+    low, high = np.percentile(means[picked].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def measure(
+    row: str, split: str, settings: config.Settings, out: pathlib.Path, *, limit: int | None = None
+) -> list[dict]:
+    """The records of one row and split, {prompt, sample, right, quality}; what `out` has already is not made again."""
+    change, make = ROWS[row]
+    prompts = shapes.prompts("colour", split)[:limit]
+    name = f"{row.replace(' ', '_')}-{split}"
+    file = out / f"{name}.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(record["prompt"], record["sample"]) for record in records}
+    todo = [item for item in queue.items(prompts, settings.samples) if (item.prompt, item.sample) not in done]
+    engine = inverter.Inverter.from_config(change(settings)) if todo else None
+    # Whole prompts at a time: all samples of as many as fill a batch.
+    texts = list(dict.fromkeys(item.prompt for item in todo))
+    share = max(1, engine.batch_size // settings.samples) if engine else 1
+    for start in range(0, len(texts), share):
+        result = make(engine, texts[start : start + share], settings.samples, settings.seed)
+        for item, image, scores in zip(result.items, result.images, result.scores, strict=True):
+            path = out / "images" / name / f"{item.id}.png"
+            seen = detect.detect(image)
+            record = {
+                "prompt": item.prompt,
+                "sample": item.sample,
+                "right": world.matches(world.parse(item.prompt), seen.scene),
+                "quality": round(seen.quality, 3),
+                "scores": scores,
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            outputs.write_atomic(path, outputs.encode_png(outputs.to_uint8(image), record))
+            records.append(record | {"file": str(path.relative_to(out))})
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        logging.info("%s, %s: %d of %d prompts", row, split, min(start + share, len(texts)), len(texts))
+    return records
+
+
+def table(measured: dict[tuple[str, str], list[dict]]) -> str:
+    """Shares of right pictures as Markdown, a row per method."""
+    lines = ["| method | seen | unseen | both | quality, dB |", "|---|---|---|---|---|"]
+    for row in dict.fromkeys(row for row, _ in measured):
+        cells, everything = [], []
+        for split in SPLITS:
+            records = measured[row, split]
+            right: dict[str, list[bool]] = {}
+            for record in records:
+                right.setdefault(record["prompt"], []).append(record["right"])
+            everything += list(right.values())
+            cells.append(np.array(list(right.values()), float))
+        cells.append(np.array(everything, float))
+        shares = ["{:.3f} ({:.2f}..{:.2f})".format(cell.mean(), *interval(cell)) for cell in cells]
+        quality = np.mean([record["quality"] for split in SPLITS for record in measured[row, split]])
+        lines.append(f"| {row} | {' | '.join(shares)} | {quality:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    args = flags.FLAGS
+    settings = dataclasses.replace(config.from_config(args.config), samples=args.samples)
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = args.rows or list(ROWS)
+    measured = {(row, split): measure(row, split, settings, out, limit=args.limit) for row in rows for split in SPLITS}
+    (out / "table.md").write_text(table(measured))
+    print(table(measured))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", "configs/shapes.py", "file of settings")
+    flags.DEFINE_integer("samples", 2, "pictures per prompt", lower_bound=1)
+    flags.DEFINE_integer("limit", None, "only the first so many prompts of each list", lower_bound=1)
+    flags.DEFINE_multi_enum("rows", None, list(ROWS), "only these rows")
+    flags.DEFINE_string("out", "runs/methods", "directory of records and pictures")
+    app.run(main)
