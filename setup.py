@@ -30,6 +30,7 @@ setuptools.setup(
         "optax>=0.2.5",
         "Pillow>=10.1",
         "safetensors>=0.4.3",
+        "scipy>=1.13",
         "tqdm>=4.66",
         "transformers>=5.0",
     ],

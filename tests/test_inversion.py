@@ -79,8 +79,8 @@ def ours(settings: oracle.Settings) -> tuple[inversion.Plan, inversion.Hyper]:
             alpha_power=s.sds_alpha_power, sigma_power=s.sds_sigma_power,
         ),
         referee=objective.Hyper(
-            weight=s.referee_weight, weight_final=s.referee_weight, start=s.referee_start,
-            stop=s.referee_stop if s.use_referee else 0, balance_epsilon=s.referee_balance_epsilon, noise=s.referee_noise,
+            weight=s.referee_weight, weight_final=s.referee_weight, start=s.referee_start if s.use_referee else s.referee_stop,
+            stop=s.referee_stop, balance_epsilon=s.referee_balance_epsilon, noise=s.referee_noise,
         ),
         update=optim.Hyper(
             lr=s.optim_lr, lr_final=s.optim_lr_final, warmup=s.optim_warmup, noise=s.optim_noise,
@@ -88,7 +88,7 @@ def ours(settings: oracle.Settings) -> tuple[inversion.Plan, inversion.Hyper]:
         ),
         views=augment.Settings(),
     )  # fmt: skip
-    return plan, jax.tree.map(jnp.asarray, hyper)
+    return plan, jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32), hyper)
 
 
 def encode(networks, text_encoder, ids) -> inversion.Prompt:
@@ -111,6 +111,11 @@ def as_torch(noise: inversion.Noise) -> dict:
     }  # fmt: skip
 
 
+# Compiled once for all variants that differ in numbers alone: a plan has no leaves, only structure.
+draw = jax.jit(jax.vmap(inversion.draw, in_axes=(0, None, None, None)))
+step = jax.jit(jax.vmap(inversion.step, in_axes=(None, 0, None, None, 0, None, 0)))
+
+
 def trajectories(sides, variant: dict) -> tuple[np.ndarray, list, np.ndarray, dict]:
     """`[step, prompt, h, w, C]` of both sides, the steps of ours from each of the oracle's latents, and the outputs."""
     sd, judge, networks, text_encoder, ids = sides
@@ -119,24 +124,23 @@ def trajectories(sides, variant: dict) -> tuple[np.ndarray, list, np.ndarray, di
     theirs = oracle.load(sd, judge, settings=settings, mean=tiny.CLIP_MEAN, std=tiny.CLIP_STD)
     prompt, prompt_torch = encode(networks, text_encoder, ids), theirs.encode_text(*ids.values())
     keys = jax.random.split(jax.random.key(7), (STEPS, len(PROMPTS)))
-    draw = jax.jit(jax.vmap(lambda key: inversion.draw(key, networks, plan, hyper)))
-    noises = [draw(keys[i]) for i in range(STEPS)]
+    noises = [draw(keys[i], networks, plan, hyper) for i in range(STEPS)]
     start = jax.random.normal(jax.random.key(1), (len(PROMPTS), *plan.latent))
     wanted, last, history = theirs.run(torch.from_numpy(np.array(start)), map(as_torch, noises), prompt_torch)
     wanted_output = theirs.output(wanted[-1], last).numpy()
     wanted = np.stack(wanted)
 
-    step = jax.jit(
-        jax.vmap(lambda p, s, i, n: inversion.step(networks, p, hyper, plan, s, i, n), in_axes=(0, 0, None, 0))
-    )
     state = jax.vmap(lambda z: inversion.init(z, plan, hyper))(start)
     made, single, losses = [np.asarray(start)], [], []
     for i, noise in enumerate(noises):
         from_theirs = state.replace(latents=jnp.asarray(wanted[i]))
         single.append(
-            relative_l2(step(prompt, from_theirs, i, noise)[0].latents - wanted[i], wanted[i + 1] - wanted[i])
+            relative_l2(
+                step(networks, prompt, hyper, plan, from_theirs, i, noise)[0].latents - wanted[i],
+                wanted[i + 1] - wanted[i],
+            )
         )
-        state, metrics = step(prompt, state, i, noise)
+        state, metrics = step(networks, prompt, hyper, plan, state, i, noise)
         made.append(np.asarray(state.latents))
         losses.append(metrics["loss"])
     output = jax.vmap(lambda s: inversion.output(s, settings.output))(state)

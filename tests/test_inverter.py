@@ -33,7 +33,10 @@ def settings(checkpoints, **changes) -> config.Settings:
         "steps": 6, "chunk": 4, "image_size": 32, "batch_size": 8, "output": "final",
         "generator": {"checkpoint": sd},
         "referees": (
-            {"checkpoint": clip, "losses": {"cosine": 0.5, "contrastive": 1.0}, "near": 3, "exchange": (("red", "blue", "green"),)},
+            {
+                "checkpoint": clip, "losses": {"cosine": 0.5, "contrastive": 1.0}, "near": 3,
+                "exchange": (("red", "blue", "green"),),
+            },
             {"checkpoint": clip, "role": "held_out"},
         ),
         "sds": {"weight": 1.5, "weight_final": 0.75, "weight_steps": 6, "guidance": 1.5},

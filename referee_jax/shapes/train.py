@@ -13,6 +13,7 @@ U-Net binds attributes as badly as Stable Diffusion does. The referees' captions
 
 import copy
 import dataclasses
+import json
 import math
 import pathlib
 import time
@@ -39,6 +40,7 @@ MIX = {
 UNET_MIX = {"single": 0.15, "colour": 0.5, "texture": 0.07, "spatial": 0.14, "numeracy": 0.07, "complex": 0.07}
 SWAPPED, EMPTY = 0.35, 0.1  # shares of Stable Diffusion's captions that are exchanged and left out
 DISTRACTORS = 2
+SAVE_EVERY = 500
 Batch = dict[str, torch.Tensor]
 
 VAE = dict(
@@ -161,7 +163,7 @@ class Steps(torch.utils.data.Dataset):
 class Autoencoder(torch.nn.Module):
     """The KL-VAE, trained with a KL term strong enough that latents have unit scale and neighbours decode alike."""
 
-    steps, rate, batch = 3000, 2e-3, staticmethod(vae_batch)
+    steps, rate, batch, where = 4000, 2e-3, staticmethod(vae_batch), "stable-diffusion/vae"
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
@@ -188,7 +190,7 @@ class Autoencoder(torch.nn.Module):
             scale = 1 / trained["vae"].encode(images).latent_dist.sample().std().item()
         vae = copy.deepcopy(trained["vae"])
         vae.register_to_config(scaling_factor=round(scale, 5))
-        vae.half().save_pretrained(out / "stable-diffusion" / "vae")
+        vae.half().save_pretrained(out / self.where)
 
 
 class Clip(torch.nn.Module):
@@ -197,7 +199,7 @@ class Clip(torch.nn.Module):
     The helper's head is dropped after training; it teaches the patches in minutes what the contrast alone takes hours for.
     """
 
-    steps, rate, batch, name = 4000, 1e-3, staticmethod(pair_batch), "clip"
+    steps, rate, batch, where = 3000, 1e-3, staticmethod(pair_batch), "clip"
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
@@ -223,18 +225,18 @@ class Clip(torch.nn.Module):
 
     def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
         """With tokenizer and preprocessing."""
-        copy.deepcopy(trained["clip"]).half().save_pretrained(out / self.name)
-        tokens.save(out / self.name)
+        copy.deepcopy(trained["clip"]).half().save_pretrained(out / self.where)
+        tokens.save(out / self.where)
         size = {"height": world.SIZE, "width": world.SIZE}
         transformers.CLIPImageProcessor(
             size={"shortest_edge": world.SIZE}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
-        ).save_pretrained(out / self.name)
+        ).save_pretrained(out / self.where)
 
 
 class HeldOutClip(Clip):
     """The same with another seed, never optimised against."""
 
-    name = "clip_held_out"
+    where = "clip_held_out"
 
 
 def degrade(images: torch.Tensor) -> torch.Tensor:
@@ -249,7 +251,7 @@ def degrade(images: torch.Tensor) -> torch.Tensor:
 class UNet(torch.nn.Module):
     """The U-Net: noise prediction on scaled latents, between the frozen autoencoder and CLIP's frozen text tower."""
 
-    steps, rate, batch = 8000, 1e-3, staticmethod(unet_batch)
+    steps, rate, batch, where = 2500, 1e-3, staticmethod(unet_batch), "stable-diffusion/unet"
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
@@ -331,12 +333,27 @@ def train(name: str, *, steps: int | None, seed: int, out: pathlib.Path, workdir
             pace = (time.monotonic() - begin) / (i - start)
             figures = {key: round(value.item(), 4) for key, value in figures.items()}
             logging.info("%s: step %d of %d, %.2f s each, %s", name, i, steps, pace, figures)
-        if i % 500 == 0 or i == steps:
+        if i % SAVE_EVERY == 0 or i == steps:
             state = {key: part.state_dict() for key, part in parts.items()} | {"step": i, "rng": torch.get_rng_state()}
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
             network.save(average, out)
+            (out / network.where / "README.md").write_text(
+                card(name, network, step=i, steps=steps, seed=seed, figures=figures)
+            )
     return figures
+
+
+def card(name: str, network: torch.nn.Module, *, step: int, steps: int, seed: int, figures: dict) -> str:
+    """What stands beside a trained network."""
+    values = {key: round(float(value), 4) for key, value in figures.items()}
+    return (
+        f"# {name}\n\n{type(network).__doc__.strip()}\n\n"
+        f"Data: scenes of `referee_jax.shapes.world`, new in every step. {network.batch.__doc__.strip().splitlines()[0]}\n"
+        f"Attribute pairs of `world.UNSEEN` are in no scene and no caption.\n\n"
+        f"Trained by `python -m referee_jax.shapes.train --network={name} --seed={seed} --steps={steps}`, "
+        f"{step} steps done; the weights are a running average. Figures of the last batch: {json.dumps(values)}\n"
+    )
 
 
 def main(argv: list[str]) -> None:

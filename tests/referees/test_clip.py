@@ -1,0 +1,89 @@
+"""CLIP as a referee against transformers' CLIPModel: losses, their image gradients, scores, and the near negatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from referee_jax import config, prompts, referees
+from tests.conftest import relative_l2
+
+GROUPS = (("red", "blue", "green"), ("circle", "square"))
+
+
+@pytest.fixture(scope="module")
+def judge(checkpoints):
+    spec = config.RefereeSpec(
+        checkpoint=str(checkpoints[1]),
+        losses={"cosine": 1.0, "contrastive": 1.0},
+        negatives=("a photo",),
+        near=4,
+        exchange=GROUPS,
+    )
+    return referees.load_referee(spec)
+
+
+def oracle(judge, views: np.ndarray, texts: list[str]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Losses `[V]` and d(their mean)/d(views) by torch."""
+    network = transformers.CLIPModel.from_pretrained(judge.spec.checkpoint).eval()
+    x = torch.from_numpy(views).requires_grad_()
+    pixels = ((x - torch.tensor(judge.referee.mean)) / torch.tensor(judge.referee.std)).permute(0, 3, 1, 2)
+    ids = torch.from_numpy(prompts.tokenize(judge.tokenizer, texts).astype(np.int64))
+    logits = network(input_ids=ids, pixel_values=pixels).logits_per_image
+    losses = {"cosine": 1 - logits[:, 0] / network.logit_scale.exp(), "contrastive": -logits.log_softmax(1)[:, 0]}
+    gradients = {k: torch.autograd.grad(v.mean(), x, retain_graph=True)[0].numpy() for k, v in losses.items()}
+    return {name: value.detach().numpy() for name, value in losses.items()}, gradients
+
+
+@pytest.mark.parametrize("prompt", ["a red circle and a blue square", "a photo"])
+def test_losses(judge, prompt):
+    tokens = judge.tokenize(prompt)
+    assert tokens["input_ids"].shape == (6, judge.tokenizer.model_max_length)
+    text = judge.referee.encode(tokens)
+    views = np.random.default_rng(0).uniform(size=(3, 32, 32, 3)).astype(np.float32)
+    # "a photo" is its own only negative, and has no words to exchange: nothing is left to tell it from.
+    texts = [prompt, *(n for n in judge.spec.negatives if n != prompt), *prompts.near(prompt, GROUPS)[:4]]
+    assert tokens["real"].sum() == len(texts) == (6 if "red" in prompt else 1)
+    wanted, gradients = oracle(judge, views, texts)
+    made = judge.referee.views_losses(jnp.asarray(views), text)
+    for name in ("cosine", "contrastive"):
+        np.testing.assert_allclose(made[name], wanted[name], atol=2e-5)
+        gradient = jax.grad(lambda v, name=name: judge.referee.views_losses(v, text)[name].mean())(jnp.asarray(views))
+        if len(texts) > 1 or name == "cosine":
+            assert relative_l2(gradient, gradients[name]) < 1e-4
+    if len(texts) > 1:
+        assert wanted["contrastive"].std() > 0.01
+
+
+def test_scores(judge):
+    text = judge.referee.encode(judge.tokenize("a red circle and a blue square"))
+    image = np.random.default_rng(1).uniform(size=(32, 32, 3)).astype(np.float32)
+    scores = judge.referee.scores(jnp.asarray(image), text)
+    losses = judge.referee.views_losses(jnp.asarray(image)[None], text)
+    assert float(scores["cosine"]) == pytest.approx(1 - float(losses["cosine"][0]), abs=1e-6)
+    assert float(scores["probability"]) == pytest.approx(float(jnp.exp(-losses["contrastive"][0])), abs=1e-6)
+    large = jax.image.resize(jnp.asarray(image), (64, 64, 3), "nearest")
+    assert abs(float(judge.referee.scores(large, text)["cosine"]) - float(scores["cosine"])) < 0.05
+
+
+def test_unknown_loss(checkpoints):
+    spec = config.RefereeSpec(checkpoint=str(checkpoints[1]), losses={"itm": 1.0})
+    with pytest.raises(ValueError, match="referee clip: no loss itm; there are cosine, contrastive"):
+        referees.load_referee(spec)
+
+
+def test_near():
+    texts = prompts.near("a red circle and a blue square", GROUPS)
+    assert texts[:4] == [
+        "a blue circle and a red square",
+        "a red square and a blue circle",
+        "a red circle",
+        "a blue square",
+    ]
+    assert "a green circle and a blue square" in texts and "a red circle and a blue circle" in texts
+    assert len(texts) == len(set(texts)) == 4 + 4 + 2
+    assert "a red circle and a blue square" not in texts
+    assert prompts.near("a red apple", (("red", "orange"),)) == ["an orange apple"]
+    assert prompts.near("nothing of the groups", GROUPS) == []

@@ -1,0 +1,49 @@
+"""DDIM against diffusers' scheduler, with the U-Net replaced by a function that both sides can compute."""
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from referee_jax import sampler
+from tests.conftest import relative_l2
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_ddim(prediction_type, steps):
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, timestep_spacing="leading", prediction_type=prediction_type,
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    start = np.random.default_rng(0).normal(size=(4, 4, 4)).astype(np.float32)
+    # Text states stand for a bias: what is said moves the prediction.
+    cond, uncond, guidance = np.float32(0.3), np.float32(-0.1), 3.0
+
+    def predict(xp, z, t, text):
+        return xp.sin(2 * z) * (0.5 + t / 2000) + text
+
+    z = torch.from_numpy(start)
+    for t in scheduler.timesteps:
+        low, high = (predict(torch, z, float(t), text) for text in (uncond, cond))
+        z = scheduler.step(low + guidance * (high - low), t, z).prev_sample
+
+    def unet(latents, timesteps, states):
+        shape = (-1, 1, 1, 1)
+        return predict(jnp, latents, timesteps.astype(jnp.float32).reshape(shape), states.reshape(shape))
+
+    ours = sampler.ddim(
+        unet, jnp.asarray(start), cond=jnp.full((1, 1), cond), uncond=jnp.full((1, 1), uncond), steps=steps,
+        alphas_cumprod=jnp.asarray(scheduler.alphas_cumprod.numpy()), prediction_type=prediction_type,
+        guidance=jnp.float32(guidance),
+    )  # fmt: skip
+    assert relative_l2(ours, z.numpy()) < 1e-4
+    assert relative_l2(z.numpy(), start) > 0.1
+    unguided = jax.jit(lambda z: sampler.ddim(
+        unet, z, cond=jnp.full((1, 1), cond), uncond=None, steps=steps, guidance=jnp.float32(guidance),
+        alphas_cumprod=jnp.asarray(scheduler.alphas_cumprod.numpy()), prediction_type=prediction_type,
+    ))(jnp.asarray(start))  # fmt: skip
+    assert relative_l2(unguided, ours) > 1e-2

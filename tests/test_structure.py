@@ -1,0 +1,70 @@
+"""Dependencies point one way (the package's docstring): a walk over the imports holds it."""
+
+import ast
+import pathlib
+
+import pytest
+
+import referee_jax
+
+ROOT = pathlib.Path(referee_jax.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imports(file: pathlib.Path) -> set[str]:
+    """Full names of what a file imports, modules and their members alike."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def uses(file: pathlib.Path, *prefixes: str) -> list[str]:
+    return sorted(n for n in imports(file) if any(n == p or n.startswith(p + ".") for p in prefixes))
+
+
+def files(*names: str) -> list[pathlib.Path]:
+    chosen = [file for file in FILES if any(str(file.relative_to(ROOT)).startswith(name) for name in names)]
+    assert chosen, names
+    return chosen
+
+
+# Who -> what it must not import.
+RULES = {
+    ("models/",): ["referee_jax.weights", "referee_jax.referees", "referee_jax.inversion", "referee_jax.config", "transformers"],
+    ("weights/",): ["referee_jax.inversion", "referee_jax.inverter", "referee_jax.referees", "referee_jax.config"],
+    ("inversion.py", "objective.py", "sds.py", "optim.py", "views.py", "augment.py", "sampler.py"): [
+        "referee_jax.inverter", "referee_jax.config", "referee_jax.weights", "referee_jax.queue", "referee_jax.outputs",
+        "referee_jax.parallel", "referee_jax.shapes", "transformers", "absl",
+    ],
+    ("inverter.py",): ["referee_jax.run", "referee_jax.outputs", "referee_jax.shapes", "absl"],
+    ("config.py", "queue.py", "prompts.py", "outputs.py"): ["referee_jax.inverter", "referee_jax.run", "referee_jax.inversion"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("who", RULES, ids=lambda who: who[0])
+def test_directions(who):
+    found = {str(file.relative_to(ROOT)): uses(file, *RULES[who]) for file in files(*who)}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_torch_only_in_training():
+    found = {str(file.relative_to(ROOT)) for file in FILES if uses(file, "torch", "diffusers", "pickle")}
+    assert found == {"shapes/train.py"}
+
+
+def test_only_the_outermost_reads_flags_and_devices():
+    flags = {str(file.relative_to(ROOT)) for file in FILES if uses(file, "absl.flags")}
+    assert flags == {"run.py", "shapes/train.py", "benchmarks/methods.py"}
+    devices = {
+        str(f.relative_to(ROOT)) for f in FILES if "jax.devices(" in f.read_text() or "local_devices(" in f.read_text()
+    }
+    assert devices <= {"run.py", "parallel.py", "outputs.py"}
+
+
+def test_the_walk_sees_imports():
+    assert "referee_jax.inversion" in imports(ROOT / "inverter.py")
+    assert "torch" in imports(ROOT / "shapes" / "train.py")
