@@ -18,7 +18,6 @@ from ml_collections import config_flags
 
 from referee_jax import config, inverter, outputs, queue
 from referee_jax.benchmarks import shapes
-from referee_jax.shapes import detect, world
 
 SPLITS = ("seen", "unseen")
 GUIDANCE = 7.5
@@ -74,18 +73,18 @@ def measure(
     share = max(1, engine.batch_size // settings.samples) if engine else 1
     for start in range(0, len(texts), share):
         result = make(engine, texts[start : start + share], settings.samples, settings.seed)
-        for item, image, scores in zip(result.items, result.images, result.scores, strict=True):
-            path = out / "images" / name / f"{item.id}.png"
-            seen = detect.detect(image)
+        right, quality = shapes.score(result.images, [item.prompt for item in result.items])
+        for n, item in enumerate(result.items):
             record = {
                 "prompt": item.prompt,
                 "sample": item.sample,
-                "right": world.matches(world.parse(item.prompt), seen.scene),
-                "quality": round(seen.quality, 3),
-                "scores": scores,
+                "right": bool(right[n]),
+                "quality": float(quality[n]),
             }
+            record["scores"] = result.scores[n]
+            path = out / "images" / name / f"{item.id}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            outputs.write_atomic(path, outputs.encode_png(outputs.to_uint8(image), record))
+            outputs.write_atomic(path, outputs.encode_png(outputs.to_uint8(result.images[n]), record))
             records.append(record | {"file": str(path.relative_to(out))})
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
         logging.info("%s, %s: %d of %d prompts", row, split, min(start + share, len(texts)), len(texts))

@@ -1,0 +1,1 @@
+"""Fixed prompt lists and their scores."""
