@@ -13,6 +13,7 @@ U-Net binds attributes as badly as Stable Diffusion does. The referees' captions
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
 import pathlib
@@ -348,7 +349,7 @@ def card(name: str, network: torch.nn.Module, *, step: int, steps: int, seed: in
     """What stands beside a trained network."""
     values = {key: round(float(value), 4) for key, value in figures.items()}
     return (
-        f"# {name}\n\n{type(network).__doc__.strip()}\n\n"
+        f"# {name}\n\n{inspect.getdoc(type(network))}\n\n"
         f"Data: scenes of `referee_jax.shapes.world`, new in every step. {network.batch.__doc__.strip().splitlines()[0]}\n"
         f"Attribute pairs of `world.UNSEEN` are in no scene and no caption.\n\n"
         f"Trained by `python -m referee_jax.shapes.train --network={name} --seed={seed} --steps={steps}`, "
