@@ -4,8 +4,9 @@ Training is the one thing here that is done with torch (extra `[train]`), on the
 whose checkpoints the package reads: what is committed is a true Hugging Face checkpoint, and loading it is a test of its own.
 On a CPU with bfloat16 matrix units it is several times faster than XLA besides.
 
-Training is seeded and resumable: step n's data depend on (seed, n) alone, the state is kept in `--workdir`. The order is vae,
-clip, unet (which reads the two others from `--out`). Each network comes with a card of its data, steps and final figures.
+Training is seeded and resumable: what is random in step n depends on (seed, n) alone, the state is kept in `--workdir`.
+The order is vae, clip, unet (which reads the two others from `--out`). Each network comes with a card of its data, steps
+and final figures.
 
 Stable Diffusion's captions are noisy on purpose: in 35 % of the two-object scenes two attributes are exchanged, so that the
 U-Net binds attributes as badly as Stable Diffusion does. The referees' captions are clean, with hard negatives.
@@ -309,19 +310,25 @@ def train(name: str, *, steps: int | None, seed: int, out: pathlib.Path, workdir
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         start = saved.pop("step")
-        torch.set_rng_state(saved.pop("rng").cpu())
         for key, part in parts.items():
             part.load_state_dict(saved[key])
         logging.info("%s: going on from step %d", name, start)
     workdir.mkdir(parents=True, exist_ok=True)
+    # Spawned, not forked: the caller may have threads (JAX has), and a fork of those can hang.
     loader = torch.utils.data.DataLoader(
-        Steps(network.batch, seed), sampler=range(start, steps), batch_size=None, num_workers=1
+        Steps(network.batch, seed),
+        sampler=range(start, steps),
+        batch_size=None,
+        num_workers=1,
+        multiprocessing_context="spawn",
     )
     begin, figures = time.monotonic(), {}
     for i, batch in enumerate(loader, start + 1):
         batch = {key: value.to(device) for key, value in batch.items()}
+        torch.manual_seed(1_000_003 * seed + i)  # noise, too, is of (seed, step) alone
         with torch.autocast(device, dtype=torch.bfloat16):
             loss, figures = network(batch)
+        figures = {key: value.detach() for key, value in figures.items()}
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
@@ -332,17 +339,17 @@ def train(name: str, *, steps: int | None, seed: int, out: pathlib.Path, workdir
                 old.lerp_(new, max(0.003, 1 / i))
         if i % 100 == 0 or i == steps:
             pace = (time.monotonic() - begin) / (i - start)
-            figures = {key: round(value.item(), 4) for key, value in figures.items()}
-            logging.info("%s: step %d of %d, %.2f s each, %s", name, i, steps, pace, figures)
+            shown = {key: round(value.item(), 4) for key, value in figures.items()}
+            logging.info("%s: step %d of %d, %.2f s each, %s", name, i, steps, pace, shown)
         if i % SAVE_EVERY == 0 or i == steps:
-            state = {key: part.state_dict() for key, part in parts.items()} | {"step": i, "rng": torch.get_rng_state()}
+            state = {key: part.state_dict() for key, part in parts.items()} | {"step": i}
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
             network.save(average, out)
             (out / network.where / "README.md").write_text(
                 card(name, network, step=i, steps=steps, seed=seed, figures=figures)
             )
-    return figures
+    return {key: float(value) for key, value in figures.items()}
 
 
 def card(name: str, network: torch.nn.Module, *, step: int, steps: int, seed: int, figures: dict) -> str:

@@ -69,7 +69,6 @@ def out(tmp_path_factory):
 
 def test_resume_is_the_same_training(out, tmp_path, monkeypatch):
     """Two steps, then two more in a second call, equal four in one; the schedule's length is what is asked for last."""
-    monkeypatch.setattr(train.Autoencoder, "batch", staticmethod(lambda rng: train.vae_batch(rng, 2)))
     whole = trained("vae", out, 4, tmp_path / "whole")
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     with pytest.raises(KeyboardInterrupt):
