@@ -13,6 +13,13 @@ torch.set_num_threads(1)
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _free_programs():
+    """Drops what a module has compiled: XLA maps memory for each program, and a process may have only so many maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Tiny random Stable Diffusion (32 px images, 8x8 latents) and CLIP directories: `(sd, clip)`."""
