@@ -343,7 +343,9 @@ def test_nobody_reads(tmp_path):
 def test_signals(tmp_path, sent, code):
     arguments = [f"--prompt={n}" for n in range(9)]
     script = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # A shell's background job starts with Ctrl-C ignored, and so would its children.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tests import test_run\n"
         "from referee_jax import run\n"
         "advance = test_run.FakeInverter.advance\n"
