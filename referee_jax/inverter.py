@@ -124,6 +124,17 @@ class Inverter:
 
     def begin(self, items: Sequence[queue.Item], seed: int, hypers: Sequence[inversion.Hyper] | None = None) -> Batch:
         """A batch before its first iteration; `hypers` gives each item its own numbers (one more vmapped axis)."""
+        start = self.settings.init, self.settings.init_steps, self.settings.init_guidance
+        return self._begin(items, seed, start, hypers)
+
+    def _begin(
+        self,
+        items: Sequence[queue.Item],
+        seed: int,
+        start: tuple[str, int, float],
+        hypers: Sequence[inversion.Hyper] | None = None,
+    ) -> Batch:
+        """`begin` from `start`: what the first latents are, and the sampler's steps and guidance."""
         items = tuple(items)
         if not 0 < len(items) <= self.batch_size:
             raise ValueError(f"{len(items)} items for a batch of 1 to {self.batch_size}")
@@ -136,7 +147,9 @@ class Inverter:
         if hypers is not None:
             hypers = [*hypers, *[hypers[-1]] * (self.batch_size - len(items))]
             hyper = place(jax.tree.map(lambda *x: jnp.stack(x), *hypers))
-        state = self._program("start", hypers is not None)(self.networks, prompt, hyper, keys)
+        init, steps, guidance = start
+        program = self._starter(init, steps, hypers is not None)
+        state = program(self.networks, prompt, hyper, keys, jnp.float32(guidance))
         return Batch(items, 0, prompt, hyper, state, keys)
 
     def advance(self, batch: Batch) -> tuple[Batch, dict[str, np.ndarray]]:
@@ -171,40 +184,25 @@ class Inverter:
         for text in texts:
             if reason := self.check(text):
                 raise ValueError(f"prompt {text[:80]!r}: {reason}")
-        items = [queue.Item(text, sample) for text in texts for sample in range(samples)]
+        items = queue.items(texts, samples)
         pictures, histories = [], []
-        for start in range(0, len(items), self.batch_size):
-            batch, history = self.begin(items[start : start + self.batch_size], seed), []
+        for share in queue.batches(items, self.batch_size):
+            batch, history = self.begin(share, seed), []
             while batch.step < self.steps:
                 batch, metrics = self.advance(batch)
                 history.append(metrics)
             histories.append({name: np.concatenate([h[name] for h in history], axis=1) for name in history[0]})
             pictures += self.finish(batch)
-        return Result(
-            items=items,
-            images=np.stack([picture.image for picture in pictures]),
-            scores=[picture.scores for picture in pictures],
-            latents=np.stack([picture.latents for picture in pictures]),
-            history={name: np.concatenate([h[name] for h in histories]) for name in histories[0]},
-        )
+        return _result(pictures, {name: np.concatenate([h[name] for h in histories]) for name in histories[0]})
 
     def sample(
         self, texts: Sequence[str], *, samples: int = 1, seed: int = 0, steps: int = 50, guidance: float = 7.5
     ) -> Result:
         """The baseline: plain DDIM sampling of the prior for the same items and from the same noise."""
-        items = [queue.Item(text, sample) for text in texts for sample in range(samples)]
         pictures = []
-        for start in range(0, len(items), self.batch_size):
-            batch = self.begin(items[start : start + self.batch_size], seed)
-            latents = self._sampler(steps)(self.networks, batch.prompt, batch.keys, jnp.float32(guidance))
-            pictures += self.finish(dataclasses.replace(batch, state=batch.state.replace(latents=latents)))
-        return Result(
-            items=items,
-            images=np.stack([picture.image for picture in pictures]),
-            scores=[picture.scores for picture in pictures],
-            latents=np.stack([picture.latents for picture in pictures]),
-            history={},
-        )
+        for share in queue.batches(queue.items(texts, samples), self.batch_size):
+            pictures += self.finish(self._begin(share, seed, ("sample", steps, guidance)))
+        return _result(pictures, {})
 
     def _tokenize(self, prompt: str) -> dict[str, Any]:
         template = self.settings.sds
@@ -220,12 +218,8 @@ class Inverter:
 
     @functools.cache  # noqa: B019 - an inverter lives as long as its programs
     def _program(self, name: str, swept: bool) -> Any:
-        """The compiled `start`, `chunk` or `finish` of a batch over all devices."""
+        """The compiled `chunk` or `finish` of a batch over all devices."""
         over = 0 if swept else None
-        if name == "start":
-            init = self.settings.init, self.settings.init_steps, self.settings.init_guidance
-            fn = jax.vmap(functools.partial(_start, plan=self.plan, how=init), in_axes=(None, 0, over, 0))
-            return jax.jit(parallel.across_devices(fn, self.mesh, (False, True, swept, True)))
         if name == "chunk":
             fn = functools.partial(_chunk, plan=self.plan, count=self.chunk, over=over)
             spread = parallel.across_devices(fn, self.mesh, (False, True, swept, True, True, False), joined=(0, 1))
@@ -234,9 +228,22 @@ class Inverter:
         return jax.jit(parallel.across_devices(fn, self.mesh, (False, True, True)))
 
     @functools.cache  # noqa: B019
-    def _sampler(self, steps: int) -> Any:
-        fn = jax.vmap(functools.partial(_sample, plan=self.plan, steps=steps), in_axes=(None, 0, 0, None))
-        return jax.jit(parallel.across_devices(fn, self.mesh, (False, True, True, False)))
+    def _starter(self, init: str, steps: int, swept: bool) -> Any:
+        """The compiled start of a batch over all devices."""
+        over = 0 if swept else None
+        fn = functools.partial(_start, plan=self.plan, init=init, steps=steps)
+        fn = jax.vmap(fn, in_axes=(None, 0, over, 0, None))
+        return jax.jit(parallel.across_devices(fn, self.mesh, (False, True, swept, True, False)))
+
+
+def _result(pictures: Sequence[Picture], history: dict[str, np.ndarray]) -> Result:
+    return Result(
+        items=[picture.item for picture in pictures],
+        images=np.stack([picture.image for picture in pictures]),
+        scores=[picture.scores for picture in pictures],
+        latents=np.stack([picture.latents for picture in pictures]),
+        history=history,
+    )
 
 
 def item_key(seed: int, item: queue.Item) -> Array:
@@ -300,31 +307,16 @@ def _encode(networks: inversion.Networks, text_encoder: Any, tokens: dict[str, A
     )
 
 
-def _noise(key: Array, plan: inversion.Plan) -> Array:
+def _start(
+    networks, prompt, hyper, key, guidance: Array, *, plan: inversion.Plan, init: str, steps: int
+) -> inversion.InversionState:
     # Iterations fold in 0, 1, ...; the start folds in what no iteration reaches.
-    return jax.random.normal(jax.random.fold_in(key, 2**31 - 1), plan.latent)
-
-
-def _sample(
-    networks: inversion.Networks,
-    prompt: inversion.Prompt,
-    key: Array,
-    guidance: Array,
-    *,
-    plan: inversion.Plan,
-    steps: int,
-):
-    return sampler.ddim(
-        networks.unet, _noise(key, plan), cond=prompt.cond, uncond=prompt.uncond, steps=steps, guidance=guidance,
-        alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
-    )  # fmt: skip
-
-
-def _start(networks, prompt, hyper, key, *, plan: inversion.Plan, how: tuple) -> inversion.InversionState:
-    init, steps, guidance = how
-    latents = _noise(key, plan)
+    latents = jax.random.normal(jax.random.fold_in(key, 2**31 - 1), plan.latent)
     if init == "sample":
-        latents = _sample(networks, prompt, key, guidance, plan=plan, steps=steps)
+        latents = sampler.ddim(
+            networks.unet, latents, cond=prompt.cond, uncond=prompt.uncond, steps=steps, guidance=guidance,
+            alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
+        )  # fmt: skip
     return inversion.init(latents, plan, hyper)
 
 

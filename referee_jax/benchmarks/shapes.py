@@ -44,8 +44,7 @@ def score(images: Sequence[np.ndarray], texts: Sequence[str]) -> tuple[np.ndarra
 
 def is_unseen(prompt: world.Prompt) -> bool:
     """Whether the prompt names an attribute pair that no training scene shows."""
-    pairs = [(said, thing.shape) for thing in prompt.things for said in (thing.colour, thing.texture)]
-    return not world.UNSEEN.isdisjoint(pairs)
+    return any(thing.is_unseen() for thing in prompt.things)
 
 
 def make_lists(count: int = COUNT, *, seed: int = 0, patience: int = 1000) -> dict[str, dict[str, list[str]]]:
