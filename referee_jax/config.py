@@ -25,7 +25,8 @@ from referee_jax import augment, optim, views
 
 ASSETS = pathlib.Path(__file__).parent / "shapes" / "assets"
 EMBEDDED = "shapes/"  # checkpoints whose names begin so are part of the package
-LOSSES = ("cosine", "contrastive")
+LOSSES = ("cosine", "contrastive", "itm", "itc", "itg", "caption", "vqa")  # which of them, the referee knows
+CONTRASTIVE = ("clip",)  # referees that read negatives
 
 # What decides which images are made, how they are stored or how fast, but not what any one of them looks like.
 _NOT_OF_THE_IMAGE = ("prompts", "samples", "workdir", "batch_size", "chunk", "outputs.trajectory")
@@ -86,10 +87,12 @@ class Referee:
 class RefereeSpec:
     """One vision-language model: one that is optimised against, or one that only scores."""
 
-    name: str = _field("clip", allowed=("clip",))
+    name: str = _field("clip", allowed=("clip", "blip_itm", "blip_caption", "blip_vqa", "blip2"))
     checkpoint: str = "openai/clip-vit-large-patch14"
     revision: str = ""
     losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"cosine": 1.0})  # loss: weight
+    template: str = ""  # text with {} in the prompt's place; empty: the referee's own
+    first_token: str = _field("[ENC]", allowed=("[ENC]", "[CLS]"))  # of what reads the image in blip_itm and blip_vqa
     negatives: tuple[str, ...] = ()  # texts that the contrastive loss tells the prompt from
     near: int = _field(0, low=0)  # and so many made of the prompt itself; see prompts.near
     exchange: tuple[tuple[str, ...], ...] = ()  # groups of words that stand for one another in those
@@ -330,6 +333,10 @@ def _check_referees(settings: Settings) -> None:
             raise _wrong(
                 f"{key}.negatives", spec.negatives, f"some texts, or {key}.near some number, for the contrastive loss"
             )
+        if (spec.negatives or spec.near) and spec.name not in CONTRASTIVE:
+            raise _wrong(f"{key}.negatives", spec.negatives, f"empty, and {key}.near 0: {spec.name} reads none")
+        if spec.template and spec.template.count("{}") != 1:
+            raise _wrong(f"{key}.template", spec.template, "empty, or a text with one {} where the prompt is put")
         if not spec.checkpoint:
             raise _wrong(f"{key}.checkpoint", "", "a directory, a hub id, or shapes/...")
     acts = settings.referee.weight or settings.referee.weight_final

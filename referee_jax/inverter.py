@@ -114,10 +114,12 @@ class Inverter:
 
     def check(self, prompt: str) -> str | None:
         """Why this prompt cannot be done, or None."""
-        texts = [(self.tokenizer, self.settings.sds.prompt.replace("{}", prompt), "the prior")]
-        texts += [(judge.tokenizer, prompt, judge.spec.name) for judge in (*self.judges, *self.held_out)]
-        for tokenizer, text, who in texts:
-            count, limit = prompts.token_count(tokenizer, text), tokenizer.model_max_length
+        prior = self.settings.sds.prompt.replace("{}", prompt)
+        texts = [(self.tokenizer, prior, self.tokenizer.model_max_length, "the prior")]
+        for judge in (*self.judges, *self.held_out):
+            texts.append((judge.tokenizer, judge.text(prompt), judge.length, judge.spec.name))
+        for tokenizer, text, limit, who in texts:
+            count = prompts.token_count(tokenizer, text)
             if count > limit:
                 return f"{count} tokens, {who} reads {limit}"
         return None

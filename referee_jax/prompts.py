@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -113,6 +114,13 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int | None = None) ->
         if len(row) > length:
             raise PromptError(f"the prompt {text[:60]!r} has {len(row)} tokens, the text encoder reads {length}")
     return np.array(rows, np.int32)
+
+
+def caption(text: str, words: int = 50) -> str:
+    """The text as BLIP's were in training (`blip_caption` of LAVIS): lower case, some marks blanked, so many words."""
+    text = re.sub(r"""[.!"()*#:;~]""", " ", text.lower())
+    text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+    return " ".join(text.split(" ")[:words])
 
 
 def near(prompt: str, exchange: Sequence[Sequence[str]]) -> list[str]:

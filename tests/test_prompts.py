@@ -98,3 +98,18 @@ def test_nothing_is_cut(tokenizer):
     ):
         prompts.tokenize(tokenizer, ["a star", text])
     assert prompts.tokenize(tokenizer, ["a star", text], 21).shape == (2, 21)
+
+
+@pytest.mark.parametrize(
+    "text, caption",
+    [
+        ('A "Red" Book, and (two) cats!', "a red book, and two cats"),
+        ("  It's  a dog-house: #1; ~5*3.\n", "it's a dog-house 1 5 3"),
+        ("a\t\tb\nc", "a b\nc"),
+        ("?!", "?"),
+        ("...", ""),
+        (" ".join(f"w{n}" for n in range(60)), " ".join(f"w{n}" for n in range(50))),
+    ],
+)
+def test_caption(text, caption):
+    assert prompts.caption(text) == caption

@@ -14,16 +14,6 @@ from jax import Array
 from referee_jax.models import layers
 
 
-def _check(config) -> None:
-    if config.hidden_act not in layers.ACTIVATIONS:
-        allowed = ", ".join(layers.ACTIVATIONS)
-        raise ValueError(f"hidden_act={config.hidden_act!r} is not implemented; supported: {allowed}")
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"hidden_size={config.hidden_size} does not divide into num_attention_heads={config.num_attention_heads}"
-        )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """`text_config` of a CLIP checkpoint; the defaults are transformers' (B/32)."""
@@ -40,7 +30,7 @@ class TextConfig:
     projection_dim: int | None = 512  # of the tower alone; `Config.projection_dim` is the one that counts
 
     def __post_init__(self):
-        _check(self)
+        layers.check_config(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +48,7 @@ class VisionConfig:
     projection_dim: int | None = 512
 
     def __post_init__(self):
-        _check(self)
+        layers.check_config(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,12 @@ as arguments to jit, vmap, grad, scan and shard_map.
 Axis letters: B batch (views, latents), H W C image rows, columns, channels, T tokens, N heads, D width.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -22,6 +24,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
 }
+
+
+def check_config(config) -> None:
+    """Raises ValueError, naming key and value, where a transformer's config says what is not implemented here."""
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={config.hidden_act!r} is not implemented; supported: {', '.join(ACTIVATIONS)}")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"hidden_size={config.hidden_size} does not divide into num_attention_heads={config.num_attention_heads}"
+        )
 
 
 def attention(query: Array, key: Array, value: Array, *, bias: Array | None = None, is_causal: bool = False) -> Array:
@@ -77,11 +89,41 @@ class GroupNorm(nnx.Module):
         return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
+def interpolate_positions(table: Array, height: int, width: int) -> Array:
+    """Learned positions `[1 + n * n, D]` of a class token and a square grid, for another grid: `[1 + height * width, D]`.
+
+    Bicubic as torch.nn.functional.interpolate: its kernel has a = -0.75 where jax.image.resize has -0.5.
+    """
+    n = math.isqrt(len(table) - 1)
+    if (height, width) == (n, n):
+        return table
+    grid = table[1:].reshape(n, n, -1).astype(jnp.float32)
+    grid = jnp.einsum("hi,wj,ijd->hwd", bicubic(n, height), bicubic(n, width), grid, precision="highest")
+    return jnp.concatenate([table[:1], grid.reshape(height * width, -1).astype(table.dtype)])
+
+
+def bicubic(old: int, new: int) -> np.ndarray:
+    """float32 `[new, old]`: a row's resampling about pixel centres, edges repeated, no antialiasing (Keys 1981, a = -0.75)."""
+    a, weights = -0.75, np.zeros((new, old))
+    at = (np.arange(new) + 0.5) * old / new - 0.5
+    for step in (-1, 0, 1, 2):
+        pixel = np.floor(at).astype(int) + step
+        d = np.abs(at - pixel)
+        near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+        far = a * (d**3 - 5 * d**2 + 8 * d - 4)
+        np.add.at(weights, (np.arange(new), np.clip(pixel, 0, old - 1)), np.where(d <= 1, near, far))
+    return weights.astype(np.float32)
+
+
 class Stack(nnx.Module):
     """Equal layers as one whose every weight has a leading axis of `depth`; a checkpoint numbers them from 0."""
 
     def __init__(self, layer: nnx.Module, depth: int):
         self.layer, self.depth = layer, depth
+
+
+class Interleaved(nnx.List):
+    """Stacks of layers that take turns: of N, the checkpoint numbers the n-th's layers n, n + N, n + 2 N, ..."""
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Stack:

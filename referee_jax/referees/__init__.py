@@ -1,14 +1,16 @@
 """Referees by name: `load_referee(spec)` gives a `Judge`, the host's handle on one."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from referee_jax import config, prompts
-from referee_jax.referees import base, clip
+from referee_jax import config
+from referee_jax.referees import base, blip, blip2, clip
 from referee_jax.weights import load
 
 
@@ -20,36 +22,94 @@ class Judge:
     referee: base.Referee
     tokenizer: Any
 
+    @property
+    def template(self) -> str:
+        """Text with one {} where the prompt is put."""
+        return self.spec.template or REFEREES[self.spec.name].template
+
+    @property
+    def length(self) -> int:
+        """Tokens of text that it reads, both ends included."""
+        limit = REFEREES[self.spec.name].length
+        return min(limit or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+
+    def text(self, prompt: str) -> str:
+        """What the referee reads for a prompt."""
+        return self.template.replace("{}", prompt)
+
     def tokenize(self, prompt: str) -> dict[str, np.ndarray]:
-        """The prompt and its negatives as arrays of one shape for all prompts: `input_ids [1 + N, T]`, `real [1 + N]`.
-
-        Negatives are the spec's own, and `spec.near` of the prompt's neighbours (prompts.near); where there are fewer, the
-        prompt itself fills the rows, marked as not real.
-        """
-        near = prompts.near(prompt, self.spec.exchange)[: self.spec.near]
-        texts = [prompt, *(text for text in self.spec.negatives if text != prompt), *near]
-        count = 1 + len(self.spec.negatives) + self.spec.near
-        real = np.arange(count) < len(texts)
-        texts += [prompt] * (count - len(texts))
-        return {"input_ids": prompts.tokenize(self.tokenizer, texts), "real": real}
+        """What `referee.encode` reads: arrays of one shape for all prompts."""
+        return REFEREES[self.spec.name].tokenize(self, prompt)
 
 
-def _load_clip(path: str, revision: str | None, dtype: Any) -> base.Referee:
-    directory = load.resolve(path, revision, ["preprocessor_config.json"])
-    preprocessing = load.read_json(directory / "preprocessor_config.json")
-    return clip.from_checkpoint(load.load_clip(path, revision=revision, dtype=dtype), preprocessing)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One kind of referee.
+
+    Attributes:
+        load: `(spec, path or hub id, tokenizer, dtype) -> referee`.
+        tokenize: the host's half of it, from its own file.
+        template: text with one {} where the prompt is put, unless the settings have another.
+        length: tokens of text that it reads; None: as many as the tokenizer says.
+    """
+
+    load: Callable[[config.RefereeSpec, str, Any, Any], base.Referee]
+    tokenize: base.Tokenize
+    template: str = "{}"
+    length: int | None = None
 
 
-# Name in the config -> (path or hub id, revision, dtype) -> referee.
-REFEREES = {"clip": _load_clip}
+def _preprocessing(spec: config.RefereeSpec, path: str) -> dict[str, Any]:
+    directory = load.resolve(path, spec.revision or None, ["preprocessor_config.json"])
+    return load.read_json(directory / "preprocessor_config.json")
+
+
+def _load_clip(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
+    network = load.load_clip(path, revision=spec.revision or None, dtype=dtype)
+    return clip.from_checkpoint(network, _preprocessing(spec, path))
+
+
+def _load_blip(
+    kind: type[blip.BlipReferee], spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any
+) -> base.Referee:
+    network = load.load(spec.name, path, revision=spec.revision or None, dtype=dtype)
+    first = None
+    if spec.first_token == "[ENC]":
+        # The authors' tokenizer adds [DEC], then [ENC]; the published directories have BERT's, without either.
+        first = tokenizer.get_vocab().get("[ENC]", network.config.text_config.bos_token_id + 1)
+    preprocessing = _preprocessing(spec, path)
+    return blip.from_checkpoint(kind, network, preprocessing, image_size=spec.image_size, first_token=first)
+
+
+def _load_blip2(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
+    network = load.load_blip2(path, revision=spec.revision or None, dtype=dtype)
+    return blip2.from_checkpoint(network, _preprocessing(spec, path))
+
+
+# BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
+_blip = functools.partial(Family, length=64)
+
+# Name in the config -> what it is. BLIP's captions were trained with this beginning; the question is T2I-CompBench's.
+REFEREES = {
+    "clip": Family(load=_load_clip, tokenize=clip.tokenize),
+    "blip_itm": _blip(load=functools.partial(_load_blip, blip.Itm), tokenize=blip.tokenize),
+    "blip_caption": _blip(
+        load=functools.partial(_load_blip, blip.Caption), tokenize=blip.tokenize_caption, template="a picture of {}"
+    ),
+    "blip_vqa": _blip(load=functools.partial(_load_blip, blip.Vqa), tokenize=blip.tokenize_question, template="{}?"),
+    "blip2": Family(load=_load_blip2, tokenize=blip2.tokenize, length=blip2.TOKENS),
+}
 
 
 def load_referee(spec: config.RefereeSpec, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Judge:
     """Loads the referee that `spec` names (name, checkpoint, revision); WeightsError where it cannot be had."""
-    path, revision = config.checkpoint_path(spec.checkpoint), spec.revision or None
-    referee = REFEREES[spec.name](path, revision, dtype)
+    path = config.checkpoint_path(spec.checkpoint)
+    tokenizer = load.load_tokenizer(path, revision=spec.revision or None)
+    referee = REFEREES[spec.name].load(spec, path, tokenizer, dtype)
     if unknown := set(spec.losses) - set(referee.losses):
         raise ValueError(
             f"referee {spec.name}: no loss {', '.join(sorted(unknown))}; there are {', '.join(referee.losses)}"
         )
-    return Judge(spec, referee, load.load_tokenizer(path, revision=revision))
+    if spec.image_size not in (0, referee.image_size):
+        raise ValueError(f"referee {spec.name}: image_size = {spec.image_size}, but it reads {referee.image_size}")
+    return Judge(spec, referee, tokenizer)

@@ -4,9 +4,9 @@ A referee is a JAX pytree (its weights are the leaves), so it is an ordinary arg
 for one image or one prompt's views; vmap adds prompts.
 """
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -35,6 +35,15 @@ class Referee(Protocol):
 
 
 class Tokenize(Protocol):
-    """The host's half of a referee: texts to arrays of one shape for every prompt."""
+    """The host's half of a referee: a prompt to arrays of one shape for every prompt.
 
-    def __call__(self, prompt: str, negatives: Sequence[str]) -> dict[str, np.ndarray]: ...
+    `judge` is a referees.Judge: its `tokenizer`, `length` and `spec`, and `text`, which puts a prompt into the template.
+    """
+
+    def __call__(self, judge: Any, prompt: str) -> dict[str, np.ndarray]: ...
+
+
+def resized(image: Array, side: int) -> Array:
+    """`[H, W, 3]` to the size that a referee reads, smoothed where it shrinks."""
+    size = (side, side, 3)
+    return image if image.shape == size else jax.image.resize(image, size, "bilinear", antialias=True)

@@ -4,10 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
+from referee_jax import prompts
 from referee_jax.models import clip
+from referee_jax.referees import base
 
 
 class ClipReferee(struct.PyTreeNode):
@@ -46,10 +49,7 @@ class ClipReferee(struct.PyTreeNode):
 
     def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`cosine` with the prompt and, where there are negatives, `probability` of the prompt among them."""
-        size = (self.image_size, self.image_size, 3)
-        if image.shape != size:
-            image = jax.image.resize(image, size, "bilinear", antialias=True)
-        cosines = self._cosines(image[None], text)
+        cosines = self._cosines(base.resized(image, self.image_size)[None], text)
         scores = {"cosine": cosines[0, 0]}
         if len(text["real"]) > 1:
             scores["probability"] = jnp.exp(self._log_share(cosines, text)[0])
@@ -59,3 +59,18 @@ class ClipReferee(struct.PyTreeNode):
 def from_checkpoint(network: clip.CLIP, preprocessing: dict[str, Any]) -> ClipReferee:
     """The referee of a loaded network and its preprocessor_config.json."""
     return ClipReferee(network=network, mean=tuple(preprocessing["image_mean"]), std=tuple(preprocessing["image_std"]))
+
+
+def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
+    """The prompt and its negatives: `input_ids [1 + N, T]`, `real [1 + N]`.
+
+    Negatives are the spec's own, and `spec.near` of the prompt's neighbours (prompts.near); where there are fewer, the
+    prompt itself fills the rows, marked as not real.
+    """
+    spec = judge.spec
+    near = prompts.near(prompt, spec.exchange)[: spec.near]
+    texts = [prompt, *(text for text in spec.negatives if text != prompt), *near]
+    count = 1 + len(spec.negatives) + spec.near
+    real = np.arange(count) < len(texts)
+    texts += [prompt] * (count - len(texts))
+    return {"input_ids": prompts.tokenize(judge.tokenizer, list(map(judge.text, texts)), judge.length), "real": real}

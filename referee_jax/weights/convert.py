@@ -2,7 +2,7 @@
 
 A network's attributes are named as the checkpoint's parameters are, so a tensor's name is the attribute path and only
 the layout differs, by the kind of leaf: `KINDS`. Equal layers kept as one `layers.Stack` are gathered from, and written
-as, `<path>.0.…`, `<path>.1.…`.
+as, `<path>.0.…`, `<path>.1.…`; those of `layers.Interleaved` stacks in turns.
 """
 
 import dataclasses
@@ -67,14 +67,18 @@ def targets(module: nnx.Module) -> list[Target]:
 
 
 def _target(module: nnx.Module, path: Sequence, leaf: jax.ShapeDtypeStruct | jax.Array) -> Target:
-    parts, depths, node, owner = [], [], module, module
+    parts, numbers, turn, node, owner = [], [], (0, 1), module, module
     for key in path:
         if isinstance(node, nnx.Variable):  # the last step, from a parameter into its array
             break
         owner, at = node, getattr(key, "name", getattr(key, "idx", None))
         node = owner[at] if isinstance(key, jax.tree_util.SequenceKey) else getattr(owner, at)
-        if isinstance(owner, layers.Stack):
-            depths.append(owner.depth)
+        if isinstance(owner, layers.Interleaved):
+            turn = at, len(owner)
+        elif isinstance(owner, layers.Stack):
+            first, step = turn
+            numbers.append(range(first, first + owner.depth * step, step))
+            turn = 0, 1
             parts.append("{}")
         else:
             parts.append(str(at))
@@ -84,10 +88,10 @@ def _target(module: nnx.Module, path: Sequence, leaf: jax.ShapeDtypeStruct | jax
         name, axes = kinds[name]
     template = ".".join([*parts[:-1], name])
     return Target(
-        names=tuple(template.format(*index) for index in itertools.product(*map(range, depths))),
-        depths=tuple(depths),
-        shape=tuple(leaf.shape[len(depths) :]),
-        axes=axes(leaf.ndim - len(depths)),
+        names=tuple(template.format(*index) for index in itertools.product(*numbers)),
+        depths=tuple(map(len, numbers)),
+        shape=tuple(leaf.shape[len(numbers) :]),
+        axes=axes(leaf.ndim - len(numbers)),
     )
 
 
@@ -98,21 +102,27 @@ def fill(
     dtype: jax.typing.DTypeLike,
     renames: Iterable[tuple[str, str]] = (),
     ignore: Iterable[str] = (),
+    float32: Iterable[str] = (),
     prefix: str = "",
 ) -> nnx.Module:
     """Returns the abstract `module` (of `nnx.eval_shape`) with weights read from `tensors`, one at a time.
 
     `tensors` may be lazy: each is asked for once, cast at once. All weights get `dtype`, but for scalars (logit
-    scales), which stay float32: an exponential of theirs is a factor of the result. `renames` are (regular
-    expression, replacement) pairs, applied in order to the source's names; `ignore` are glob patterns of source
-    names that are not weights; `prefix` stands before the network's own names in the (renamed) source.
+    scales), which stay float32: an exponential of theirs is a factor of the result; so do those whose names match one
+    of the glob patterns `float32`. `renames` are (regular expression, replacement) pairs, applied in order to the
+    source's names; `ignore` are glob patterns of source names that are not weights; `prefix` stands before the
+    network's own names in the (renamed) source.
 
     Raises WeightsError where a source tensor is left over, a parameter would stay empty, two tensors go to one
     parameter, or a shape differs: four checks, each naming the tensors.
     """
-    wanted = targets(module)
+    wanted, float32 = targets(module), tuple(float32)
     sources = _sources(tensors, {prefix + name for target in wanted for name in target.names}, renames, ignore)
-    filled = [_read(tensors, sources, target, dtype, prefix) for target in wanted]
+    exact = [target.shape == () or _matches(target.names[0], float32) for target in wanted]
+    filled = [
+        _read(tensors, sources, target, jnp.float32 if is_exact else dtype, prefix)
+        for target, is_exact in zip(wanted, exact, strict=True)
+    ]
     return jax.tree.unflatten(jax.tree.structure(module), filled)
 
 
@@ -121,7 +131,7 @@ def _sources(tensors: Mapping, wanted: set[str], renames: Iterable, ignore: Iter
     renames, ignore = tuple(renames), tuple(ignore)
     found: dict[str, list[str]] = {}
     for source in tensors:
-        if any(fnmatch.fnmatchcase(source, pattern) for pattern in ignore):
+        if _matches(source, ignore):
             continue
         name = source
         for old, new in renames:
@@ -144,6 +154,10 @@ def _sources(tensors: Mapping, wanted: set[str], renames: Iterable, ignore: Iter
     return {name: sources[0] for name, sources in found.items()}
 
 
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _listed(names: Sequence[str], limit: int = 20) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
@@ -151,7 +165,6 @@ def _listed(names: Sequence[str], limit: int = 20) -> str:
 
 def _read(tensors: Mapping, sources: Mapping[str, str], target: Target, dtype, prefix: str) -> jax.Array:
     """One leaf: every tensor of it checked, turned, cast and, in a stack, put at its place."""
-    dtype = jnp.float32 if target.shape == () else dtype
     out = np.empty((len(target.names), *target.shape), dtype)
     for n, name in enumerate(target.names):
         source = sources[prefix + name]

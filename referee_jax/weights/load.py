@@ -24,7 +24,7 @@ import safetensors.numpy
 from flax import nnx
 from huggingface_hub import errors as hub_errors
 
-from referee_jax.models import clip, unet, vae
+from referee_jax.models import blip, blip2, clip, unet, vae
 from referee_jax.weights import convert
 from referee_jax.weights.convert import WeightsError
 
@@ -87,6 +87,24 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     clip.TextConfig: _PRETRAINED | {"model_type": ("clip_text_model",)},
     clip.VisionConfig: _PRETRAINED | {"model_type": ("clip_vision_model",), "num_channels": (3,)},
     clip.Config: _PRETRAINED | {"model_type": ("clip",)},
+    blip.TextConfig: _PRETRAINED
+    | _any("hidden_dropout_prob attention_probs_dropout_prob projection_dim encoder_hidden_size")
+    | {"model_type": ("blip_text_model",), "is_decoder": (True,), "tie_word_embeddings": (True,)},
+    blip.VisionConfig: _PRETRAINED
+    | {"model_type": ("blip_vision_model",), "num_channels": (3,), "projection_dim": None},
+    # Here label_smoothing is never read; the text's is.
+    blip.Config: _PRETRAINED
+    | _any("projection_dim logit_scale_init_value label_smoothing decoder_pad_token_id")
+    | {"model_type": ("blip",), "tie_word_embeddings": (True,)},
+    blip2.VisionConfig: _PRETRAINED | {"model_type": ("blip_2_vision_model",), "num_channels": (3,)},
+    blip2.QFormerConfig: _PRETRAINED
+    # transformers, too, takes the width of the images from vision_config.
+    | _any("encoder_hidden_size hidden_dropout_prob attention_probs_dropout_prob classifier_dropout")
+    | {"model_type": ("blip_2_qformer",), "position_embedding_type": ("absolute",)},
+    # text_config is of a language model that this class does not have; nor does it feed its image tokens to one.
+    blip2.Config: _PRETRAINED
+    | _any("text_config use_decoder_only_language_model is_encoder_decoder image_token_index image_token_id")
+    | {"model_type": ("blip-2",)},
     unet.Config: _DIFFUSERS | {"_class_name": ("UNet2DConditionModel",), "addition_embed_type_num_heads": None},
     vae.Config: _DIFFUSERS | {"_class_name": ("AutoencoderKL",)},
     vae.TinyConfig: _DIFFUSERS
@@ -166,7 +184,8 @@ class Kind:
         config: `(dictionary of config.json, where=...) -> config`.
         network: `(config, rngs=...) -> module`.
         stem: what its files of weights are called.
-        renames, ignore: of `convert.fill`.
+        renames, ignore, float32: of `convert.fill`.
+        ties: names of tensors that repeat another one, which is all that is read: copy -> original.
     """
 
     config: Callable
@@ -174,6 +193,19 @@ class Kind:
     stem: str
     renames: Sequence[tuple[str, str]] = ()
     ignore: Sequence[str] = ()
+    float32: Sequence[str] = ()
+    ties: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _blip(network: Callable[..., nnx.Module]) -> Kind:
+    predictions, words = "text_decoder.cls.predictions", "text_decoder.bert.embeddings.word_embeddings.weight"
+    return Kind(
+        config=_reader(blip.Config),
+        network=network,
+        stem=TRANSFORMERS,
+        ignore=("*.position_ids",),
+        ties={f"{predictions}.decoder.weight": words, f"{predictions}.decoder.bias": f"{predictions}.bias"},
+    )
 
 
 KINDS: dict[str, Kind] = {
@@ -186,6 +218,18 @@ KINDS: dict[str, Kind] = {
         stem=TRANSFORMERS,
         renames=((r"^(?!text_model\.)", "text_model."),),
         ignore=("*.position_ids",),
+    ),
+    "blip_itm": _blip(blip.ImageTextRetrieval),
+    "blip_caption": _blip(blip.ConditionalGeneration),
+    "blip_vqa": _blip(blip.QuestionAnswering),
+    "blip2": Kind(
+        config=_reader(blip2.Config),
+        network=blip2.BLIP2,
+        stem=TRANSFORMERS,
+        # The second is a bias from before LAVIS made room for [DEC]; the one that is added is cls.predictions.decoder.bias.
+        ignore=("*.position_ids", "cls.predictions.bias"),
+        # All but the vision transformer, as transformers and LAVIS have it.
+        float32=("query_tokens", "embeddings.*", "qformer.*", "*_projection.*", "itm_head.*", "cls.*"),
     ),
     "unet": Kind(config=_reader(unet.Config), network=unet.UNet, stem=DIFFUSERS),
     "vae": Kind(config=_reader(vae.Config), network=vae.AutoencoderKL, stem=DIFFUSERS, renames=vae.RENAMES),
@@ -218,8 +262,13 @@ def load(
     config = row.config(read_json(directory / "config.json"), where=str(directory / "config.json"))
     module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
     tensors = Tensors(directory, row.stem)
+    for copy, original in row.ties.items():
+        if copy in tensors and original in tensors and not np.array_equal(tensors[copy], tensors[original]):
+            raise WeightsError(f"{directory}: {copy} differs from {original}, which it should repeat")
     try:
-        return convert.fill(module, tensors, dtype=dtype, renames=row.renames, ignore=row.ignore)
+        return convert.fill(
+            module, tensors, dtype=dtype, renames=row.renames, ignore=(*row.ignore, *row.ties), float32=row.float32
+        )
     except WeightsError as error:
         raise WeightsError(f"{directory}: {error}") from error
 
@@ -229,6 +278,20 @@ def load_clip(
 ) -> clip.CLIP:
     """Returns the `CLIPModel` of a local directory or a hub id; see `load`."""
     return load("clip", path_or_id, revision=revision, dtype=dtype)
+
+
+def load_blip(
+    task: str, path_or_id: str | Path, *, revision: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
+) -> blip.ImageTextRetrieval | blip.ConditionalGeneration | blip.QuestionAnswering:
+    """Returns the BLIP for "itm", "caption" or "vqa" of a local directory or a hub id; see `load`."""
+    return load(f"blip_{task}", path_or_id, revision=revision, dtype=dtype)
+
+
+def load_blip2(
+    path_or_id: str | Path, *, revision: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
+) -> blip2.BLIP2:
+    """Returns the `Blip2ForImageTextRetrieval` of a local directory or a hub id; `dtype` is the vision transformer's."""
+    return load("blip2", path_or_id, revision=revision, dtype=dtype)
 
 
 def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, subfolder: str = ""):

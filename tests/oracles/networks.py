@@ -20,6 +20,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _MERGED_WORDS = ("red", "blue", "green", "circle", "square", "and", "photo")
 
+BLIP_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_MERGED_WORDS, *"a ? . yes no picture of ##s".split()]
+
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """About 100 byte-pair tokens and their merges: letters, marks and digits, a few whole words, the specials last."""
@@ -81,6 +83,113 @@ def clip(seed: int = 1, image_size: int = 32, act: str = "quick_gelu") -> transf
     )
     config = transformers.CLIPConfig(text_config=text_config(act=act), vision_config=vision, projection_dim=24)
     return redraw(transformers.CLIPModel(config), seed)
+
+
+def blip_config(**text) -> transformers.BlipConfig:
+    """Three layers of text, two of vision, patches of 8; text and vision of one width, as question answering needs."""
+    sizes = dict(hidden_size=48, intermediate_size=80, num_attention_heads=4)
+    ids = dict(bos_token_id=len(BLIP_WORDS), sep_token_id=BLIP_WORDS.index("[SEP]"), eos_token_id=2)
+    return transformers.BlipConfig(
+        text_config=sizes
+        | ids
+        | dict(vocab_size=len(BLIP_WORDS) + 2, num_hidden_layers=3, max_position_embeddings=80)
+        | text,
+        vision_config=sizes | dict(num_hidden_layers=2, image_size=32, patch_size=8),
+        image_text_hidden_size=20,
+    )
+
+
+def blip(kind: type[transformers.PreTrainedModel], seed: int = 4, **text) -> transformers.PreTrainedModel:
+    """One of the three BLIPs. Its words are about equally likely: "yes" would else be certain, without a gradient."""
+    network = redraw(kind(blip_config(**text)), seed)
+    for name, p in network.named_parameters():
+        if "predictions.transform.LayerNorm" in name:
+            p.mul_(0.2)
+    return network
+
+
+def blip_tokenizer() -> transformers.BertTokenizer:
+    """Wordpieces over `BLIP_WORDS`. As in the published directories, [DEC] and [ENC] have ids but no entries."""
+    return transformers.BertTokenizer(vocab={word: i for i, word in enumerate(BLIP_WORDS)}, model_max_length=512)
+
+
+def save_blip(module: transformers.PreTrainedModel, path: pathlib.Path, **how) -> pathlib.Path:
+    """Write network, tokenizer and preprocessor_config.json; `how` is for save_pretrained."""
+    module.save_pretrained(path, **how)
+    blip_tokenizer().save_pretrained(path)
+    size = module.config.vision_config.image_size
+    preprocessing = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "size": {"height": size, "width": size}}
+    (path / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "BlipImageProcessor"} | preprocessing)
+    )
+    return path
+
+
+BLIP2_TOKENS = (
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *_MERGED_WORDS,
+    *"abcdefghij",
+    *(f"##{c}" for c in "abcdefghij"),
+)
+
+
+def blip2_tokenizer() -> transformers.BertTokenizer:
+    """A working BERT tokenizer over `BLIP2_TOKENS`, and [DEC] behind them."""
+    return transformers.BertTokenizer(vocab={token: n for n, token in enumerate(BLIP2_TOKENS)}, bos_token="[DEC]")
+
+
+def blip2(
+    seed: int = 0, vision: dict | None = None, qformer: dict | None = None
+) -> transformers.Blip2ForImageTextRetrieval:
+    """BLIP-2's image-text judge: three and four layers, patches of 8, five queries; `vision` and `qformer` change configs."""
+    sizes = dict(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, image_size=24, patch_size=8
+    )
+    bert = dict(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=3, max_position_embeddings=40
+    )
+    bert |= dict(vocab_size=len(BLIP2_TOKENS) + 1, use_qformer_text_input=True)
+    config = transformers.Blip2Config(
+        vision_config=sizes | (vision or {}),
+        qformer_config=bert | (qformer or {}),
+        num_query_tokens=5,
+        image_text_hidden_size=16,
+    )
+    return redraw_blip2(transformers.Blip2ForImageTextRetrieval(config), seed)
+
+
+def redraw_blip2(module: nn.Module, seed: int) -> nn.Module:
+    """`redraw`, with tables that are no Embeddings as loud as those that are, and the image heard in the queries."""
+    redraw(module, seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name.endswith(("query_tokens", "position_embedding", "class_embedding")):
+                p.copy_(0.7 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+            elif name.endswith("crossattention.output.dense.weight"):
+                p.mul_(5)
+    return module
+
+
+def save_blip2(path: pathlib.Path, *, lm_head: bool, seed: int = 0) -> None:
+    """Write `blip2()`, tokenizer and preprocessing; `lm_head` adds what only stage-1 weights have."""
+    module = blip2(seed)
+    module.save_pretrained(path)
+    blip2_tokenizer().save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(json.dumps({"image_mean": CLIP_MEAN, "image_std": CLIP_STD}))
+    if not lm_head:
+        return
+    width, vocab = module.config.qformer_config.hidden_size, module.config.qformer_config.vocab_size
+    transform = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width)})
+    predictions = nn.ModuleDict({"transform": transform, "decoder": nn.Linear(width, vocab)})
+    head = redraw(nn.ModuleDict({"predictions": predictions}), seed + 1)
+    file = path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file) | {f"cls.{name}": x for name, x in head.state_dict().items()}
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | {"lm_head": True}))
 
 
 def unet(seed: int = 2, cross_attention_dim: int = 32, **overrides) -> diffusers.UNet2DConditionModel:
@@ -150,18 +259,23 @@ def redraw(module: nn.Module, seed: int) -> nn.Module:
                 p.copy_(0.7 * x)
             elif p.ndim == 1:
                 p.copy_(0.3 * x)
+            elif p.ndim == 3:  # tables that are no nn.Embedding: [1, tokens, width]
+                p.copy_(0.7 * x)
             else:
                 p.copy_(_gain(name) * x / math.sqrt(p[0].numel()))
     return module.eval().requires_grad_(False)
 
 
+# Spread of a matrix relative to 1/sqrt(inputs); peaked, loud attention, or text and image would whisper.
+_GAINS = {
+    "q_proj": 2.0, "k_proj": 2.0, "to_q": 2.0, "to_k": 2.0, "self.query": 2.0, "self.key": 2.0, "qkv": 2.0,
+    "attn2.to_v": 3.0, "attn2.to_out": 3.0, "self_attn.out_proj": 3.0, "time_emb_proj": 3.0, "self.value": 3.0,
+    "crossattention.output.dense": 2.0, "attention.output.dense": 4.0,
+}  # fmt: skip
+
+
 def _gain(name: str) -> float:
-    """Spread of a matrix relative to 1/sqrt(inputs); peaked, loud attention, or text and image would whisper."""
-    if any(part in name for part in ("q_proj", "k_proj", "to_q", "to_k")):
-        return 2.0
-    if any(part in name for part in ("attn2.to_v", "attn2.to_out", "self_attn.out_proj", "time_emb_proj")):
-        return 3.0
-    return 1.3
+    return next((gain for part, gain in _GAINS.items() if part in name), 1.3)
 
 
 def save(

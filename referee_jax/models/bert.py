@@ -1,0 +1,237 @@
+"""BERT (Devlin et al. 2018, arXiv 1810.04805) as transformers lays it out, where others build on it: BLIP, ALIGN.
+
+Layers may cross-attend to other states between their self-attention and their feed-forward (BLIP, arXiv 2201.12086,
+section 3.1); tokens see each other both ways, or causally before a language-modelling head. Which parts there are
+(token types, cross-attention, pooler) is for the caller to say: the configs that share this layout do not agree on it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from referee_jax.models import layers
+
+_HIDDEN = -1e30  # added to a logit; finite, so that a row of nothing but padding has no NaN in its gradient
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The sizes that every text_config of a BERT has; the defaults are BERT-base."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 512
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self):
+        layers.check_config(self)
+
+
+class Embeddings(nnx.Module):
+    """Words plus positions, plus token types where the checkpoint has them (all tokens are of the first), normalised."""
+
+    def __init__(self, config: Config, *, token_types: int, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.word_embeddings = nnx.Embed(config.vocab_size, width, rngs=rngs)
+        self.position_embeddings = nnx.Embed(config.max_position_embeddings, width, rngs=rngs)
+        self.token_type_embeddings = nnx.Embed(token_types, width, rngs=rngs) if token_types else None
+        self.LayerNorm = layers.LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs)
+
+    def __call__(self, input_ids: Array) -> Array:
+        # Read from the tables: nnx.Embed computes in the dtype it was built in, not in that of the loaded weights.
+        x = self.word_embeddings.embedding[...][input_ids]
+        x = x + self.position_embeddings.embedding[...][: input_ids.shape[-1]]
+        if self.token_type_embeddings is not None:
+            x = x + self.token_type_embeddings.embedding[...][0]
+        return self.LayerNorm(x)
+
+
+class SelfAttention(nnx.Module):
+    """Queries of the text; keys and values of `states`, the text itself or, in cross-attention, something else."""
+
+    def __init__(self, width: int, heads: int, states_width: int, *, rngs: nnx.Rngs):
+        self.query = nnx.Linear(width, width, rngs=rngs)
+        self.key = nnx.Linear(states_width, width, rngs=rngs)
+        self.value = nnx.Linear(states_width, width, rngs=rngs)
+        self.heads = heads
+
+    def __call__(self, x: Array, states: Array, bias: Array | None, is_causal: bool) -> Array:
+        q, k, v = (layers.split_heads(y, self.heads) for y in (self.query(x), self.key(states), self.value(states)))
+        return layers.merge_heads(layers.attention(q, k, v, bias=bias, is_causal=is_causal))
+
+
+class Output(nnx.Module):
+    """Projection, residual, then the norm (post-norm)."""
+
+    def __init__(self, config: Config, features: int, *, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(features, config.hidden_size, rngs=rngs)
+        self.LayerNorm = layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+
+    def __call__(self, x: Array, residual: Array) -> Array:
+        return self.LayerNorm(self.dense(x) + residual)
+
+
+class Attention(nnx.Module):
+    """Attention with its residual and norm."""
+
+    def __init__(self, config: Config, states_width: int, *, rngs: nnx.Rngs):
+        self.self = SelfAttention(config.hidden_size, config.num_attention_heads, states_width, rngs=rngs)
+        self.output = Output(config, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: Array, states: Array, bias: Array | None = None, is_causal: bool = False) -> Array:
+        return self.output(self.self(x, states, bias, is_causal), x)
+
+
+class Intermediate(nnx.Module):
+    """The wide half of the feed-forward."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.act = config.hidden_act
+
+    def __call__(self, x: Array) -> Array:
+        return layers.ACTIVATIONS[self.act](self.dense(x))
+
+
+class Layer(nnx.Module):
+    """Post-norm transformer block; it cross-attends when it is given states to attend to."""
+
+    def __init__(self, config: Config, *, cross_width: int, rngs: nnx.Rngs):
+        self.attention = Attention(config, config.hidden_size, rngs=rngs)
+        self.crossattention = Attention(config, cross_width, rngs=rngs) if cross_width else None
+        self.intermediate = Intermediate(config, rngs=rngs)
+        self.output = Output(config, config.intermediate_size, rngs=rngs)
+
+    def __call__(
+        self, x: Array, bias: Array | None, is_causal: bool, states: Array | None, states_bias: Array | None
+    ) -> Array:
+        x = self.attention(x, x, bias, is_causal)
+        if states is not None:
+            x = self.crossattention(x, states, states_bias)
+        return self.output(self.intermediate(x), x)
+
+
+class Encoder(nnx.Module):
+    """A stack of equal blocks."""
+
+    def __init__(self, config: Config, *, cross_width: int, rngs: nnx.Rngs):
+        build = lambda rngs: Layer(config, cross_width=cross_width, rngs=rngs)  # noqa: E731
+        self.layer = layers.stack(build, config.num_hidden_layers, rngs)
+
+    def __call__(self, x: Array, *args) -> Array:
+        return layers.scan_layers(self.layer, x, *args)
+
+
+class Pooler(nnx.Module):
+    """The first token's state through a layer of its own."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+
+    def __call__(self, states: Array) -> Array:
+        return jnp.tanh(self.dense(states[:, 0]))
+
+
+class Bert(nnx.Module):
+    """Token ids to per-token states.
+
+    `token_types` is the size of that table (0: none), `cross_width` the width of the states that layers may cross-attend
+    to (0: they cannot), `pooler` whether the checkpoint has one: `self.pooler(states)` applies it.
+    """
+
+    def __init__(
+        self, config: Config, *, token_types: int = 0, cross_width: int = 0, pooler: bool = False, rngs: nnx.Rngs
+    ):
+        self.embeddings = Embeddings(config, token_types=token_types, rngs=rngs)
+        self.encoder = Encoder(config, cross_width=cross_width, rngs=rngs)
+        self.pooler = Pooler(config, rngs=rngs) if pooler else None
+        self.config = config
+
+    def __call__(
+        self,
+        input_ids: Array,
+        mask: Array | None = None,
+        *,
+        states: Array | None = None,
+        states_mask: Array | None = None,
+        is_causal: bool = False,
+    ) -> Array:
+        """`int32[B, T] -> [B, T, D]`; `mask bool[B, T]` and `states_mask bool[B, S]` are False on padding.
+
+        `states [B, S, cross_width]` are cross-attended to. Raises ValueError if there are more tokens than positions.
+        """
+        tokens, positions = input_ids.shape[-1], self.config.max_position_embeddings
+        if tokens > positions:
+            raise ValueError(f"{tokens} tokens, but this BERT has {positions} positions")
+        return self.encoder(self.embeddings(input_ids), _bias(mask), is_causal, states, _bias(states_mask))
+
+
+class PredictionHeadTransform(nnx.Module):
+    """What lies between the last state and the vocabulary."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.LayerNorm = layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.act = config.hidden_act
+
+    def __call__(self, x: Array) -> Array:
+        return self.LayerNorm(layers.ACTIVATIONS[self.act](self.dense(x)))
+
+
+class Predictions(nnx.Module):
+    """Logits over the vocabulary; the matrix is the table of word embeddings, only the bias is its own."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.transform = PredictionHeadTransform(config, rngs=rngs)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size))
+
+    def __call__(self, x: Array, words: Array) -> Array:
+        x = self.transform(x)
+        logits = jnp.einsum("btd,vd->btv", x, words.astype(x.dtype), preferred_element_type=jnp.float32)
+        return logits + self.bias[...].astype(jnp.float32)
+
+
+class Head(nnx.Module):
+    """The checkpoint's `cls`."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.predictions = Predictions(config, rngs=rngs)
+
+
+class LMHeadModel(nnx.Module):
+    """A causal BERT with a language-modelling head: transformers' `BlipTextLMHeadModel`."""
+
+    def __init__(self, config: Config, *, cross_width: int, rngs: nnx.Rngs):
+        self.bert = Bert(config, cross_width=cross_width, rngs=rngs)
+        self.cls = Head(config, rngs=rngs)
+
+    def __call__(
+        self, input_ids: Array, mask: Array | None = None, *, states: Array, states_mask: Array | None = None
+    ) -> Array:
+        """`int32[B, T] -> float32[B, T, V]`: logits of the token after each."""
+        x = self.bert(input_ids, mask, states=states, states_mask=states_mask, is_causal=True)
+        return self.cls.predictions(x, self.bert.embeddings.word_embeddings.embedding[...])
+
+
+def token_losses(logits: Array, input_ids: Array, *, smoothing: float = 0.0) -> Array:
+    """Cross-entropy of each token after the first: `float32[B, T, V], int32[B, T] -> float32[B, T - 1]`.
+
+    With label `smoothing` s the target is (1 - s) of the token and s of the uniform distribution (arXiv 1512.00567).
+    """
+    log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    right = jnp.take_along_axis(log_probs, input_ids[:, 1:, None], axis=-1)[..., 0]
+    if smoothing:
+        right = (1 - smoothing) * right + smoothing * log_probs.mean(-1)
+    return -right
+
+
+def _bias(mask: Array | None) -> Array | None:
+    """`bool[B, S]` to what is added to the attention's logits: `float32[B, 1, 1, S]`."""
+    return None if mask is None else jnp.where(mask, 0.0, _HIDDEN)[:, None, None, :]

@@ -1,0 +1,216 @@
+"""BLIP (Li et al. 2022, arXiv 2201.12086): an image, and a BERT that cross-attends to it, as transformers lays it out.
+
+Three networks over the same vision tower: does a text match the image (`ImageTextRetrieval`), how likely is it as a
+caption (`ConditionalGeneration`), how likely is an answer to a question (`QuestionAnswering`). Two deviations from
+transformers, both as the authors have it: what is padding in a question is hidden from the decoder too (transformers 5
+drops that mask), and answers are ranked by their likelihood without label smoothing.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from referee_jax.models import bert, clip, layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(bert.Config):
+    """`text_config` of a BLIP checkpoint; the defaults are transformers'."""
+
+    vocab_size: int = 30524
+    num_attention_heads: int = 8
+    bos_token_id: int = 30522  # [DEC], which begins what the decoder reads; [ENC] is the next
+    label_smoothing: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """`vision_config` of a BLIP checkpoint; the defaults are transformers' (B/16)."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 384
+    patch_size: int = 16
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        layers.check_config(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """config.json of the three networks."""
+
+    text_config: TextConfig = TextConfig()
+    vision_config: VisionConfig = VisionConfig()
+    image_text_hidden_size: int = 256  # of the space where image and text meet
+
+
+class VisionEmbeddings(nnx.Module):
+    """Class token, patches and positions; the table of positions is resampled for images of another size."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        width, patch = config.hidden_size, config.patch_size
+        tokens = (config.image_size // patch) ** 2 + 1
+        self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (1, 1, width)))
+        self.patch_embedding = nnx.Conv(3, width, (patch, patch), (patch, patch), padding="VALID", rngs=rngs)
+        self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (1, tokens, width)))
+
+    def __call__(self, images: Array) -> Array:
+        x = self.patch_embedding(images)
+        b, h, w, d = x.shape
+        first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (b, 1, d))
+        positions = layers.interpolate_positions(self.position_embedding[...][0], h, w)
+        return jnp.concatenate([first, x.reshape(b, h * w, d)], axis=1) + positions.astype(x.dtype)
+
+
+class VisionAttention(nnx.Module):
+    """Multi-head self-attention with one matrix for queries, keys and values, and a `bias` for them or none."""
+
+    def __init__(self, config: VisionConfig, *, bias: bool = True, rngs: nnx.Rngs):
+        self.qkv = nnx.Linear(config.hidden_size, 3 * config.hidden_size, use_bias=bias, rngs=rngs)
+        self.projection = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.heads = config.num_attention_heads
+
+    def __call__(self, x: Array) -> Array:
+        q, k, v = (layers.split_heads(y, self.heads) for y in jnp.split(self.qkv(x), 3, axis=-1))
+        return self.projection(layers.merge_heads(layers.attention(q, k, v)))
+
+
+class VisionLayer(nnx.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig, *, bias: bool = True, rngs: nnx.Rngs):
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_norm1 = layers.LayerNorm(width, epsilon=eps, rngs=rngs)
+        self.self_attn = VisionAttention(config, bias=bias, rngs=rngs)
+        self.layer_norm2 = layers.LayerNorm(width, epsilon=eps, rngs=rngs)
+        self.mlp = clip.MLP(width, config.intermediate_size, config.hidden_act, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionEncoder(nnx.Module):
+    """A stack of equal blocks; `bias` is that of their queries, keys and values, `remat` that of `layers.scan_layers`."""
+
+    def __init__(self, config: VisionConfig, *, bias: bool = True, remat: bool = False, rngs: nnx.Rngs):
+        build = lambda rngs: VisionLayer(config, bias=bias, rngs=rngs)  # noqa: E731
+        self.layers = layers.stack(build, config.num_hidden_layers, rngs)
+        self.remat = remat
+
+    def __call__(self, x: Array) -> Array:
+        return layers.scan_layers(self.layers, x, remat=self.remat)
+
+
+class VisionModel(nnx.Module):
+    """Images to the states of the class token and the patches."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.embeddings = VisionEmbeddings(config, rngs=rngs)
+        self.encoder = VisionEncoder(config, rngs=rngs)
+        self.post_layernorm = layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.config = config
+
+    def __call__(self, images: Array) -> Array:
+        """Images `[B, H, W, 3]`, normalised with the checkpoint's mean and std, `-> [B, S, D]`, S = 1 + patches.
+
+        Raises ValueError for sides that do not divide into patches.
+        """
+        patch = self.config.patch_size
+        if images.ndim != 4 or images.shape[1] % patch or images.shape[2] % patch or images.shape[3] != 3:
+            raise ValueError(
+                f"images of shape {images.shape}, but BLIP takes [B, H, W, 3] in patches of {patch} pixels"
+            )
+        return self.post_layernorm(self.encoder(self.embeddings(images.astype(layers.float_dtype(self)))))
+
+
+class ImageTextRetrieval(nnx.Module):
+    """transformers' `BlipForImageTextRetrieval`: matching (ITM) by a head, contrast (ITC) in a common space."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        text, vision = config.text_config.hidden_size, config.vision_config.hidden_size
+        self.vision_model = VisionModel(config.vision_config, rngs=rngs)
+        self.text_encoder = bert.Bert(config.text_config, cross_width=vision, rngs=rngs)
+        self.vision_proj = nnx.Linear(vision, config.image_text_hidden_size, rngs=rngs)
+        self.text_proj = nnx.Linear(text, config.image_text_hidden_size, rngs=rngs)
+        self.itm_head = nnx.Linear(text, 2, rngs=rngs)
+        self.config = config
+
+    def match(self, states: Array, input_ids: Array, mask: Array) -> Array:
+        """The vision tower's `[B, S, D]` and `int32[B, T], bool[B, T]` to logits of (no match, match), float32 `[B, 2]`."""
+        x = self.text_encoder(input_ids, mask, states=states)
+        return self.itm_head(x[:, 0].astype(jnp.float32))
+
+    def image_features(self, states: Array) -> Array:
+        """The vision tower's `[B, S, D]` to float32 `[B, D']` of unit length."""
+        return _normalise(self.vision_proj(states[:, 0].astype(jnp.float32)))
+
+    def text_features(self, input_ids: Array, mask: Array) -> Array:
+        """`int32[B, T], bool[B, T]` to float32 `[B, D']` of unit length; the image is not looked at."""
+        return _normalise(self.text_proj(self.text_encoder(input_ids, mask)[:, 0].astype(jnp.float32)))
+
+
+class ConditionalGeneration(nnx.Module):
+    """transformers' `BlipForConditionalGeneration`: captions."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.vision_model = VisionModel(config.vision_config, rngs=rngs)
+        self.text_decoder = bert.LMHeadModel(
+            config.text_config, cross_width=config.vision_config.hidden_size, rngs=rngs
+        )
+        self.config = config
+
+    def token_losses(self, states: Array, input_ids: Array, mask: Array | None = None) -> Array:
+        """Cross-entropy, smoothed as the config says, of each token after the first: float32 `[B, T - 1]`.
+
+        `states [B, S, D]` are the vision tower's; the first of `input_ids [B, T]` should be [DEC].
+        """
+        logits = self.text_decoder(input_ids, mask, states=states)
+        return bert.token_losses(logits, input_ids, smoothing=self.config.text_config.label_smoothing)
+
+
+class QuestionAnswering(nnx.Module):
+    """transformers' `BlipForQuestionAnswering`: the question reads the image, the answer reads the question."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        text, vision = config.text_config, config.vision_config
+        self.vision_model = VisionModel(vision, rngs=rngs)
+        self.text_encoder = bert.Bert(text, cross_width=vision.hidden_size, rngs=rngs)
+        # transformers gives the decoder's cross-attention the vision tower's width, though it reads the question: the
+        # two are equal in every published checkpoint.
+        if text.hidden_size != vision.hidden_size:
+            raise ValueError(
+                f"text_config.hidden_size={text.hidden_size} is not implemented for questions; "
+                f"supported: vision_config.hidden_size={vision.hidden_size}"
+            )
+        self.text_decoder = bert.LMHeadModel(text, cross_width=text.hidden_size, rngs=rngs)
+        self.config = config
+
+    def answer_log_probs(
+        self, states: Array, question: Array, question_mask: Array, answers: Array, answers_mask: Array
+    ) -> Array:
+        """Log-likelihood of each answer to one question, summed over its tokens: float32 `[B, A]`.
+
+        `states [B, S, D]` are the vision tower's, of B images; `question, question_mask [T]`; `answers, answers_mask
+        [A, U]`, which begin with [DEC] and end with [SEP].
+        """
+        images, count = len(states), len(answers)
+        question, question_mask = (jnp.broadcast_to(x, (images, len(x))) for x in (question, question_mask))
+        read = self.text_encoder(question, question_mask, states=states)
+        read, question_mask = (jnp.repeat(x, count, axis=0) for x in (read, question_mask))
+        answers, answers_mask = (jnp.tile(x, (images, 1)) for x in (answers, answers_mask))
+        logits = self.text_decoder(answers, answers_mask, states=read, states_mask=question_mask)
+        losses = bert.token_losses(logits, answers)
+        return -losses.sum(-1, where=answers_mask[:, 1:]).reshape(images, count)
+
+
+def _normalise(x: Array) -> Array:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,368 @@
+"""BLIP-2's image-text judge (Li et al. 2023, arXiv 2301.12597), as transformers' `Blip2ForImageTextRetrieval` lays it out.
+
+A vision transformer, and the Q-Former: a BERT whose first tokens are learned queries that read the image. It is asked in
+three ways (section 3.1), which differ in who sees whom:
+
+    contrast   queries alone and text alone; they meet in one space                               (ITC)
+    match      queries and text together, everybody sees everybody                                (ITM)
+    caption    text sees the queries and its own past; the queries are those of `contrast`        (ITG)
+
+Only stage-1 weights can caption (`Config.lm_head`). `encode_image` computes once what the three share: each layer's keys
+and values of the image, and the pass of the queries alone with its own keys and values. `encode_text` computes what
+depends on the text alone. The vision transformer computes in the dtype of its weights, the rest in float32.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jax import Array
+
+from referee_jax.models import bert, blip, layers
+
+KeysValues = tuple[Array, Array]  # each [B, T, N, D], of one layer; before it an axis of layers where there are more
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """`vision_config` of a BLIP-2 checkpoint; the defaults are transformers' (EVA ViT-g)."""
+
+    hidden_size: int = 1408
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 39
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    post_layernorm_eps: float | None = None  # of the last norm where it differs; ours: LAVIS has 1e-5 there
+    qkv_bias: bool = True
+
+    def __post_init__(self):
+        layers.check_config(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QFormerConfig:
+    """`qformer_config` of a BLIP-2 checkpoint; the defaults are transformers'."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 512
+    layer_norm_eps: float = 1e-12
+    cross_attention_frequency: int = 2
+    use_qformer_text_input: bool = False
+
+    def __post_init__(self):
+        layers.check_config(self)
+        if not self.use_qformer_text_input:
+            raise ValueError("use_qformer_text_input=False is not implemented; supported: True (only that reads text)")
+        if self.num_hidden_layers % self.cross_attention_frequency:
+            raise ValueError(
+                f"num_hidden_layers={self.num_hidden_layers} is not implemented; supported: multiples of "
+                f"cross_attention_frequency={self.cross_attention_frequency}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """config.json of a `Blip2ForImageTextRetrieval`; `lm_head` is ours: whether the weights have `cls.predictions`."""
+
+    vision_config: VisionConfig = VisionConfig()
+    qformer_config: QFormerConfig = QFormerConfig(vocab_size=30523, use_qformer_text_input=True)
+    num_query_tokens: int = 32
+    image_text_hidden_size: int = 256
+    lm_head: bool = False
+
+
+class VisionModel(nnx.Module):
+    """Images to the states of the class token and all patches."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        last = config.layer_norm_eps if config.post_layernorm_eps is None else config.post_layernorm_eps
+        self.embeddings = blip.VisionEmbeddings(config, rngs=rngs)
+        # EVA's keys have no bias; transformers writes zeros in its place. 39 layers' inner states of ten views would be
+        # gigabytes for every prompt.
+        self.encoder = blip.VisionEncoder(config, bias=config.qkv_bias, remat=True, rngs=rngs)
+        self.post_layernorm = layers.LayerNorm(config.hidden_size, epsilon=last, rngs=rngs)
+        self.config = config
+
+    def __call__(self, images: Array) -> Array:
+        """Normalised square images `[B, S, S, 3] -> [B, 1 + (S / patch)^2, D]`; another S than the checkpoint's
+        interpolates the positions.
+
+        Raises ValueError for other shapes, and where S is neither the checkpoint's nor a multiple of the patch.
+        """
+        size, patch = self.config.image_size, self.config.patch_size
+        side = images.shape[1]
+        if images.shape[1:] != (side, side, 3) or side != size and (side % patch or not side):
+            raise ValueError(
+                f"images of shape {images.shape}, but BLIP-2 takes [B, S, S, 3], S = {size} or a multiple of {patch}"
+            )
+        return self.post_layernorm(self.encoder(self.embeddings(images)))
+
+
+class Projections(nnx.Module):
+    """What attention asks with and what it finds; keys and values may come from states of another width."""
+
+    def __init__(self, config: QFormerConfig, inputs: int, *, rngs: nnx.Rngs):
+        self.query = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.key = nnx.Linear(inputs, config.hidden_size, rngs=rngs)
+        self.value = nnx.Linear(inputs, config.hidden_size, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Post-norm multi-head attention to given keys and values."""
+
+    def __init__(self, config: QFormerConfig, inputs: int, *, rngs: nnx.Rngs):
+        self.attention = Projections(config, inputs, rngs=rngs)
+        self.output = bert.Output(config, config.hidden_size, rngs=rngs)
+        self.heads = config.num_attention_heads
+
+    def keys_values(self, x: Array) -> KeysValues:
+        """Of the states that are attended to."""
+        return tuple(layers.split_heads(p(x), self.heads) for p in (self.attention.key, self.attention.value))
+
+    def __call__(self, x: Array, found: KeysValues, bias: Array | None = None) -> Array:
+        query = layers.split_heads(self.attention.query(x), self.heads)
+        return self.output(layers.merge_heads(layers.attention(query, *found, bias=bias)), x)
+
+
+class QFormerLayer(nnx.Module):
+    """Self-attention of all tokens, cross-attention of the queries (some layers), a feed-forward network for each kind."""
+
+    def __init__(self, config: QFormerConfig, image_width: int | None, *, rngs: nnx.Rngs):
+        self.attention = Attention(config, config.hidden_size, rngs=rngs)
+        self.crossattention = Attention(config, image_width, rngs=rngs) if image_width else None
+        self.intermediate = bert.Intermediate(config, rngs=rngs)
+        self.output = bert.Output(config, config.intermediate_size, rngs=rngs)
+        self.intermediate_query = bert.Intermediate(config, rngs=rngs)
+        self.output_query = bert.Output(config, config.intermediate_size, rngs=rngs)
+
+    def __call__(
+        self, x: Array, queries: int, image: KeysValues | None, prefix: KeysValues | None, bias: Array | None
+    ) -> tuple[Array, KeysValues]:
+        own = self.attention.keys_values(x)
+        found = own if prefix is None else jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=1), prefix, own)
+        x = self.attention(x, found, bias)
+        query, text = x[:, :queries], x[:, queries:]
+        if self.crossattention is not None and queries:
+            query = self.crossattention(query, image)
+        query = self.output_query(self.intermediate_query(query), query)
+        text = self.output(self.intermediate(text), text)
+        return jnp.concatenate([query, text], axis=1), own
+
+
+class QFormerEncoder(nnx.Module):
+    """Groups of layers of which the first reads the image, run by one scan over the groups."""
+
+    def __init__(self, config: QFormerConfig, image_width: int, *, rngs: nnx.Rngs):
+        period = config.cross_attention_frequency
+        self.layer = layers.Interleaved(
+            layers.stack(
+                lambda rngs, width=None if n else image_width: QFormerLayer(config, width, rngs=rngs),
+                config.num_hidden_layers // period,
+                rngs,
+            )
+            for n in range(period)
+        )
+
+    def __call__(
+        self, x: Array, queries: int, image: KeysValues | None, prefix: list[KeysValues] | None, bias: Array | None
+    ) -> tuple[Array, list[KeysValues]]:
+        stacks = [stack.layer for stack in self.layer]
+
+        def group(x, weights_image_prefix):
+            members, seen, past = weights_image_prefix
+            kept = []
+            for n, layer in enumerate(members):
+                x, own = layer(x, queries, seen, past and past[n], bias)
+                kept.append(own)
+            return x, kept
+
+        return jax.lax.scan(group, x, (stacks, image, prefix))
+
+
+class QFormer(nnx.Module):
+    """Normed embeddings of queries, text, or both, through the layers."""
+
+    def __init__(self, config: QFormerConfig, image_width: int, *, rngs: nnx.Rngs):
+        self.layernorm = layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.encoder = QFormerEncoder(config, image_width, rngs=rngs)
+
+    def image_keys(self, image: Array) -> KeysValues:
+        """The image's `[B, T, D]` keys and values in the layers that read it, which are a leading axis."""
+        return jax.vmap(lambda layer: layer.crossattention.keys_values(image))(self.encoder.layer[0].layer)
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        queries: int = 0,
+        image: KeysValues | None = None,
+        prefix: list[KeysValues] | None = None,
+        bias: Array | None = None,
+    ) -> tuple[Array, list[KeysValues]]:
+        """`[B, T, D]`, the first `queries` of T being queries, to the last states and all layers' keys and values of them.
+
+        `image` is of `image_keys`; `prefix` are keys and values of another pass to attend to, before one's own; `bias` is
+        that of `layers.attention`.
+        """
+        return self.encoder(x, queries, image, prefix, bias)
+
+
+class TextEmbeddings(nnx.Module):
+    """Token plus position embeddings, before the norm."""
+
+    def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
+        self.word_embeddings = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.position_embeddings = nnx.Embed(config.max_position_embeddings, config.hidden_size, rngs=rngs)
+
+    def __call__(self, input_ids: Array) -> Array:
+        return self.word_embeddings(input_ids) + self.position_embeddings(jnp.arange(input_ids.shape[-1]))
+
+
+class Predictions(nnx.Module):
+    """States to logits of the next token."""
+
+    def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
+        self.transform = bert.PredictionHeadTransform(config, rngs=rngs)
+        self.decoder = nnx.Linear(config.hidden_size, config.vocab_size, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.decoder(self.transform(x))
+
+
+class LMHead(nnx.Module):
+    """`cls` of stage-1 weights."""
+
+    def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
+        self.predictions = Predictions(config, rngs=rngs)
+
+
+class Image(struct.PyTreeNode):
+    """What the three questions need of B images.
+
+    Attributes:
+        features: float32[B, Q, P], unit length; of the queries alone.
+        prefix: all layers' keys and values of the queries alone.
+        keys: keys and values of the image, for all layers that read it.
+    """
+
+    features: Array
+    prefix: list[KeysValues]
+    keys: KeysValues
+
+
+class Text(struct.PyTreeNode):
+    """What the three questions need of texts; B is that of the images, or 1 for one text and all images.
+
+    Attributes:
+        features: float32[B, P], unit length; of the first token.
+        states: float32[B, T, D], normed embeddings.
+        decoder: float32[B, T - 1, D], those with [DEC] in the place of the first token, and without the last.
+        mask: bool[B, T], false where padded.
+    """
+
+    features: Array
+    states: Array
+    decoder: Array
+    mask: Array
+
+
+class BLIP2(nnx.Module):
+    """transformers' `Blip2ForImageTextRetrieval`, with the language head of LAVIS' stage-1 weights where there is one."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        qformer, width = config.qformer_config, config.qformer_config.hidden_size
+        self.vision_model = VisionModel(config.vision_config, rngs=rngs)
+        self.query_tokens = nnx.Param(jax.random.normal(rngs.params(), (1, config.num_query_tokens, width)) * 0.02)
+        self.embeddings = TextEmbeddings(qformer, rngs=rngs)
+        self.qformer = QFormer(qformer, config.vision_config.hidden_size, rngs=rngs)
+        self.vision_projection = nnx.Linear(width, config.image_text_hidden_size, rngs=rngs)
+        self.text_projection = nnx.Linear(width, config.image_text_hidden_size, rngs=rngs)
+        self.itm_head = nnx.Linear(width, 2, rngs=rngs)
+        self.cls = LMHead(qformer, rngs=rngs) if config.lm_head else None
+        self.config = config
+
+    @property
+    def dec_token_id(self) -> int:
+        """Id of [DEC], which LAVIS adds behind BERT's own tokens."""
+        return self.config.qformer_config.vocab_size - 1
+
+    def encode_image(self, images: Array) -> Image:
+        """Square images `[B, S, S, 3]`, normalised with the checkpoint's mean and std; see `Image`."""
+        states = self.vision_model(images.astype(layers.float_dtype(self.vision_model)))
+        return self.query_image(states)
+
+    def query_image(self, states: Array) -> Image:
+        """`encode_image` from the vision transformer's states `[B, T, D]` on."""
+        keys = self.qformer.image_keys(states.astype(jnp.float32))
+        queries = self._queries(len(states))
+        queries, prefix = self.qformer(queries, queries=queries.shape[1], image=keys)
+        return Image(features=_normalise(self.vision_projection(queries)), prefix=prefix, keys=keys)
+
+    def encode_text(self, input_ids: Array, attention_mask: Array) -> Text:
+        """`int32[B, T]` ids and a mask that is 1 where they are not padding; see `Text`.
+
+        Raises ValueError if there are more tokens than positions.
+        """
+        positions = self.config.qformer_config.max_position_embeddings
+        if input_ids.shape[-1] > positions:
+            raise ValueError(f"{input_ids.shape[-1]} tokens, but BLIP-2 has {positions} positions")
+        mask = attention_mask.astype(bool)
+        states = self._embed(input_ids)
+        features = self.qformer(states, bias=_bias(mask[:, None, None]))[0][:, 0]
+        return Text(
+            features=_normalise(self.text_projection(features)),
+            states=states,
+            decoder=self._embed(input_ids.at[:, 0].set(self.dec_token_id)[:, :-1]),
+            mask=mask,
+        )
+
+    def contrast(self, image: Image, text: Text) -> Array:
+        """Cosines of the text with the nearest query, float32[B]."""
+        return jnp.einsum("bqp,bp->bq", image.features, _repeat(text.features, len(image.features))).max(-1)
+
+    def match(self, image: Image, text: Text) -> Array:
+        """Logits `[B, (no, yes)]`, the mean of all queries'."""
+        queries = self._queries(len(image.features))
+        batch, count = queries.shape[:2]
+        sees = jnp.pad(_repeat(text.mask, batch), ((0, 0), (count, 0)), constant_values=True)
+        both = jnp.concatenate([queries, _repeat(text.states, batch)], axis=1)
+        states, _ = self.qformer(both, queries=count, image=image.keys, bias=_bias(sees[:, None, None]))
+        return self.itm_head(states[:, :count]).mean(1)
+
+    def caption(self, image: Image, text: Text) -> Array:
+        """Logits `[B, T - 1, vocabulary]` of the second token, the third and so on, each from those before it."""
+        tokens, queries = text.decoder.shape[1], image.features.shape[1]
+        # Padding comes last, so that no token that counts ever sees it: causality is all the mask there is.
+        sees = jnp.pad(jnp.tri(tokens, dtype=bool), ((0, 0), (queries, 0)), constant_values=True)
+        decoder = _repeat(text.decoder, len(image.features))
+        states, _ = self.qformer(decoder, prefix=image.prefix, bias=_bias(sees[None, None]))
+        return self.cls.predictions(states)
+
+    def _queries(self, batch: int) -> Array:
+        """The learned queries, normed: they have no positions, and no neighbour in the norm, which is over each token."""
+        return _repeat(self.qformer.layernorm(self.query_tokens[...]), batch)
+
+    def _embed(self, input_ids: Array) -> Array:
+        return self.qformer.layernorm(self.embeddings(input_ids))
+
+
+def _bias(sees: Array) -> Array:
+    """For `layers.attention`: 0 where `sees`, else so little that the share is exactly 0."""
+    return jnp.where(sees, 0.0, -1e9)
+
+
+def _repeat(x: Array, batch: int) -> Array:
+    return jnp.broadcast_to(x, (batch, *x.shape[1:]))
+
+
+def _normalise(x: Array) -> Array:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,155 @@
+"""BLIP as a referee: does the prompt match the image, how likely is it as its caption, is the answer to it "yes".
+
+The authors put [ENC] in the place of [CLS] wherever the text reads the image (arXiv 2201.12086, figure 2), and [DEC]
+where a text is generated; transformers' port leaves [CLS] in the first case, so `first_token` is a setting.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from referee_jax import prompts
+from referee_jax.models import blip
+from referee_jax.referees import base
+
+ANSWERS = ("yes", "no")
+
+
+class BlipReferee(struct.PyTreeNode):
+    """What the three have in common.
+
+    Attributes:
+        image_size: side of the views in pixels; the table of positions is resampled if it is not the checkpoint's.
+        first_token: id put first in a text that reads the image; None leaves [CLS].
+    """
+
+    network: blip.ImageTextRetrieval | blip.ConditionalGeneration | blip.QuestionAnswering
+    image_size: int = struct.field(pytree_node=False)
+    mean: tuple[float, float, float] = struct.field(pytree_node=False)
+    std: tuple[float, float, float] = struct.field(pytree_node=False)
+    first_token: int | None = struct.field(pytree_node=False)
+
+    def _states(self, views: Array) -> Array:
+        return self.network.vision_model((views - jnp.asarray(self.mean)) / jnp.asarray(self.std))
+
+    def _reading(self, input_ids: Array) -> Array:
+        return input_ids if self.first_token is None else jnp.asarray(input_ids).at[..., 0].set(self.first_token)
+
+    def _generated(self, input_ids: Array) -> Array:
+        return jnp.asarray(input_ids).at[..., 0].set(self.network.config.text_config.bos_token_id)
+
+    def _losses_of_image(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
+        losses = self.views_losses(base.resized(image, self.image_size)[None], text)
+        return {name: loss[0] for name, loss in losses.items()}
+
+
+class Itm(BlipReferee):
+    """Losses `itm` = -log p(match) of the matching head and `itc` = 1 - cos(view, prompt) in the contrastive space."""
+
+    losses = ("itm", "itc")
+
+    def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
+        """`input_ids, mask [T]`; adds the prompt's unit feature `[D]`, which does not read the image."""
+        ids, mask = tokens["input_ids"], tokens["mask"]
+        feature = self.network.text_features(ids[None], mask[None])[0]
+        return {"input_ids": self._reading(ids), "mask": mask, "feature": feature}
+
+    def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
+        """See base.Referee."""
+        states = self._states(views)
+        ids, mask = (_repeated(text[name], len(views)) for name in ("input_ids", "mask"))
+        match = jax.nn.log_softmax(self.network.match(states, ids, mask))[:, 1]
+        return {"itm": -match, "itc": 1 - self.network.image_features(states) @ text["feature"]}
+
+    def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
+        """`itm_probability` of a match, and the `cosine`."""
+        losses = self._losses_of_image(image, text)
+        return {"itm_probability": jnp.exp(-losses["itm"]), "cosine": 1 - losses["itc"]}
+
+
+class Caption(BlipReferee):
+    """Loss `caption` = mean cross-entropy of the prompt's tokens, as the checkpoint was trained (with its smoothing)."""
+
+    losses = ("caption",)
+
+    def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
+        """`input_ids [T]` and which are `scored [T]`: neither padding nor what the template puts before the prompt."""
+        return tokens | {"input_ids": self._generated(tokens["input_ids"])}
+
+    def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
+        """See base.Referee."""
+        ids, mask = (_repeated(text[name], len(views)) for name in ("input_ids", "mask"))
+        losses = self.network.token_losses(self._states(views), ids, mask)
+        return {"caption": losses.mean(-1, where=text["scored"][1:])}
+
+    def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
+        """`caption_log_likelihood`, the mean per token."""
+        return {"caption_log_likelihood": -self._losses_of_image(image, text)["caption"]}
+
+
+class Vqa(BlipReferee):
+    """Loss `vqa` = -log p("yes"), of the two answers "yes" and "no" to a question made of the prompt."""
+
+    losses = ("vqa",)
+
+    def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
+        """The question's `input_ids, mask [T]`; `answers, answers_mask [2, U]`."""
+        ids, answers = self._reading(tokens["input_ids"]), self._generated(tokens["answers"])
+        return tokens | {"input_ids": ids, "answers": answers}
+
+    def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
+        """See base.Referee."""
+        log_probs = self.network.answer_log_probs(
+            self._states(views), text["input_ids"], text["mask"], text["answers"], text["answers_mask"]
+        )
+        return {"vqa": -jax.nn.log_softmax(log_probs)[:, 0]}
+
+    def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
+        """`vqa_probability` of "yes"."""
+        return {"vqa_probability": jnp.exp(-self._losses_of_image(image, text)["vqa"])}
+
+
+def _repeated(x: Array, views: int) -> Array:
+    return jnp.broadcast_to(x, (views, *x.shape))
+
+
+def from_checkpoint(
+    kind: type[BlipReferee],
+    network: Any,
+    preprocessing: dict[str, Any],
+    *,
+    image_size: int = 0,
+    first_token: int | None = None,
+) -> BlipReferee:
+    """The referee of a loaded network and its preprocessor_config.json; `image_size` 0 is the checkpoint's."""
+    return kind(
+        network=network,
+        image_size=image_size or network.config.vision_config.image_size,
+        mean=tuple(preprocessing["image_mean"]),
+        std=tuple(preprocessing["image_std"]),
+        first_token=first_token,
+    )
+
+
+def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
+    """The text made of the prompt: `input_ids, mask [T]`."""
+    ids = prompts.tokenize(judge.tokenizer, [judge.text(prompt)], judge.length)[0]
+    return {"input_ids": ids, "mask": ids != judge.tokenizer.pad_token_id}
+
+
+def tokenize_caption(judge: Any, prompt: str) -> dict[str, np.ndarray]:
+    """The same, and `scored [T]`: False on padding and on what stands before the prompt, the end of which is its own."""
+    tokens = tokenize(judge, prompt)
+    given = prompts.token_count(judge.tokenizer, judge.template.partition("{}")[0]) - 1
+    return tokens | {"scored": tokens["mask"] & (np.arange(judge.length) >= given)}
+
+
+def tokenize_question(judge: Any, prompt: str) -> dict[str, np.ndarray]:
+    """The same as `tokenize`, and `ANSWERS` as `answers, answers_mask [2, U]`."""
+    longest = max(prompts.token_count(judge.tokenizer, answer) for answer in ANSWERS)
+    answers = prompts.tokenize(judge.tokenizer, ANSWERS, longest)
+    return tokenize(judge, prompt) | {"answers": answers, "answers_mask": answers != judge.tokenizer.pad_token_id}

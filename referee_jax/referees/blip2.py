@@ -1,0 +1,96 @@
+"""BLIP-2 as a referee: its three questions of pre-training (Li et al. 2023, section 3.1) as losses.
+
+    itm = -log p(the text is this image's)
+    itc = 1 - cos(text, nearest query)
+    itg = cross-entropy of the text's tokens, each given the image and the tokens before it; stage-1 weights only
+
+One pass of the vision transformer serves all.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from referee_jax import prompts
+from referee_jax.models import blip2
+from referee_jax.referees import base
+
+TOKENS = 32  # both ends included, as BLIP-2 was trained
+SMOOTHING = 0.1  # share of every target that is spread over the vocabulary, as BLIP-2 was trained
+
+
+class Blip2Referee(struct.PyTreeNode):
+    """Losses `itm`, `itc` and, where the network has a language head, `itg`.
+
+    Attributes:
+        image_size: side of the views; another than the checkpoint's interpolates its positions.
+    """
+
+    network: blip2.BLIP2
+    mean: tuple[float, float, float] = struct.field(pytree_node=False)
+    std: tuple[float, float, float] = struct.field(pytree_node=False)
+    image_size: int = struct.field(pytree_node=False)
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of the losses that these weights allow."""
+        return ("itm", "itc", "itg") if self.network.cls else ("itm", "itc")
+
+    def encode(self, tokens: dict[str, Array]) -> dict[str, Any]:
+        """`input_ids [T]` and `attention_mask [T]` to the network's `Text`, and what captions are compared with."""
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        return {"text": self.network.encode_text(ids[None], mask[None]), "targets": ids[1:], "real": mask[1:]}
+
+    def _encode_image(self, images: Array) -> blip2.Image:
+        return self.network.encode_image((images - jnp.asarray(self.mean)) / jnp.asarray(self.std))
+
+    def _caption_loss(self, image: blip2.Image, text: dict[str, Any], smoothing: float) -> Array:
+        """Cross-entropy with smoothed targets, mean over the tokens that are not padding."""
+        logits = self.network.caption(image, text["text"])
+        target = jnp.take_along_axis(logits, text["targets"][None, :, None], axis=-1)[..., 0]
+        losses = jax.nn.logsumexp(logits, -1) - (1 - smoothing) * target - smoothing * logits.mean(-1)
+        return (losses * text["real"]).sum(-1) / text["real"].sum()
+
+    def image_losses(self, image: blip2.Image, text: dict[str, Any]) -> dict[str, Array]:
+        """`views_losses` of images that the network has encoded."""
+        losses = {
+            "itm": -jax.nn.log_softmax(self.network.match(image, text["text"]))[:, 1],
+            "itc": 1 - self.network.contrast(image, text["text"]),
+        }
+        if "itg" in self.losses:
+            losses["itg"] = self._caption_loss(image, text, SMOOTHING)
+        return losses
+
+    def views_losses(self, views: Array, text: dict[str, Any]) -> dict[str, Array]:
+        """See base.Referee."""
+        return self.image_losses(self._encode_image(views), text)
+
+    def scores(self, image: Array, text: dict[str, Any]) -> dict[str, Array]:
+        """`itm_probability`, `cosine` and, with a language head, `caption_log_likelihood` (mean over tokens)."""
+        seen = self._encode_image(base.resized(image, self.image_size)[None])
+        losses = self.image_losses(seen, text)
+        scores = {"itm_probability": jnp.exp(-losses["itm"][0]), "cosine": 1 - losses["itc"][0]}
+        if "itg" in self.losses:
+            scores["caption_log_likelihood"] = -self._caption_loss(seen, text, smoothing=0.0)[0]
+        return scores
+
+
+def from_checkpoint(network: blip2.BLIP2, preprocessing: dict[str, Any]) -> Blip2Referee:
+    """The referee of a loaded network and its preprocessor_config.json."""
+    return Blip2Referee(
+        network=network,
+        mean=tuple(preprocessing["image_mean"]),
+        std=tuple(preprocessing["image_std"]),
+        image_size=network.config.vision_config.image_size,
+    )
+
+
+def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
+    """The prompt as LAVIS gives it to BLIP-2, cut where that cuts it: `input_ids [T]`, `attention_mask [T]`."""
+    shape = {"padding": "max_length", "padding_side": "right", "max_length": TOKENS, "truncation": True}
+    tokens = judge.tokenizer(prompts.caption(judge.text(prompt)), **shape)
+    return {name: np.array(tokens[name], np.int32) for name in ("input_ids", "attention_mask")}

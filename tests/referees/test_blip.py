@@ -1,0 +1,236 @@
+"""BLIP as three referees against transformers: losses, their image gradients, scores, texts and settings."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from referee_jax import config, prompts, referees
+from tests.conftest import relative_l2
+from tests.models.test_blip import CLASSES, DEC
+from tests.oracles import networks
+
+ENC, LENGTH = DEC + 1, 64
+PROMPT = "a red circle and a blue square"
+TEXTS = {"itm": PROMPT, "caption": "a picture of " + PROMPT, "vqa": PROMPT + "?"}
+LOSSES = {"itm": ("itm", "itc"), "caption": ("caption",), "vqa": ("vqa",)}
+YES, NO = (networks.BLIP_WORDS.index(word) for word in ("yes", "no"))
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    root = tmp_path_factory.mktemp("blip")
+    made = {}
+    for task, cls in CLASSES.items():
+        made[task] = networks.save_blip(networks.blip(cls), root / task)
+    return made
+
+
+def load(directories, task, dtype=jnp.float32, **changes):
+    losses = dict.fromkeys(LOSSES[task], 1.0)
+    spec = config.RefereeSpec(name=f"blip_{task}", checkpoint=str(directories[task]), losses=losses, **changes)
+    return referees.load_referee(spec, dtype=dtype)
+
+
+def views(size=32, count=3):
+    return np.random.default_rng(0).uniform(size=(count, size, size, 3)).astype(np.float32)
+
+
+def oracle(task, directory, judge, shown, first):
+    """Losses `[V]` and d(their mean)/d(views) by torch; texts are not padded, and read one by one."""
+    network = CLASSES[task].from_pretrained(directory).eval()
+    x = torch.from_numpy(shown).requires_grad_()
+    mean, std = torch.tensor(networks.CLIP_MEAN), torch.tensor(networks.CLIP_STD)
+    pixels = ((x - mean) / std).permute(0, 3, 1, 2)
+    ids = torch.tensor(judge.tokenizer(TEXTS[task])["input_ids"])[None]
+    reading = ids.clone()
+    if first is not None:
+        reading[:, 0] = first
+    both = dict(pixel_values=pixels, interpolate_pos_encoding=True)
+    if task == "itm":
+        match = network(input_ids=reading.expand(len(x), -1), **both).itm_score.log_softmax(1)[:, 1]
+        losses = {"itm": -match, "itc": 1 - network(input_ids=ids, use_itm_head=False, **both).itm_score[:, 0]}
+    elif task == "caption":
+        generated = ids.clone()
+        generated[:, 0] = DEC
+        labels = generated.clone()
+        labels[:, :4] = -100  # [DEC] a picture of
+        rows = [
+            network(input_ids=generated, pixel_values=p[None], labels=labels, interpolate_pos_encoding=True).loss
+            for p in pixels
+        ]
+        losses = {"caption": torch.stack(rows)}
+    else:
+        rows = []
+        for p in pixels:
+            answers = [
+                network(
+                    input_ids=reading,
+                    pixel_values=p[None],
+                    labels=torch.tensor([[DEC, answer, 3]]),
+                    interpolate_pos_encoding=True,
+                ).loss
+                for answer in (YES, NO)
+            ]
+            rows.append(torch.stack(answers) * -2)
+        losses = {"vqa": -torch.stack(rows).log_softmax(1)[:, 0]}
+    gradients = {k: torch.autograd.grad(v.mean(), x, retain_graph=True)[0].numpy() for k, v in losses.items()}
+    return {name: value.detach().numpy() for name, value in losses.items()}, gradients
+
+
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("itm", {}),
+        ("itm", {"first_token": "[CLS]", "image_size": 48}),
+        ("caption", {}),
+        ("vqa", {"image_size": 24}),
+    ],
+)
+def test_losses(directories, task, changes):
+    judge = load(directories, task, **changes)
+    assert judge.referee.image_size == changes.get("image_size", 32)
+    shown = views(judge.referee.image_size)
+    first = None if "first_token" in changes else ENC
+    wanted, gradients = oracle(task, directories[task], judge, shown, first)
+    encode = jax.jit(lambda r, t: r.encode(t))
+    text = encode(judge.referee, judge.tokenize(PROMPT))
+
+    @jax.jit
+    def both(referee, text, shown):
+        losses, pullback = jax.vjp(lambda v: referee.views_losses(v, text), shown)
+        share = jnp.full(len(shown), 1 / len(shown))
+        alone = {k: {n: (n == k) * share for n in losses} for k in losses}
+        return losses, {k: pullback(c)[0] for k, c in alone.items()}
+
+    made, ours = both(judge.referee, text, jnp.asarray(shown))
+    assert set(made) == set(judge.referee.losses) == set(wanted)
+    other = judge.tokenize("a green square")
+    assert {k: v.shape for k, v in other.items()} == {k: v.shape for k, v in judge.tokenize(PROMPT).items()}
+    differently = both(judge.referee, encode(judge.referee, other), jnp.asarray(shown))[0]
+    for name in wanted:
+        np.testing.assert_allclose(made[name], wanted[name], rtol=1e-4, atol=2e-5)
+        print(name, relative_l2(made[name], wanted[name]), relative_l2(ours[name], gradients[name]))
+        assert relative_l2(ours[name], gradients[name]) < 1e-4
+        # Both image and text are seen.
+        assert np.ptp(wanted[name]) > 0.01
+        assert np.abs(differently[name] - made[name]).max() > 0.01
+
+
+def test_first_token_matters(directories):
+    shown = jnp.asarray(views())
+    made = []
+    for first in ("[ENC]", "[CLS]"):
+        judge = load(directories, "itm", first_token=first)
+        text = judge.referee.encode(judge.tokenize(PROMPT))
+        made.append(jax.jit(lambda r, t: r.views_losses(shown, t))(judge.referee, text))
+    assert np.abs(made[0]["itm"] - made[1]["itm"]).max() > 0.01
+    np.testing.assert_allclose(made[0]["itc"], made[1]["itc"], atol=1e-6)  # where the text reads no image
+
+
+def test_tokens(directories):
+    judge = load(directories, "caption")
+    tokens = judge.tokenize(PROMPT)
+    count = 3 + 7 + 2
+    assert tokens["input_ids"].shape == (LENGTH,) and tokens["input_ids"].dtype == np.int32
+    assert tokens["mask"].tolist() == [True] * count + [False] * (LENGTH - count)
+    assert tokens["scored"].tolist() == [False] * 4 + [True] * (count - 4) + [False] * (LENGTH - count)
+    assert judge.referee.encode(jax.tree.map(jnp.asarray, tokens))["input_ids"][0] == DEC
+    assert load(directories, "caption", template="{}").tokenize(PROMPT)["scored"].sum() == 7 + 1
+    question = load(directories, "vqa").tokenize(PROMPT)
+    assert question["answers"].tolist() == [[2, YES, 3], [2, NO, 3]] and question["answers_mask"].all()
+    assert question["input_ids"][8] == networks.BLIP_WORDS.index("?")
+    with pytest.raises(prompts.PromptError, match="has 66 tokens, the text encoder reads 64"):
+        load(directories, "itm").tokenize("red " * 64)
+
+
+def test_tokenizer_with_its_own_enc_token(directories, tmp_path):
+    network = CLASSES["itm"].from_pretrained(directories["itm"])
+    networks.save_blip(network, tmp_path)
+    tokenizer = networks.blip_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]", "[DEC]"]})
+    tokenizer.save_pretrained(tmp_path)
+    assert load({"itm": tmp_path}, "itm").referee.first_token == DEC
+    assert load(directories, "itm").referee.first_token == ENC
+
+
+@pytest.mark.parametrize("task", CLASSES)
+def test_scores(directories, task):
+    judge = load(directories, task)
+    text = judge.referee.encode(judge.tokenize(PROMPT))
+    image = jnp.asarray(views(count=1)[0])
+    score = jax.jit(lambda r, i: r.scores(i, text))
+    losses, scores = judge.referee.views_losses(image[None], text), score(judge.referee, image)
+    expected = {
+        "itm": lambda: {"itm_probability": np.exp(-losses["itm"][0]), "cosine": 1 - losses["itc"][0]},
+        "caption": lambda: {"caption_log_likelihood": -losses["caption"][0]},
+        "vqa": lambda: {"vqa_probability": np.exp(-losses["vqa"][0])},
+    }[task]()
+    assert scores.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(scores[name]) == pytest.approx(float(value), abs=1e-5)
+    if task == "vqa":
+        assert 0.01 < scores["vqa_probability"] < 0.99
+    # An image of another size is brought to that of the views.
+    large = jnp.asarray(views(size=48, count=1)[0])
+    small = jax.image.resize(large, (32, 32, 3), "bilinear", antialias=True)
+    of_large, of_small = (score(judge.referee, i) for i in (large, small))
+    for name in scores:
+        assert float(of_large[name]) == pytest.approx(float(of_small[name]), abs=1e-4)
+        assert abs(float(of_large[name] - scores[name])) > 1e-3
+
+
+@pytest.mark.parametrize("task", CLASSES)
+def test_under_jit_vmap_grad_and_scan(directories, task):
+    """Two prompts by vmap, two steps down the gradient by scan, as one program: the same as one by one."""
+    judge = load(directories, task)
+    tokens = [judge.tokenize(p) for p in (PROMPT, "a green square")]
+    images = jnp.asarray(views(count=4).reshape(2, 2, 32, 32, 3))
+
+    def descend(referee, tokens, images):
+        text = referee.encode(tokens)
+        total = lambda x: sum(v.mean() for v in referee.views_losses(x, text).values())  # noqa: E731
+
+        def step(x, _):
+            loss, gradient = jax.value_and_grad(total)(x)
+            return x - 0.05 * gradient / jnp.linalg.norm(gradient), loss
+
+        return jax.lax.scan(step, images, length=2)
+
+    together = jax.tree.map(lambda *x: jnp.stack(x), *tokens)
+    x, losses = jax.jit(jax.vmap(descend, in_axes=(None, 0, 0)))(judge.referee, together, images)
+    assert losses.shape == (2, 2) and np.isfinite(losses).all()
+    alone = jax.jit(descend)
+    for n in range(2):
+        x_n, losses_n = alone(judge.referee, jax.tree.map(jnp.asarray, tokens[n]), images[n])
+        np.testing.assert_allclose(losses[n], losses_n, rtol=1e-4)
+        assert relative_l2(x[n] - images[n], x_n - images[n]) < 1e-3
+    assert (losses[:, 1] < losses[:, 0]).all()
+
+
+def test_settings_that_are_refused(directories, checkpoints):
+    with pytest.raises(ValueError, match="referee blip_vqa: no loss cosine; there are vqa"):
+        referees.load_referee(dataclasses.replace(load(directories, "vqa").spec, losses={"cosine": 1.0}))
+    with pytest.raises(ValueError, match="referee clip: image_size = 48, but it reads 32"):
+        referees.load_referee(config.RefereeSpec(checkpoint=str(checkpoints[1]), image_size=48))
+    for spec, message in (
+        ({"name": "blip_itm", "losses": {"itm": 1.0}, "near": 2}, r"near 0: blip_itm reads none"),
+        ({"template": "a photo"}, r"referees\[0\].template = 'a photo' is not possible: it must be empty, or a text"),
+        ({"first_token": "[DEC]"}, r"first_token = '\[DEC\]' is not possible: it must be one of '\[ENC\]', '\[CLS\]'"),
+    ):
+        with pytest.raises(config.ConfigError, match=message):
+            config.from_config({"referees": (spec,)})
+
+
+def test_template_of_clip(checkpoints):
+    plain, photo = (
+        referees.load_referee(config.RefereeSpec(checkpoint=str(checkpoints[1]), template=template, negatives=("red",)))
+        for template in ("", "photo {}")
+    )
+    np.testing.assert_array_equal(
+        photo.tokenize("a circle")["input_ids"], prompts.tokenize(plain.tokenizer, ["photo a circle", "photo red"])
+    )
+    assert plain.text("a circle") == "a circle"
