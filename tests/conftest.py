@@ -40,3 +40,16 @@ def cosine(a, b) -> float:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape
     return float(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+VIEW_SIZE = 40
+
+
+def picture(seed=0, height=VIEW_SIZE, width=VIEW_SIZE):
+    """Noise with a few saturated and grey patches: ties, clamps and hues without a chroma all occur."""
+    image = np.random.default_rng(seed).uniform(size=(height, width, 3)).astype(np.float32)
+    image[2:9, 3:12] = (1.0, 0.0, 0.0)
+    image[12:20, 20:30] = 0.5
+    image[22:30, 5:14] = 0.0
+    image[22:30, 20:33] = 1.0
+    return image
