@@ -56,7 +56,7 @@ class Generator:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sds:
-    """The score distillation gradient; see sds.py. Its weight falls along a cosine in `weight_steps` iterations."""
+    """The score distillation gradient; see sds.py. `weight` and `t_max` go along a cosine in `weight_steps` iterations."""
 
     weight: float = _field(800.0, low=0)
     weight_final: float = _field(400.0, low=0)
@@ -64,6 +64,7 @@ class Sds:
     guidance: float = 30.0
     t_min: int = _field(50, low=0)
     t_max: int = _field(950, low=2, high=1000)
+    t_max_final: int = _field(950, low=2, high=1000)
     alpha_power: float = 0.0
     sigma_power: float = 0.0
     prompt: str = "A photo exactly contains {}"  # {} is the prompt; without it the prior is the same for all
@@ -291,8 +292,9 @@ def _check(settings: Settings) -> None:
     if settings.image_size % 8:
         raise _wrong("image_size", settings.image_size, "a multiple of 8")
     # The last timestep drawn is t_max - 2.
-    if settings.sds.t_max < settings.sds.t_min + 2:
-        raise _wrong("sds.t_max", settings.sds.t_max, f"at least sds.t_min + 2 = {settings.sds.t_min + 2}")
+    for key in ("t_max", "t_max_final"):
+        if getattr(settings.sds, key) < settings.sds.t_min + 2:
+            raise _wrong(f"sds.{key}", getattr(settings.sds, key), f"at least sds.t_min + 2 = {settings.sds.t_min + 2}")
     if settings.sds.prompt.count("{}") > 1:
         raise _wrong("sds.prompt", settings.sds.prompt, "a text with one {} where the prompt is put, or with none")
     _check_views(settings.views)

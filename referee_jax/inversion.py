@@ -113,8 +113,9 @@ def init(latents: Array, plan: Plan, hyper: Hyper) -> InversionState:
     )
 
 
-def draw(key: Array, networks: Networks, plan: Plan, hyper: Hyper) -> Noise:
-    """The randomness of one iteration, from one key."""
+def draw(key: Array, networks: Networks, plan: Plan, hyper: Hyper, i: Array) -> Noise:
+    """The randomness of iteration `i`, from `key` and `i`."""
+    key = jax.random.fold_in(key, i)
     t, eps, n1, n2, view, referee = jax.random.split(key, 6)
     sizes = [referee.image_size for referee in networks.referees]
     drawn, noises = [], []
@@ -127,7 +128,7 @@ def draw(key: Array, networks: Networks, plan: Plan, hyper: Hyper) -> Noise:
         )  # fmt: skip
         noises.append(jax.random.normal(jax.random.fold_in(referee, number), (looks.keep, size, size, 3)))
     return Noise(
-        t=sds.sample_timestep(t, hyper.prior, len(networks.alphas_cumprod)),
+        t=sds.sample_timestep(t, hyper.prior, i, len(networks.alphas_cumprod)),
         eps=jax.random.normal(eps, plan.latent),
         n1=jax.random.normal(n1, plan.latent),
         n2=jax.random.normal(n2, plan.latent),

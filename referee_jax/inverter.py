@@ -324,7 +324,7 @@ def _start(
 
 def _chunk(networks, prompt, hyper, state, keys, start, *, plan: inversion.Plan, count: int, over: int | None):
     def one(prompt, hyper, state, key, i):
-        noise = inversion.draw(jax.random.fold_in(key, i), networks, plan, hyper)
+        noise = inversion.draw(key, networks, plan, hyper, i)
         return inversion.step(networks, prompt, hyper, plan, state, i, noise)
 
     step = jax.vmap(one, in_axes=(0, over, 0, 0, None))

@@ -19,9 +19,10 @@ from referee_jax.models import unet as unet_lib
 
 
 class Hyper(struct.PyTreeNode):
-    """Numbers of the term, all traced. `weight` falls along a cosine to `weight_final` in `weight_steps` iterations.
+    """Numbers of the term, all traced. `weight` and `t_max` go along a cosine to their finals in `weight_steps` iterations.
 
-    Timesteps, of 0..999, are drawn from `t_min` to `t_max - 2`, both included: the authors' range, kept.
+    Timesteps, of 0..999, are drawn from `t_min` to `t_max - 2`, both included: the authors' range, kept. They keep it to
+    the end; a `t_max` that falls draws the outlines first and then the details (DreamTime, arXiv 2306.12422).
     """
 
     weight: Array | float = 800.0
@@ -30,6 +31,7 @@ class Hyper(struct.PyTreeNode):
     guidance: Array | float = 30.0
     t_min: Array | int = 50
     t_max: Array | int = 950
+    t_max_final: Array | int = 950
     alpha_power: Array | float = 0.0
     sigma_power: Array | float = 0.0
 
@@ -44,9 +46,10 @@ def weight_at(hyper: Hyper, i: Array) -> Array:
     return cosine(hyper.weight, hyper.weight_final, i / hyper.weight_steps)
 
 
-def sample_timestep(key: Array, hyper: Hyper, timesteps: int) -> Array:
-    """One timestep, int32."""
-    return jax.random.randint(key, (), hyper.t_min, jnp.minimum(hyper.t_max, timesteps) - 1)
+def sample_timestep(key: Array, hyper: Hyper, i: Array, timesteps: int) -> Array:
+    """The timestep of iteration `i`, int32."""
+    t_max = jnp.round(cosine(hyper.t_max, hyper.t_max_final, i / hyper.weight_steps)).astype(jnp.int32)
+    return jax.random.randint(key, (), hyper.t_min, jnp.minimum(t_max, timesteps) - 1)
 
 
 def predict_noise(

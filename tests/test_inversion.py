@@ -112,7 +112,7 @@ def as_torch(noise: inversion.Noise) -> dict:
 
 
 # Compiled once for all variants that differ in numbers alone: a plan has no leaves, only structure.
-draw = jax.jit(jax.vmap(inversion.draw, in_axes=(0, None, None, None)))
+draw = jax.jit(jax.vmap(inversion.draw, in_axes=(0, None, None, None, None)))
 step = jax.jit(jax.vmap(inversion.step, in_axes=(None, 0, None, None, 0, None, 0)))
 
 
@@ -124,7 +124,7 @@ def trajectories(sides, variant: dict) -> tuple[np.ndarray, list, np.ndarray, di
     theirs = oracle.load(sd, judge, settings=settings, mean=tiny.CLIP_MEAN, std=tiny.CLIP_STD)
     prompt, prompt_torch = encode(networks, text_encoder, ids), theirs.encode_text(*ids.values())
     keys = jax.random.split(jax.random.key(7), (STEPS, len(PROMPTS)))
-    noises = [draw(keys[i], networks, plan, hyper) for i in range(STEPS)]
+    noises = [draw(keys[i], networks, plan, hyper, i) for i in range(STEPS)]
     start = jax.random.normal(jax.random.key(1), (len(PROMPTS), *plan.latent))
     wanted, last, history = theirs.run(torch.from_numpy(np.array(start)), map(as_torch, noises), prompt_torch)
     wanted_output = theirs.output(wanted[-1], last).numpy()

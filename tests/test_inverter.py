@@ -122,7 +122,7 @@ def test_transformations(inverter):
     networks = jax.device_get(networks)
 
     def step(networks, prompt, hyper, state, key, i):
-        noise = inversion.draw(jax.random.fold_in(jax.random.wrap_key_data(key), i), networks, plan, hyper)
+        noise = inversion.draw(jax.random.wrap_key_data(key), networks, plan, hyper, i)
         return inversion.step(networks, prompt, hyper, plan, state, i, noise)[0].latents
 
     take = lambda tree, n: jax.tree.map(lambda x: x[n], tree)  # noqa: E731
