@@ -166,6 +166,7 @@ class Settings:
     init: str = _field("noise", allowed=("noise", "sample"))
     init_steps: int = _field(50, low=1)  # of the sampler, if init="sample"
     init_guidance: float = 7.5
+    init_candidates: int = _field(1, low=1)  # samples, of which the referees choose the one to start from
     outputs: Outputs = _group(Outputs)
 
 
@@ -297,6 +298,8 @@ def _check(settings: Settings) -> None:
             raise _wrong(f"sds.{key}", getattr(settings.sds, key), f"at least sds.t_min + 2 = {settings.sds.t_min + 2}")
     if settings.sds.prompt.count("{}") > 1:
         raise _wrong("sds.prompt", settings.sds.prompt, "a text with one {} where the prompt is put, or with none")
+    if settings.init_candidates > 1 and settings.init != "sample":
+        raise _wrong("init_candidates", settings.init_candidates, 'one, unless init = "sample"')
     _check_views(settings.views)
     _check_referees(settings)
 
@@ -341,12 +344,12 @@ def _check_referees(settings: Settings) -> None:
             raise _wrong(f"{key}.template", spec.template, "empty, or a text with one {} where the prompt is put")
         if not spec.checkpoint:
             raise _wrong(f"{key}.checkpoint", "", "a directory, a hub id, or shapes/...")
-    acts = settings.referee.weight or settings.referee.weight_final
+    acts = settings.referee.weight or settings.referee.weight_final or settings.init_candidates > 1
     if acts and all(spec.role != "optimise" for spec in settings.referees):
         raise _wrong(
             "referees",
             settings.referees,
-            'one with role="optimise" at least, unless referee.weight and weight_final are 0',
+            'one with role="optimise" at least, unless referee.weight and weight_final are 0 and init_candidates is 1',
         )
 
 

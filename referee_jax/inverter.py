@@ -10,7 +10,7 @@ chunk of iterations, and `finish` are the pieces of the loop, for who wants to l
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,15 @@ class Result:
     scores: list[dict[str, float]]
     latents: np.ndarray
     history: dict[str, np.ndarray]
+
+
+class Start(NamedTuple):
+    """What the first latents are: "noise", or a "sample" of the prior, the referees' favourite of so many `candidates`."""
+
+    init: str
+    steps: int
+    guidance: float
+    candidates: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,17 +135,18 @@ class Inverter:
 
     def begin(self, items: Sequence[queue.Item], seed: int, hypers: Sequence[inversion.Hyper] | None = None) -> Batch:
         """A batch before its first iteration; `hypers` gives each item its own numbers (one more vmapped axis)."""
-        start = self.settings.init, self.settings.init_steps, self.settings.init_guidance
+        settings = self.settings
+        start = Start(settings.init, settings.init_steps, settings.init_guidance, settings.init_candidates)
         return self._begin(items, seed, start, hypers)
 
     def _begin(
         self,
         items: Sequence[queue.Item],
         seed: int,
-        start: tuple[str, int, float],
+        start: Start,
         hypers: Sequence[inversion.Hyper] | None = None,
     ) -> Batch:
-        """`begin` from `start`: what the first latents are, and the sampler's steps and guidance."""
+        """`begin` from a `start` of its own."""
         items = tuple(items)
         if not 0 < len(items) <= self.batch_size:
             raise ValueError(f"{len(items)} items for a batch of 1 to {self.batch_size}")
@@ -149,9 +159,8 @@ class Inverter:
         if hypers is not None:
             hypers = [*hypers, *[hypers[-1]] * (self.batch_size - len(items))]
             hyper = place(jax.tree.map(lambda *x: jnp.stack(x), *hypers))
-        init, steps, guidance = start
-        program = self._starter(init, steps, hypers is not None)
-        state = program(self.networks, prompt, hyper, keys, jnp.float32(guidance))
+        program = self._starter(start._replace(guidance=0.0), hypers is not None)  # which is traced
+        state = program(self.networks, prompt, hyper, keys, jnp.float32(start.guidance))
         return Batch(items, 0, prompt, hyper, state, keys)
 
     def advance(self, batch: Batch) -> tuple[Batch, dict[str, np.ndarray]]:
@@ -198,12 +207,22 @@ class Inverter:
         return _result(pictures, {name: np.concatenate([h[name] for h in histories]) for name in histories[0]})
 
     def sample(
-        self, texts: Sequence[str], *, samples: int = 1, seed: int = 0, steps: int = 50, guidance: float = 7.5
+        self,
+        texts: Sequence[str],
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        steps: int = 50,
+        guidance: float = 7.5,
+        candidates: int = 1,
     ) -> Result:
-        """The baseline: plain DDIM sampling of the prior for the same items and from the same noise."""
-        pictures = []
+        """The baseline: plain DDIM sampling of the prior for the same items and from the same noise.
+
+        Of several `candidates` per item the one that the referees like best is taken.
+        """
+        pictures, start = [], Start("sample", steps, guidance, candidates)
         for share in queue.batches(queue.items(texts, samples), self.batch_size):
-            pictures += self.finish(self._begin(share, seed, ("sample", steps, guidance)))
+            pictures += self.finish(self._begin(share, seed, start))
         return _result(pictures, {})
 
     def _tokenize(self, prompt: str) -> dict[str, Any]:
@@ -230,10 +249,10 @@ class Inverter:
         return jax.jit(parallel.across_devices(fn, self.mesh, (False, True, True)))
 
     @functools.cache  # noqa: B019
-    def _starter(self, init: str, steps: int, swept: bool) -> Any:
+    def _starter(self, start: Start, swept: bool) -> Any:
         """The compiled start of a batch over all devices."""
         over = 0 if swept else None
-        fn = functools.partial(_start, plan=self.plan, init=init, steps=steps)
+        fn = functools.partial(_start, plan=self.plan, start=start)
         fn = jax.vmap(fn, in_axes=(None, 0, over, 0, None))
         return jax.jit(parallel.across_devices(fn, self.mesh, (False, True, swept, True, False)))
 
@@ -309,16 +328,28 @@ def _encode(networks: inversion.Networks, text_encoder: Any, tokens: dict[str, A
     )
 
 
-def _start(
-    networks, prompt, hyper, key, guidance: Array, *, plan: inversion.Plan, init: str, steps: int
-) -> inversion.InversionState:
-    # Iterations fold in 0, 1, ...; the start folds in what no iteration reaches.
-    latents = jax.random.normal(jax.random.fold_in(key, 2**31 - 1), plan.latent)
-    if init == "sample":
-        latents = sampler.ddim(
-            networks.unet, latents, cond=prompt.cond, uncond=prompt.uncond, steps=steps, guidance=guidance,
+def _start(networks, prompt, hyper, key, guidance: Array, *, plan: inversion.Plan, start: Start):
+    def candidate(number: Array) -> Array:
+        # Iterations fold in 0, 1, ...; starts count down from what no iteration reaches.
+        noise = jax.random.normal(jax.random.fold_in(key, 2**31 - 1 - number), plan.latent)
+        if start.init == "noise":
+            return noise
+        return sampler.ddim(
+            networks.unet, noise, cond=prompt.cond, uncond=prompt.uncond, steps=start.steps, guidance=guidance,
             alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
         )  # fmt: skip
+
+    def judged(number: Array) -> tuple[Array, Array]:
+        latents = candidate(number)
+        image = inversion.decode(networks, latents, plan)
+        parties = zip(networks.referees, prompt.texts, plan.looks, strict=True)
+        return latents, sum(objective.verdict(referee, image, text, looks) for referee, text, looks in parties)
+
+    if start.candidates == 1:
+        latents = candidate(jnp.int32(0))
+    else:  # one after the other: memory is that of one
+        found, losses = jax.lax.map(judged, jnp.arange(start.candidates))
+        latents = found[jnp.argmin(losses)]
     return inversion.init(latents, plan, hyper)
 
 

@@ -20,8 +20,9 @@ class Hyper(struct.PyTreeNode):
     """Numbers of the term, all traced.
 
     The referees act in iterations `start` to `stop - 1`; their step is `weight` times the length of the prior's, moving
-    along a cosine to `weight_final` meanwhile. `balance_epsilon` keeps the ratio finite; `noise` is the standard
-    deviation added to the views, in [0, 1] units.
+    along a cosine to `weight_final` meanwhile. `balance_epsilon` is the length below which
+    the referees' gradient is not brought to the prior's: at 0 (the authors') a referee that is content pulls as hard as one
+    that objects. `noise` is the standard deviation added to the views, in [0, 1] units.
     """
 
     weight: Array | float = 2.0
@@ -89,6 +90,12 @@ def image_gradient(
 
     (total, losses), gradient = jax.value_and_grad(loss, has_aux=True)(image)
     return gradient, {name: losses[name] for name, _ in looks.losses} | {"loss": total}
+
+
+def verdict(referee: base.Referee, image: Array, text: Any, looks: Looks) -> Array:
+    """The referee's loss on the image as it is: one view, resized and not augmented."""
+    losses = referee.views_losses(base.resized(image, referee.image_size)[None], text)
+    return sum(weight * losses[name][0] for name, weight in looks.losses)
 
 
 def balance(prior: Array, referee: Array, epsilon: Array) -> Array:

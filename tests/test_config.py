@@ -103,6 +103,8 @@ def test_config_dict_is_locked_and_typed():
         ({"sds": {"weight": float("nan")}}, "sds.weight = nan is not possible: it must be a finite number"),
         ({"sds": {"prompt": "{} {}"}}, "sds.prompt = '{} {}' is not possible: it must be a text with one {} where"),
         ({"sds": {"t_max": 51}}, "sds.t_max = 51 is not possible: it must be at least sds.t_min + 2 = 52"),
+        ({"sds": {"t_max_final": 51}}, "sds.t_max_final = 51 is not possible: it must be at least sds.t_min + 2 = 52"),
+        ({"init_candidates": 2}, 'init_candidates = 2 is not possible: it must be one, unless init = "sample"'),
         ({"precision": "float16"}, "precision = 'float16' is not possible: it must be one of 'float32', 'bfloat16'"),
         ({"seed": 2**32}, f"seed = {2**32} is not possible: it must be at most {2**32 - 1}"),
         ({"image_size": 500}, "image_size = 500 is not possible: it must be a multiple of 8"),

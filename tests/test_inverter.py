@@ -168,7 +168,7 @@ def test_nothing_recompiles(checkpoints):
     assert np.isfinite(result.latents).all()
 
 
-def test_settings_as_an_axis(checkpoints, inverter):
+def test_settings_as_an_axis(inverter, monkeypatch):
     """Hyper-parameters per item, in one program, equal separate runs with each."""
     items = queue.items(PROMPTS[:1], 1) * 3
     hypers = [
@@ -178,9 +178,9 @@ def test_settings_as_an_axis(checkpoints, inverter):
     while batch.step < inverter.steps:
         batch, _ = inverter.advance(batch)
     swept = [picture.latents for picture in inverter.finish(batch)]
-    for latents, guidance in zip(swept, (1.5, 3.0, 6.0), strict=True):
-        alone = build(checkpoints, sds={"guidance": guidance})(PROMPTS[:1], seed=0)
-        assert relative_l2(latents, alone.latents[0]) < TOLERANCE
+    for latents, hyper in zip(swept, hypers, strict=True):
+        monkeypatch.setattr(inverter, "hyper", hyper)
+        assert relative_l2(latents, inverter(PROMPTS[:1], seed=0).latents[0]) < TOLERANCE
     assert relative_l2(swept[0], swept[2]) > 1e-3
 
 
@@ -205,6 +205,19 @@ def test_start(checkpoints, init):
     start = np.asarray(inverter.begin(queue.items(PROMPTS[:1], 1), 0).state.latents[0])
     sampled = inverter.sample(PROMPTS[:1], steps=3, guidance=7.5).latents[0]
     assert (relative_l2(start, sampled) < 1e-5) == (init == "sample")
+
+
+def test_candidates(inverter):
+    """Of several samples the referees' favourite is taken, item by item."""
+    one, some = (inverter.sample(PROMPTS[:4], steps=3, candidates=n) for n in (1, 3))
+    kept = [relative_l2(a, b) < TOLERANCE for a, b in zip(some.latents, one.latents, strict=True)]
+    assert not all(kept)
+
+    def loss(scores: dict[str, float]) -> float:  # as the settings weigh it
+        return 0.5 * (1 - scores["referee_0_cosine"]) - np.log(scores["referee_0_probability"])
+
+    for a, b, same in zip(some.scores, one.scores, kept, strict=True):
+        assert same or loss(a) < loss(b)
 
 
 def test_check(inverter):
