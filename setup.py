@@ -37,7 +37,7 @@ setuptools.setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "train": ["torch>=2.6", "diffusers>=0.35"],
+        "train": ["torch>=2.13", "diffusers>=0.35"],
         "test": ["torch==2.13.0", "diffusers>=0.35", "kornia>=0.8", "pytest>=8", "hypothesis>=6", "ruff>=0.14"],
     },
     classifiers=[

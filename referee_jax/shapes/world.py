@@ -249,7 +249,7 @@ def edit(rng: np.random.Generator, scene: Scene) -> Scene:
     equal = len(rest) > 0 and all((i.shape, i.colour, i.texture) == (a.shape, a.colour, a.texture) for i in rest)
     kinds = ["colour", "shape", "texture"] if a.texture != "solid" else ["colour", "shape"]
     if rest and not equal:
-        kinds = [*kinds, "swap colour", "swap colour", "swap shape", "places", "drop"]
+        kinds = [*kinds, "swap colour", "swap colour", "swap shape", "places", "places", "drop"]
         if {a.texture, rest[0].texture} != {"solid"}:
             kinds.append("swap texture")
     elif equal:
