@@ -225,4 +225,4 @@ def test_configs():
     shapes = load("shapes")
     assert len(shapes.prompts) == 8
     assert all(len(world.parse(text).things) == 2 for text in shapes.prompts)
-    assert [spec.role for spec in shapes.referees] == ["optimise"]
+    assert [spec.role for spec in shapes.referees] == ["optimise", "held_out"]

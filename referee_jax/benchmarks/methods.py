@@ -2,9 +2,10 @@
 
     python -m referee_jax.benchmarks.methods --config=configs/shapes.py --samples=2 --out=runs/methods
 
-Three rows: plain DDIM sampling of the prior (guidance 7.5, 50 steps), score distillation alone (guidance 7.5), and the
-config as it is; over the fixed two-object colour prompts, seen and unseen. Prints a Markdown table with 95 % intervals
-(bootstrap over prompts) and writes table.md, the images, and one JSON line per image, from which an interrupted run continues.
+Rows: score distillation alone (from noise, guidance 7.5), plain DDIM sampling of the prior (guidance 7.5, 50 steps), the
+samples that the config begins with (the referees' favourites, if it has several candidates), and the config as it is; over
+the fixed two-object colour prompts, seen and unseen. Prints a Markdown table with 95 % intervals (bootstrap over prompts)
+and writes table.md, the images, and one JSON line per image, from which an interrupted run continues.
 """
 
 import dataclasses
@@ -27,24 +28,45 @@ Make = Callable[[inverter.Inverter, Sequence[str], int, int], inverter.Result]
 
 
 def _alone(settings: config.Settings) -> config.Settings:
-    prior = dataclasses.replace(settings.sds, prompt="{}", guidance=GUIDANCE)
-    return dataclasses.replace(
-        settings, sds=prior, referee=dataclasses.replace(settings.referee, stop=0), output="final", init="noise"
+    """Score distillation from noise, with the guidance of the sampler, twice the steps and a weight that gets somewhere."""
+    steps = 2 * settings.steps
+    prior = dataclasses.replace(
+        settings.sds,
+        prompt="{}",
+        guidance=GUIDANCE,
+        weight=50.0,
+        weight_final=12.0,
+        weight_steps=steps,
+        t_max_final=950,
     )
+    return dataclasses.replace(
+        settings, steps=steps, sds=prior, referee=dataclasses.replace(settings.referee, stop=0), output="final",
+        init="noise", init_candidates=1,
+    )  # fmt: skip
 
 
 def _sampled(made: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
     return made.sample(prompts, samples=samples, seed=seed, steps=50, guidance=GUIDANCE)
 
 
+def _begun(made: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
+    start = {name: getattr(made.settings, f"init_{name}") for name in ("steps", "guidance", "candidates")}
+    return made.sample(prompts, samples=samples, seed=seed, **start)
+
+
 def _inverted(made: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
     return made(prompts, samples=samples, seed=seed)
 
 
+def _as_it_is(settings: config.Settings) -> config.Settings:
+    return settings
+
+
 ROWS: dict[str, tuple[Callable[[config.Settings], config.Settings], Make]] = {
-    "DDIM sampling": (_alone, _sampled),
     "SDS alone": (_alone, _inverted),
-    "referee + SDS": (lambda settings: settings, _inverted),
+    "DDIM sampling": (_as_it_is, _sampled),
+    "its start": (_as_it_is, _begun),
+    "referee + SDS": (_as_it_is, _inverted),
 }
 
 
@@ -56,8 +78,21 @@ def interval(right: np.ndarray, *, draws: int = 2000) -> tuple[float, float]:
     return float(low), float(high)
 
 
+class Engines:
+    """Inverters, built when they are asked for; the last one is kept, so that rows that share settings share programs."""
+
+    def __init__(self):
+        self.last: tuple[config.Settings, inverter.Inverter] | None = None
+
+    def __call__(self, settings: config.Settings) -> inverter.Inverter:
+        """The one for these settings."""
+        if self.last is None or self.last[0] != settings:
+            self.last = settings, inverter.Inverter.from_config(settings)
+        return self.last[1]
+
+
 def measure(
-    row: str, split: str, settings: config.Settings, out: pathlib.Path, *, limit: int | None = None
+    row: str, split: str, settings: config.Settings, out: pathlib.Path, engines: Engines, *, limit: int | None = None
 ) -> list[dict]:
     """The records of one row and split, {prompt, sample, right, quality}; what `out` has already is not made again."""
     change, make = ROWS[row]
@@ -67,7 +102,7 @@ def measure(
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(record["prompt"], record["sample"]) for record in records}
     todo = [item for item in queue.items(prompts, settings.samples) if (item.prompt, item.sample) not in done]
-    engine = inverter.Inverter.from_config(change(settings)) if todo else None
+    engine = engines(change(settings)) if todo else None
     # Whole prompts at a time: all samples of as many as fill a batch.
     texts = list(dict.fromkeys(item.prompt for item in todo))
     share = max(1, engine.batch_size // settings.samples) if engine else 1
@@ -92,8 +127,8 @@ def measure(
 
 
 def table(measured: dict[tuple[str, str], list[dict]]) -> str:
-    """Shares of right pictures as Markdown, a row per method."""
-    lines = ["| method | seen | unseen | both | quality, dB |", "|---|---|---|---|---|"]
+    """Shares of right pictures as Markdown, a row per method; the last column is the held-out referee's mean probability."""
+    lines = ["| method | seen | unseen | both | quality, dB | held-out referee |", "|---|---|---|---|---|---|"]
     for row in dict.fromkeys(row for row, _ in measured):
         cells, everything = [], []
         for split in SPLITS:
@@ -105,8 +140,10 @@ def table(measured: dict[tuple[str, str], list[dict]]) -> str:
             cells.append(np.array(list(right.values()), float))
         cells.append(np.array(everything, float))
         shares = ["{:.3f} ({:.2f}..{:.2f})".format(cell.mean(), *interval(cell)) for cell in cells]
-        quality = np.mean([record["quality"] for split in SPLITS for record in measured[row, split]])
-        lines.append(f"| {row} | {' | '.join(shares)} | {quality:.1f} |")
+        records = [record for split in SPLITS for record in measured[row, split]]
+        quality = np.mean([record["quality"] for record in records])
+        sure = [record["scores"].get("held_out_0_probability", np.nan) for record in records]
+        lines.append(f"| {row} | {' | '.join(shares)} | {quality:.1f} | {np.mean(sure):.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -118,8 +155,11 @@ def main(argv: list[str]) -> None:
     settings = dataclasses.replace(config.from_config(args.config), samples=args.samples)
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = args.rows or list(ROWS)
-    measured = {(row, split): measure(row, split, settings, out, limit=args.limit) for row in rows for split in SPLITS}
+    rows = args.rows or [row for row in ROWS if row != "its start" or settings.init == "sample"]
+    engines = Engines()
+    measured = {
+        (row, split): measure(row, split, settings, out, engines, limit=args.limit) for row in rows for split in SPLITS
+    }
     (out / "table.md").write_text(table(measured))
     print(table(measured))
 
