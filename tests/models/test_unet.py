@@ -216,6 +216,28 @@ def test_published_network_runs_abstractly():
     assert jax.eval_shape(forward).shape == (2, 64, 64, 4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-2-1"])
+def test_full_size_matches_torch(name):
+    """The published networks at 32x32 latents, output and gradients."""
+    changes, _ = PUBLISHED[name]
+    oracle = networks.redraw(diffusers.UNet2DConditionModel(**changes), seed=0)
+    config = read(oracle.config)
+    network = load(config, {name: x.numpy() for name, x in oracle.state_dict().items()})
+    latents, text = draw(0, 1, 32, 32, 4), draw(1, 1, 77, config.cross_attention_dim)
+    timesteps, cotangent = np.array([421]), draw(2, 1, 32, 32, 4)
+    ours = run(network, latents, timesteps, text, cotangent)
+    other = predict(network, latents, timesteps, draw(3, *text.shape))
+
+    z, h = to_torch(latents).double().requires_grad_(True), torch.from_numpy(text).double().requires_grad_(True)
+    theirs = exact(oracle)(z, torch.from_numpy(timesteps), h).sample
+    (theirs * to_torch(cotangent)).sum().backward()
+    errors = [error(a, b) for a, b in zip(ours, (to_numpy(theirs), to_numpy(z.grad), h.grad.numpy()), strict=True)]
+    print(name, "output, gradients by latents and text:", errors)
+    assert max(errors) < 1e-4
+    assert error(other, to_numpy(theirs)) > 0.1
+
+
 @pytest.mark.parametrize(
     "key, value",
     [

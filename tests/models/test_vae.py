@@ -230,6 +230,36 @@ def test_published_shapes(kind):
     assert sum(x.size for x in jax.tree.leaves(module)) == sum(np.prod(shape) for shape in theirs.values())
 
 
+@pytest.mark.slow
+def test_full_size_matches_torch():
+    """Stable Diffusion's autoencoder at 256 px: both halves, outputs and gradients."""
+    levels = 4
+    oracle = networks.vae(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+    )  # fmt: skip
+    config = vae.Config(**{k: v for k, v in oracle.config.items() if k in vae.Config.__dataclass_fields__})
+    network = load(config, tensors(oracle))
+    images, latents, a, b = (draw(n, 1, side, side, c) for n, (side, c) in enumerate(((256, 3), (32, 4)) * 2))
+    oracle = oracle.double()
+
+    @jax.jit
+    def run(network, images, latents):
+        mean, encoded = jax.vjp(lambda x: network.encode(x)[0], images)
+        decoded, pullback = jax.vjp(network.decode, latents)
+        return mean, encoded(b)[0], decoded, pullback(a)[0]
+
+    ours = run(network, images, latents)
+    x, z = (to_torch(value).double().requires_grad_(True) for value in (images, latents))
+    mean = oracle.encode(2 * x - 1).latent_dist.mean
+    decoded = oracle.decode(z / oracle.config.scaling_factor).sample / 2 + 0.5
+    ((mean * to_torch(b)).sum() + (decoded * to_torch(a)).sum()).backward()
+    errors = [error(o, to_numpy(t)) for o, t in zip(ours, (mean, x.grad, decoded, z.grad), strict=True)]
+    print("mean, its gradient, picture, its gradient:", errors)
+    assert max(errors) < 1e-4
+    assert error(network.decode(latents[:, ::-1]), to_numpy(decoded)) > 0.1
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 4)])
 def test_double_is_torchs_nearest(shape):
     x = draw(0, *shape)
