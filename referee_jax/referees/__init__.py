@@ -11,7 +11,7 @@ import numpy as np
 
 from referee_jax import config
 from referee_jax.referees import base, blip, blip2, clip
-from referee_jax.weights import load
+from referee_jax.weights import configs, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Family:
 
 def _preprocessing(spec: config.RefereeSpec, path: str) -> dict[str, Any]:
     directory = load.resolve(path, spec.revision or None, ["preprocessor_config.json"])
-    return load.read_json(directory / "preprocessor_config.json")
+    return configs.read_json(directory / "preprocessor_config.json")
 
 
 def _load_clip(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:

@@ -1,0 +1,175 @@
+"""The config.json of a checkpoint as a typed config, or one sentence on what in it is not implemented.
+
+A key is either a field of the network's config, or on the list of keys that do not change what the network computes
+(`HARMLESS`), or an error.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from referee_jax.models import blip, blip2, clip, unet, vae
+from referee_jax.weights.convert import WeightsError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What scheduler_config.json says of training; the defaults are diffusers'. The rest of it is about samplers."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self):
+        for name, values in (
+            ("beta_schedule", ("scaled_linear", "linear")),
+            ("prediction_type", ("epsilon", "v_prediction")),
+        ):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not implemented; supported: {', '.join(values)}")
+
+    def alphas_cumprod(self) -> np.ndarray:
+        """float32[num_train_timesteps]: the share of signal variance left at each step, from betas in float64."""
+        power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
+        betas = np.linspace(self.beta_start**power, self.beta_end**power, self.num_train_timesteps) ** (1 / power)
+        return np.cumprod(1 - betas).astype(np.float32)
+
+
+def _any(names: str) -> dict[str, None]:
+    return dict.fromkeys(names.split())
+
+
+_PRETRAINED = _any(
+    # where the file comes from, and what only matters in training
+    "_name_or_path _commit_hash _attn_implementation_autoset architectures transformers_version torch_dtype dtype "
+    "attention_dropout dropout initializer_range initializer_factor "
+    # what transformers once wrote into every config: token ids, text generation, classification heads
+    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id forced_bos_token_id "
+    "forced_eos_token_id tokenizer_class prefix max_length min_length do_sample early_stopping num_beams "
+    "num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "
+    "no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences "
+    "exponential_decay_length_penalty remove_invalid_values suppress_tokens begin_suppress_tokens output_scores "
+    "output_attentions output_hidden_states return_dict return_dict_in_generate use_cache id2label label2id "
+    "finetuning_task task_specific_params problem_type chunk_size_feed_forward cross_attention_hidden_size "
+    "tie_word_embeddings tie_encoder_decoder torchscript tf_legacy_loss use_bfloat16"
+) | {
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({}, None),
+}
+_DIFFUSERS = _any("_class_name _diffusers_version _name_or_path _use_default_values sample_size force_upcast dropout")
+
+# Keys that a config need not have a field for: with any value (None), or with these values only.
+HARMLESS: dict[type, Mapping[str, tuple | None]] = {
+    clip.TextConfig: _PRETRAINED | {"model_type": ("clip_text_model",)},
+    clip.VisionConfig: _PRETRAINED | {"model_type": ("clip_vision_model",), "num_channels": (3,)},
+    clip.Config: _PRETRAINED | {"model_type": ("clip",)},
+    blip.TextConfig: _PRETRAINED
+    | _any("hidden_dropout_prob attention_probs_dropout_prob projection_dim encoder_hidden_size")
+    | {"model_type": ("blip_text_model",), "is_decoder": (True,), "tie_word_embeddings": (True,)},
+    blip.VisionConfig: _PRETRAINED
+    | {"model_type": ("blip_vision_model",), "num_channels": (3,), "projection_dim": None},
+    # Here label_smoothing is never read; the text's is.
+    blip.Config: _PRETRAINED
+    | _any("projection_dim logit_scale_init_value label_smoothing decoder_pad_token_id")
+    | {"model_type": ("blip",), "tie_word_embeddings": (True,)},
+    blip2.VisionConfig: _PRETRAINED | {"model_type": ("blip_2_vision_model",), "num_channels": (3,)},
+    blip2.QFormerConfig: _PRETRAINED
+    # transformers, too, takes the width of the images from vision_config.
+    | _any("encoder_hidden_size hidden_dropout_prob attention_probs_dropout_prob classifier_dropout")
+    | {"model_type": ("blip_2_qformer",), "position_embedding_type": ("absolute",)},
+    # text_config is of a language model that this class does not have; nor does it feed its image tokens to one.
+    blip2.Config: _PRETRAINED
+    | _any("text_config use_decoder_only_language_model is_encoder_decoder image_token_index image_token_id")
+    | {"model_type": ("blip-2",)},
+    unet.Config: _DIFFUSERS | {"_class_name": ("UNet2DConditionModel",), "addition_embed_type_num_heads": None},
+    vae.Config: _DIFFUSERS | {"_class_name": ("AutoencoderKL",)},
+    vae.TinyConfig: _DIFFUSERS
+    | _any("in_channels encoder_block_out_channels num_encoder_blocks block_out_channels")
+    | {"_class_name": ("AutoencoderTiny",), "latent_magnitude": (3,), "latent_shift": (0.5,)},
+    Schedule: _any(
+        "_class_name _diffusers_version algorithm_type clip_sample clip_sample_range dynamic_thresholding_ratio "
+        "euler_at_final final_sigmas_type interpolation_type lambda_min_clipped lower_order_final sample_max_value "
+        "set_alpha_to_one sigma_max sigma_min skip_prk_steps solver_order solver_type steps_offset thresholding "
+        "timestep_spacing timestep_type use_beta_sigmas use_exponential_sigmas use_karras_sigmas use_lu_lambdas "
+        "variance_type"
+    )
+    | {"trained_betas": (None,), "rescale_betas_zero_snr": (False,), "use_flow_sigmas": (False,)},
+}
+
+
+def config_from_json(cls: type, values: Mapping, *, where: str = "config.json"):
+    """Returns the config dataclass `cls` from the dictionary of a config.json; absent keys get the defaults.
+
+    Raises WeightsError, which begins with `where` and names key and value, for an unknown key, a wrong type, or a value
+    that the network does not implement.
+    """
+    hints, known = typing.get_type_hints(cls), HARMLESS.get(cls, {})
+    taken = {}
+    for key, value in values.items():
+        if key in hints:
+            taken[key] = _typed(value, hints[key], key, where)
+        elif key not in known:
+            raise WeightsError(f"{where}: the key {key}={value!r} is not known to {cls.__module__}.{cls.__name__}")
+        elif known[key] is not None and value not in known[key]:
+            allowed = ", ".join(map(repr, known[key]))
+            raise WeightsError(f"{where}: {key}={value!r} is not implemented; supported: {allowed}")
+    try:
+        return cls(**taken)
+    except WeightsError:
+        raise
+    except ValueError as error:
+        raise WeightsError(f"{where}: {str(error).removeprefix('config.json: ')}") from error
+
+
+def _typed(value, hint, key: str, where: str):
+    """`value` of JSON as `hint` wants it: an integer for a float, a list for a tuple, a dictionary for a config."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if dataclasses.is_dataclass(option) and (value is None or isinstance(value, Mapping)):
+            return config_from_json(option, value or {}, where=f"{where}: {key}")
+        if kind is tuple and isinstance(value, list | tuple):
+            return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+            return value
+    expected = getattr(hint, "__name__", hint) if isinstance(hint, type) else hint
+    raise WeightsError(f"{where}: {key}={value!r} is of the wrong type; expected {expected}")
+
+
+def clip_config(values: Mapping, *, where: str) -> clip.Config:
+    """config.json of a CLIPModel; in old ones `text_config_dict` wins over `text_config`, its defaults included."""
+    values = dict(values)
+    for key, cls in (("text_config", clip.TextConfig), ("vision_config", clip.VisionConfig)):
+        legacy = values.pop(f"{key}_dict", None)
+        if legacy is not None:
+            values[key] = (values.get(key) or {}) | dataclasses.asdict(cls()) | legacy
+    return config_from_json(clip.Config, values, where=where)
+
+
+def reader(cls: type) -> Callable:
+    """`config_from_json` for one class: `(values, where=...) -> config`."""
+    return lambda values, *, where: config_from_json(cls, values, where=where)
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; raises WeightsError naming the file."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{file} is missing") from error
+    except ValueError as error:
+        raise WeightsError(f"{file} is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{file} does not hold a JSON object")
+    return values
