@@ -1,6 +1,6 @@
 """The fixed test prompts of the shapes world, in the categories of T2I-CompBench, and their score by ground truth.
 
-`seen` prompts name no attribute pair of `world.UNSEEN`, which no training scene shows; `unseen` prompts name at least one. No two
+`seen` prompts name no attribute pair of `world.UNSEEN`, nor does any training caption; `unseen` prompts name at least one. No two
 prompts of a list mean the same. A list holds `COUNT` prompts, or all there are: 15 pairs of shapes, 21 + 9 pairs of a striped and
 a dotted shape, 12 unseen numbers of things. The shape category names no pair of attributes and so has no unseen list.
 The lists are the file shapes_prompts.json; `make_lists` is how they were made.
@@ -43,7 +43,7 @@ def score(images: Sequence[np.ndarray], texts: Sequence[str]) -> tuple[np.ndarra
 
 
 def is_unseen(prompt: world.Prompt) -> bool:
-    """Whether the prompt names an attribute pair that no training scene shows."""
+    """Whether the prompt names an attribute pair that no training caption does."""
     return any(thing.is_unseen() for thing in prompt.things)
 
 

@@ -59,9 +59,8 @@ VISION = dict(
     projection_dim=128,
 )  # fmt: skip
 UNET = dict(
-    sample_size=world.SIZE // 4, in_channels=4, out_channels=4, block_out_channels=(64, 128, 192), layers_per_block=1,
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    sample_size=world.SIZE // 4, in_channels=4, out_channels=4, block_out_channels=(64, 128), layers_per_block=1,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     attention_head_dim=4, cross_attention_dim=TEXT["hidden_size"], norm_num_groups=16,
 )  # fmt: skip
 SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
@@ -70,10 +69,12 @@ SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.0
 # --- data --------------------------------------------------------------------------------------------------------------
 
 
-def sample(rng: np.random.Generator, mix: dict[str, float]) -> tuple[world.Scene, world.Prompt, str]:
-    """A training scene with a true caption, and its category."""
+def sample(
+    rng: np.random.Generator, mix: dict[str, float], *, unseen: bool | None = False
+) -> tuple[world.Scene, world.Prompt, str]:
+    """A training scene (`unseen` as of world.sample_scene) with a true caption, and its category."""
     category = str(rng.choice(list(mix), p=list(mix.values())))
-    scene = world.sample_scene(rng, category)
+    scene = world.sample_scene(rng, category, unseen=unseen)
     return scene, world.describe(rng, scene, category), category
 
 
@@ -91,10 +92,14 @@ def vae_batch(rng: np.random.Generator, size: int = 16) -> dict[str, np.ndarray]
 
 
 def unet_batch(rng: np.random.Generator, size: int = 32) -> dict[str, np.ndarray]:
-    """Scenes with noisy captions: of two-object captions SWAPPED have two attributes exchanged, of all EMPTY are empty."""
+    """Scenes with noisy captions: of two-object captions SWAPPED have two attributes exchanged, of all EMPTY are empty.
+
+    Scenes show attribute pairs of world.UNSEEN as often as others; captions leave out the attribute.
+    """
     scenes, texts = [], []
     for _ in range(size):
-        scene, prompt, _ = sample(rng, UNET_MIX)
+        scene, prompt, _ = sample(rng, UNET_MIX, unseen=None)
+        prompt = dataclasses.replace(prompt, things=tuple(thing.unsaid() for thing in prompt.things))
         if len(prompt.things) == 2 and rng.random() < SWAPPED:
             a, b = prompt.things
             swapped = (dataclasses.replace(a, shape=b.shape), dataclasses.replace(b, shape=a.shape))
@@ -266,9 +271,12 @@ def degrade(images: torch.Tensor) -> torch.Tensor:
 
 
 class UNet(torch.nn.Module):
-    """The U-Net: noise prediction on scaled latents, between the frozen autoencoder and CLIP's frozen text tower."""
+    """The U-Net: noise prediction on scaled latents, between the frozen autoencoder and CLIP's frozen text tower.
 
-    steps, rate, batch, where = 2500, 1e-3, staticmethod(unet_batch), "stable-diffusion/unet"
+    Errors at low noise, which every network soon predicts well, are weighed down (Min-SNR, arXiv 2303.09556, gamma 5).
+    """
+
+    steps, rate, batch, where = 10000, 1e-3, staticmethod(unet_batch), "stable-diffusion/unet"
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
@@ -292,7 +300,9 @@ class UNet(torch.nn.Module):
         noise = torch.randn_like(latents)
         predicted = self.trained["unet"](self.scheduler.add_noise(latents, noise, t), t, states).sample
         error = (predicted.float() - noise).square().mean((1, 2, 3))
-        return error.mean(), {"error": error.mean(), "error above 500": error[t > 500].mean()}
+        abar = self.scheduler.alphas_cumprod.to(t.device)[t]
+        weight = (5 * (1 - abar) / abar).clamp(max=1)  # min(SNR, 5) / SNR
+        return (weight * error).mean(), {"error": error.mean(), "error above 500": error[t > 500].mean()}
 
     def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
         """All of Stable Diffusion but the autoencoder, which is there."""
@@ -375,7 +385,7 @@ def card(name: str, network: torch.nn.Module, *, step: int, steps: int, seed: in
     return (
         f"# {name}\n\n{inspect.getdoc(type(network))}\n\n"
         f"Data: scenes of `referee_jax.shapes.world`, new in every step. {network.batch.__doc__.strip().splitlines()[0]}\n"
-        f"Attribute pairs of `world.UNSEEN` are in no scene and no caption.\n\n"
+        f"No caption names an attribute pair of `world.UNSEEN`.\n\n"
         f"Trained by `python -m referee_jax.shapes.train --network={name} --seed={seed} --steps={steps}`, "
         f"{step} steps done; the weights are a running average. Figures of the last batch: {json.dumps(values)}\n"
     )

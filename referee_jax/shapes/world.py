@@ -30,7 +30,7 @@ NUMBERS = {"two": 2, "three": 3}
 CATEGORIES = ("colour", "shape", "texture", "spatial", "numeracy", "complex")
 MAX_OBJECTS = 3
 
-# Attribute pairs that no training scene shows: T2I-CompBench's "unseen".
+# Attribute pairs that no training caption names: T2I-CompBench's "unseen".
 UNSEEN = frozenset(
     {
         ("red", "star"),
@@ -57,7 +57,7 @@ class Object:
     radius: float = 12.0
 
     def is_unseen(self) -> bool:
-        """Whether the object shows an attribute pair that training never does."""
+        """Whether the object shows an attribute pair that no training caption names."""
         return (self.colour, self.shape) in UNSEEN or (self.texture, self.shape) in UNSEEN
 
 
@@ -85,6 +85,11 @@ class Thing:
     def is_unseen(self) -> bool:
         """Whether it names an attribute pair that no training caption does."""
         return (self.colour, self.shape) in UNSEEN or (self.texture, self.shape) in UNSEEN
+
+    def unsaid(self) -> "Thing":
+        """The same without the attributes that would make it name a pair of UNSEEN."""
+        said = {"colour": self.colour, "texture": self.texture}
+        return Thing(self.shape, **{kind: word for kind, word in said.items() if (word, self.shape) not in UNSEEN})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,16 +211,16 @@ def _objects(rng: np.random.Generator, count: int, *, textured: bool, equal: boo
     return tuple(Object(s, c, t, *p) for s, c, t, p in zip(shapes, colours, textures, place(rng, count), strict=True))
 
 
-def sample_scene(rng: np.random.Generator, category: str, *, unseen: bool = False) -> Scene:
+def sample_scene(rng: np.random.Generator, category: str, *, unseen: bool | None = False) -> Scene:
     """A scene fit for a caption of `category` ('single' or one of CATEGORIES).
 
-    Training scenes show no attribute pair of UNSEEN; with `unseen=True` at least one object does.
+    No object shows an attribute pair of UNSEEN; with `unseen=True` at least one does, with None it may.
     """
     count = {"single": 1, "numeracy": int(rng.integers(2, 4))}.get(category, 2)
     textured = category in ("texture", "complex") or (category == "single" and rng.random() < 0.3)
     while True:
         objects = _objects(rng, count, textured=textured, equal=category == "numeracy")
-        fit = any(item.is_unseen() for item in objects) == unseen
+        fit = unseen is None or any(item.is_unseen() for item in objects) == unseen
         if category == "texture":
             fit = fit and len({item.texture for item in objects}) == 2 and "solid" not in {i.texture for i in objects}
         if category == "complex":

@@ -51,6 +51,19 @@ def test_captions_never_name_unseen_pairs():
     assert swapped > 300
 
 
+def test_unet_sees_what_captions_leave_out(monkeypatch):
+    """Unseen pairs are drawn about as often as others; of such a scene the caption says less than there is."""
+    scenes = []
+    draw = train.drawn
+    monkeypatch.setattr(train, "drawn", lambda batch: scenes.extend(batch) or draw(batch))
+    train.unet_batch(np.random.default_rng(3), 400)
+    unseen = [any(item.is_unseen() for item in scene.objects) for scene in scenes]
+    assert 0.15 < np.mean(unseen) < 0.35
+    assert world.Thing("circle", "green", "striped").unsaid() == world.Thing("circle", None, "striped")
+    assert world.Thing("ring", "red", "striped").unsaid() == world.Thing("ring", "red")
+    assert world.Thing("ring", "red").unsaid() == world.Thing("ring", "red")
+
+
 def trained(name: str, out, steps: int, workdir) -> dict[str, np.ndarray]:
     train.train(name, steps=steps, seed=3, out=out, workdir=workdir)
     state = torch.load(workdir / f"{name}.pt", weights_only=True)
@@ -97,6 +110,6 @@ def test_unet_makes_a_loadable_checkpoint(out):
     assert 0.5 < figures["error"] < 2  # an untrained network predicts nothing of unit noise
     parts = load.load_stable_diffusion(out / "stable-diffusion", encoder=True)
     assert parts.prediction_type == "epsilon" and parts.alphas_cumprod.shape == (1000,)
-    assert parts.unet.config.block_out_channels == (64, 128, 192)
+    assert parts.unet.config.block_out_channels == (64, 128)
     network = load.load_clip(out / "clip")
     assert network.config.vision_config.image_size == world.SIZE
