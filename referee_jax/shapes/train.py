@@ -120,10 +120,10 @@ def random_view(rng: np.random.Generator) -> np.ndarray | None:
 
 
 def pair_batch(rng: np.random.Generator, size: int = 48) -> dict[str, np.ndarray]:
-    """Scenes and their near twins, each with a caption true of it alone; after those, DISTRACTORS captions for each scene.
+    """Scenes, their near twins, each with a caption true of it alone, and scenes with an object too many that none is true of.
 
-    `input_ids[: 2 * size]` are the true captions in the scenes' order; `shown` says which colours, shapes and textures
-    each patch shows.
+    `input_ids[: 2 * size]` are the true captions in the scenes' order, after those come DISTRACTORS for each; `shown` says
+    which colours, shapes and textures each patch shows.
     """
     scenes, prompts = [], []
     while len(scenes) < 2 * size:
@@ -138,6 +138,8 @@ def pair_batch(rng: np.random.Generator, size: int = 48) -> dict[str, np.ndarray
         for prompt in prompts
         for p in (world.distractors(rng, prompt, DISTRACTORS, seen=True) * DISTRACTORS)[:DISTRACTORS]
     ]
+    pairs = [scene for scene in scenes if len({(item.shape, item.colour) for item in scene.objects}) == 2]
+    scenes += [world.crowd(rng, scene) for scene in pairs[: size // 2]]
     batch = drawn(scenes, [random_view(rng) for _ in scenes])
     side, patch = world.SIZE // VISION["patch_size"], VISION["patch_size"]
     covered = batch.pop("cover").reshape(len(scenes), -1, side, patch, side, patch).mean((3, 5)) > 0.08
@@ -201,7 +203,7 @@ class Autoencoder(torch.nn.Module):
 
 
 class Clip(torch.nn.Module):
-    """CLIP, contrastive over twins and distractors, with two helpers: each patch says what it shows, the picture says where.
+    """CLIP, contrastive over twins, crowds and distractors, with two helpers: patches say what they show, the picture where.
 
     The helpers' heads are dropped after training; they teach in minutes what the contrast alone takes hours for: attributes
     and, as a colour and a shape in one place belong together, binding and relations.
@@ -217,7 +219,7 @@ class Clip(torch.nn.Module):
         self.trained = torch.nn.ModuleDict({"clip": transformers.CLIPModel(config), **heads})
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict]:
-        clip, n = self.trained["clip"], len(batch["image"])
+        clip, n = self.trained["clip"], len(batch["input_ids"]) // (1 + DISTRACTORS)
         states = clip.vision_model((degrade(batch["image"]) - 0.5) / 0.5).last_hidden_state
         pooled = clip.vision_model.post_layernorm(states[:, 0])
         image = clip.visual_projection(pooled)
@@ -227,11 +229,14 @@ class Clip(torch.nn.Module):
         image, text = (F.normalize(x.float(), dim=-1) for x in (image, text))
         logits = clip.logit_scale.clamp(max=np.log(100)).exp() * image @ text.T
         labels = torch.arange(n, device=logits.device)
-        contrast = (F.cross_entropy(logits, labels) + F.cross_entropy(logits[:, :n].T, labels)) / 2
+        # Of a picture with an object too many no caption is truer than another.
+        target = torch.full_like(logits, 1 / logits.shape[1])
+        target[:n] = torch.eye(*target[:n].shape)
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :n].T, labels)) / 2
         shown = batch["shown"].float()
         what = F.binary_cross_entropy_with_logits(self.trained["what"](states[:, 1:]).float(), shown)
-        where = misplaced(self.trained["where"](pooled).float().view(n, LABELS, 2), shown)
-        right = (logits.argmax(1) == labels).float().mean()
+        where = misplaced(self.trained["where"](pooled).float().view(-1, LABELS, 2), shown)
+        right = (logits[:n].argmax(1) == labels).float().mean()
         return contrast + 3 * what + where, {"contrast": contrast, "what": what, "where": where, "right": right}
 
     def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
@@ -319,38 +324,52 @@ NETWORKS = {"vae": Autoencoder, "clip": Clip, "clip_held_out": HeldOutClip, "une
 # --- loop --------------------------------------------------------------------------------------------------------------
 
 
-def train(name: str, *, steps: int | None, seed: int, out: pathlib.Path, workdir: pathlib.Path) -> dict[str, float]:
-    """Trains network `name`, going on from the checkpoint in `workdir`; writes it to `out`; returns the last figures."""
+def train(
+    name: str,
+    *,
+    steps: int | None,
+    seed: int,
+    out: pathlib.Path,
+    workdir: pathlib.Path,
+    start: pathlib.Path | None = None,
+) -> dict[str, float]:
+    """Trains network `name`, going on from the checkpoint in `workdir`; writes it to `out`; returns the last figures.
+
+    A new training begins with the network in the directory `start`, if there is one, instead of random weights.
+    """
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Where a CPU has no bfloat16 units, torch's own loops take over, a hundred times slower.
     fast = device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     network = NETWORKS[name](out).to(device)
     steps, trained = steps or network.steps, network.trained
+    if start is not None:
+        first = next(iter(trained.values()))
+        first.load_state_dict(type(first).from_pretrained(start / network.where).state_dict())
     average = copy.deepcopy(trained).requires_grad_(False)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=network.rate, betas=(0.9, 0.99), weight_decay=0.02)
     warmup = min(200, 1 + steps // 5)
     shape = lambda i: min((i + 1) / warmup, 0.51 + 0.49 * math.cos(math.pi * i / steps))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     parts = {"trained": trained, "average": average, "optimizer": optimizer, "schedule": schedule}
-    checkpoint, start = workdir / f"{name}.pt", 0
+    checkpoint, done = workdir / f"{name}.pt", 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
-        start = saved.pop("step")
+        done = saved.pop("step")
         for key, part in parts.items():
             part.load_state_dict(saved[key])
-        logging.info("%s: going on from step %d", name, start)
+        logging.info("%s: going on from step %d", name, done)
     workdir.mkdir(parents=True, exist_ok=True)
     # Spawned, not forked: the caller may have threads (JAX has), and a fork of those can hang.
     loader = torch.utils.data.DataLoader(
         Steps(network.batch, seed),
-        sampler=range(start, steps),
+        sampler=range(done, steps),
         batch_size=None,
         num_workers=1,
         multiprocessing_context="spawn",
     )
     begin, figures = time.monotonic(), {}
-    for i, batch in enumerate(loader, start + 1):
+    for i, batch in enumerate(loader, done + 1):
         batch = {key: value.to(device) for key, value in batch.items()}
         torch.manual_seed(1_000_003 * seed + i)  # noise, too, is of (seed, step) alone
         with torch.autocast(device, dtype=torch.bfloat16, enabled=fast):
@@ -365,7 +384,7 @@ def train(name: str, *, steps: int | None, seed: int, out: pathlib.Path, workdir
             for old, new in zip(average.parameters(), trained.parameters(), strict=True):
                 old.lerp_(new, max(0.003, 1 / i))
         if i % 100 == 0 or i == steps:
-            pace = (time.monotonic() - begin) / (i - start)
+            pace = (time.monotonic() - begin) / (i - done)
             shown = {key: round(value.item(), 4) for key, value in figures.items()}
             logging.info("%s: step %d of %d, %.2f s each, %s", name, i, steps, pace, shown)
         if i % SAVE_EVERY == 0 or i == steps:
@@ -374,19 +393,29 @@ def train(name: str, *, steps: int | None, seed: int, out: pathlib.Path, workdir
             checkpoint.with_suffix(".new").replace(checkpoint)
             network.save(average, out)
             (out / network.where / "README.md").write_text(
-                card(name, network, step=i, steps=steps, seed=seed, figures=figures)
+                card(name, network, step=i, steps=steps, seed=seed, start=start, figures=figures)
             )
     return {key: float(value) for key, value in figures.items()}
 
 
-def card(name: str, network: torch.nn.Module, *, step: int, steps: int, seed: int, figures: dict) -> str:
+def card(
+    name: str,
+    network: torch.nn.Module,
+    *,
+    step: int,
+    steps: int,
+    seed: int,
+    start: pathlib.Path | None,
+    figures: dict,
+) -> str:
     """What stands beside a trained network."""
     values = {key: round(float(value), 4) for key, value in figures.items()}
+    begun = " --start=..." if start else ""
     return (
         f"# {name}\n\n{inspect.getdoc(type(network))}\n\n"
         f"Data: scenes of `referee_jax.shapes.world`, new in every step. {network.batch.__doc__.strip().splitlines()[0]}\n"
         f"No caption names an attribute pair of `world.UNSEEN`.\n\n"
-        f"Trained by `python -m referee_jax.shapes.train --network={name} --seed={seed} --steps={steps}`, "
+        f"Trained by `python -m referee_jax.shapes.train --network={name} --seed={seed} --steps={steps}{begun}`, "
         f"{step} steps done; the weights are a running average. Figures of the last batch: {json.dumps(values)}\n"
     )
 
@@ -397,7 +426,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     args = flags.FLAGS
     train(
-        args.network, steps=args.steps, seed=args.seed, out=pathlib.Path(args.out), workdir=pathlib.Path(args.workdir)
+        args.network,
+        steps=args.steps,
+        seed=args.seed,
+        out=pathlib.Path(args.out),
+        workdir=pathlib.Path(args.workdir),
+        start=pathlib.Path(args.start) if args.start else None,
     )
 
 
@@ -405,6 +439,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("network", None, list(NETWORKS), "which network to train", required=True)
     flags.DEFINE_integer("steps", None, "training steps; default: the network's", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of weights, data and noise")
+    flags.DEFINE_string("start", None, "directory of trained networks to begin with; default: random weights")
     flags.DEFINE_string("out", "shapes_networks", "directory that the trained networks are written to")
     flags.DEFINE_string("workdir", "shapes_training", "directory of the training's checkpoints")
     app.run(main)

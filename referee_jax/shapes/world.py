@@ -291,6 +291,20 @@ def edit(rng: np.random.Generator, scene: Scene) -> Scene:
     return scene
 
 
+def crowd(rng: np.random.Generator, scene: Scene) -> Scene:
+    """The scene with an object too many, mostly one more of its own, somewhere free."""
+    while True:
+        radius = rng.uniform(5, 9)
+        x, y = map(float, rng.uniform(radius + 1, SIZE - radius - 1, 2))
+        if all(np.hypot(x - item.x, y - item.y) > radius + item.radius for item in scene.objects):
+            break
+    added = dataclasses.replace(pick(rng, scene.objects), x=x, y=y, radius=radius)
+    if rng.random() < 0.3:
+        other = sample_scene(rng, "single").objects[0]
+        added = dataclasses.replace(added, shape=other.shape, colour=other.colour, texture=other.texture)
+    return dataclasses.replace(scene, objects=(*scene.objects, added))
+
+
 def distractors(rng: np.random.Generator, prompt: Prompt, count: int, *, seen: bool = False) -> list[Prompt]:
     """Captions near to `prompt` that say something else: swapped or exchanged attributes, relation, number, one thing less.
 

@@ -28,11 +28,11 @@ def test_tokenizer_is_the_one_of_training(tmp_path):
 def test_batches_say_what_they_show():
     rng = np.random.default_rng(1)
     batch = train.pair_batch(rng, 6)
-    assert batch["image"].shape == (12, 3, 64, 64) and batch["image"].dtype == np.float32
+    assert batch["image"].shape == (12 + 3, 3, 64, 64) and batch["image"].dtype == np.float32
     assert batch["input_ids"].shape == (12 * (1 + train.DISTRACTORS), tokens.LENGTH)
-    assert batch["shown"].shape == (12, 64, train.LABELS)
+    assert batch["shown"].shape == (12 + 3, 64, train.LABELS)
     words = {i: piece.removesuffix("</w>") for piece, i in tokens.VOCABULARY.items()}
-    for row, shown in zip(batch["input_ids"][:12], batch["shown"], strict=True):
+    for row, shown in zip(batch["input_ids"][:12], batch["shown"][:12], strict=True):
         said = {words[i] for i in row} & set(world.COLOURS)
         seen = {train.KINDS[k] for k in np.flatnonzero(shown.any(0))} & set(world.COLOURS)
         assert said <= seen
