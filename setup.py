@@ -37,8 +37,18 @@ setuptools.setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "siglip": ["sentencepiece>=0.2", "protobuf>=4"],  # the tokenizer of SigLIP 1; that of SigLIP 2 needs neither
         "train": ["torch>=2.13", "diffusers>=0.35"],
-        "test": ["torch==2.13.0", "diffusers>=0.35", "kornia>=0.8", "pytest>=8", "hypothesis>=6", "ruff>=0.14"],
+        "test": [
+            "torch==2.13.0",
+            "diffusers>=0.35",
+            "kornia>=0.8",
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.14",
+            "sentencepiece>=0.2",
+            "protobuf>=4",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

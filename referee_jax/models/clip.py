@@ -5,6 +5,7 @@ is not implemented here is an error that names it.
 """
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,17 @@ class Config:
     logit_scale_init_value: float = 2.6592
 
 
+class TowerConfig(Protocol):
+    """What a tower of equal blocks needs of a config, CLIP's or SigLIP's."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    layer_norm_eps: float
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention with separate projections."""
 
@@ -91,7 +103,7 @@ class MLP(nnx.Module):
 class EncoderLayer(nnx.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, config: TextConfig | VisionConfig, *, is_causal: bool, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, is_causal: bool, rngs: nnx.Rngs):
         width, eps = config.hidden_size, config.layer_norm_eps
         self.layer_norm1 = layers.LayerNorm(width, epsilon=eps, rngs=rngs)
         self.self_attn = Attention(width, config.num_attention_heads, rngs=rngs)
@@ -107,7 +119,7 @@ class EncoderLayer(nnx.Module):
 class Encoder(nnx.Module):
     """A stack of equal blocks."""
 
-    def __init__(self, config: TextConfig | VisionConfig, *, is_causal: bool, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, is_causal: bool, rngs: nnx.Rngs):
         build = lambda rngs: EncoderLayer(config, is_causal=is_causal, rngs=rngs)  # noqa: E731
         self.layers = layers.stack(build, config.num_hidden_layers, rngs)
 
@@ -118,9 +130,9 @@ class Encoder(nnx.Module):
 class TextEmbeddings(nnx.Module):
     """Token plus position embeddings."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
-        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size, rngs=rngs)
+    def __init__(self, vocabulary: int, positions: int, width: int, *, rngs: nnx.Rngs):
+        self.token_embedding = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.position_embedding = nnx.Embed(positions, width, rngs=rngs)
 
     def __call__(self, input_ids: Array) -> Array:
         return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[-1]))
@@ -130,9 +142,10 @@ class TextTransformer(nnx.Module):
     """Token ids to per-token states (what Stable Diffusion reads) and the pooled state of the end token."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
-        self.embeddings = TextEmbeddings(config, rngs=rngs)
+        positions, width = config.max_position_embeddings, config.hidden_size
+        self.embeddings = TextEmbeddings(config.vocab_size, positions, width, rngs=rngs)
         self.encoder = Encoder(config, is_causal=True, rngs=rngs)
-        self.final_layer_norm = layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.final_layer_norm = layers.LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs)
         self.config = config
 
     def __call__(self, input_ids: Array) -> tuple[Array, Array]:
@@ -193,9 +206,7 @@ class VisionTransformer(nnx.Module):
 
     def __call__(self, images: Array) -> Array:
         """Normalised images `[B, H, W, 3] -> [B, D]`; raises ValueError for another size than the checkpoint's."""
-        size = self.config.image_size
-        if images.shape[1:] != (size, size, 3):
-            raise ValueError(f"images of shape {images.shape}, but CLIP takes [B, {size}, {size}, 3]")
+        layers.check_images(images, self.config.image_size, "CLIP")
         x = self.encoder(self.pre_layrnorm(self.embeddings(images)))
         return self.post_layernorm(x[:, 0])
 
@@ -214,14 +225,13 @@ class CLIP(nnx.Module):
 
     def encode_text(self, input_ids: Array) -> Array:
         """`int32[B, T] -> float32[B, D]` of unit length."""
-        return _normalise(self.text_projection(self.text_model(input_ids)[1]))
+        return layers.unit(self.text_projection(self.text_model(input_ids)[1]))
 
     def encode_image(self, images: Array) -> Array:
         """Images `[B, H, W, 3]`, normalised with the checkpoint's mean and std, `-> float32[B, D]` of unit length."""
         images = images.astype(layers.float_dtype(self.vision_model))
-        return _normalise(self.visual_projection(self.vision_model(images)))
+        return layers.unit(self.visual_projection(self.vision_model(images)))
 
-
-def _normalise(x: Array) -> Array:
-    x = x.astype(jnp.float32)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    def logits(self, cosines: Array) -> Array:
+        """What training took the softmax of: cosines divided by the learned temperature."""
+        return jnp.exp(self.logit_scale[...]) * cosines

@@ -36,6 +36,12 @@ def check_config(config) -> None:
         )
 
 
+def check_images(images: Array, size: int, network: str) -> None:
+    """Raises ValueError, in the name of `network`, unless `images` are `[B, size, size, 3]`."""
+    if images.shape[1:] != (size, size, 3):
+        raise ValueError(f"images of shape {images.shape}, but {network} takes [B, {size}, {size}, 3]")
+
+
 def attention(query: Array, key: Array, value: Array, *, bias: Array | None = None, is_causal: bool = False) -> Array:
     """Softmax attention with float32 probabilities: `[B, T, N, D], [B, S, N, D], [B, S, N, D] -> [B, T, N, D]`.
 
@@ -52,6 +58,12 @@ def split_heads(x: Array, heads: int) -> Array:
 def merge_heads(x: Array) -> Array:
     """`[B, T, N, D] -> [B, T, N * D]`."""
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def unit(x: Array) -> Array:
+    """The vectors along the last axis in float32, each divided by its length."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 class LayerNorm(nnx.Module):

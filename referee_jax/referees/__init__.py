@@ -35,7 +35,8 @@ class Judge:
 
     def text(self, prompt: str) -> str:
         """What the referee reads for a prompt."""
-        return self.template.replace("{}", prompt)
+        text = self.template.replace("{}", prompt)
+        return text.lower() if REFEREES[self.spec.name].lower_case else text
 
     def tokenize(self, prompt: str) -> dict[str, np.ndarray]:
         """What `referee.encode` reads: arrays of one shape for all prompts."""
@@ -51,12 +52,16 @@ class Family:
         tokenize: the host's half of it, from its own file.
         template: text with one {} where the prompt is put, unless the settings have another.
         length: tokens of text that it reads; None: as many as the tokenizer says.
+        lower_case: that is all it was trained on, and its tokenizer cannot be relied on for it.
+        published: hub ids of its checkpoints.
     """
 
     load: Callable[[config.RefereeSpec, str, Any, Any], base.Referee]
     tokenize: base.Tokenize
     template: str = "{}"
     length: int | None = None
+    lower_case: bool = False
+    published: tuple[str, ...] = ()
 
 
 def _preprocessing(spec: config.RefereeSpec, path: str) -> dict[str, Any]:
@@ -64,9 +69,11 @@ def _preprocessing(spec: config.RefereeSpec, path: str) -> dict[str, Any]:
     return configs.read_json(directory / "preprocessor_config.json")
 
 
-def _load_clip(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
-    network = load.load_clip(path, revision=spec.revision or None, dtype=dtype)
-    return clip.from_checkpoint(network, _preprocessing(spec, path))
+def _load_clip(
+    kind: str, reading: clip.Reading, spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any
+) -> base.Referee:
+    network = load.load(kind, path, revision=spec.revision or None, dtype=dtype)
+    return clip.from_checkpoint(network, _preprocessing(spec, path), reading)
 
 
 def _load_blip(
@@ -86,18 +93,68 @@ def _load_blip2(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any)
     return blip2.from_checkpoint(network, _preprocessing(spec, path))
 
 
+def _clip(kind: str, reading: clip.Reading, **other: Any) -> Family:
+    return Family(load=functools.partial(_load_clip, kind, reading), tokenize=clip.tokenize, **other)
+
+
 # BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
 _blip = functools.partial(Family, length=64)
 
 # Name in the config -> what it is. BLIP's captions were trained with this beginning; the question is T2I-CompBench's.
 REFEREES = {
-    "clip": Family(load=_load_clip, tokenize=clip.tokenize),
-    "blip_itm": _blip(load=functools.partial(_load_blip, blip.Itm), tokenize=blip.tokenize),
-    "blip_caption": _blip(
-        load=functools.partial(_load_blip, blip.Caption), tokenize=blip.tokenize_caption, template="a picture of {}"
+    "clip": _clip(
+        "clip",
+        clip.CLIP,
+        published=(
+            "openai/clip-vit-base-patch32",
+            "openai/clip-vit-large-patch14",
+            "openai/clip-vit-large-patch14-336",
+            "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        ),
     ),
-    "blip_vqa": _blip(load=functools.partial(_load_blip, blip.Vqa), tokenize=blip.tokenize_question, template="{}?"),
-    "blip2": Family(load=_load_blip2, tokenize=blip2.tokenize, length=blip2.TOKENS),
+    # The tokenizer_config.json of SigLIP 2 asks for lower case, of which transformers 5 knows nothing; nor do its files say
+    # how long texts are. SigLIP 1's tokenizer does both, and drops punctuation.
+    "siglip": _clip(
+        "siglip",
+        clip.SIGLIP,
+        length=64,
+        lower_case=True,
+        published=(
+            "google/siglip-base-patch16-224",
+            "google/siglip2-base-patch16-224",
+            "google/siglip2-so400m-patch14-384",
+        ),
+    ),
+    "pickscore": _clip("clip", clip.PICKSCORE, published=("yuvalkirstain/PickScore_v1",)),
+    "hps": _clip("clip", clip.HPS, published=("xswu/HPSv2",)),
+    "blip_itm": _blip(
+        load=functools.partial(_load_blip, blip.Itm),
+        tokenize=blip.tokenize,
+        published=(
+            "Salesforce/blip-itm-base-coco",
+            "Salesforce/blip-itm-large-coco",
+            "Salesforce/blip-itm-base-flickr",
+            "Salesforce/blip-itm-large-flickr",
+        ),
+    ),
+    "blip_caption": _blip(
+        load=functools.partial(_load_blip, blip.Caption),
+        tokenize=blip.tokenize_caption,
+        template="a picture of {}",
+        published=("Salesforce/blip-image-captioning-base", "Salesforce/blip-image-captioning-large"),
+    ),
+    "blip_vqa": _blip(
+        load=functools.partial(_load_blip, blip.Vqa),
+        tokenize=blip.tokenize_question,
+        template="{}?",
+        published=("Salesforce/blip-vqa-base",),
+    ),
+    "blip2": Family(
+        load=_load_blip2,
+        tokenize=blip2.tokenize,
+        length=blip2.TOKENS,
+        published=("Salesforce/blip2-itm-vit-g", "Salesforce/blip2-itm-vit-g-coco"),
+    ),
 }
 
 

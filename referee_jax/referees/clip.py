@@ -1,5 +1,14 @@
-"""CLIP as a referee: cosine distance to the prompt, or the prompt against near-by negatives."""
+"""CLIP and its kin as referees: two towers whose features are compared by their cosine.
 
+    cosine      = 1 - cos(view, prompt)
+    contrastive = -log softmax of the prompt's logit among its negatives', as CLIP was trained (Radford et al. 2021, section 2.3)
+    sigmoid     = -log sigmoid of the prompt's logit, as SigLIP was trained (Zhai et al. 2023, section 3.2)
+
+PickScore (Kirstain et al. 2023) and HPS (Wu et al. 2023) are CLIP H/14 trained on what people prefer. Which losses and scores a
+referee has is data: `Reading`.
+"""
+
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,21 +18,55 @@ from flax import struct
 from jax import Array
 
 from referee_jax import prompts
-from referee_jax.models import clip
+from referee_jax.models import clip, siglip
 from referee_jax.referees import base
+
+# Name of a loss -> of what it is the loss, and how.
+_LOSSES = {
+    "cosine": lambda found: 1 - found["cosine"],
+    "contrastive": lambda found: -found["log_share"],
+    "sigmoid": lambda found: -found["log_match"],
+}
+_SCORES = {
+    "cosine": lambda found: found["cosine"],
+    "logit": lambda found: found["logit"],
+    "share": lambda found: jnp.exp(found["log_share"]),
+    "match": lambda found: jnp.exp(found["log_match"]),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What is made of a referee's cosines.
+
+    Attributes:
+        losses: names of its losses.
+        scores: `(name, what)`: the `cosine`, the `logit`, the probability of a `match` with the prompt, or the prompt's `share`
+            of the probability among its negatives, which there is where there are negatives.
+    """
+
+    losses: tuple[str, ...]
+    scores: tuple[tuple[str, str], ...]
+
+
+CLIP = Reading(("cosine", "contrastive"), (("cosine", "cosine"), ("probability", "share")))
+SIGLIP = Reading(("cosine", "sigmoid", "contrastive"), (("cosine", "cosine"), ("probability", "match")))
+PICKSCORE = Reading(("cosine", "contrastive"), (("score", "logit"), ("probability", "share")))
+HPS = Reading(("cosine",), (("score", "cosine"),))
 
 
 class ClipReferee(struct.PyTreeNode):
-    """Losses `cosine` = 1 - cos(view, prompt) and `contrastive` = -log softmax of the prompt among its negatives.
+    """CLIP, SigLIP or another network with `encode_text`, `encode_image` and `logits`."""
 
-    The logits of the second are exp(logit_scale) cos, as CLIP was trained (Radford et al. 2021, section 2.3).
-    """
-
-    network: clip.CLIP
+    network: clip.CLIP | siglip.SigLIP
     mean: tuple[float, float, float] = struct.field(pytree_node=False)
     std: tuple[float, float, float] = struct.field(pytree_node=False)
+    reading: Reading = struct.field(pytree_node=False, default=CLIP)
 
-    losses = ("cosine", "contrastive")
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of its losses."""
+        return self.reading.losses
 
     @property
     def image_size(self) -> int:
@@ -34,31 +77,36 @@ class ClipReferee(struct.PyTreeNode):
         """`input_ids [1 + N, T]` (the prompt, then its negatives) and `real [1 + N]` to unit features `[1 + N, D]`."""
         return {"features": self.network.encode_text(tokens["input_ids"]), "real": tokens["real"]}
 
-    def _cosines(self, images: Array, text: dict[str, Array]) -> Array:
+    def _found(self, images: Array, text: dict[str, Array]) -> dict[str, Array]:
+        """`[V]` each: the prompt's cosine, logit, log-probability of a match and of being the one among its negatives."""
         mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
-        return self.network.encode_image((images - mean) / std) @ text["features"].T
-
-    def _log_share(self, cosines: Array, text: dict[str, Array]) -> Array:
-        logits = jnp.exp(self.network.logit_scale[...]) * cosines
-        return jax.nn.log_softmax(jnp.where(text["real"], logits, -jnp.inf), axis=-1)[..., 0]
+        cosines = self.network.encode_image((images - mean) / std) @ text["features"].T
+        logits = self.network.logits(cosines)
+        return {
+            "cosine": cosines[:, 0],
+            "logit": logits[:, 0],
+            "log_match": jax.nn.log_sigmoid(logits[:, 0]),
+            "log_share": jax.nn.log_softmax(jnp.where(text["real"], logits, -jnp.inf), axis=-1)[:, 0],
+        }
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
         """See base.Referee."""
-        cosines = self._cosines(views, text)
-        return {"cosine": 1 - cosines[:, 0], "contrastive": -self._log_share(cosines, text)}
+        found = self._found(views, text)
+        return {name: _LOSSES[name](found) for name in self.losses}
 
     def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
-        """`cosine` with the prompt and, where there are negatives, `probability` of the prompt among them."""
-        cosines = self._cosines(base.resized(image, self.image_size)[None], text)
-        scores = {"cosine": cosines[0, 0]}
-        if len(text["real"]) > 1:
-            scores["probability"] = jnp.exp(self._log_share(cosines, text)[0])
-        return scores
+        """What `reading.scores` says."""
+        found = self._found(base.resized(image, self.image_size)[None], text)
+        told = len(text["real"]) > 1
+        return {name: _SCORES[what](found)[0] for name, what in self.reading.scores if told or what != "share"}
 
 
-def from_checkpoint(network: clip.CLIP, preprocessing: dict[str, Any]) -> ClipReferee:
+def from_checkpoint(
+    network: clip.CLIP | siglip.SigLIP, preprocessing: dict[str, Any], reading: Reading = CLIP
+) -> ClipReferee:
     """The referee of a loaded network and its preprocessor_config.json."""
-    return ClipReferee(network=network, mean=tuple(preprocessing["image_mean"]), std=tuple(preprocessing["image_std"]))
+    mean, std = tuple(preprocessing["image_mean"]), tuple(preprocessing["image_std"])
+    return ClipReferee(network=network, mean=mean, std=std, reading=reading)
 
 
 def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:

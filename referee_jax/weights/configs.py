@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from referee_jax.models import blip, blip2, clip, unet, vae
+from referee_jax.models import blip, blip2, clip, siglip, unet, vae
 from referee_jax.weights.convert import WeightsError
 
 
@@ -72,6 +72,11 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     clip.TextConfig: _PRETRAINED | {"model_type": ("clip_text_model",)},
     clip.VisionConfig: _PRETRAINED | {"model_type": ("clip_vision_model",), "num_channels": (3,)},
     clip.Config: _PRETRAINED | {"model_type": ("clip",)},
+    siglip.TextConfig: _PRETRAINED | {"model_type": ("siglip_text_model",)},
+    siglip.VisionConfig: _PRETRAINED
+    | {"model_type": ("siglip_vision_model",), "num_channels": (3,), "vision_use_head": (True,)},
+    # The two that CLIP has were written by early versions of the port, and read by none.
+    siglip.Config: _PRETRAINED | _any("projection_dim logit_scale_init_value") | {"model_type": ("siglip",)},
     blip.TextConfig: _PRETRAINED
     | _any("hidden_dropout_prob attention_probs_dropout_prob projection_dim encoder_hidden_size")
     | {"model_type": ("blip_text_model",), "is_decoder": (True,), "tie_word_embeddings": (True,)},

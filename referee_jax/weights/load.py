@@ -21,7 +21,7 @@ import safetensors.numpy
 from flax import nnx
 from huggingface_hub import errors as hub_errors
 
-from referee_jax.models import blip, blip2, clip, unet, vae
+from referee_jax.models import blip, blip2, clip, siglip, unet, vae
 from referee_jax.weights import configs, convert
 from referee_jax.weights.convert import WeightsError
 
@@ -71,6 +71,13 @@ KINDS: dict[str, Kind] = {
         stem=TRANSFORMERS,
         renames=((r"^(?!text_model\.)", "text_model."),),
         ignore=("*.position_ids",),
+    ),
+    "siglip": Kind(
+        config=configs.reader(siglip.Config),
+        network=siglip.SigLIP,
+        stem=TRANSFORMERS,
+        ignore=("*.position_ids",),
+        float32=("logit_scale", "logit_bias"),
     ),
     "blip_itm": _blip(blip.ImageTextRetrieval),
     "blip_caption": _blip(blip.ConditionalGeneration),
@@ -153,7 +160,8 @@ def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, subfo
     """Returns the transformers tokenizer of a local directory or a hub id; no code of the checkpoint is run."""
     import transformers  # slow to import, and not needed by those who bring their own token ids
 
-    patterns = [str(Path(subfolder, name)) for name in ("config.json", "*token*.json", "vocab.*", "merges.txt")]
+    names = ("config.json", "*token*.json", "vocab.*", "merges.txt", "spiece.model")
+    patterns = [str(Path(subfolder, name)) for name in names]
     directory = resolve(path_or_id, revision, patterns) / subfolder
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

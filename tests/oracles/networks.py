@@ -85,6 +85,65 @@ def clip(seed: int = 1, image_size: int = 32, act: str = "quick_gelu") -> transf
     return redraw(transformers.CLIPModel(config), seed)
 
 
+def siglip(seed: int = 5, text: dict | None = None, vision: dict | None = None) -> transformers.SiglipModel:
+    """SigLIP, two layers of text and three of vision, patches of 8 that leave 4 pixels over; `text` and `vision` change
+    configs. The temperature is one at which neither sigmoid nor softmax is certain."""
+    sizes = dict(hidden_size=32, intermediate_size=56, num_attention_heads=4)
+    ids = dict(bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    config = transformers.SiglipConfig(
+        text_config=sizes | ids | dict(vocab_size=len(gemma_tokenizer()), num_hidden_layers=2) | (text or {}),
+        vision_config=sizes | dict(num_hidden_layers=3, image_size=36, patch_size=8) | (vision or {}),
+    )
+    return redraw_siglip(transformers.SiglipModel(config), seed)
+
+
+def redraw_siglip(module: transformers.SiglipModel, seed: int) -> transformers.SiglipModel:
+    """`redraw`, but for temperature and bias, which are no scalars here."""
+    redraw(module, seed)
+    with torch.no_grad():
+        module.logit_scale.fill_(2.0)
+        module.logit_bias.fill_(-1.0)
+    return module
+
+
+def gemma_tokenizer() -> transformers.Siglip2Tokenizer:
+    """SigLIP 2's tokenizer, Gemma's byte pairs in lower case, over letters, marks and a few whole words."""
+    vocab = {
+        token: i
+        for i, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *"▁abcdefghijklmnopqrstuvwxyz.,"])
+    }
+    merges = []
+    for word in _MERGED_WORDS:
+        left = "▁"
+        for right in word:
+            if left + right not in vocab:
+                merges.append((left, right))
+                vocab[left + right] = len(vocab)
+            left += right
+    how = dict(add_bos_token=False, add_eos_token=True, padding_side="right", model_input_names=["input_ids"])
+    return transformers.Siglip2Tokenizer(vocab=vocab, merges=merges, **how)
+
+
+def save_siglip(module: transformers.SiglipModel, path: pathlib.Path, **how) -> pathlib.Path:
+    """Write network, tokenizer and preprocessing as SigLIP 2 is published; `how` is for save_pretrained."""
+    module.save_pretrained(path, **how)
+    gemma_tokenizer().save_pretrained(path)
+    # The published files name Gemma's class, of which transformers 5 keeps no normaliser, and so not the lower case.
+    file = path / "tokenizer_config.json"
+    said = {"tokenizer_class": "GemmaTokenizer", "do_lower_case": True, "add_bos_token": False, "add_eos_token": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    save_siglip_preprocessing(path, module.config.vision_config.image_size)
+    return path
+
+
+def save_siglip_preprocessing(path: pathlib.Path, size: int) -> None:
+    """Write preprocessor_config.json as Google did."""
+    values = {"image_processor_type": "SiglipImageProcessor", "processor_class": "SiglipProcessor", "resample": 2}
+    values |= {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), "size": {"height": size, "width": size}}
+    values |= {"do_normalize": True, "do_rescale": True, "do_resize": True, "rescale_factor": 1 / 255}
+    (path / "preprocessor_config.json").write_text(json.dumps(values))
+
+
 def blip_config(**text) -> transformers.BlipConfig:
     """Three layers of text, two of vision, patches of 8; text and vision of one width, as question answering needs."""
     sizes = dict(hidden_size=48, intermediate_size=80, num_attention_heads=4)
@@ -268,7 +327,7 @@ def redraw(module: nn.Module, seed: int) -> nn.Module:
 
 # Spread of a matrix relative to 1/sqrt(inputs); peaked, loud attention, or text and image would whisper.
 _GAINS = {
-    "q_proj": 2.0, "k_proj": 2.0, "to_q": 2.0, "to_k": 2.0, "self.query": 2.0, "self.key": 2.0, "qkv": 2.0,
+    "q_proj": 2.0, "k_proj": 2.0, "to_q": 2.0, "to_k": 2.0, "self.query": 2.0, "self.key": 2.0, "qkv": 2.0, "in_proj": 2.0,
     "attn2.to_v": 3.0, "attn2.to_out": 3.0, "self_attn.out_proj": 3.0, "time_emb_proj": 3.0, "self.value": 3.0,
     "crossattention.output.dense": 2.0, "attention.output.dense": 4.0,
 }  # fmt: skip

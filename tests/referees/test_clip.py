@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from referee_jax import config, prompts, referees
+from referee_jax.referees import clip
 from tests.conftest import relative_l2
 
 GROUPS = (("red", "blue", "green"), ("circle", "square"))
@@ -66,6 +68,50 @@ def test_scores(judge):
     assert float(scores["probability"]) == pytest.approx(float(jnp.exp(-losses["contrastive"][0])), abs=1e-6)
     large = jax.image.resize(jnp.asarray(image), (64, 64, 3), "nearest")
     assert abs(float(judge.referee.scores(large, text)["cosine"]) - float(scores["cosine"])) < 0.05
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hps"])
+def test_referees_of_preference(name, checkpoints):
+    """Scores are those of transformers' network with its own processor; losses are CLIP's."""
+    losses = {"pickscore": ("cosine", "contrastive"), "hps": ("cosine",)}[name]
+    how = {"negatives": ("a photo",)} if name == "pickscore" else {}
+    path = str(checkpoints[1])
+    judge = referees.load_referee(
+        config.RefereeSpec(name=name, checkpoint=path, losses=dict.fromkeys(losses, 1.0), **how)
+    )
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
+    texts = ["a red circle", *judge.spec.negatives]
+    processor = transformers.AutoProcessor.from_pretrained(path)
+    network = transformers.CLIPModel.from_pretrained(path).eval()
+    inputs = processor(text=texts, images=Image.fromarray(pixels), padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        logits = network(**inputs).logits_per_image[0]
+    cosine, share = logits[0] / network.logit_scale.exp(), logits.softmax(0)[0]
+
+    image = jnp.asarray(pixels / 255.0, jnp.float32)
+    text = judge.referee.encode(judge.tokenize("a red circle"))
+    wanted = {"pickscore": {"score": logits[0], "probability": share}, "hps": {"score": cosine}}[name]
+    scores = judge.referee.scores(image, text)
+    assert scores.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert float(scores[key]) == pytest.approx(float(value), abs=1e-4)
+    assert abs(logits[0]) > 0.1 and abs(logits[0] - cosine) > 0.1
+    made = judge.referee.views_losses(image[None], text)
+    assert tuple(made) == judge.referee.losses == losses
+    assert float(made["cosine"][0]) == pytest.approx(1 - float(cosine), abs=1e-5)
+    if name == "pickscore":
+        assert float(made["contrastive"][0]) == pytest.approx(-float(share.log()), abs=1e-4)
+
+
+def test_names_agree_with_the_settings():
+    assert set(config.RefereeSpec.__dataclass_fields__["name"].metadata["allowed"]) == set(referees.REFEREES)
+    readings = {"clip": clip.CLIP, "siglip": clip.SIGLIP, "pickscore": clip.PICKSCORE, "hps": clip.HPS}
+    assert set(config.CONTRASTIVE) == {name for name, reading in readings.items() if "contrastive" in reading.losses}
+    assert {loss for reading in readings.values() for loss in reading.losses} <= set(config.LOSSES)
+    for family in referees.REFEREES.values():
+        assert family.published and all(name.count("/") == 1 for name in family.published)
+    with pytest.raises(config.ConfigError, match=r"referees\[0\].negatives = .* empty, and .*near 0: hps reads none"):
+        config.from_config({"referees": ({"name": "hps", "negatives": ("a photo",)},)})
 
 
 def test_unknown_loss(checkpoints):
