@@ -79,13 +79,13 @@ class Blip2Referee(struct.PyTreeNode):
         return scores
 
 
-def from_checkpoint(network: blip2.BLIP2, preprocessing: dict[str, Any]) -> Blip2Referee:
-    """The referee of a loaded network and its preprocessor_config.json."""
+def from_checkpoint(network: blip2.BLIP2, preprocessing: dict[str, Any], *, image_size: int = 0) -> Blip2Referee:
+    """The referee of a loaded network and its preprocessor_config.json; `image_size` 0 is the checkpoint's."""
     return Blip2Referee(
         network=network,
         mean=tuple(preprocessing["image_mean"]),
         std=tuple(preprocessing["image_std"]),
-        image_size=network.config.vision_config.image_size,
+        image_size=image_size or network.config.vision_config.image_size,
     )
 
 
