@@ -99,15 +99,17 @@ class VisionLayer(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    """A stack of equal blocks; `bias` is that of their queries, keys and values, `remat` that of `layers.scan_layers`."""
+    """A stack of equal blocks; `bias` is that of their queries, keys and values.
 
-    def __init__(self, config: VisionConfig, *, bias: bool = True, remat: bool = False, rngs: nnx.Rngs):
+    Only the blocks' inputs are kept for the gradient: the inner states of ten views would be gigabytes for every prompt.
+    """
+
+    def __init__(self, config: VisionConfig, *, bias: bool = True, rngs: nnx.Rngs):
         build = lambda rngs: VisionLayer(config, bias=bias, rngs=rngs)  # noqa: E731
         self.layers = layers.stack(build, config.num_hidden_layers, rngs)
-        self.remat = remat
 
     def __call__(self, x: Array) -> Array:
-        return layers.scan_layers(self.layers, x, remat=self.remat)
+        return layers.scan_layers(self.layers, x, remat=True)
 
 
 class VisionModel(nnx.Module):

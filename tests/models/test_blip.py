@@ -14,7 +14,7 @@ from flax import nnx
 
 from referee_jax.models import blip, layers
 from referee_jax.weights import convert, load
-from tests.conftest import cosine, relative_l2
+from tests.conftest import cosine, gradient_memory, relative_l2
 from tests.oracles import networks
 
 CLASSES = {
@@ -181,6 +181,15 @@ def test_bfloat16_gradient_points_the_same_way(task):
     print(task, cosine(exact, half))
     assert cosine(exact, half) >= 0.99
     assert relative_l2(half, exact) > 1e-4  # bfloat16 was really used
+
+
+def test_the_gradient_keeps_one_state_of_each_layer():
+    def memory(depth):
+        config = blip.VisionConfig(hidden_size=48, intermediate_size=96, num_attention_heads=4, num_hidden_layers=depth)
+        return gradient_memory(blip.VisionEncoder(config, rngs=nnx.Rngs(0)), x)
+
+    x = jnp.zeros((64, 17, 48))
+    assert (memory(10) - memory(2)) / 8 < 1.5 * x.nbytes  # all of a layer's inner states are 16 times as much
 
 
 @pytest.mark.parametrize(("task", "shards"), [("itm", "200KB"), ("caption", "5GB"), ("vqa", "5GB")])
