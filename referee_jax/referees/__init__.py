@@ -72,13 +72,14 @@ def _load_clip(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) 
 def _load_blip(
     kind: type[blip.BlipReferee], spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any
 ) -> base.Referee:
+    own = {"answers": blip.answer_tokens(tokenizer)} if kind is blip.Vqa else {}
     network = load.load(spec.name, path, revision=spec.revision or None, dtype=dtype)
     first = None
     if spec.first_token == "[ENC]":
         # The authors' tokenizer adds [DEC], then [ENC]; the published directories have BERT's, without either.
         first = tokenizer.get_vocab().get("[ENC]", network.config.text_config.bos_token_id + 1)
     preprocessing = _preprocessing(spec, path)
-    return blip.from_checkpoint(kind, network, preprocessing, image_size=spec.image_size, first_token=first)
+    return blip.from_checkpoint(kind, network, preprocessing, image_size=spec.image_size, first_token=first, **own)
 
 
 def _load_blip2(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
@@ -96,7 +97,7 @@ REFEREES = {
     "blip_caption": _blip(
         load=functools.partial(_load_blip, blip.Caption), tokenize=blip.tokenize_caption, template="a picture of {}"
     ),
-    "blip_vqa": _blip(load=functools.partial(_load_blip, blip.Vqa), tokenize=blip.tokenize_question, template="{}?"),
+    "blip_vqa": _blip(load=functools.partial(_load_blip, blip.Vqa), tokenize=blip.tokenize, template="{}?"),
     "blip2": Family(load=_load_blip2, tokenize=blip2.tokenize, length=blip2.TOKENS),
 }
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from referee_jax import config, prompts, referees
 from tests.conftest import relative_l2
@@ -64,19 +65,11 @@ def oracle(task, directory, judge, shown, first):
         ]
         losses = {"caption": torch.stack(rows)}
     else:
-        rows = []
-        for p in pixels:
-            answers = [
-                network(
-                    input_ids=reading,
-                    pixel_values=p[None],
-                    labels=torch.tensor([[DEC, answer, 3]]),
-                    interpolate_pos_encoding=True,
-                ).loss
-                for answer in (YES, NO)
-            ]
-            rows.append(torch.stack(answers) * -2)
-        losses = {"vqa": -torch.stack(rows).log_softmax(1)[:, 0]}
+        states = network.vision_model(pixels, interpolate_pos_encoding=True)[0]
+        read = network.text_encoder(reading.expand(len(x), -1), encoder_hidden_states=states)[0]
+        start = torch.full((len(x), 1), DEC)
+        logits = network.text_decoder(start, encoder_hidden_states=read).logits[:, 0]
+        losses = {"vqa": -(logits[:, YES].exp() / (logits[:, YES].exp() + logits[:, NO].exp())).log()}
     gradients = {k: torch.autograd.grad(v.mean(), x, retain_graph=True)[0].numpy() for k, v in losses.items()}
     return {name: value.detach().numpy() for name, value in losses.items()}, gradients
 
@@ -113,7 +106,6 @@ def test_losses(directories, task, changes):
     differently = both(judge.referee, encode(judge.referee, other), jnp.asarray(shown))[0]
     for name in wanted:
         np.testing.assert_allclose(made[name], wanted[name], rtol=1e-4, atol=2e-5)
-        print(name, relative_l2(made[name], wanted[name]), relative_l2(ours[name], gradients[name]))
         assert relative_l2(ours[name], gradients[name]) < 1e-4
         # Both image and text are seen.
         assert np.ptp(wanted[name]) > 0.01
@@ -140,11 +132,25 @@ def test_tokens(directories):
     assert tokens["scored"].tolist() == [False] * 4 + [True] * (count - 4) + [False] * (LENGTH - count)
     assert judge.referee.encode(jax.tree.map(jnp.asarray, tokens))["input_ids"][0] == DEC
     assert load(directories, "caption", template="{}").tokenize(PROMPT)["scored"].sum() == 7 + 1
-    question = load(directories, "vqa").tokenize(PROMPT)
-    assert question["answers"].tolist() == [[2, YES, 3], [2, NO, 3]] and question["answers_mask"].all()
+    judge = load(directories, "vqa")
+    question = judge.tokenize(PROMPT)
+    assert judge.referee.answers == (YES, NO)
     assert question["input_ids"][8] == networks.BLIP_WORDS.index("?")
     with pytest.raises(prompts.PromptError, match="has 66 tokens, the text encoder reads 64"):
         load(directories, "itm").tokenize("red " * 64)
+
+
+def test_answers_must_be_single_tokens(directories, tmp_path):
+    words = ["n" if word == "no" else word for word in networks.BLIP_WORDS] + ["##o"]
+    (tmp_path / "config.json").write_text((directories["vqa"] / "config.json").read_text())
+    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path)
+    # There are no weights here: it is said before they are looked for.
+    with pytest.raises(ValueError, match=f"{tmp_path}: the answer 'no' is 'n ##o', not one token of its own"):
+        load({"vqa": tmp_path}, "vqa")
+    words.remove("n")
+    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the answer 'no' is '\[UNK\]', not one token"):
+        load({"vqa": tmp_path}, "vqa")
 
 
 def test_tokenizer_with_its_own_enc_token(directories, tmp_path):
