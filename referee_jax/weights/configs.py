@@ -81,7 +81,8 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     blip.Config: _PRETRAINED
     | _any("projection_dim logit_scale_init_value label_smoothing decoder_pad_token_id")
     | {"model_type": ("blip",), "tie_word_embeddings": (True,)},
-    blip2.VisionConfig: _PRETRAINED | {"model_type": ("blip_2_vision_model",), "num_channels": (3,)},
+    blip2.VisionConfig: _PRETRAINED
+    | {"model_type": ("blip_2_vision_model",), "num_channels": (3,), "projection_dim": None},
     blip2.QFormerConfig: _PRETRAINED
     # transformers, too, takes the width of the images from vision_config.
     | _any("encoder_hidden_size hidden_dropout_prob attention_probs_dropout_prob classifier_dropout")
