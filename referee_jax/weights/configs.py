@@ -158,6 +158,22 @@ def clip_config(values: Mapping, *, where: str) -> clip.Config:
     return config_from_json(clip.Config, values, where=where)
 
 
+def blip_config(values: Mapping, *, where: str) -> blip.Config:
+    """config.json of a BLIP; WeightsError where it gives BERT-base another number of heads than BERT-base has.
+
+    No shape of a weight depends on that number, so that a wrong one would load and judge by noise.
+    """
+    config = config_from_json(blip.Config, values, where=where)
+    text = config.text_config
+    if text.hidden_size == 768 and text.num_attention_heads != 12:
+        raise WeightsError(
+            f"{where}: text_config: num_attention_heads={text.num_attention_heads} (8 if absent) is not what weights of "
+            "hidden_size=768 were trained with, which is 12; transformers once wrote 8 by mistake "
+            '(huggingface/transformers#22625): write "num_attention_heads": 12 into text_config'
+        )
+    return config
+
+
 def reader(cls: type) -> Callable:
     """`config_from_json` for one class: `(values, where=...) -> config`."""
     return lambda values, *, where: config_from_json(cls, values, where=where)

@@ -24,6 +24,7 @@ CLASSES = {
 }
 IDS = np.array([[2, 6, 8, 10, 3, 0, 0], [2, 5, 9, 9, 16, 12, 3]], np.int32)
 MASK = IDS > 0
+ABSENT = object()
 DEC = len(networks.BLIP_WORDS)
 
 
@@ -232,6 +233,12 @@ def test_sizes_that_do_not_fit_are_refused():
     [
         ("text_config", {"is_decoder": False}, r"text_config: is_decoder=False is not implemented; supported: True"),
         ("text_config", {"tie_word_embeddings": False}, r"tie_word_embeddings=False is not implemented"),
+        ("text_config", {"num_attention_heads": 8}, r"num_attention_heads=8 \(8 if absent\) .* is 12; .*#22625"),
+        (
+            "text_config",
+            {"num_attention_heads": ABSENT},
+            r'=8 .*#22625\): write "num_attention_heads": 12 into text_con',
+        ),
         ("text_config", {"position_embedding_type": "relative"}, r"position_embedding_type='relative' is not known to"),
         ("vision_config", {"hidden_act": "tanh"}, r"vision_config: hidden_act='tanh' is not implemented"),
         ("vision_config", {"num_channels": 4}, r"num_channels=4 is not implemented; supported: 3"),
@@ -239,7 +246,7 @@ def test_sizes_that_do_not_fit_are_refused():
 )
 def test_configs_that_are_refused(where, change, message):
     values = published(768)
-    values[where] |= change
+    values[where] = {key: x for key, x in (values[where] | change).items() if x is not ABSENT}
     with pytest.raises(load.WeightsError, match=message):
         load.KINDS["blip_itm"].config(values, where="config.json")
 
