@@ -286,9 +286,12 @@ def published(vision_width):
 
 PUBLISHED = {
     "Salesforce/blip-itm-base-coco": ("itm", 768),
+    "Salesforce/blip-itm-base-flickr": ("itm", 768),
+    "Salesforce/blip-itm-large-flickr": ("itm", 1024),
     "Salesforce/blip-itm-large-coco": ("itm", 1024),
     "Salesforce/blip-image-captioning-base": ("caption", 768),
     "Salesforce/blip-image-captioning-large": ("caption", 1024),
+    "Salesforce/blip-vqa-capfilt-large": ("vqa", 768),
     "Salesforce/blip-vqa-base": ("vqa", 768),
 }
 
