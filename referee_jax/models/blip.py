@@ -23,7 +23,6 @@ class TextConfig(bert.Config):
     vocab_size: int = 30524
     num_attention_heads: int = 8
     bos_token_id: int = 30522  # [DEC], which begins what the decoder reads; [ENC] is the next
-    label_smoothing: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,13 +169,15 @@ class ConditionalGeneration(nnx.Module):
         )
         self.config = config
 
-    def token_losses(self, states: Array, input_ids: Array, mask: Array | None = None) -> Array:
-        """Cross-entropy, smoothed as the config says, of each token after the first: float32 `[B, T - 1]`.
+    def token_losses(
+        self, states: Array, input_ids: Array, mask: Array | None = None, *, smoothing: float = 0.0
+    ) -> Array:
+        """Cross-entropy of each token after the first, see `bert.token_losses`: float32 `[B, T - 1]`.
 
         `states [B, S, D]` are the vision tower's; the first of `input_ids [B, T]` should be [DEC].
         """
         logits = self.text_decoder(input_ids, mask, states=states)
-        return bert.token_losses(logits, input_ids, smoothing=self.config.text_config.label_smoothing)
+        return bert.token_losses(logits, input_ids, smoothing=smoothing)
 
 
 class QuestionAnswering(nnx.Module):

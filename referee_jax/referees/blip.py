@@ -17,6 +17,8 @@ from referee_jax.models import blip
 from referee_jax.referees import base
 
 ANSWERS = ("yes", "no")
+# Share of every target that is spread over the vocabulary, as captions were trained (models/med.py of salesforce/BLIP).
+SMOOTHING = 0.1
 
 
 class BlipReferee(struct.PyTreeNode):
@@ -42,9 +44,11 @@ class BlipReferee(struct.PyTreeNode):
     def _generated(self, input_ids: Array) -> Array:
         return jnp.asarray(input_ids).at[..., 0].set(self.network.config.text_config.bos_token_id)
 
+    def _fitted(self, image: Array) -> Array:
+        return base.resized(image, self.image_size)[None]
+
     def _losses_of_image(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
-        losses = self.views_losses(base.resized(image, self.image_size)[None], text)
-        return {name: loss[0] for name, loss in losses.items()}
+        return {name: loss[0] for name, loss in self.views_losses(self._fitted(image), text).items()}
 
 
 class Itm(BlipReferee):
@@ -72,7 +76,7 @@ class Itm(BlipReferee):
 
 
 class Caption(BlipReferee):
-    """Loss `caption` = mean cross-entropy of the prompt's tokens, as the checkpoint was trained (with its smoothing)."""
+    """Loss `caption` = mean cross-entropy of the prompt's tokens, smoothed as in training (`SMOOTHING`)."""
 
     losses = ("caption",)
 
@@ -82,13 +86,16 @@ class Caption(BlipReferee):
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
         """See base.Referee."""
+        return {"caption": self._loss(views, text, SMOOTHING)}
+
+    def _loss(self, views: Array, text: dict[str, Array], smoothing: float) -> Array:
         ids, mask = (_repeated(text[name], len(views)) for name in ("input_ids", "mask"))
-        losses = self.network.token_losses(self._states(views), ids, mask)
-        return {"caption": losses.mean(-1, where=text["scored"][1:])}
+        losses = self.network.token_losses(self._states(views), ids, mask, smoothing=smoothing)
+        return losses.mean(-1, where=text["scored"][1:])
 
     def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
-        """`caption_log_likelihood`, the mean per token."""
-        return {"caption_log_likelihood": -self._losses_of_image(image, text)["caption"]}
+        """`caption_log_likelihood`, the mean per token; not smoothed."""
+        return {"caption_log_likelihood": -self._loss(self._fitted(image), text, 0.0)[0]}
 
 
 class Vqa(BlipReferee):

@@ -73,11 +73,11 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     clip.VisionConfig: _PRETRAINED | {"model_type": ("clip_vision_model",), "num_channels": (3,)},
     clip.Config: _PRETRAINED | {"model_type": ("clip",)},
     blip.TextConfig: _PRETRAINED
-    | _any("hidden_dropout_prob attention_probs_dropout_prob projection_dim encoder_hidden_size")
+    # label_smoothing is of training; older files do not have it, though theirs was 0.1.
+    | _any("hidden_dropout_prob attention_probs_dropout_prob projection_dim encoder_hidden_size label_smoothing")
     | {"model_type": ("blip_text_model",), "is_decoder": (True,), "tie_word_embeddings": (True,)},
     blip.VisionConfig: _PRETRAINED
     | {"model_type": ("blip_vision_model",), "num_channels": (3,), "projection_dim": None},
-    # Here label_smoothing is never read; the text's is.
     blip.Config: _PRETRAINED
     | _any("projection_dim logit_scale_init_value label_smoothing decoder_pad_token_id")
     | {"model_type": ("blip",), "tie_word_embeddings": (True,)},

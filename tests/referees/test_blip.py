@@ -40,12 +40,24 @@ def views(size=32, count=3):
     return np.random.default_rng(0).uniform(size=(count, size, size, 3)).astype(np.float32)
 
 
+def normalised(x):
+    mean, std = torch.tensor(networks.CLIP_MEAN), torch.tensor(networks.CLIP_STD)
+    return ((x - mean) / std).permute(0, 3, 1, 2)
+
+
+def caption_loss(network, ids, pixels, **how):
+    """Mean cross-entropy `[V]` of the tokens after "[DEC] a picture of", by torch."""
+    ids = torch.where(torch.arange(ids.shape[1]) == 0, DEC, ids)
+    states = network.vision_model(pixels, interpolate_pos_encoding=True)[0]
+    logits = network.text_decoder(ids.expand(len(pixels), -1), encoder_hidden_states=states).logits
+    return torch.stack([torch.nn.functional.cross_entropy(x[3:-1], ids[0, 4:], **how) for x in logits])
+
+
 def oracle(task, directory, judge, shown, first):
     """Losses `[V]` and d(their mean)/d(views) by torch; texts are not padded, and read one by one."""
     network = CLASSES[task].from_pretrained(directory).eval()
     x = torch.from_numpy(shown).requires_grad_()
-    mean, std = torch.tensor(networks.CLIP_MEAN), torch.tensor(networks.CLIP_STD)
-    pixels = ((x - mean) / std).permute(0, 3, 1, 2)
+    pixels = normalised(x)
     ids = torch.tensor(judge.tokenizer(TEXTS[task])["input_ids"])[None]
     reading = ids.clone()
     if first is not None:
@@ -55,15 +67,7 @@ def oracle(task, directory, judge, shown, first):
         match = network(input_ids=reading.expand(len(x), -1), **both).itm_score.log_softmax(1)[:, 1]
         losses = {"itm": -match, "itc": 1 - network(input_ids=ids, use_itm_head=False, **both).itm_score[:, 0]}
     elif task == "caption":
-        generated = ids.clone()
-        generated[:, 0] = DEC
-        labels = generated.clone()
-        labels[:, :4] = -100  # [DEC] a picture of
-        rows = [
-            network(input_ids=generated, pixel_values=p[None], labels=labels, interpolate_pos_encoding=True).loss
-            for p in pixels
-        ]
-        losses = {"caption": torch.stack(rows)}
+        losses = {"caption": caption_loss(network, ids, pixels, label_smoothing=0.1)}
     else:
         states = network.vision_model(pixels, interpolate_pos_encoding=True)[0]
         read = network.text_encoder(reading.expand(len(x), -1), encoder_hidden_states=states)[0]
@@ -163,6 +167,13 @@ def test_tokenizer_with_its_own_enc_token(directories, tmp_path):
     assert load(directories, "itm").referee.first_token == ENC
 
 
+def likelihood(directory, judge, image):
+    """The caption loss of an image without smoothing."""
+    ids = torch.tensor(judge.tokenizer(TEXTS["caption"])["input_ids"])[None]
+    pixels = normalised(torch.from_numpy(np.array(image))[None])
+    return caption_loss(CLASSES["caption"].from_pretrained(directory).eval(), ids, pixels)[0].detach()
+
+
 @pytest.mark.parametrize("task", CLASSES)
 def test_scores(directories, task):
     judge = load(directories, task)
@@ -172,12 +183,14 @@ def test_scores(directories, task):
     losses, scores = judge.referee.views_losses(image[None], text), score(judge.referee, image)
     expected = {
         "itm": lambda: {"itm_probability": np.exp(-losses["itm"][0]), "cosine": 1 - losses["itc"][0]},
-        "caption": lambda: {"caption_log_likelihood": -losses["caption"][0]},
+        "caption": lambda: {"caption_log_likelihood": -likelihood(directories[task], judge, image)},
         "vqa": lambda: {"vqa_probability": np.exp(-losses["vqa"][0])},
     }[task]()
     assert scores.keys() == expected.keys()
     for name, value in expected.items():
         assert float(scores[name]) == pytest.approx(float(value), abs=1e-5)
+    if task == "caption":  # the loss is smoothed
+        assert abs(float(scores["caption_log_likelihood"] + losses["caption"][0])) > 1e-3
     if task == "vqa":
         assert 0.01 < scores["vqa_probability"] < 0.99
     # An image of another size is brought to that of the views.
