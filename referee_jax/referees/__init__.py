@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from referee_jax import config
+from referee_jax import config, prompts
 from referee_jax.referees import base, blip, blip2, clip
 from referee_jax.weights import configs, load
 
@@ -27,6 +27,10 @@ class Judge:
         """Text with one {} where the prompt is put."""
         return self.spec.template or REFEREES[self.spec.name].template
 
+    def clean(self, prompt: str) -> str:
+        """The prompt as the referee's texts were in training."""
+        return REFEREES[self.spec.name].clean(prompt)
+
     @property
     def length(self) -> int:
         """Tokens of text that it reads, both ends included."""
@@ -35,7 +39,11 @@ class Judge:
 
     def text(self, prompt: str) -> str:
         """What the referee reads for a prompt."""
-        return self.template.replace("{}", prompt)
+        return self.template.replace("{}", self.clean(prompt))
+
+    def count(self, prompt: str) -> int:
+        """Tokens of that text, both ends included; no more than `length` can be read."""
+        return prompts.token_count(self.tokenizer, self.text(prompt))
 
     def tokenize(self, prompt: str) -> dict[str, np.ndarray]:
         """What `referee.encode` reads: arrays of one shape for all prompts."""
@@ -49,12 +57,14 @@ class Family:
     Attributes:
         load: `(spec, path or hub id, tokenizer, dtype) -> referee`.
         tokenize: the host's half of it, from its own file.
+        clean: what is done to the prompt before it is put into the template.
         template: text with one {} where the prompt is put, unless the settings have another.
         length: tokens of text that it reads; None: as many as the tokenizer says.
     """
 
     load: Callable[[config.RefereeSpec, str, Any, Any], base.Referee]
     tokenize: base.Tokenize
+    clean: Callable[[str], str] = str
     template: str = "{}"
     length: int | None = None
 
@@ -88,7 +98,7 @@ def _load_blip2(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any)
 
 
 # BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
-_blip = functools.partial(Family, length=64)
+_blip = functools.partial(Family, length=64, clean=prompts.caption)
 
 # Name in the config -> what it is. BLIP's captions were trained with this beginning; the question is T2I-CompBench's.
 REFEREES = {
@@ -97,8 +107,10 @@ REFEREES = {
     "blip_caption": _blip(
         load=functools.partial(_load_blip, blip.Caption), tokenize=blip.tokenize_caption, template="a picture of {}"
     ),
-    "blip_vqa": _blip(load=functools.partial(_load_blip, blip.Vqa), tokenize=blip.tokenize, template="{}?"),
-    "blip2": Family(load=_load_blip2, tokenize=blip2.tokenize, length=blip2.TOKENS),
+    "blip_vqa": _blip(
+        load=functools.partial(_load_blip, blip.Vqa), tokenize=blip.tokenize, clean=prompts.question, template="{}?"
+    ),
+    "blip2": Family(load=_load_blip2, tokenize=blip2.tokenize, clean=prompts.caption, length=blip2.TOKENS),
 }
 
 

@@ -90,7 +90,6 @@ def from_checkpoint(network: blip2.BLIP2, preprocessing: dict[str, Any], *, imag
 
 
 def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
-    """The prompt as LAVIS gives it to BLIP-2, cut where that cuts it: `input_ids [T]`, `attention_mask [T]`."""
-    shape = {"padding": "max_length", "padding_side": "right", "max_length": TOKENS, "truncation": True}
-    tokens = judge.tokenizer(prompts.caption(judge.text(prompt)), **shape)
-    return {name: np.array(tokens[name], np.int32) for name in ("input_ids", "attention_mask")}
+    """The text made of the prompt: `input_ids [T]`, `attention_mask [T]`."""
+    ids = prompts.tokenize(judge.tokenizer, [judge.text(prompt)], judge.length)[0]
+    return {"input_ids": ids, "attention_mask": (ids != judge.tokenizer.pad_token_id).astype(np.int32)}

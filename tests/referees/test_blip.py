@@ -144,6 +144,15 @@ def test_tokens(directories):
         load(directories, "itm").tokenize("red " * 64)
 
 
+@pytest.mark.parametrize(("task", "text"), TEXTS.items())
+def test_texts_are_cleaned_as_in_training(directories, task, text):
+    judge = load(directories, task)
+    assert judge.text('A "red" circle, and a BLUE square.') == text.replace(" and", ", and")
+    wordy = "A (red) circle and a blue square!"
+    assert judge.text(wordy) == text
+    assert judge.count(wordy) == judge.tokenize(wordy)["mask"].sum()
+
+
 def test_answers_must_be_single_tokens(directories, tmp_path):
     words = ["n" if word == "no" else word for word in networks.BLIP_WORDS] + ["##o"]
     (tmp_path / "config.json").write_text((directories["vqa"] / "config.json").read_text())

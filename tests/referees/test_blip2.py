@@ -12,7 +12,7 @@ import torch
 import transformers
 from flax import nnx
 
-from referee_jax import config, referees
+from referee_jax import config, prompts, referees
 from referee_jax.models import blip2
 from referee_jax.weights import convert, load
 from tests.conftest import cosine, relative_l2
@@ -67,8 +67,9 @@ def test_tokens(judge):
     assert tokens["input_ids"].shape == tokens["attention_mask"].shape == (32,)
     assert tokens["attention_mask"].tolist() == [1] * 9 + [0] * 23
     assert judge.referee.network.dec_token_id == judge.tokenizer.bos_token_id == vocabulary.index("[DEC]")
-    long = judge.tokenize("red " * 40)["input_ids"]
-    assert long.shape == (32,) and vocabulary[long[-1]] == "[SEP]"  # cut, as LAVIS cuts
+    assert judge.tokenize("red " * 30)["attention_mask"].all()
+    with pytest.raises(prompts.PromptError, match="has 33 tokens, the text encoder reads 32"):
+        judge.tokenize("red " * 31)
 
 
 @pytest.mark.parametrize("size", [24, 40], ids=["native", "interpolated"])
@@ -164,8 +165,7 @@ def test_scores(judge):
 
 def test_transformations(judge):
     """grad in scan in vmap over prompts under jit is what each prompt alone gives."""
-    prompts = [PROMPT, "a photo"]
-    tokens = jax.tree.map(lambda *x: jnp.stack(x), *[judge.tokenize(prompt) for prompt in prompts])
+    tokens = jax.tree.map(lambda *x: jnp.stack(x), *[judge.tokenize(prompt) for prompt in (PROMPT, "a photo")])
     start = jnp.stack([jnp.asarray(views()), 1 - jnp.asarray(views())])
 
     def descend(referee, tokens, x):
