@@ -100,7 +100,8 @@ def _load_blip2(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any)
 # BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
 _blip = functools.partial(Family, length=64, clean=prompts.caption)
 
-# Name in the config -> what it is. BLIP's captions were trained with this beginning; the question is T2I-CompBench's.
+# Name in the config -> what it is; its losses are in config.LOSSES. BLIP's captions were trained with this beginning; the
+# question is T2I-CompBench's.
 REFEREES = {
     "clip": Family(load=_load_clip, tokenize=clip.tokenize),
     "blip_itm": _blip(load=functools.partial(_load_blip, blip.Itm), tokenize=blip.tokenize),
@@ -115,14 +116,20 @@ REFEREES = {
 
 
 def load_referee(spec: config.RefereeSpec, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Judge:
-    """Loads the referee that `spec` names (name, checkpoint, revision); WeightsError where it cannot be had."""
+    """Loads the referee that `spec` names (name, checkpoint, revision); WeightsError where it cannot be had.
+
+    Raises ValueError for a loss that it does not have, before any weight is read where the name alone tells.
+    """
+    _check_losses(spec, config.LOSSES[spec.name])
     path = config.checkpoint_path(spec.checkpoint)
     tokenizer = load.load_tokenizer(path, revision=spec.revision or None)
     referee = REFEREES[spec.name].load(spec, path, tokenizer, dtype)
-    if unknown := set(spec.losses) - set(referee.losses):
-        raise ValueError(
-            f"referee {spec.name}: no loss {', '.join(sorted(unknown))}; there are {', '.join(referee.losses)}"
-        )
+    _check_losses(spec, referee.losses)
     if spec.image_size not in (0, referee.image_size):
         raise ValueError(f"referee {spec.name}: image_size = {spec.image_size}, but it reads {referee.image_size}")
     return Judge(spec, referee, tokenizer)
+
+
+def _check_losses(spec: config.RefereeSpec, known: tuple[str, ...]) -> None:
+    if unknown := set(spec.losses) - set(known):
+        raise ValueError(f"referee {spec.name}: no loss {', '.join(sorted(unknown))}; there are {', '.join(known)}")
