@@ -25,8 +25,18 @@ from referee_jax import augment, optim, views
 
 ASSETS = pathlib.Path(__file__).parent / "shapes" / "assets"
 EMBEDDED = "shapes/"  # checkpoints whose names begin so are part of the package
-LOSSES = ("cosine", "contrastive", "sigmoid", "itm", "itc", "itg", "caption", "vqa")  # which of them, the referee knows
-CONTRASTIVE = ("clip", "siglip", "pickscore")  # referees that read negatives
+# The referees that there are, and the losses of each. Those with the contrastive one read negatives; BLIP-2 has itg only
+# where its weights have a language head, which is seen when they are loaded.
+LOSSES = {
+    "clip": ("cosine", "contrastive"),
+    "siglip": ("cosine", "sigmoid", "contrastive"),
+    "pickscore": ("cosine", "contrastive"),
+    "hps": ("cosine",),
+    "blip_itm": ("itm", "itc"),
+    "blip_caption": ("caption",),
+    "blip_vqa": ("vqa",),
+    "blip2": ("itm", "itc", "itg"),
+}
 
 # What decides which images are made, how they are stored or how fast, but not what any one of them looks like.
 _NOT_OF_THE_IMAGE = ("prompts", "samples", "workdir", "batch_size", "chunk", "outputs.trajectory")
@@ -88,9 +98,7 @@ class Referee:
 class RefereeSpec:
     """One vision-language model: one that is optimised against, or one that only scores."""
 
-    name: str = _field(
-        "clip", allowed=("clip", "siglip", "pickscore", "hps", "blip_itm", "blip_caption", "blip_vqa", "blip2")
-    )
+    name: str = _field("clip", allowed=tuple(LOSSES))
     checkpoint: str = "openai/clip-vit-large-patch14"
     revision: str = ""
     losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"cosine": 1.0})  # loss: weight
@@ -331,16 +339,16 @@ def _check_views(settings: Views) -> None:
 def _check_referees(settings: Settings) -> None:
     for n, spec in enumerate(settings.referees):
         key = f"referees[{n}]"
-        unknown = sorted(spec.losses.keys() - set(LOSSES))
-        if unknown:
-            raise _wrong(f"{key}.losses", spec.losses, f"a dictionary of weights of {', '.join(LOSSES)}")
+        if spec.losses.keys() - set(LOSSES[spec.name]):
+            known = ", ".join(LOSSES[spec.name])
+            raise _wrong(f"{key}.losses", spec.losses, f"a dictionary of weights of {spec.name}'s losses: {known}")
         if min(spec.losses.values(), default=0) < 0 or not any(spec.losses.values()):
             raise _wrong(f"{key}.losses", spec.losses, "weights of at least 0, one of them more")
         if "contrastive" in spec.losses and not (spec.negatives or spec.near):
             raise _wrong(
                 f"{key}.negatives", spec.negatives, f"some texts, or {key}.near some number, for the contrastive loss"
             )
-        if (spec.negatives or spec.near) and spec.name not in CONTRASTIVE:
+        if (spec.negatives or spec.near) and "contrastive" not in LOSSES[spec.name]:
             raise _wrong(f"{key}.negatives", spec.negatives, f"empty, and {key}.near 0: {spec.name} reads none")
         if spec.template and spec.template.count("{}") != 1:
             raise _wrong(f"{key}.template", spec.template, "empty, or a text with one {} where the prompt is put")

@@ -123,12 +123,13 @@ class Inverter:
 
     def check(self, prompt: str) -> str | None:
         """Why this prompt cannot be done, or None."""
-        prior = self.settings.sds.prompt.replace("{}", prompt)
-        texts = [(self.tokenizer, prior, self.tokenizer.model_max_length, "the prior")]
+        prior = prompts.token_count(self.tokenizer, self.settings.sds.prompt.replace("{}", prompt))
+        counts = [(prior, self.tokenizer.model_max_length, "the prior")]
         for judge in (*self.judges, *self.held_out):
-            texts.append((judge.tokenizer, judge.text(prompt), judge.length, judge.spec.name))
-        for tokenizer, text, limit, who in texts:
-            count = prompts.token_count(tokenizer, text)
+            if not judge.clean(prompt):
+                return f"nothing in it that {judge.spec.name} reads"
+            counts.append((judge.count(prompt), judge.length, judge.spec.name))
+        for count, limit, who in counts:
             if count > limit:
                 return f"{count} tokens, {who} reads {limit}"
         return None

@@ -102,25 +102,36 @@ def token_count(tokenizer: Any, text: str) -> int:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int | None = None) -> np.ndarray:
-    """Token ids, int32 `[text, length]`, padded as the tokenizer pads; `length` is by default the tokenizer's limit.
+    """Token ids, int32 `[text, length]`, padded with the tokenizer's token; `length` is by default the tokenizer's limit.
 
     Nothing is cut: a text of more tokens raises PromptError.
     """
     length = tokenizer.model_max_length if length is None else length
     if not texts:
         return np.zeros((0, length), np.int32)
-    rows = tokenizer(list(texts), padding="max_length", max_length=length, truncation=False, verbose=False)["input_ids"]
+    # Positions are counted from the first token, wherever a tokenizer made for generating text would pad.
+    how = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": False}
+    rows = tokenizer(list(texts), verbose=False, **how)["input_ids"]
     for text, row in zip(texts, rows, strict=True):
         if len(row) > length:
             raise PromptError(f"the prompt {text[:60]!r} has {len(row)} tokens, the text encoder reads {length}")
     return np.array(rows, np.int32)
 
 
-def caption(text: str, words: int = 50) -> str:
-    """The text as BLIP's were in training (`blip_caption` of LAVIS): lower case, some marks blanked, so many words."""
-    text = re.sub(r"""[.!"()*#:;~]""", " ", text.lower())
-    text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
-    return " ".join(text.split(" ")[:words])
+_MARKS = re.compile(r"""[.!"()*#:;~]""")
+
+
+def caption(text: str) -> str:
+    """The text as BLIP's were in training (`blip_caption` of LAVIS): lower case, some marks blanked.
+
+    What LAVIS also does, cutting after 50 words, is left out: a text is read whole or refused.
+    """
+    return re.sub(r"\s{2,}", " ", _MARKS.sub(" ", text.lower())).strip()
+
+
+def question(text: str) -> str:
+    """The same for questions (`blip_question` of LAVIS), where the marks are deleted."""
+    return _MARKS.sub("", text.lower()).strip()
 
 
 def near(prompt: str, exchange: Sequence[Sequence[str]]) -> list[str]:

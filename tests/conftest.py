@@ -42,6 +42,12 @@ def cosine(a, b) -> float:
     return float(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
+def gradient_memory(fn, x) -> int:
+    """Bytes that the compiled gradient of `fn(x).sum()` needs besides its inputs and outputs."""
+    program = jax.jit(jax.grad(lambda x: fn(x).sum())).lower(x).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
 VIEW_SIZE = 40
 
 

@@ -135,6 +135,11 @@ def test_config_dict_is_locked_and_typed():
             "referees[0].losses = {'l2': 1.0} is not possible: it must be a dict",
         ),
         (
+            {"referees": [{}, {"name": "blip2", "losses": {"cosine": 1.0}}]},
+            "referees[1].losses = {'cosine': 1.0} is not possible: it must be a dictionary of weights of blip2's losses: "
+            "itm, itc, itg",
+        ),
+        (
             {"referees": [{"losses": {"cosine": 0.0}}]},
             "referees[0].losses = {'cosine': 0.0} is not possible: it must be w",
         ),

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import config, inversion, parallel, queue
+from referee_jax import config, inversion, parallel, prompts, queue, referees
 from referee_jax import inverter as inverter_lib
 from tests.conftest import relative_l2
+from tests.oracles import networks
 
 PROMPTS = [
     "a red circle and a blue square",
@@ -225,3 +226,15 @@ def test_check(inverter):
     assert re.fullmatch(r"\d+ tokens, the prior reads 77", inverter.check("red circle " * 60))
     with pytest.raises(ValueError, match="the prior reads 77"):
         inverter(["red circle " * 60])
+
+
+def test_a_prompt_is_counted_as_each_referee_reads_it(inverter, tmp_path, monkeypatch):
+    networks.save_blip2(tmp_path, lm_head=False)
+    judge = referees.load_referee(config.RefereeSpec(name="blip2", checkpoint=str(tmp_path), losses={"itm": 1.0}))
+    monkeypatch.setattr(inverter, "held_out", [judge])
+    quoted = '"red" ' * 11
+    assert prompts.token_count(judge.tokenizer, quoted) == 35  # but marks are not read
+    assert judge.count(quoted) == 13 and inverter.check(quoted) is None
+    assert inverter.check("red " * 30) is None
+    assert inverter.check("red " * 31) == "33 tokens, blip2 reads 32"
+    assert inverter.check("(...)") == "nothing in it that blip2 reads"

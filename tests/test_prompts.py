@@ -1,5 +1,7 @@
 """Prompt files with all that people put into them, and tokens."""
 
+import copy
+
 import numpy as np
 import pytest
 import transformers
@@ -86,6 +88,9 @@ def test_tokens(tokenizer):
     assert (ids[0, 0], ids[0, 4], ids[0, -1]) == (tokens.START, tokens.END, tokens.END)
     assert prompts.tokenize(tokenizer, texts[:1], 7).shape == (1, 7)
     assert prompts.tokenize(tokenizer, [], 7).shape == (0, 7)
+    left = copy.deepcopy(tokenizer)
+    left.padding_side = "left"
+    np.testing.assert_array_equal(prompts.tokenize(left, texts), ids)
     assert prompts.token_count(tokenizer, "a red circle") == 5
 
 
@@ -108,8 +113,21 @@ def test_nothing_is_cut(tokenizer):
         ("a\t\tb\nc", "a b\nc"),
         ("?!", "?"),
         ("...", ""),
-        (" ".join(f"w{n}" for n in range(60)), " ".join(f"w{n}" for n in range(50))),
+        ("word " * 60, ("word " * 60).strip()),
     ],
 )
 def test_caption(text, caption):
     assert prompts.caption(text) == caption
+
+
+@pytest.mark.parametrize(
+    "text, question",
+    [
+        ("A red circle.", "a red circle"),
+        ("  A dog-house: #1; (It's ~5*3)!", "a dog-house 1 it's 53"),
+        ("?!", "?"),
+        ("...", ""),
+    ],
+)
+def test_question(text, question):
+    assert prompts.question(text) == question

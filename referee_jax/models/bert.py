@@ -119,14 +119,14 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """A stack of equal blocks."""
+    """A stack of equal blocks, of which only the inputs are kept for the gradient."""
 
     def __init__(self, config: Config, *, cross_width: int, rngs: nnx.Rngs):
         build = lambda rngs: Layer(config, cross_width=cross_width, rngs=rngs)  # noqa: E731
         self.layer = layers.stack(build, config.num_hidden_layers, rngs)
 
     def __call__(self, x: Array, *args) -> Array:
-        return layers.scan_layers(self.layer, x, *args)
+        return layers.scan_layers(self.layer, x, *args, remat=True)
 
 
 class Pooler(nnx.Module):

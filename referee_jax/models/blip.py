@@ -1,9 +1,9 @@
 """BLIP (Li et al. 2022, arXiv 2201.12086): an image, and a BERT that cross-attends to it, as transformers lays it out.
 
 Three networks over the same vision tower: does a text match the image (`ImageTextRetrieval`), how likely is it as a
-caption (`ConditionalGeneration`), how likely is an answer to a question (`QuestionAnswering`). Two deviations from
-transformers, both as the authors have it: what is padding in a question is hidden from the decoder too (transformers 5
-drops that mask), and answers are ranked by their likelihood without label smoothing.
+caption (`ConditionalGeneration`), what does the answer to a question begin with (`QuestionAnswering`). One deviation from
+transformers, as the authors have it: what is padding in a question is hidden from the decoder too (transformers 5 drops
+that mask).
 """
 
 import dataclasses
@@ -23,7 +23,6 @@ class TextConfig(bert.Config):
     vocab_size: int = 30524
     num_attention_heads: int = 8
     bos_token_id: int = 30522  # [DEC], which begins what the decoder reads; [ENC] is the next
-    label_smoothing: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,15 +98,17 @@ class VisionLayer(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    """A stack of equal blocks; `bias` is that of their queries, keys and values, `remat` that of `layers.scan_layers`."""
+    """A stack of equal blocks; `bias` is that of their queries, keys and values.
 
-    def __init__(self, config: VisionConfig, *, bias: bool = True, remat: bool = False, rngs: nnx.Rngs):
+    Only the blocks' inputs are kept for the gradient: the inner states of ten views would be gigabytes for every prompt.
+    """
+
+    def __init__(self, config: VisionConfig, *, bias: bool = True, rngs: nnx.Rngs):
         build = lambda rngs: VisionLayer(config, bias=bias, rngs=rngs)  # noqa: E731
         self.layers = layers.stack(build, config.num_hidden_layers, rngs)
-        self.remat = remat
 
     def __call__(self, x: Array) -> Array:
-        return layers.scan_layers(self.layers, x, remat=self.remat)
+        return layers.scan_layers(self.layers, x, remat=True)
 
 
 class VisionModel(nnx.Module):
@@ -168,13 +169,15 @@ class ConditionalGeneration(nnx.Module):
         )
         self.config = config
 
-    def token_losses(self, states: Array, input_ids: Array, mask: Array | None = None) -> Array:
-        """Cross-entropy, smoothed as the config says, of each token after the first: float32 `[B, T - 1]`.
+    def token_losses(
+        self, states: Array, input_ids: Array, mask: Array | None = None, *, smoothing: float = 0.0
+    ) -> Array:
+        """Cross-entropy of each token after the first, see `bert.token_losses`: float32 `[B, T - 1]`.
 
         `states [B, S, D]` are the vision tower's; the first of `input_ids [B, T]` should be [DEC].
         """
         logits = self.text_decoder(input_ids, mask, states=states)
-        return bert.token_losses(logits, input_ids, smoothing=self.config.text_config.label_smoothing)
+        return bert.token_losses(logits, input_ids, smoothing=smoothing)
 
 
 class QuestionAnswering(nnx.Module):
@@ -194,19 +197,11 @@ class QuestionAnswering(nnx.Module):
         self.text_decoder = bert.LMHeadModel(text, cross_width=text.hidden_size, rngs=rngs)
         self.config = config
 
-    def answer_log_probs(
-        self, states: Array, question: Array, question_mask: Array, answers: Array, answers_mask: Array
-    ) -> Array:
-        """Log-likelihood of each answer to one question, summed over its tokens: float32 `[B, A]`.
+    def answer_logits(self, states: Array, question: Array, mask: Array) -> Array:
+        """Logits of an answer's first token, float32 `[B, V]`, which the decoder gives when it has read [DEC] alone.
 
-        `states [B, S, D]` are the vision tower's, of B images; `question, question_mask [T]`; `answers, answers_mask
-        [A, U]`, which begin with [DEC] and end with [SEP].
+        `states [B, S, D]` are the vision tower's; `int32[B, T], bool[B, T]` the questions.
         """
-        images, count = len(states), len(answers)
-        question, question_mask = (jnp.broadcast_to(x, (images, len(x))) for x in (question, question_mask))
-        read = self.text_encoder(question, question_mask, states=states)
-        read, question_mask = (jnp.repeat(x, count, axis=0) for x in (read, question_mask))
-        answers, answers_mask = (jnp.tile(x, (images, 1)) for x in (answers, answers_mask))
-        logits = self.text_decoder(answers, answers_mask, states=read, states_mask=question_mask)
-        losses = bert.token_losses(logits, answers)
-        return -losses.sum(-1, where=answers_mask[:, 1:]).reshape(images, count)
+        read = self.text_encoder(question, mask, states=states)
+        start = jnp.full((len(states), 1), self.config.text_config.bos_token_id)
+        return self.text_decoder(start, states=read, states_mask=mask)[:, 0]

@@ -86,9 +86,8 @@ class VisionModel(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         last = config.layer_norm_eps if config.post_layernorm_eps is None else config.post_layernorm_eps
         self.embeddings = blip.VisionEmbeddings(config, rngs=rngs)
-        # EVA's keys have no bias; transformers writes zeros in its place. 39 layers' inner states of ten views would be
-        # gigabytes for every prompt.
-        self.encoder = blip.VisionEncoder(config, bias=config.qkv_bias, remat=True, rngs=rngs)
+        # EVA's keys have no bias; transformers writes zeros in its place.
+        self.encoder = blip.VisionEncoder(config, bias=config.qkv_bias, rngs=rngs)
         self.post_layernorm = layers.LayerNorm(config.hidden_size, epsilon=last, rngs=rngs)
         self.config = config
 

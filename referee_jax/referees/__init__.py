@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from referee_jax import config
+from referee_jax import config, prompts
 from referee_jax.referees import base, blip, blip2, clip
 from referee_jax.weights import configs, load
 
@@ -27,6 +27,10 @@ class Judge:
         """Text with one {} where the prompt is put."""
         return self.spec.template or REFEREES[self.spec.name].template
 
+    def clean(self, prompt: str) -> str:
+        """The prompt as the referee's texts were in training."""
+        return REFEREES[self.spec.name].clean(prompt)
+
     @property
     def length(self) -> int:
         """Tokens of text that it reads, both ends included."""
@@ -35,8 +39,11 @@ class Judge:
 
     def text(self, prompt: str) -> str:
         """What the referee reads for a prompt."""
-        text = self.template.replace("{}", prompt)
-        return text.lower() if REFEREES[self.spec.name].lower_case else text
+        return self.template.replace("{}", self.clean(prompt))
+
+    def count(self, prompt: str) -> int:
+        """Tokens of that text, both ends included; no more than `length` can be read."""
+        return prompts.token_count(self.tokenizer, self.text(prompt))
 
     def tokenize(self, prompt: str) -> dict[str, np.ndarray]:
         """What `referee.encode` reads: arrays of one shape for all prompts."""
@@ -50,17 +57,17 @@ class Family:
     Attributes:
         load: `(spec, path or hub id, tokenizer, dtype) -> referee`.
         tokenize: the host's half of it, from its own file.
+        clean: what is done to the prompt before it is put into the template.
         template: text with one {} where the prompt is put, unless the settings have another.
         length: tokens of text that it reads; None: as many as the tokenizer says.
-        lower_case: that is all it was trained on, and its tokenizer cannot be relied on for it.
         published: hub ids of its checkpoints.
     """
 
     load: Callable[[config.RefereeSpec, str, Any, Any], base.Referee]
     tokenize: base.Tokenize
+    clean: Callable[[str], str] = str
     template: str = "{}"
     length: int | None = None
-    lower_case: bool = False
     published: tuple[str, ...] = ()
 
 
@@ -79,18 +86,19 @@ def _load_clip(
 def _load_blip(
     kind: type[blip.BlipReferee], spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any
 ) -> base.Referee:
+    own = {"answers": blip.answer_tokens(tokenizer)} if kind is blip.Vqa else {}
     network = load.load(spec.name, path, revision=spec.revision or None, dtype=dtype)
     first = None
     if spec.first_token == "[ENC]":
         # The authors' tokenizer adds [DEC], then [ENC]; the published directories have BERT's, without either.
         first = tokenizer.get_vocab().get("[ENC]", network.config.text_config.bos_token_id + 1)
     preprocessing = _preprocessing(spec, path)
-    return blip.from_checkpoint(kind, network, preprocessing, image_size=spec.image_size, first_token=first)
+    return blip.from_checkpoint(kind, network, preprocessing, image_size=spec.image_size, first_token=first, **own)
 
 
 def _load_blip2(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
     network = load.load_blip2(path, revision=spec.revision or None, dtype=dtype)
-    return blip2.from_checkpoint(network, _preprocessing(spec, path))
+    return blip2.from_checkpoint(network, _preprocessing(spec, path), image_size=spec.image_size)
 
 
 def _clip(kind: str, reading: clip.Reading, **other: Any) -> Family:
@@ -98,9 +106,10 @@ def _clip(kind: str, reading: clip.Reading, **other: Any) -> Family:
 
 
 # BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
-_blip = functools.partial(Family, length=64)
+_blip = functools.partial(Family, length=64, clean=prompts.caption)
 
-# Name in the config -> what it is. BLIP's captions were trained with this beginning; the question is T2I-CompBench's.
+# Name in the config -> what it is; its losses are in config.LOSSES. BLIP's captions were trained with this beginning; the
+# question is T2I-CompBench's.
 REFEREES = {
     "clip": _clip(
         "clip",
@@ -118,7 +127,7 @@ REFEREES = {
         "siglip",
         clip.SIGLIP,
         length=64,
-        lower_case=True,
+        clean=str.lower,
         published=(
             "google/siglip-base-patch16-224",
             "google/siglip2-base-patch16-224",
@@ -145,13 +154,15 @@ REFEREES = {
     ),
     "blip_vqa": _blip(
         load=functools.partial(_load_blip, blip.Vqa),
-        tokenize=blip.tokenize_question,
+        tokenize=blip.tokenize,
+        clean=prompts.question,
         template="{}?",
-        published=("Salesforce/blip-vqa-base",),
+        published=("Salesforce/blip-vqa-base", "Salesforce/blip-vqa-capfilt-large"),
     ),
     "blip2": Family(
         load=_load_blip2,
         tokenize=blip2.tokenize,
+        clean=prompts.caption,
         length=blip2.TOKENS,
         published=("Salesforce/blip2-itm-vit-g", "Salesforce/blip2-itm-vit-g-coco"),
     ),
@@ -159,14 +170,20 @@ REFEREES = {
 
 
 def load_referee(spec: config.RefereeSpec, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Judge:
-    """Loads the referee that `spec` names (name, checkpoint, revision); WeightsError where it cannot be had."""
+    """Loads the referee that `spec` names (name, checkpoint, revision); WeightsError where it cannot be had.
+
+    Raises ValueError for a loss that it does not have, before any weight is read where the name alone tells.
+    """
+    _check_losses(spec, config.LOSSES[spec.name])
     path = config.checkpoint_path(spec.checkpoint)
     tokenizer = load.load_tokenizer(path, revision=spec.revision or None)
     referee = REFEREES[spec.name].load(spec, path, tokenizer, dtype)
-    if unknown := set(spec.losses) - set(referee.losses):
-        raise ValueError(
-            f"referee {spec.name}: no loss {', '.join(sorted(unknown))}; there are {', '.join(referee.losses)}"
-        )
+    _check_losses(spec, referee.losses)
     if spec.image_size not in (0, referee.image_size):
         raise ValueError(f"referee {spec.name}: image_size = {spec.image_size}, but it reads {referee.image_size}")
     return Judge(spec, referee, tokenizer)
+
+
+def _check_losses(spec: config.RefereeSpec, known: tuple[str, ...]) -> None:
+    if unknown := set(spec.losses) - set(known):
+        raise ValueError(f"referee {spec.name}: no loss {', '.join(sorted(unknown))}; there are {', '.join(known)}")

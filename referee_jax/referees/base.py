@@ -37,7 +37,8 @@ class Referee(Protocol):
 class Tokenize(Protocol):
     """The host's half of a referee: a prompt to arrays of one shape for every prompt.
 
-    `judge` is a referees.Judge: its `tokenizer`, `length` and `spec`, and `text`, which puts a prompt into the template.
+    `judge` is a referees.Judge: its `tokenizer`, `length` and `spec`, and `text`, which puts the cleaned prompt into the
+    template. Nothing is cut: a text of more than `length` tokens is a PromptError.
     """
 
     def __call__(self, judge: Any, prompt: str) -> dict[str, np.ndarray]: ...

@@ -17,6 +17,8 @@ from referee_jax.models import blip
 from referee_jax.referees import base
 
 ANSWERS = ("yes", "no")
+# Share of every target that is spread over the vocabulary, as captions were trained (models/med.py of salesforce/BLIP).
+SMOOTHING = 0.1
 
 
 class BlipReferee(struct.PyTreeNode):
@@ -42,9 +44,11 @@ class BlipReferee(struct.PyTreeNode):
     def _generated(self, input_ids: Array) -> Array:
         return jnp.asarray(input_ids).at[..., 0].set(self.network.config.text_config.bos_token_id)
 
+    def _fitted(self, image: Array) -> Array:
+        return base.resized(image, self.image_size)[None]
+
     def _losses_of_image(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
-        losses = self.views_losses(base.resized(image, self.image_size)[None], text)
-        return {name: loss[0] for name, loss in losses.items()}
+        return {name: loss[0] for name, loss in self.views_losses(self._fitted(image), text).items()}
 
 
 class Itm(BlipReferee):
@@ -72,7 +76,7 @@ class Itm(BlipReferee):
 
 
 class Caption(BlipReferee):
-    """Loss `caption` = mean cross-entropy of the prompt's tokens, as the checkpoint was trained (with its smoothing)."""
+    """Loss `caption` = mean cross-entropy of the prompt's tokens, smoothed as in training (`SMOOTHING`)."""
 
     losses = ("caption",)
 
@@ -82,31 +86,40 @@ class Caption(BlipReferee):
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
         """See base.Referee."""
+        return {"caption": self._loss(views, text, SMOOTHING)}
+
+    def _loss(self, views: Array, text: dict[str, Array], smoothing: float) -> Array:
         ids, mask = (_repeated(text[name], len(views)) for name in ("input_ids", "mask"))
-        losses = self.network.token_losses(self._states(views), ids, mask)
-        return {"caption": losses.mean(-1, where=text["scored"][1:])}
+        losses = self.network.token_losses(self._states(views), ids, mask, smoothing=smoothing)
+        return losses.mean(-1, where=text["scored"][1:])
 
     def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
-        """`caption_log_likelihood`, the mean per token."""
-        return {"caption_log_likelihood": -self._losses_of_image(image, text)["caption"]}
+        """`caption_log_likelihood`, the mean per token; not smoothed."""
+        return {"caption_log_likelihood": -self._loss(self._fitted(image), text, 0.0)[0]}
 
 
 class Vqa(BlipReferee):
-    """Loss `vqa` = -log p("yes"), of the two answers "yes" and "no" to a question made of the prompt."""
+    """Loss `vqa` = -log p("yes"), of the two answers "yes" and "no" to a question made of the prompt.
+
+    As T2I-CompBench measures it ("disentangled BLIP-VQA", arXiv 2307.06350): by the first token of the answer.
+
+    Attributes:
+        answers: ids of "yes" and of "no".
+    """
+
+    answers: tuple[int, int] = struct.field(pytree_node=False)
 
     losses = ("vqa",)
 
     def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
-        """The question's `input_ids, mask [T]`; `answers, answers_mask [2, U]`."""
-        ids, answers = self._reading(tokens["input_ids"]), self._generated(tokens["answers"])
-        return tokens | {"input_ids": ids, "answers": answers}
+        """The question's `input_ids, mask [T]`."""
+        return tokens | {"input_ids": self._reading(tokens["input_ids"])}
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
         """See base.Referee."""
-        log_probs = self.network.answer_log_probs(
-            self._states(views), text["input_ids"], text["mask"], text["answers"], text["answers_mask"]
-        )
-        return {"vqa": -jax.nn.log_softmax(log_probs)[:, 0]}
+        ids, mask = (_repeated(text[name], len(views)) for name in ("input_ids", "mask"))
+        logits = self.network.answer_logits(self._states(views), ids, mask)[:, jnp.asarray(self.answers)]
+        return {"vqa": -jax.nn.log_softmax(logits)[:, 0]}
 
     def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`vqa_probability` of "yes"."""
@@ -124,15 +137,30 @@ def from_checkpoint(
     *,
     image_size: int = 0,
     first_token: int | None = None,
+    **own: Any,
 ) -> BlipReferee:
-    """The referee of a loaded network and its preprocessor_config.json; `image_size` 0 is the checkpoint's."""
+    """The referee of a loaded network and its preprocessor_config.json; `image_size` 0 is the checkpoint's.
+
+    `own` are attributes that only this kind has.
+    """
     return kind(
         network=network,
         image_size=image_size or network.config.vision_config.image_size,
         mean=tuple(preprocessing["image_mean"]),
         std=tuple(preprocessing["image_std"]),
         first_token=first_token,
+        **own,
     )
+
+
+def answer_tokens(tokenizer: Any) -> tuple[int, int]:
+    """Ids of "yes" and "no"; ValueError where the tokenizer does not have each as one token."""
+    rows = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in ANSWERS]
+    for answer, row in zip(ANSWERS, rows, strict=True):
+        if len(row) != 1 or row[0] == tokenizer.unk_token_id:
+            tokens = " ".join(tokenizer.convert_ids_to_tokens(row))
+            raise ValueError(f"{tokenizer.name_or_path}: the answer {answer!r} is {tokens!r}, not one token of its own")
+    return rows[0][0], rows[1][0]
 
 
 def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
@@ -146,10 +174,3 @@ def tokenize_caption(judge: Any, prompt: str) -> dict[str, np.ndarray]:
     tokens = tokenize(judge, prompt)
     given = prompts.token_count(judge.tokenizer, judge.template.partition("{}")[0]) - 1
     return tokens | {"scored": tokens["mask"] & (np.arange(judge.length) >= given)}
-
-
-def tokenize_question(judge: Any, prompt: str) -> dict[str, np.ndarray]:
-    """The same as `tokenize`, and `ANSWERS` as `answers, answers_mask [2, U]`."""
-    longest = max(prompts.token_count(judge.tokenizer, answer) for answer in ANSWERS)
-    answers = prompts.tokenize(judge.tokenizer, ANSWERS, longest)
-    return tokenize(judge, prompt) | {"answers": answers, "answers_mask": answers != judge.tokenizer.pad_token_id}

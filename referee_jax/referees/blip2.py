@@ -79,18 +79,17 @@ class Blip2Referee(struct.PyTreeNode):
         return scores
 
 
-def from_checkpoint(network: blip2.BLIP2, preprocessing: dict[str, Any]) -> Blip2Referee:
-    """The referee of a loaded network and its preprocessor_config.json."""
+def from_checkpoint(network: blip2.BLIP2, preprocessing: dict[str, Any], *, image_size: int = 0) -> Blip2Referee:
+    """The referee of a loaded network and its preprocessor_config.json; `image_size` 0 is the checkpoint's."""
     return Blip2Referee(
         network=network,
         mean=tuple(preprocessing["image_mean"]),
         std=tuple(preprocessing["image_std"]),
-        image_size=network.config.vision_config.image_size,
+        image_size=image_size or network.config.vision_config.image_size,
     )
 
 
 def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
-    """The prompt as LAVIS gives it to BLIP-2, cut where that cuts it: `input_ids [T]`, `attention_mask [T]`."""
-    shape = {"padding": "max_length", "padding_side": "right", "max_length": TOKENS, "truncation": True}
-    tokens = judge.tokenizer(prompts.caption(judge.text(prompt)), **shape)
-    return {name: np.array(tokens[name], np.int32) for name in ("input_ids", "attention_mask")}
+    """The text made of the prompt: `input_ids [T]`, `attention_mask [T]`."""
+    ids = prompts.tokenize(judge.tokenizer, [judge.text(prompt)], judge.length)[0]
+    return {"input_ids": ids, "attention_mask": (ids != judge.tokenizer.pad_token_id).astype(np.int32)}

@@ -78,15 +78,16 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     # The two that CLIP has were written by early versions of the port, and read by none.
     siglip.Config: _PRETRAINED | _any("projection_dim logit_scale_init_value") | {"model_type": ("siglip",)},
     blip.TextConfig: _PRETRAINED
-    | _any("hidden_dropout_prob attention_probs_dropout_prob projection_dim encoder_hidden_size")
+    # label_smoothing is of training; older files do not have it, though theirs was 0.1.
+    | _any("hidden_dropout_prob attention_probs_dropout_prob projection_dim encoder_hidden_size label_smoothing")
     | {"model_type": ("blip_text_model",), "is_decoder": (True,), "tie_word_embeddings": (True,)},
     blip.VisionConfig: _PRETRAINED
     | {"model_type": ("blip_vision_model",), "num_channels": (3,), "projection_dim": None},
-    # Here label_smoothing is never read; the text's is.
     blip.Config: _PRETRAINED
     | _any("projection_dim logit_scale_init_value label_smoothing decoder_pad_token_id")
     | {"model_type": ("blip",), "tie_word_embeddings": (True,)},
-    blip2.VisionConfig: _PRETRAINED | {"model_type": ("blip_2_vision_model",), "num_channels": (3,)},
+    blip2.VisionConfig: _PRETRAINED
+    | {"model_type": ("blip_2_vision_model",), "num_channels": (3,), "projection_dim": None},
     blip2.QFormerConfig: _PRETRAINED
     # transformers, too, takes the width of the images from vision_config.
     | _any("encoder_hidden_size hidden_dropout_prob attention_probs_dropout_prob classifier_dropout")
@@ -160,6 +161,22 @@ def clip_config(values: Mapping, *, where: str) -> clip.Config:
         if legacy is not None:
             values[key] = (values.get(key) or {}) | dataclasses.asdict(cls()) | legacy
     return config_from_json(clip.Config, values, where=where)
+
+
+def blip_config(values: Mapping, *, where: str) -> blip.Config:
+    """config.json of a BLIP; WeightsError where it gives BERT-base another number of heads than BERT-base has.
+
+    No shape of a weight depends on that number, so that a wrong one would load and judge by noise.
+    """
+    config = config_from_json(blip.Config, values, where=where)
+    text = config.text_config
+    if text.hidden_size == 768 and text.num_attention_heads != 12:
+        raise WeightsError(
+            f"{where}: text_config: num_attention_heads={text.num_attention_heads} (8 if absent) is not what weights of "
+            "hidden_size=768 were trained with, which is 12; transformers once wrote 8 by mistake "
+            '(huggingface/transformers#22625): write "num_attention_heads": 12 into text_config'
+        )
+    return config
 
 
 def reader(cls: type) -> Callable:

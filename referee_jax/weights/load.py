@@ -53,7 +53,7 @@ class Kind:
 def _blip(network: Callable[..., nnx.Module]) -> Kind:
     predictions, words = "text_decoder.cls.predictions", "text_decoder.bert.embeddings.word_embeddings.weight"
     return Kind(
-        config=configs.reader(blip.Config),
+        config=configs.blip_config,
         network=network,
         stem=TRANSFORMERS,
         ignore=("*.position_ids",),

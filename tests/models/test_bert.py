@@ -11,7 +11,7 @@ from transformers.models.blip import modeling_blip_text
 
 from referee_jax.models import bert
 from referee_jax.weights import convert
-from tests.conftest import relative_l2
+from tests.conftest import gradient_memory, relative_l2
 from tests.oracles import networks
 
 SIZES = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3)
@@ -72,6 +72,16 @@ def test_states(is_causal, is_crossed):
     later = np.array(IDS)
     later[1, 3] = 20
     assert (relative_l2(call(STATES, later)[1, :3], ours[1, :3]) < 1e-6) == is_causal
+
+
+def test_the_gradient_keeps_one_state_of_each_layer():
+    def memory(depth):
+        config = bert.Config(**SIZES | {"num_hidden_layers": depth})
+        encoder = bert.Encoder(config, cross_width=24, rngs=nnx.Rngs(0))
+        return gradient_memory(lambda states: encoder(x, None, False, states, None), x)
+
+    x = jnp.zeros((64, 11, 24))
+    assert (memory(10) - memory(2)) / 8 < 1.5 * x.nbytes  # all of a layer's inner states are over 20 times as much
 
 
 def test_token_types_and_pooler():

@@ -265,6 +265,14 @@ def test_published_config(name):
     assert [x.shape for x in shapes] == [(2, 2), (2, 2), (2, 32, 256), (2, 256)]
 
 
+def test_what_older_transformers_wrote_is_harmless():
+    values = json.loads(published("Salesforce/blip2-itm-vit-g")[0].to_json_string())
+    older = {"projection_dim": 512, "num_channels": 3, "dropout": 0.0, "initializer_factor": 1.0, "is_decoder": False}
+    old = {**values, "vision_config": values["vision_config"] | older}
+    read = load.KINDS["blip2"].config
+    assert read(old, where="config.json") == read(values, where="config.json")
+
+
 @pytest.mark.slow
 def test_full_size_matches_transformers():
     """ViT-g and Q-Former at their published size: 1.2 billion parameters on either side."""

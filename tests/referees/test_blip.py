@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from referee_jax import config, prompts, referees
 from tests.conftest import relative_l2
@@ -39,12 +40,24 @@ def views(size=32, count=3):
     return np.random.default_rng(0).uniform(size=(count, size, size, 3)).astype(np.float32)
 
 
+def normalised(x):
+    mean, std = torch.tensor(networks.CLIP_MEAN), torch.tensor(networks.CLIP_STD)
+    return ((x - mean) / std).permute(0, 3, 1, 2)
+
+
+def caption_loss(network, ids, pixels, **how):
+    """Mean cross-entropy `[V]` of the tokens after "[DEC] a picture of", by torch."""
+    ids = torch.where(torch.arange(ids.shape[1]) == 0, DEC, ids)
+    states = network.vision_model(pixels, interpolate_pos_encoding=True)[0]
+    logits = network.text_decoder(ids.expand(len(pixels), -1), encoder_hidden_states=states).logits
+    return torch.stack([torch.nn.functional.cross_entropy(x[3:-1], ids[0, 4:], **how) for x in logits])
+
+
 def oracle(task, directory, judge, shown, first):
     """Losses `[V]` and d(their mean)/d(views) by torch; texts are not padded, and read one by one."""
     network = CLASSES[task].from_pretrained(directory).eval()
     x = torch.from_numpy(shown).requires_grad_()
-    mean, std = torch.tensor(networks.CLIP_MEAN), torch.tensor(networks.CLIP_STD)
-    pixels = ((x - mean) / std).permute(0, 3, 1, 2)
+    pixels = normalised(x)
     ids = torch.tensor(judge.tokenizer(TEXTS[task])["input_ids"])[None]
     reading = ids.clone()
     if first is not None:
@@ -54,29 +67,13 @@ def oracle(task, directory, judge, shown, first):
         match = network(input_ids=reading.expand(len(x), -1), **both).itm_score.log_softmax(1)[:, 1]
         losses = {"itm": -match, "itc": 1 - network(input_ids=ids, use_itm_head=False, **both).itm_score[:, 0]}
     elif task == "caption":
-        generated = ids.clone()
-        generated[:, 0] = DEC
-        labels = generated.clone()
-        labels[:, :4] = -100  # [DEC] a picture of
-        rows = [
-            network(input_ids=generated, pixel_values=p[None], labels=labels, interpolate_pos_encoding=True).loss
-            for p in pixels
-        ]
-        losses = {"caption": torch.stack(rows)}
+        losses = {"caption": caption_loss(network, ids, pixels, label_smoothing=0.1)}
     else:
-        rows = []
-        for p in pixels:
-            answers = [
-                network(
-                    input_ids=reading,
-                    pixel_values=p[None],
-                    labels=torch.tensor([[DEC, answer, 3]]),
-                    interpolate_pos_encoding=True,
-                ).loss
-                for answer in (YES, NO)
-            ]
-            rows.append(torch.stack(answers) * -2)
-        losses = {"vqa": -torch.stack(rows).log_softmax(1)[:, 0]}
+        states = network.vision_model(pixels, interpolate_pos_encoding=True)[0]
+        read = network.text_encoder(reading.expand(len(x), -1), encoder_hidden_states=states)[0]
+        start = torch.full((len(x), 1), DEC)
+        logits = network.text_decoder(start, encoder_hidden_states=read).logits[:, 0]
+        losses = {"vqa": -(logits[:, YES].exp() / (logits[:, YES].exp() + logits[:, NO].exp())).log()}
     gradients = {k: torch.autograd.grad(v.mean(), x, retain_graph=True)[0].numpy() for k, v in losses.items()}
     return {name: value.detach().numpy() for name, value in losses.items()}, gradients
 
@@ -113,7 +110,6 @@ def test_losses(directories, task, changes):
     differently = both(judge.referee, encode(judge.referee, other), jnp.asarray(shown))[0]
     for name in wanted:
         np.testing.assert_allclose(made[name], wanted[name], rtol=1e-4, atol=2e-5)
-        print(name, relative_l2(made[name], wanted[name]), relative_l2(ours[name], gradients[name]))
         assert relative_l2(ours[name], gradients[name]) < 1e-4
         # Both image and text are seen.
         assert np.ptp(wanted[name]) > 0.01
@@ -140,11 +136,34 @@ def test_tokens(directories):
     assert tokens["scored"].tolist() == [False] * 4 + [True] * (count - 4) + [False] * (LENGTH - count)
     assert judge.referee.encode(jax.tree.map(jnp.asarray, tokens))["input_ids"][0] == DEC
     assert load(directories, "caption", template="{}").tokenize(PROMPT)["scored"].sum() == 7 + 1
-    question = load(directories, "vqa").tokenize(PROMPT)
-    assert question["answers"].tolist() == [[2, YES, 3], [2, NO, 3]] and question["answers_mask"].all()
+    judge = load(directories, "vqa")
+    question = judge.tokenize(PROMPT)
+    assert judge.referee.answers == (YES, NO)
     assert question["input_ids"][8] == networks.BLIP_WORDS.index("?")
     with pytest.raises(prompts.PromptError, match="has 66 tokens, the text encoder reads 64"):
         load(directories, "itm").tokenize("red " * 64)
+
+
+@pytest.mark.parametrize(("task", "text"), TEXTS.items())
+def test_texts_are_cleaned_as_in_training(directories, task, text):
+    judge = load(directories, task)
+    assert judge.text('A "red" circle, and a BLUE square.') == text.replace(" and", ", and")
+    wordy = "A (red) circle and a blue square!"
+    assert judge.text(wordy) == text
+    assert judge.count(wordy) == judge.tokenize(wordy)["mask"].sum()
+
+
+def test_answers_must_be_single_tokens(directories, tmp_path):
+    words = ["n" if word == "no" else word for word in networks.BLIP_WORDS] + ["##o"]
+    (tmp_path / "config.json").write_text((directories["vqa"] / "config.json").read_text())
+    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path)
+    # There are no weights here: it is said before they are looked for.
+    with pytest.raises(ValueError, match=f"{tmp_path}: the answer 'no' is 'n ##o', not one token of its own"):
+        load({"vqa": tmp_path}, "vqa")
+    words.remove("n")
+    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the answer 'no' is '\[UNK\]', not one token"):
+        load({"vqa": tmp_path}, "vqa")
 
 
 def test_tokenizer_with_its_own_enc_token(directories, tmp_path):
@@ -157,6 +176,13 @@ def test_tokenizer_with_its_own_enc_token(directories, tmp_path):
     assert load(directories, "itm").referee.first_token == ENC
 
 
+def likelihood(directory, judge, image):
+    """The caption loss of an image without smoothing."""
+    ids = torch.tensor(judge.tokenizer(TEXTS["caption"])["input_ids"])[None]
+    pixels = normalised(torch.from_numpy(np.array(image))[None])
+    return caption_loss(CLASSES["caption"].from_pretrained(directory).eval(), ids, pixels)[0].detach()
+
+
 @pytest.mark.parametrize("task", CLASSES)
 def test_scores(directories, task):
     judge = load(directories, task)
@@ -166,12 +192,14 @@ def test_scores(directories, task):
     losses, scores = judge.referee.views_losses(image[None], text), score(judge.referee, image)
     expected = {
         "itm": lambda: {"itm_probability": np.exp(-losses["itm"][0]), "cosine": 1 - losses["itc"][0]},
-        "caption": lambda: {"caption_log_likelihood": -losses["caption"][0]},
+        "caption": lambda: {"caption_log_likelihood": -likelihood(directories[task], judge, image)},
         "vqa": lambda: {"vqa_probability": np.exp(-losses["vqa"][0])},
     }[task]()
     assert scores.keys() == expected.keys()
     for name, value in expected.items():
         assert float(scores[name]) == pytest.approx(float(value), abs=1e-5)
+    if task == "caption":  # the loss is smoothed
+        assert abs(float(scores["caption_log_likelihood"] + losses["caption"][0])) > 1e-3
     if task == "vqa":
         assert 0.01 < scores["vqa_probability"] < 0.99
     # An image of another size is brought to that of the views.
