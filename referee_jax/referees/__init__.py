@@ -83,7 +83,8 @@ def _load_blip(
 
 def _load_blip2(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
     network = load.load_blip2(path, revision=spec.revision or None, dtype=dtype)
-    return blip2.from_checkpoint(network, _preprocessing(spec, path))
+    # The word that begins a caption: LAVIS' tokenizer has it as bos_token, BERT's own has none.
+    return blip2.from_checkpoint(network, _preprocessing(spec, path), dec_token_id=tokenizer.bos_token_id)
 
 
 # BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.

@@ -13,7 +13,7 @@ from flax import struct
 from jax import Array
 
 from referee_jax import prompts
-from referee_jax.models import blip
+from referee_jax.models import blip, layers
 from referee_jax.referees import base
 
 ANSWERS = ("yes", "no")
@@ -61,7 +61,7 @@ class Itm(BlipReferee):
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
         """See base.Referee."""
         states = self._states(views)
-        ids, mask = (_repeated(text[name], len(views)) for name in ("input_ids", "mask"))
+        ids, mask = (layers.repeat(text[name][None], len(views)) for name in ("input_ids", "mask"))
         match = jax.nn.log_softmax(self.network.match(states, ids, mask))[:, 1]
         return {"itm": -match, "itc": 1 - self.network.image_features(states) @ text["feature"]}
 
@@ -82,7 +82,7 @@ class Caption(BlipReferee):
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
         """See base.Referee."""
-        ids, mask = (_repeated(text[name], len(views)) for name in ("input_ids", "mask"))
+        ids, mask = (layers.repeat(text[name][None], len(views)) for name in ("input_ids", "mask"))
         losses = self.network.token_losses(self._states(views), ids, mask)
         return {"caption": losses.mean(-1, where=text["scored"][1:])}
 
@@ -111,10 +111,6 @@ class Vqa(BlipReferee):
     def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`vqa_probability` of "yes"."""
         return {"vqa_probability": jnp.exp(-self._losses_of_image(image, text)["vqa"])}
-
-
-def _repeated(x: Array, views: int) -> Array:
-    return jnp.broadcast_to(x, (views, *x.shape))
 
 
 def from_checkpoint(

@@ -186,10 +186,13 @@ def save_blip2(path: pathlib.Path, *, lm_head: bool, seed: int = 0) -> None:
     transform = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width)})
     predictions = nn.ModuleDict({"transform": transform, "decoder": nn.Linear(width, vocab)})
     head = redraw(nn.ModuleDict({"predictions": predictions}), seed + 1)
+    for p in transform["LayerNorm"].parameters():  # or the next word would be certain
+        p.mul_(0.3)
     file = path / "model.safetensors"
     tensors = safetensors.torch.load_file(file) | {f"cls.{name}": x for name, x in head.state_dict().items()}
+    # Tied, as LAVIS has it.
+    tensors["cls.predictions.decoder.weight"] = tensors["embeddings.word_embeddings.weight"].clone()
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | {"lm_head": True}))
 
 
 def unet(seed: int = 2, cross_attention_dim: int = 32, **overrides) -> diffusers.UNet2DConditionModel:
