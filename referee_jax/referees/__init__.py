@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from referee_jax import config
-from referee_jax.referees import base, blip, blip2, clip
+from referee_jax.referees import base, blip, blip2, clip, image_reward
 from referee_jax.weights import configs, load
 
 
@@ -87,6 +87,12 @@ def _load_blip2(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any)
     return blip2.from_checkpoint(network, _preprocessing(spec, path), dec_token_id=tokenizer.bos_token_id)
 
 
+def _load_image_reward(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
+    network = load.load("image_reward", path, revision=spec.revision or None, dtype=dtype)
+    preprocessing = _preprocessing(spec, path)
+    return blip.from_checkpoint(image_reward.Reward, network, preprocessing, image_size=spec.image_size)
+
+
 # BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
 _blip = functools.partial(Family, length=64)
 
@@ -99,6 +105,7 @@ REFEREES = {
     ),
     "blip_vqa": _blip(load=functools.partial(_load_blip, blip.Vqa), tokenize=blip.tokenize_question, template="{}?"),
     "blip2": Family(load=_load_blip2, tokenize=blip2.tokenize, length=blip2.TOKENS),
+    "image_reward": Family(load=_load_image_reward, tokenize=image_reward.tokenize, length=image_reward.TOKENS),
 }
 
 

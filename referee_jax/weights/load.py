@@ -22,7 +22,7 @@ import safetensors.numpy
 from flax import nnx
 from huggingface_hub import errors as hub_errors
 
-from referee_jax.models import blip, blip2, clip, unet, vae
+from referee_jax.models import blip, blip2, clip, image_reward, unet, vae
 from referee_jax.weights import configs, convert
 from referee_jax.weights.convert import WeightsError
 
@@ -89,6 +89,13 @@ KINDS: dict[str, Kind] = {
         optional={"lm_head": "cls.predictions.*"},
         # All but the vision transformer, as transformers and LAVIS have it.
         float32=("query_tokens", "embeddings.*", "qformer.*", "*_projection.*", "itm_head.*", "cls.*"),
+    ),
+    # As weights.lavis writes it: the authors' file is a pickle, and transformers has no class for it.
+    "image_reward": Kind(
+        config=configs.reader(image_reward.Config),
+        network=image_reward.ImageReward,
+        stem=TRANSFORMERS,
+        float32=("mlp.*",),
     ),
     "unet": Kind(config=configs.reader(unet.Config), network=unet.UNet, stem=DIFFUSERS),
     "vae": Kind(config=configs.reader(vae.Config), network=vae.AutoencoderKL, stem=DIFFUSERS, renames=vae.RENAMES),
