@@ -53,11 +53,12 @@ def resized(image: Array, side: int) -> Array:
 def cropped(image: Array, side: int) -> Array:
     """`[H, W, 3]` to its middle square, after its shorter side was brought to `side`: torchvision's Resize and CenterCrop.
 
-    Bicubic as PIL's, which keeps its results within [0, 1].
+    Bicubic as PIL's: rows, then columns, each kept within [0, 1].
     """
     short = min(image.shape[:2])
-    size = [side * x // short for x in image.shape[:2]]
+    height, width = (side * x // short for x in image.shape[:2])
     if short != side:
-        image = jnp.clip(jax.image.resize(image, (*size, 3), "cubic", antialias=True), 0, 1)
-    top, left = (round((x - side) / 2) for x in size)
+        for size in ((image.shape[0], width, 3), (height, width, 3)):
+            image = jnp.clip(jax.image.resize(image, size, "cubic", antialias=True), 0, 1)
+    top, left = (round((x - side) / 2) for x in (height, width))
     return image[top : top + side, left : left + side]

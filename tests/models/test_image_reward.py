@@ -56,8 +56,8 @@ def test_matches_transformers(tmp_path):
         assert relative_l2(mine, gradient) < 1e-4
         print(relative_l2(made[n], wanted[n].detach()), relative_l2(mine, gradient))
     # Image, text and padding count.
-    assert np.abs(ours(network, x[::-1], IDS, MASK) - made).min() > 0.1
-    assert np.abs(ours(network, x, IDS[::-1], MASK[::-1]) - made).min() > 0.1
+    assert np.abs(ours(network, x[::-1], IDS, MASK) - made).max() > 0.1
+    assert np.abs(ours(network, x, IDS[::-1], MASK[::-1]) - made).max() > 0.1
     np.testing.assert_allclose(ours(network, x, np.where(MASK, IDS, 9), MASK), made, rtol=1e-5, atol=1e-5)
 
 

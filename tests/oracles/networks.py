@@ -214,7 +214,7 @@ def save_blip2(path: pathlib.Path, *, lm_head: bool, seed: int = 0) -> None:
     width, vocab = module.config.qformer_config.hidden_size, module.config.qformer_config.vocab_size
     transform = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width)})
     predictions = nn.ModuleDict({"transform": transform, "decoder": nn.Linear(width, vocab)})
-    head = redraw(nn.ModuleDict({"predictions": predictions}), seed + 1)
+    head = redraw(nn.ModuleDict({"predictions": predictions}), seed + 2)
     for p in transform["LayerNorm"].parameters():  # or the next word would be certain
         p.mul_(0.3)
     file = path / "model.safetensors"
