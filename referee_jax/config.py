@@ -36,6 +36,7 @@ LOSSES = {
     "blip_caption": ("caption",),
     "blip_vqa": ("vqa",),
     "blip2": ("itm", "itc", "itg"),
+    "image_reward": ("reward",),
 }
 
 # What decides which images are made, how they are stored or how fast, but not what any one of them looks like.

@@ -51,9 +51,11 @@ def test_directions(who):
     assert {name: names for name, names in found.items() if names} == {}
 
 
-def test_torch_only_in_training():
+def test_torch_only_in_training_and_conversion():
     found = {str(file.relative_to(ROOT)) for file in FILES if uses(file, "torch", "diffusers", "pickle")}
-    assert found == {"shapes/train.py"}
+    # The second reads, once, files that are pickles of torch; what it writes, and the program reads, are safetensors.
+    assert found == {"shapes/train.py", "weights/lavis.py"}
+    assert not any(uses(file, "referee_jax.weights.lavis") for file in FILES)
 
 
 def test_only_the_outermost_reads_flags_and_devices():

@@ -14,8 +14,6 @@ from jax import Array
 
 from referee_jax.models import layers
 
-_HIDDEN = -1e30  # added to a logit; finite, so that a row of nothing but padding has no NaN in its gradient
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -170,7 +168,10 @@ class Bert(nnx.Module):
         tokens, positions = input_ids.shape[-1], self.config.max_position_embeddings
         if tokens > positions:
             raise ValueError(f"{tokens} tokens, but this BERT has {positions} positions")
-        return self.encoder(self.embeddings(input_ids), _bias(mask), is_causal, states, _bias(states_mask))
+        bias, states_bias = (
+            None if sees is None else layers.attention_bias(sees[:, None, None]) for sees in (mask, states_mask)
+        )
+        return self.encoder(self.embeddings(input_ids), bias, is_causal, states, states_bias)
 
 
 class PredictionHeadTransform(nnx.Module):
@@ -221,17 +222,17 @@ class LMHeadModel(nnx.Module):
 
 
 def token_losses(logits: Array, input_ids: Array, *, smoothing: float = 0.0) -> Array:
-    """Cross-entropy of each token after the first: `float32[B, T, V], int32[B, T] -> float32[B, T - 1]`.
+    """`cross_entropy` of each token after the first: `[B, T, V], int32[B, T] -> float32[B, T - 1]`."""
+    return cross_entropy(logits[:, :-1], input_ids[:, 1:], smoothing=smoothing)
+
+
+def cross_entropy(logits: Array, targets: Array, *, smoothing: float = 0.0) -> Array:
+    """-log p of each target token: `[B, T, V], int32[B, T] -> float32[B, T]`.
 
     With label `smoothing` s the target is (1 - s) of the token and s of the uniform distribution (arXiv 1512.00567).
     """
-    log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
-    right = jnp.take_along_axis(log_probs, input_ids[:, 1:, None], axis=-1)[..., 0]
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    right = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
     if smoothing:
         right = (1 - smoothing) * right + smoothing * log_probs.mean(-1)
     return -right
-
-
-def _bias(mask: Array | None) -> Array | None:
-    """`bool[B, S]` to what is added to the attention's logits: `float32[B, 1, 1, S]`."""
-    return None if mask is None else jnp.where(mask, 0.0, _HIDDEN)[:, None, None, :]

@@ -52,13 +52,18 @@ class Config:
 
 
 class VisionEmbeddings(nnx.Module):
-    """Class token, patches and positions; the table of positions is resampled for images of another size."""
+    """Class token, patches and positions; the table of positions is resampled for images of another size.
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    `bias` is that of the patches.
+    """
+
+    def __init__(self, config: VisionConfig, *, bias: bool = True, rngs: nnx.Rngs):
         width, patch = config.hidden_size, config.patch_size
         tokens = (config.image_size // patch) ** 2 + 1
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (1, 1, width)))
-        self.patch_embedding = nnx.Conv(3, width, (patch, patch), (patch, patch), padding="VALID", rngs=rngs)
+        self.patch_embedding = nnx.Conv(
+            3, width, (patch, patch), (patch, patch), padding="VALID", use_bias=bias, rngs=rngs
+        )
         self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (1, tokens, width)))
 
     def __call__(self, images: Array) -> Array:

@@ -7,7 +7,8 @@ three ways (section 3.1), which differ in who sees whom:
     match      queries and text together, everybody sees everybody                                (ITM)
     caption    text sees the queries and its own past; the queries are those of `contrast`        (ITG)
 
-Only stage-1 weights can caption (`Config.lm_head`). `encode_image` computes once what the three share: each layer's keys
+Only stage-1 weights can caption (`Config.lm_head`). The smaller of them see with CLIP's ViT-L/14 without its last block, as
+LAVIS' clip_vit.py has it (`pre_layernorm`, `patch_bias`). `encode_image` computes once what the three share: each layer's keys
 and values of the image, and the pass of the queries alone with its own keys and values. `encode_text` computes what
 depends on the text alone. The vision transformer computes in the dtype of its weights, the rest in float32.
 """
@@ -36,8 +37,11 @@ class VisionConfig:
     patch_size: int = 14
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
-    post_layernorm_eps: float | None = None  # of the last norm where it differs; ours: LAVIS has 1e-5 there
     qkv_bias: bool = True
+    # The next three are ours: what LAVIS has and transformers has not.
+    post_layernorm_eps: float | None = None  # of the last norm, where it differs
+    pre_layernorm: bool = False  # CLIP's norm between positions and layers
+    patch_bias: bool = True  # CLIP's patches have none
 
     def __post_init__(self):
         layers.check_config(self)
@@ -71,7 +75,7 @@ class QFormerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """config.json of a `Blip2ForImageTextRetrieval`; `lm_head` is ours: whether the weights have `cls.predictions`."""
+    """config.json of a `Blip2ForImageTextRetrieval`; `lm_head` is ours: whether there is a `cls`."""
 
     vision_config: VisionConfig = VisionConfig()
     qformer_config: QFormerConfig = QFormerConfig(vocab_size=30523, use_qformer_text_input=True)
@@ -84,11 +88,13 @@ class VisionModel(nnx.Module):
     """Images to the states of the class token and all patches."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
-        last = config.layer_norm_eps if config.post_layernorm_eps is None else config.post_layernorm_eps
-        self.embeddings = blip.VisionEmbeddings(config, rngs=rngs)
+        width, eps = config.hidden_size, config.layer_norm_eps
+        last = eps if config.post_layernorm_eps is None else config.post_layernorm_eps
+        self.embeddings = blip.VisionEmbeddings(config, bias=config.patch_bias, rngs=rngs)
+        self.pre_layernorm = layers.LayerNorm(width, epsilon=eps, rngs=rngs) if config.pre_layernorm else None
         # EVA's keys have no bias; transformers writes zeros in its place.
         self.encoder = blip.VisionEncoder(config, bias=config.qkv_bias, rngs=rngs)
-        self.post_layernorm = layers.LayerNorm(config.hidden_size, epsilon=last, rngs=rngs)
+        self.post_layernorm = layers.LayerNorm(width, epsilon=last, rngs=rngs)
         self.config = config
 
     def __call__(self, images: Array) -> Array:
@@ -103,7 +109,10 @@ class VisionModel(nnx.Module):
             raise ValueError(
                 f"images of shape {images.shape}, but BLIP-2 takes [B, S, S, 3], S = {size} or a multiple of {patch}"
             )
-        return self.post_layernorm(self.encoder(self.embeddings(images)))
+        x = self.embeddings(images)
+        if self.pre_layernorm is not None:
+            x = self.pre_layernorm(x)
+        return self.post_layernorm(self.encoder(x))
 
 
 class Projections(nnx.Module):
@@ -226,24 +235,6 @@ class TextEmbeddings(nnx.Module):
         return self.word_embeddings(input_ids) + self.position_embeddings(jnp.arange(input_ids.shape[-1]))
 
 
-class Predictions(nnx.Module):
-    """States to logits of the next token."""
-
-    def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
-        self.transform = bert.PredictionHeadTransform(config, rngs=rngs)
-        self.decoder = nnx.Linear(config.hidden_size, config.vocab_size, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        return self.decoder(self.transform(x))
-
-
-class LMHead(nnx.Module):
-    """`cls` of stage-1 weights."""
-
-    def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
-        self.predictions = Predictions(config, rngs=rngs)
-
-
 class Image(struct.PyTreeNode):
     """What the three questions need of B images.
 
@@ -286,12 +277,12 @@ class BLIP2(nnx.Module):
         self.vision_projection = nnx.Linear(width, config.image_text_hidden_size, rngs=rngs)
         self.text_projection = nnx.Linear(width, config.image_text_hidden_size, rngs=rngs)
         self.itm_head = nnx.Linear(width, 2, rngs=rngs)
-        self.cls = LMHead(qformer, rngs=rngs) if config.lm_head else None
+        self.cls = bert.Head(qformer, rngs=rngs) if config.lm_head else None
         self.config = config
 
     @property
     def dec_token_id(self) -> int:
-        """Id of [DEC], which LAVIS adds behind BERT's own tokens."""
+        """Id of [DEC], which LAVIS adds behind BERT's own tokens, if the table of words is not padded."""
         return self.config.qformer_config.vocab_size - 1
 
     def encode_image(self, images: Array) -> Image:
@@ -306,35 +297,38 @@ class BLIP2(nnx.Module):
         queries, prefix = self.qformer(queries, queries=queries.shape[1], image=keys)
         return Image(features=layers.unit(self.vision_projection(queries)), prefix=prefix, keys=keys)
 
-    def encode_text(self, input_ids: Array, attention_mask: Array) -> Text:
+    def encode_text(self, input_ids: Array, attention_mask: Array, *, dec_token_id: int | None = None) -> Text:
         """`int32[B, T]` ids and a mask that is 1 where they are not padding; see `Text`.
+
+        `dec_token_id` is the tokenizer's id of [DEC], where it has one.
 
         Raises ValueError if there are more tokens than positions.
         """
         positions = self.config.qformer_config.max_position_embeddings
         if input_ids.shape[-1] > positions:
             raise ValueError(f"{input_ids.shape[-1]} tokens, but BLIP-2 has {positions} positions")
+        dec_token_id = self.dec_token_id if dec_token_id is None else dec_token_id
         mask = attention_mask.astype(bool)
         states = self._embed(input_ids)
-        features = self.qformer(states, bias=_bias(mask[:, None, None]))[0][:, 0]
+        features = self.qformer(states, bias=layers.attention_bias(mask[:, None, None]))[0][:, 0]
         return Text(
             features=layers.unit(self.text_projection(features)),
             states=states,
-            decoder=self._embed(input_ids.at[:, 0].set(self.dec_token_id)[:, :-1]),
+            decoder=self._embed(input_ids.at[:, 0].set(dec_token_id)[:, :-1]),
             mask=mask,
         )
 
     def contrast(self, image: Image, text: Text) -> Array:
         """Cosines of the text with the nearest query, float32[B]."""
-        return jnp.einsum("bqp,bp->bq", image.features, _repeat(text.features, len(image.features))).max(-1)
+        return jnp.einsum("bqp,bp->bq", image.features, layers.repeat(text.features, len(image.features))).max(-1)
 
     def match(self, image: Image, text: Text) -> Array:
         """Logits `[B, (no, yes)]`, the mean of all queries'."""
         queries = self._queries(len(image.features))
         batch, count = queries.shape[:2]
-        sees = jnp.pad(_repeat(text.mask, batch), ((0, 0), (count, 0)), constant_values=True)
-        both = jnp.concatenate([queries, _repeat(text.states, batch)], axis=1)
-        states, _ = self.qformer(both, queries=count, image=image.keys, bias=_bias(sees[:, None, None]))
+        sees = jnp.pad(layers.repeat(text.mask, batch), ((0, 0), (count, 0)), constant_values=True)
+        both = jnp.concatenate([queries, layers.repeat(text.states, batch)], axis=1)
+        states, _ = self.qformer(both, queries=count, image=image.keys, bias=layers.attention_bias(sees[:, None, None]))
         return self.itm_head(states[:, :count]).mean(1)
 
     def caption(self, image: Image, text: Text) -> Array:
@@ -342,22 +336,13 @@ class BLIP2(nnx.Module):
         tokens, queries = text.decoder.shape[1], image.features.shape[1]
         # Padding comes last, so that no token that counts ever sees it: causality is all the mask there is.
         sees = jnp.pad(jnp.tri(tokens, dtype=bool), ((0, 0), (queries, 0)), constant_values=True)
-        decoder = _repeat(text.decoder, len(image.features))
-        states, _ = self.qformer(decoder, prefix=image.prefix, bias=_bias(sees[None, None]))
-        return self.cls.predictions(states)
+        decoder = layers.repeat(text.decoder, len(image.features))
+        states, _ = self.qformer(decoder, prefix=image.prefix, bias=layers.attention_bias(sees[None, None]))
+        return self.cls.predictions(states, self.embeddings.word_embeddings.embedding[...])
 
     def _queries(self, batch: int) -> Array:
         """The learned queries, normed: they have no positions, and no neighbour in the norm, which is over each token."""
-        return _repeat(self.qformer.layernorm(self.query_tokens[...]), batch)
+        return layers.repeat(self.qformer.layernorm(self.query_tokens[...]), batch)
 
     def _embed(self, input_ids: Array) -> Array:
         return self.qformer.layernorm(self.embeddings(input_ids))
-
-
-def _bias(sees: Array) -> Array:
-    """For `layers.attention`: 0 where `sees`, else so little that the share is exactly 0."""
-    return jnp.where(sees, 0.0, -1e9)
-
-
-def _repeat(x: Array, batch: int) -> Array:
-    return jnp.broadcast_to(x, (batch, *x.shape[1:]))

@@ -50,6 +50,12 @@ def attention(query: Array, key: Array, value: Array, *, bias: Array | None = No
     return jax.nn.dot_product_attention(query, key, value, bias=bias, is_causal=is_causal)
 
 
+def attention_bias(sees: Array) -> Array:
+    """What `attention` adds to its logits: float32, 0 where `sees`, else so little that the share is exactly 0."""
+    # Finite, so that a row that sees nothing at all has no NaN in its gradient.
+    return jnp.where(sees, 0.0, -1e30)
+
+
 def split_heads(x: Array, heads: int) -> Array:
     """`[B, T, N * D] -> [B, T, N, D]`."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
@@ -64,6 +70,11 @@ def unit(x: Array) -> Array:
     """The vectors along the last axis in float32, each divided by its length."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def repeat(x: Array, batch: int) -> Array:
+    """`[B, ...]` or, the same for all, `[1, ...] -> [B, ...]`."""
+    return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
 
 class LayerNorm(nnx.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from referee_jax import config, prompts
-from referee_jax.referees import base, blip, blip2, clip
+from referee_jax.referees import base, blip, blip2, clip, image_reward
 from referee_jax.weights import configs, load
 
 
@@ -98,7 +98,16 @@ def _load_blip(
 
 def _load_blip2(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
     network = load.load_blip2(path, revision=spec.revision or None, dtype=dtype)
-    return blip2.from_checkpoint(network, _preprocessing(spec, path), image_size=spec.image_size)
+    # The word that begins a caption: LAVIS' tokenizer has it as bos_token, BERT's own has none.
+    return blip2.from_checkpoint(
+        network, _preprocessing(spec, path), image_size=spec.image_size, dec_token_id=tokenizer.bos_token_id
+    )
+
+
+def _load_image_reward(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
+    network = load.load("image_reward", path, revision=spec.revision or None, dtype=dtype)
+    preprocessing = _preprocessing(spec, path)
+    return blip.from_checkpoint(image_reward.Reward, network, preprocessing, image_size=spec.image_size)
 
 
 def _clip(kind: str, reading: clip.Reading, **other: Any) -> Family:
@@ -165,6 +174,12 @@ REFEREES = {
         clean=prompts.caption,
         length=blip2.TOKENS,
         published=("Salesforce/blip2-itm-vit-g", "Salesforce/blip2-itm-vit-g-coco"),
+    ),
+    "image_reward": Family(
+        load=_load_image_reward,
+        tokenize=image_reward.tokenize,
+        length=image_reward.TOKENS,
+        published=("THUDM/ImageReward",),
     ),
 }
 

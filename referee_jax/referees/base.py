@@ -7,6 +7,7 @@ for one image or one prompt's views; vmap adds prompts.
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -48,3 +49,17 @@ def resized(image: Array, side: int) -> Array:
     """`[H, W, 3]` to the size that a referee reads, smoothed where it shrinks."""
     size = (side, side, 3)
     return image if image.shape == size else jax.image.resize(image, size, "bilinear", antialias=True)
+
+
+def cropped(image: Array, side: int) -> Array:
+    """`[H, W, 3]` to its middle square, after its shorter side was brought to `side`: torchvision's Resize and CenterCrop.
+
+    Bicubic as PIL's: rows, then columns, each kept within [0, 1].
+    """
+    short = min(image.shape[:2])
+    height, width = (side * x // short for x in image.shape[:2])
+    if short != side:
+        for size in ((image.shape[0], width, 3), (height, width, 3)):
+            image = jnp.clip(jax.image.resize(image, size, "cubic", antialias=True), 0, 1)
+    top, left = (round((x - side) / 2) for x in (height, width))
+    return image[top : top + side, left : left + side]

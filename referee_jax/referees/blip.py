@@ -13,7 +13,7 @@ from flax import struct
 from jax import Array
 
 from referee_jax import prompts
-from referee_jax.models import blip
+from referee_jax.models import blip, layers
 from referee_jax.referees import base
 
 ANSWERS = ("yes", "no")
@@ -65,7 +65,7 @@ class Itm(BlipReferee):
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
         """See base.Referee."""
         states = self._states(views)
-        ids, mask = (_repeated(text[name], len(views)) for name in ("input_ids", "mask"))
+        ids, mask = (layers.repeat(text[name][None], len(views)) for name in ("input_ids", "mask"))
         match = jax.nn.log_softmax(self.network.match(states, ids, mask))[:, 1]
         return {"itm": -match, "itc": 1 - self.network.image_features(states) @ text["feature"]}
 
@@ -89,7 +89,7 @@ class Caption(BlipReferee):
         return {"caption": self._loss(views, text, SMOOTHING)}
 
     def _loss(self, views: Array, text: dict[str, Array], smoothing: float) -> Array:
-        ids, mask = (_repeated(text[name], len(views)) for name in ("input_ids", "mask"))
+        ids, mask = (layers.repeat(text[name][None], len(views)) for name in ("input_ids", "mask"))
         losses = self.network.token_losses(self._states(views), ids, mask, smoothing=smoothing)
         return losses.mean(-1, where=text["scored"][1:])
 
@@ -117,17 +117,13 @@ class Vqa(BlipReferee):
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
         """See base.Referee."""
-        ids, mask = (_repeated(text[name], len(views)) for name in ("input_ids", "mask"))
+        ids, mask = (layers.repeat(text[name][None], len(views)) for name in ("input_ids", "mask"))
         logits = self.network.answer_logits(self._states(views), ids, mask)[:, jnp.asarray(self.answers)]
         return {"vqa": -jax.nn.log_softmax(logits)[:, 0]}
 
     def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`vqa_probability` of "yes"."""
         return {"vqa_probability": jnp.exp(-self._losses_of_image(image, text)["vqa"])}
-
-
-def _repeated(x: Array, views: int) -> Array:
-    return jnp.broadcast_to(x, (views, *x.shape))
 
 
 def from_checkpoint(

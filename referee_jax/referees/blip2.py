@@ -16,7 +16,7 @@ from flax import struct
 from jax import Array
 
 from referee_jax import prompts
-from referee_jax.models import blip2
+from referee_jax.models import bert, blip2, layers
 from referee_jax.referees import base
 
 TOKENS = 32  # both ends included, as BLIP-2 was trained
@@ -28,12 +28,14 @@ class Blip2Referee(struct.PyTreeNode):
 
     Attributes:
         image_size: side of the views; another than the checkpoint's interpolates its positions.
+        dec_token_id: id of [DEC], which begins a caption.
     """
 
     network: blip2.BLIP2
     mean: tuple[float, float, float] = struct.field(pytree_node=False)
     std: tuple[float, float, float] = struct.field(pytree_node=False)
     image_size: int = struct.field(pytree_node=False)
+    dec_token_id: int = struct.field(pytree_node=False)
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -43,7 +45,8 @@ class Blip2Referee(struct.PyTreeNode):
     def encode(self, tokens: dict[str, Array]) -> dict[str, Any]:
         """`input_ids [T]` and `attention_mask [T]` to the network's `Text`, and what captions are compared with."""
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        return {"text": self.network.encode_text(ids[None], mask[None]), "targets": ids[1:], "real": mask[1:]}
+        text = self.network.encode_text(ids[None], mask[None], dec_token_id=self.dec_token_id)
+        return {"text": text, "targets": ids[1:], "real": mask[1:]}
 
     def _encode_image(self, images: Array) -> blip2.Image:
         return self.network.encode_image((images - jnp.asarray(self.mean)) / jnp.asarray(self.std))
@@ -51,9 +54,8 @@ class Blip2Referee(struct.PyTreeNode):
     def _caption_loss(self, image: blip2.Image, text: dict[str, Any], smoothing: float) -> Array:
         """Cross-entropy with smoothed targets, mean over the tokens that are not padding."""
         logits = self.network.caption(image, text["text"])
-        target = jnp.take_along_axis(logits, text["targets"][None, :, None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(logits, -1) - (1 - smoothing) * target - smoothing * logits.mean(-1)
-        return (losses * text["real"]).sum(-1) / text["real"].sum()
+        losses = bert.cross_entropy(logits, layers.repeat(text["targets"][None], len(logits)), smoothing=smoothing)
+        return losses.mean(-1, where=text["real"].astype(bool))
 
     def image_losses(self, image: blip2.Image, text: dict[str, Any]) -> dict[str, Array]:
         """`views_losses` of images that the network has encoded."""
@@ -79,13 +81,23 @@ class Blip2Referee(struct.PyTreeNode):
         return scores
 
 
-def from_checkpoint(network: blip2.BLIP2, preprocessing: dict[str, Any], *, image_size: int = 0) -> Blip2Referee:
-    """The referee of a loaded network and its preprocessor_config.json; `image_size` 0 is the checkpoint's."""
+def from_checkpoint(
+    network: blip2.BLIP2, preprocessing: dict[str, Any], *, image_size: int = 0, dec_token_id: int | None = None
+) -> Blip2Referee:
+    """The referee of a loaded network and its preprocessor_config.json; `image_size` 0 is the checkpoint's.
+
+    `dec_token_id` is the tokenizer's, if it has one. Raises ValueError if the network has no such word.
+    """
+    words = network.config.qformer_config.vocab_size
+    dec_token_id = network.dec_token_id if dec_token_id is None else dec_token_id
+    if dec_token_id >= words:
+        raise ValueError(f"the tokenizer's id of [DEC] is {dec_token_id}, but this BLIP-2 has {words} words")
     return Blip2Referee(
         network=network,
         mean=tuple(preprocessing["image_mean"]),
         std=tuple(preprocessing["image_std"]),
         image_size=image_size or network.config.vision_config.image_size,
+        dec_token_id=dec_token_id,
     )
 
 

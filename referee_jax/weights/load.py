@@ -5,11 +5,12 @@ time and cast at once, so that loading needs about the memory of the loaded netw
 """
 
 import dataclasses
+import fnmatch
 import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -21,7 +22,7 @@ import safetensors.numpy
 from flax import nnx
 from huggingface_hub import errors as hub_errors
 
-from referee_jax.models import blip, blip2, clip, siglip, unet, vae
+from referee_jax.models import blip, blip2, clip, image_reward, siglip, unet, vae
 from referee_jax.weights import configs, convert
 from referee_jax.weights.convert import WeightsError
 
@@ -39,6 +40,7 @@ class Kind:
         stem: what its files of weights are called.
         renames, ignore, float32: of `convert.fill`.
         ties: names of tensors that repeat another one, which is all that is read: copy -> original.
+        optional: parts that some checkpoints have: the config's field that says so -> a glob pattern of their tensors.
     """
 
     config: Callable
@@ -48,6 +50,7 @@ class Kind:
     ignore: Sequence[str] = ()
     float32: Sequence[str] = ()
     ties: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    optional: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _blip(network: Callable[..., nnx.Module]) -> Kind:
@@ -86,10 +89,20 @@ KINDS: dict[str, Kind] = {
         config=configs.reader(blip2.Config),
         network=blip2.BLIP2,
         stem=TRANSFORMERS,
-        # The second is a bias from before LAVIS made room for [DEC]; the one that is added is cls.predictions.decoder.bias.
+        # The second is a bias from before LAVIS made room for [DEC]; the one that is added is the decoder's.
         ignore=("*.position_ids", "cls.predictions.bias"),
+        renames=((r"^cls\.predictions\.decoder\.bias$", "cls.predictions.bias"),),
+        ties={"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight"},
+        optional={"lm_head": "cls.predictions.*"},
         # All but the vision transformer, as transformers and LAVIS have it.
         float32=("query_tokens", "embeddings.*", "qformer.*", "*_projection.*", "itm_head.*", "cls.*"),
+    ),
+    # As weights.lavis writes it: the authors' file is a pickle, and transformers has no class for it.
+    "image_reward": Kind(
+        config=configs.reader(image_reward.Config),
+        network=image_reward.ImageReward,
+        stem=TRANSFORMERS,
+        float32=("mlp.*",),
     ),
     "unet": Kind(config=configs.reader(unet.Config), network=unet.UNet, stem=DIFFUSERS),
     "vae": Kind(config=configs.reader(vae.Config), network=vae.AutoencoderKL, stem=DIFFUSERS, renames=vae.RENAMES),
@@ -122,17 +135,29 @@ def load(
     row = KINDS[kind]
     directory = resolve(path_or_id, revision, _patterns(row.stem, subfolder)) / subfolder
     config = row.config(configs.read_json(directory / "config.json"), where=str(directory / "config.json"))
-    module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
     tensors = Tensors(directory, row.stem)
-    for copy, original in row.ties.items():
-        if copy in tensors and original in tensors and not np.array_equal(tensors[copy], tensors[original]):
-            raise WeightsError(f"{directory}: {copy} differs from {original}, which it should repeat")
+    config = dataclasses.replace(config, **optional_parts(row, tensors))
+    module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
     try:
+        check_ties(row, tensors)
         return convert.fill(
             module, tensors, dtype=dtype, renames=row.renames, ignore=(*row.ignore, *row.ties), float32=row.float32
         )
     except WeightsError as error:
         raise WeightsError(f"{directory}: {error}") from error
+
+
+def optional_parts(row: Kind, names: Iterable[str]) -> dict[str, bool]:
+    """The fields of `row.optional` whose tensors are there."""
+    names = list(names)
+    return {field: True for field, pattern in row.optional.items() if fnmatch.filter(names, pattern)}
+
+
+def check_ties(row: Kind, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises WeightsError where one of `row.ties` does not repeat its original."""
+    for copy, original in row.ties.items():
+        if copy in tensors and original in tensors and not np.array_equal(tensors[copy], tensors[original]):
+            raise WeightsError(f"{copy} differs from {original}, which it should repeat")
 
 
 def load_clip(
@@ -307,7 +332,8 @@ def _shards(directory: Path, stem: str) -> dict[Path, set[str] | None]:
         found = f" (there is {', '.join(pickled)})" if pickled else ""
         raise WeightsError(
             f"{single} is missing{found}; only safetensors are read, as pickled files can run code: convert a "
-            "checkpoint that has no others once, with from_pretrained and save_pretrained of transformers or diffusers"
+            "checkpoint that has no others once, with from_pretrained and save_pretrained of transformers or diffusers, or "
+            "the authors' own file with referee_jax.weights.lavis"
         )
     shards: dict[Path, set[str]] = {}
     weight_map = configs.read_json(index).get("weight_map")

@@ -15,6 +15,18 @@ from referee_jax.weights import convert, load
 from tests import conftest
 from tests.oracles import networks
 
+
+class PreNorm(torch.nn.Module):
+    """Embeddings, then a norm of their own."""
+
+    def __init__(self, embeddings, width, eps):
+        super().__init__()
+        self.embeddings, self.norm = embeddings, torch.nn.LayerNorm(width, eps=eps)
+
+    def forward(self, *args, **kwargs):
+        return self.norm(self.embeddings(*args, **kwargs))
+
+
 # Each branch: what differs in vision_config and in qformer_config; what only our config says; the seed of the weights.
 BRANCHES = {
     "EVA": ({}, {}, {}, 0),
@@ -30,6 +42,12 @@ BRANCHES = {
         {"post_layernorm_eps": 1e-1},
         0,
     ),
+    "CLIP": (
+        {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+        {},
+        {"pre_layernorm": True, "patch_bias": False, "post_layernorm_eps": 1e-1},
+        0,
+    ),
 }
 IDS = np.array([[2, 7, 9, 12, 3, 0, 0], [2, 20, 8, 15, 21, 6, 3]])
 MASK = (IDS != 0).astype(np.int32)
@@ -41,14 +59,25 @@ def build(branch, dtype=jnp.float32):
     oracle = networks.blip2(seed, vision, qformer)
     values = json.loads(oracle.config.to_json_string())
     values["vision_config"] |= own
-    if own:
-        oracle.vision_model.post_layernorm.eps = own["post_layernorm_eps"]
+    tower = oracle.vision_model
+    if "post_layernorm_eps" in own:
+        tower.post_layernorm.eps = own["post_layernorm_eps"]
+    if not own.get("patch_bias", True):
+        tower.embeddings.patch_embedding.bias.zero_()
+    if own.get("pre_layernorm"):
+        norm = PreNorm(tower.embeddings, tower.config.hidden_size, tower.config.layer_norm_eps)
+        networks.redraw(norm.norm, seed + 1)
+        tower.embeddings = norm
     return oracle, fill(oracle, load.KINDS["blip2"].config(values, where="config.json"), dtype)
 
 
 def fill(oracle, config, dtype=jnp.float32):
     row = load.KINDS["blip2"]
     tensors = {name: x.numpy() for name, x in oracle.state_dict().items()}
+    tensors = {name.replace("embeddings.embeddings.", "embeddings."): x for name, x in tensors.items()}
+    tensors = {name.replace("embeddings.norm.", "pre_layernorm."): x for name, x in tensors.items()}
+    if not config.vision_config.patch_bias:
+        assert not tensors.pop("vision_model.embeddings.patch_embedding.bias").any()
     module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
     return convert.fill(module, tensors, dtype=dtype, ignore=row.ignore, float32=row.float32)
 
@@ -228,10 +257,14 @@ def test_loads_what_transformers_saves(tmp_path):
     check_parity(oracle, load.load_blip2(tmp_path), images(24))
 
 
-# Salesforce/blip2-itm-vit-g and -coco: transformers' defaults but for these.
+# Salesforce/blip2-itm-vit-g and -coco, and LAVIS' own files: transformers' defaults but for these.
+CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+CLIP |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "pre_layernorm": True, "patch_bias": False}
 PUBLISHED = {
     "Salesforce/blip2-itm-vit-g": {"image_size": 224},
     "Salesforce/blip2-itm-vit-g-coco": {"image_size": 364},
+    "blip2_pretrained.pth": {"image_size": 224, "post_layernorm_eps": 1e-5},
+    "blip2_pretrained_vitL.pth": {"image_size": 224, "post_layernorm_eps": 1e-5} | CLIP,
 }
 
 
@@ -240,7 +273,8 @@ def published(name):
     qformer = {"vocab_size": 30523, "use_qformer_text_input": True, "model_type": "blip_2_qformer"}
     text = {"model_type": "opt"}
     config = transformers.Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text)
-    return config, load.KINDS["blip2"].config(json.loads(config.to_json_string()), where="config.json")
+    values = json.loads(config.to_json_string()) | {"lm_head": name.endswith(".pth")}
+    return config, load.KINDS["blip2"].config(values, where="config.json")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -248,15 +282,25 @@ def test_published_config(name):
     """Names and shapes of all parameters are transformers', the numbers of the config those of the paper."""
     theirs, config = published(name)
     vision, qformer = config.vision_config, config.qformer_config
-    assert (vision.num_hidden_layers, vision.hidden_size, vision.num_attention_heads) == (39, 1408, 16)
-    assert (vision.intermediate_size, vision.image_size, vision.patch_size) == (6144, PUBLISHED[name]["image_size"], 14)
+    sizes = (vision.num_hidden_layers, vision.hidden_size, vision.num_attention_heads, vision.intermediate_size)
+    assert sizes == ((23, 1024, 16, 4096) if vision.pre_layernorm else (39, 1408, 16, 6144))
+    assert (vision.image_size, vision.patch_size) == (PUBLISHED[name]["image_size"], 14)
     assert (qformer.num_hidden_layers, qformer.hidden_size, qformer.cross_attention_frequency) == (12, 768, 2)
     assert (config.num_query_tokens, config.image_text_hidden_size, qformer.vocab_size) == (32, 256, 30523)
     with torch.device("meta"):
         oracle = transformers.Blip2ForImageTextRetrieval(theirs)
     module = nnx.eval_shape(lambda: blip2.BLIP2(config, rngs=nnx.Rngs(0)))
     made = {name: target.source_shape for target in convert.targets(module) for name in target.names}
-    assert made == {name: tuple(x.shape) for name, x in oracle.state_dict().items()}
+    wanted = {name: tuple(x.shape) for name, x in oracle.state_dict().items()}
+    if vision.pre_layernorm:
+        wanted |= dict.fromkeys(("vision_model.pre_layernorm.weight", "vision_model.pre_layernorm.bias"), (1024,))
+        del wanted["vision_model.embeddings.patch_embedding.bias"]
+    if config.lm_head:
+        transform = "cls.predictions.transform"
+        wanted |= {f"{transform}.dense.weight": (768, 768), "cls.predictions.bias": (30523,)}
+        names = (f"{transform}.dense.bias", f"{transform}.LayerNorm.weight", f"{transform}.LayerNorm.bias")
+        wanted |= dict.fromkeys(names, (768,))
+    assert made == wanted
     assert module.dec_token_id == 30522
     size = vision.image_size
     shapes = jax.eval_shape(

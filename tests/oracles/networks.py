@@ -4,6 +4,7 @@
 drawn anew: libraries initialise towers so small that outputs hardly see their inputs, and a wrong port would agree.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -175,13 +176,41 @@ def blip_tokenizer() -> transformers.BertTokenizer:
 def save_blip(module: transformers.PreTrainedModel, path: pathlib.Path, **how) -> pathlib.Path:
     """Write network, tokenizer and preprocessor_config.json; `how` is for save_pretrained."""
     module.save_pretrained(path, **how)
+    save_blip_processor(path, module.config.vision_config.image_size)
+    return path
+
+
+def save_blip_processor(path: pathlib.Path, size: int) -> None:
+    """Write the tokenizer and preprocessor_config.json."""
     blip_tokenizer().save_pretrained(path)
-    size = module.config.vision_config.image_size
     preprocessing = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "size": {"height": size, "width": size}}
     (path / "preprocessor_config.json").write_text(
         json.dumps({"image_processor_type": "BlipImageProcessor"} | preprocessing)
     )
-    return path
+
+
+def save_image_reward(
+    path: pathlib.Path, seed: int = 5
+) -> tuple[transformers.BlipForImageTextRetrieval, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Write the directory of a tiny ImageReward; returns its trunk, and matrices and biases of the layers behind it."""
+    trunk = blip(transformers.BlipForImageTextRetrieval, seed)
+    sizes = (trunk.config.text_config.hidden_size, 24, 16, 12, 6, 1)
+    mlp = redraw(nn.Sequential(*(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))), seed + 1)
+    tensors = {n: x for n, x in trunk.state_dict().items() if n.startswith(("vision_model.", "text_encoder."))}
+    tensors |= {f"mlp.layers.{name}": x for name, x in mlp.state_dict().items()}
+    values = {"mlp_sizes": sizes[1:]}
+    values |= {part: getattr(trunk.config, part).to_dict() for part in ("text_config", "vision_config")}
+    (path / "config.json").write_text(json.dumps(values))
+    safetensors.torch.save_file(tensors, path / "model.safetensors")
+    save_blip_processor(path, trunk.config.vision_config.image_size)
+    return trunk, [(layer.weight, layer.bias) for layer in mlp]
+
+
+def blip_trunk(config, device: str = "meta") -> transformers.BlipForImageTextRetrieval:
+    """transformers' BLIP of the sizes of one of our configs with `text_config` and `vision_config`."""
+    parts = {name: dataclasses.asdict(getattr(config, name)) for name in ("text_config", "vision_config")}
+    with torch.device(device):
+        return transformers.BlipForImageTextRetrieval(transformers.BlipConfig(**parts))
 
 
 BLIP2_TOKENS = (
@@ -244,11 +273,14 @@ def save_blip2(path: pathlib.Path, *, lm_head: bool, seed: int = 0) -> None:
     width, vocab = module.config.qformer_config.hidden_size, module.config.qformer_config.vocab_size
     transform = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width)})
     predictions = nn.ModuleDict({"transform": transform, "decoder": nn.Linear(width, vocab)})
-    head = redraw(nn.ModuleDict({"predictions": predictions}), seed + 1)
+    head = redraw(nn.ModuleDict({"predictions": predictions}), seed + 2)
+    for p in transform["LayerNorm"].parameters():  # or the next word would be certain
+        p.mul_(0.3)
     file = path / "model.safetensors"
     tensors = safetensors.torch.load_file(file) | {f"cls.{name}": x for name, x in head.state_dict().items()}
+    # Tied, as LAVIS has it.
+    tensors["cls.predictions.decoder.weight"] = tensors["embeddings.word_embeddings.weight"].clone()
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | {"lm_head": True}))
 
 
 def unet(seed: int = 2, cross_attention_dim: int = 32, **overrides) -> diffusers.UNet2DConditionModel:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 from flax import nnx
@@ -120,7 +123,9 @@ def test_all_losses_match_lavis():
     shapes = {name: target.source_shape for target in convert.targets(network) for name in target.names}
     vision = {name: np.zeros(shape) for name, shape in shapes.items() if name.startswith("vision_model.")}
     row = load.KINDS["blip2"]
-    network = convert.fill(network, vision | tensors, dtype=jnp.float32, ignore=row.ignore)
+    network = convert.fill(
+        network, vision | tensors, dtype=jnp.float32, renames=row.renames, ignore=(*row.ignore, *row.ties)
+    )
     referee = referees.blip2.from_checkpoint(network, {"image_mean": (0, 0, 0), "image_std": (1, 1, 1)})
 
     @jax.jit
@@ -204,3 +209,47 @@ def test_captions_need_the_language_head(tmp_path):
     assert set(jax.eval_shape(judge.referee.scores, image, text)) == {"itm_probability", "cosine"}
     with pytest.raises(ValueError, match="referee blip2: no loss itg; there are itm, itc"):
         referees.load_referee(dataclasses.replace(judge.spec, losses={"itg": 1.0}))
+    edit_json(tmp_path / "config.json", lm_head=True)
+    with pytest.raises(load.WeightsError, match=r"parameters without a tensor: cls\.predictions\.bias, cls\."):
+        load.load_blip2(tmp_path)
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_padded_table_of_words(judge, directory, tmp_path):
+    """[DEC] is where the tokenizer has it, not the last row; without one in the tokenizer, it is the last."""
+    path = shutil.copytree(directory, tmp_path / "padded")
+    tensors = safetensors.numpy.load_file(path / "model.safetensors")
+    name, head = "embeddings.word_embeddings.weight", "cls.predictions.decoder"
+    tensors[name] = tensors[f"{head}.weight"] = np.pad(tensors[name], ((0, 5), (0, 0)))
+    # So unlikely that they do not change the likelihood of the others.
+    tensors[f"{head}.bias"] = np.pad(tensors[f"{head}.bias"], (0, 5), constant_values=-1e4)
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+    values = json.loads((path / "config.json").read_text())
+    words = values["qformer_config"]["vocab_size"]
+    edit_json(path / "config.json", qformer_config=values["qformer_config"] | {"vocab_size": words + 5})
+
+    padded = referees.load_referee(spec(path, "itg"))
+    assert padded.referee.dec_token_id == judge.referee.dec_token_id == words - 1
+    image, scores = jnp.asarray(views()[0]), []
+    for made in (judge, padded, dataclasses.replace(padded, referee=padded.referee.replace(dec_token_id=words + 4))):
+        text = encode(made.referee, made.tokenize(PROMPT))
+        scores.append(float(scores_of(made.referee, image, text)["caption_log_likelihood"]))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert abs(scores[0] - scores[2]) > 1e-3
+
+    network, preprocessing = padded.referee.network, {"image_mean": (0, 0, 0), "image_std": (1, 1, 1)}
+    assert referees.blip2.from_checkpoint(network, preprocessing).dec_token_id == words + 4
+    with pytest.raises(ValueError, match=f"id of \\[DEC\\] is 99, but this BLIP-2 has {words + 5} words"):
+        referees.blip2.from_checkpoint(network, preprocessing, dec_token_id=99)
+
+
+def test_untied_language_head_is_refused(directory, tmp_path):
+    path = shutil.copytree(directory, tmp_path / "untied")
+    tensors = safetensors.numpy.load_file(path / "model.safetensors")
+    tensors["cls.predictions.decoder.weight"] = tensors["cls.predictions.decoder.weight"] + 1
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+    with pytest.raises(load.WeightsError, match=r"decoder\.weight differs from embeddings\.word_embeddings\.weight"):
+        load.load_blip2(path)

@@ -1,0 +1,38 @@
+"""ImageReward as a referee: the reward that people's preferences taught it (arXiv 2304.05977)."""
+
+from typing import Any
+
+import numpy as np
+from jax import Array
+
+from referee_jax import prompts
+from referee_jax.models import layers
+from referee_jax.referees import base, blip
+
+TOKENS = 35  # both ends included, as ImageReward was trained
+
+
+class Reward(blip.BlipReferee):
+    """Loss `reward`: minus the reward, in standard deviations of the authors' data; `first_token` is None here."""
+
+    losses = ("reward",)
+
+    def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
+        """`input_ids, mask [T]`, as they are: all of the text reads the image."""
+        return tokens
+
+    def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
+        """See base.Referee."""
+        ids, mask = (layers.repeat(text[name][None], len(views)) for name in ("input_ids", "mask"))
+        return {"reward": -self.network.reward(self._states(views), ids, mask)}
+
+    def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
+        """`reward` of the image as the authors cut it: its middle square."""
+        view = base.cropped(image, self.image_size)
+        return {"reward": -self.views_losses(view[None], text)["reward"][0]}
+
+
+def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
+    """The text made of the prompt, cut where the authors cut it: `input_ids, mask [T]`."""
+    ids = prompts.tokenize(judge.tokenizer, [judge.text(prompt)], judge.length, cut=True)[0]
+    return {"input_ids": ids, "mask": ids != judge.tokenizer.pad_token_id}
