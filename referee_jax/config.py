@@ -26,7 +26,7 @@ from referee_jax import augment, optim, views
 ASSETS = pathlib.Path(__file__).parent / "shapes" / "assets"
 EMBEDDED = "shapes/"  # checkpoints whose names begin so are part of the package
 LOSSES = ("cosine", "contrastive", "itm", "itc", "itg", "caption", "vqa")  # which of them, the referee knows
-CONTRASTIVE = ("clip",)  # referees that read negatives
+CONTRASTIVE = ("clip", "align")  # referees that read negatives
 
 # What decides which images are made, how they are stored or how fast, but not what any one of them looks like.
 _NOT_OF_THE_IMAGE = ("prompts", "samples", "workdir", "batch_size", "chunk", "outputs.trajectory")
@@ -88,7 +88,7 @@ class Referee:
 class RefereeSpec:
     """One vision-language model: one that is optimised against, or one that only scores."""
 
-    name: str = _field("clip", allowed=("clip", "blip_itm", "blip_caption", "blip_vqa", "blip2"))
+    name: str = _field("clip", allowed=("clip", "blip_itm", "blip_caption", "blip_vqa", "blip2", "align"))
     checkpoint: str = "openai/clip-vit-large-patch14"
     revision: str = ""
     losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"cosine": 1.0})  # loss: weight

@@ -151,11 +151,11 @@ class ImageTextRetrieval(nnx.Module):
 
     def image_features(self, states: Array) -> Array:
         """The vision tower's `[B, S, D]` to float32 `[B, D']` of unit length."""
-        return _normalise(self.vision_proj(states[:, 0].astype(jnp.float32)))
+        return layers.normalise(self.vision_proj(states[:, 0].astype(jnp.float32)))
 
     def text_features(self, input_ids: Array, mask: Array) -> Array:
         """`int32[B, T], bool[B, T]` to float32 `[B, D']` of unit length; the image is not looked at."""
-        return _normalise(self.text_proj(self.text_encoder(input_ids, mask)[:, 0].astype(jnp.float32)))
+        return layers.normalise(self.text_proj(self.text_encoder(input_ids, mask)[:, 0].astype(jnp.float32)))
 
 
 class ConditionalGeneration(nnx.Module):
@@ -210,7 +210,3 @@ class QuestionAnswering(nnx.Module):
         logits = self.text_decoder(answers, answers_mask, states=read, states_mask=question_mask)
         losses = bert.token_losses(logits, answers)
         return -losses.sum(-1, where=answers_mask[:, 1:]).reshape(images, count)
-
-
-def _normalise(x: Array) -> Array:
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

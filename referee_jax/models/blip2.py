@@ -305,7 +305,7 @@ class BLIP2(nnx.Module):
         keys = self.qformer.image_keys(states.astype(jnp.float32))
         queries = self._queries(len(states))
         queries, prefix = self.qformer(queries, queries=queries.shape[1], image=keys)
-        return Image(features=_normalise(self.vision_projection(queries)), prefix=prefix, keys=keys)
+        return Image(features=layers.normalise(self.vision_projection(queries)), prefix=prefix, keys=keys)
 
     def encode_text(self, input_ids: Array, attention_mask: Array) -> Text:
         """`int32[B, T]` ids and a mask that is 1 where they are not padding; see `Text`.
@@ -319,7 +319,7 @@ class BLIP2(nnx.Module):
         states = self._embed(input_ids)
         features = self.qformer(states, bias=_bias(mask[:, None, None]))[0][:, 0]
         return Text(
-            features=_normalise(self.text_projection(features)),
+            features=layers.normalise(self.text_projection(features)),
             states=states,
             decoder=self._embed(input_ids.at[:, 0].set(self.dec_token_id)[:, :-1]),
             mask=mask,
@@ -362,7 +362,3 @@ def _bias(sees: Array) -> Array:
 
 def _repeat(x: Array, batch: int) -> Array:
     return jnp.broadcast_to(x, (batch, *x.shape[1:]))
-
-
-def _normalise(x: Array) -> Array:
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -214,14 +214,13 @@ class CLIP(nnx.Module):
 
     def encode_text(self, input_ids: Array) -> Array:
         """`int32[B, T] -> float32[B, D]` of unit length."""
-        return _normalise(self.text_projection(self.text_model(input_ids)[1]))
+        return layers.normalise(self.text_projection(self.text_model(input_ids)[1]))
 
     def encode_image(self, images: Array) -> Array:
         """Images `[B, H, W, 3]`, normalised with the checkpoint's mean and std, `-> float32[B, D]` of unit length."""
         images = images.astype(layers.float_dtype(self.vision_model))
-        return _normalise(self.visual_projection(self.vision_model(images)))
+        return layers.normalise(self.visual_projection(self.vision_model(images)))
 
-
-def _normalise(x: Array) -> Array:
-    x = x.astype(jnp.float32)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    def logits(self, cosines: Array) -> Array:
+        """Cosines to what the training's softmax was taken of (section 2.3), float32."""
+        return jnp.exp(self.logit_scale[...]) * cosines

@@ -28,12 +28,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 def check_config(config) -> None:
     """Raises ValueError, naming key and value, where a transformer's config says what is not implemented here."""
-    if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act={config.hidden_act!r} is not implemented; supported: {', '.join(ACTIVATIONS)}")
+    check_activation(config)
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"hidden_size={config.hidden_size} does not divide into num_attention_heads={config.num_attention_heads}"
         )
+
+
+def check_activation(config) -> None:
+    """Raises ValueError if the config's `hidden_act` is not implemented here."""
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={config.hidden_act!r} is not implemented; supported: {', '.join(ACTIVATIONS)}")
 
 
 def attention(query: Array, key: Array, value: Array, *, bias: Array | None = None, is_causal: bool = False) -> Array:
@@ -126,6 +131,14 @@ class Interleaved(nnx.List):
     """Stacks of layers that take turns: of N, the checkpoint numbers the n-th's layers n, n + N, n + 2 N, ..."""
 
 
+class Row(nnx.List):
+    """Layers and stacks of equal layers one after another; a checkpoint numbers them all, as single layers, from 0."""
+
+    def first(self, at: int) -> int:
+        """The checkpoint's number of the first layer in the part `at`."""
+        return sum(part.depth if isinstance(part, Stack) else 1 for part in self[:at])
+
+
 def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Stack:
     """`depth` equal layers for `scan_layers`, each built with a key of its own."""
     keys = jax.random.split(rngs.params(), depth)
@@ -139,6 +152,12 @@ def scan_layers(stack: Stack, x: Array, *args, remat: bool = False, unroll: bool
         return layer(x, *args), None
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, stack.layer, unroll=unroll)[0]
+
+
+def normalise(x: Array) -> Array:
+    """float32, of unit length along the last axis."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def float_dtype(module: nnx.Module) -> jnp.dtype:

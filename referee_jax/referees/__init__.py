@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from referee_jax import config
-from referee_jax.referees import base, blip, blip2, clip
+from referee_jax.referees import align, base, blip, blip2, clip
 from referee_jax.weights import configs, load
 
 
@@ -86,6 +86,11 @@ def _load_blip2(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any)
     return blip2.from_checkpoint(network, _preprocessing(spec, path))
 
 
+def _load_align(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
+    network = load.load_align(path, revision=spec.revision or None, dtype=dtype)
+    return align.from_checkpoint(network, _preprocessing(spec, path), image_size=spec.image_size)
+
+
 # BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
 _blip = functools.partial(Family, length=64)
 
@@ -98,6 +103,7 @@ REFEREES = {
     ),
     "blip_vqa": _blip(load=functools.partial(_load_blip, blip.Vqa), tokenize=blip.tokenize_question, template="{}?"),
     "blip2": Family(load=_load_blip2, tokenize=blip2.tokenize, length=blip2.TOKENS),
+    "align": Family(load=_load_align, tokenize=align.tokenize, length=align.TOKENS),
 }
 
 

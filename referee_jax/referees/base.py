@@ -47,3 +47,9 @@ def resized(image: Array, side: int) -> Array:
     """`[H, W, 3]` to the size that a referee reads, smoothed where it shrinks."""
     size = (side, side, 3)
     return image if image.shape == size else jax.image.resize(image, size, "bilinear", antialias=True)
+
+
+def middle(image: Array, side: int) -> Array:
+    """The square of that side in the middle of `[H, W, 3]`, one pixel nearer to the start where there is a choice."""
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    return image[top : top + side, left : left + side]

@@ -1,4 +1,7 @@
-"""CLIP as a referee: cosine distance to the prompt, or the prompt against near-by negatives."""
+"""CLIP as a referee: cosine distance to the prompt, or the prompt against near-by negatives.
+
+So are others of two towers that meet in one space only at the end; what differs is in the network and the preprocessing.
+"""
 
 from typing import Any
 
@@ -9,38 +12,43 @@ from flax import struct
 from jax import Array
 
 from referee_jax import prompts
-from referee_jax.models import clip
+from referee_jax.models import align, clip
 from referee_jax.referees import base
 
 
 class ClipReferee(struct.PyTreeNode):
     """Losses `cosine` = 1 - cos(view, prompt) and `contrastive` = -log softmax of the prompt among its negatives.
 
-    The logits of the second are exp(logit_scale) cos, as CLIP was trained (Radford et al. 2021, section 2.3).
+    The logits of the second are those that the network was trained with.
+
+    Attributes:
+        image_size: side of the views in pixels.
+        resized: side to which an image is resized to be scored; the views' size of its middle is what is looked at.
     """
 
-    network: clip.CLIP
+    network: clip.CLIP | align.ALIGN
+    image_size: int = struct.field(pytree_node=False)
+    resized: int = struct.field(pytree_node=False)
     mean: tuple[float, float, float] = struct.field(pytree_node=False)
     std: tuple[float, float, float] = struct.field(pytree_node=False)
 
     losses = ("cosine", "contrastive")
 
-    @property
-    def image_size(self) -> int:
-        """Side of the views, pixels."""
-        return self.network.config.vision_config.image_size
-
     def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
-        """`input_ids [1 + N, T]` (the prompt, then its negatives) and `real [1 + N]` to unit features `[1 + N, D]`."""
-        return {"features": self.network.encode_text(tokens["input_ids"]), "real": tokens["real"]}
+        """What the text tower reads, as `input_ids [1 + N, T]` (the prompt, then its negatives), and `real [1 + N]`.
+
+        Returns unit `features [1 + N, D]`, and `real`.
+        """
+        read = {name: x for name, x in tokens.items() if name != "real"}
+        return {"features": self.network.encode_text(**read), "real": tokens["real"]}
 
     def _cosines(self, images: Array, text: dict[str, Array]) -> Array:
         mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
         return self.network.encode_image((images - mean) / std) @ text["features"].T
 
     def _log_share(self, cosines: Array, text: dict[str, Array]) -> Array:
-        logits = jnp.exp(self.network.logit_scale[...]) * cosines
-        return jax.nn.log_softmax(jnp.where(text["real"], logits, -jnp.inf), axis=-1)[..., 0]
+        logits = jnp.where(text["real"], self.network.logits(cosines), -jnp.inf)
+        return jax.nn.log_softmax(logits, axis=-1)[..., 0]
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
         """See base.Referee."""
@@ -49,7 +57,8 @@ class ClipReferee(struct.PyTreeNode):
 
     def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`cosine` with the prompt and, where there are negatives, `probability` of the prompt among them."""
-        cosines = self._cosines(base.resized(image, self.image_size)[None], text)
+        seen = base.middle(base.resized(image, self.resized), self.image_size)
+        cosines = self._cosines(seen[None], text)
         scores = {"cosine": cosines[0, 0]}
         if len(text["real"]) > 1:
             scores["probability"] = jnp.exp(self._log_share(cosines, text)[0])
@@ -58,7 +67,9 @@ class ClipReferee(struct.PyTreeNode):
 
 def from_checkpoint(network: clip.CLIP, preprocessing: dict[str, Any]) -> ClipReferee:
     """The referee of a loaded network and its preprocessor_config.json."""
-    return ClipReferee(network=network, mean=tuple(preprocessing["image_mean"]), std=tuple(preprocessing["image_std"]))
+    size = network.config.vision_config.image_size
+    mean, std = tuple(preprocessing["image_mean"]), tuple(preprocessing["image_std"])
+    return ClipReferee(network=network, image_size=size, resized=size, mean=mean, std=std)
 
 
 def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:

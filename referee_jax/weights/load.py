@@ -21,7 +21,7 @@ import safetensors.numpy
 from flax import nnx
 from huggingface_hub import errors as hub_errors
 
-from referee_jax.models import blip, blip2, clip, unet, vae
+from referee_jax.models import align, blip, blip2, clip, unet, vae
 from referee_jax.weights import configs, convert
 from referee_jax.weights.convert import WeightsError
 
@@ -83,6 +83,14 @@ KINDS: dict[str, Kind] = {
         ignore=("*.position_ids", "cls.predictions.bias"),
         # All but the vision transformer, as transformers and LAVIS have it.
         float32=("query_tokens", "embeddings.*", "qformer.*", "*_projection.*", "itm_head.*", "cls.*"),
+    ),
+    "align": Kind(
+        config=configs.reader(align.Config),
+        network=align.ALIGN,
+        stem=TRANSFORMERS,
+        # Buffers that transformers wrote before 4.31, and counters of the training.
+        ignore=("*.position_ids", "*.token_type_ids", "*.num_batches_tracked"),
+        float32=("*.batchnorm.*", "*_bn.*", "*.depthwise_norm.*"),
     ),
     "unet": Kind(config=configs.reader(unet.Config), network=unet.UNet, stem=DIFFUSERS),
     "vae": Kind(config=configs.reader(vae.Config), network=vae.AutoencoderKL, stem=DIFFUSERS, renames=vae.RENAMES),
@@ -147,6 +155,13 @@ def load_blip2(
 ) -> blip2.BLIP2:
     """Returns the `Blip2ForImageTextRetrieval` of a local directory or a hub id; `dtype` is the vision transformer's."""
     return load("blip2", path_or_id, revision=revision, dtype=dtype)
+
+
+def load_align(
+    path_or_id: str | Path, *, revision: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
+) -> align.ALIGN:
+    """Returns the `AlignModel` of a local directory or a hub id; `dtype` is of all but its batch norms."""
+    return load("align", path_or_id, revision=revision, dtype=dtype)
 
 
 def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, subfolder: str = ""):
