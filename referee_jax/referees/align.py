@@ -41,7 +41,9 @@ def _side(preprocessing: dict[str, Any], name: str) -> int:
 
 def _pixel(value: float, preprocessing: dict[str, Any]) -> np.ndarray:
     """A pixel's value, 0 to 255, as the network reads it in each channel; absent keys have the processor's defaults."""
-    value = np.full(3, value * preprocessing.get("rescale_factor", 1 / 255) - preprocessing.get("rescale_offset", False))
+    value = np.full(
+        3, value * preprocessing.get("rescale_factor", 1 / 255) - preprocessing.get("rescale_offset", False)
+    )
     if preprocessing.get("do_normalize", True):
         value = (value - preprocessing["image_mean"]) / preprocessing["image_std"]
     return value / preprocessing["image_std"] if preprocessing.get("include_top", True) else value

@@ -299,9 +299,9 @@ def scheduler(prediction_type: str = "epsilon") -> diffusers.DDIMScheduler:
 
 
 def redraw(module: nn.Module, seed: int) -> nn.Module:
-    """Draw every weight, norm (running statistics, too) and bias anew, with a spread at which outputs move with inputs; frozen, in eval mode.
+    """Draw every weight, norm and bias anew, with a spread at which outputs move with inputs; frozen, in eval mode.
 
-    The temperature of a two-tower model is left alone: drawn at random it would saturate the contrastive loss.
+    So are the running statistics of batch norms. The temperature of a two-tower model is left alone: drawn at random it would saturate the contrastive loss.
     """
     generator = torch.Generator().manual_seed(seed)
     kinds = nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d
