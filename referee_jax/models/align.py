@@ -90,7 +90,10 @@ class Config:
 
 
 class BatchNorm(nnx.Module):
-    """Normalisation of channels by the statistics of the training, in float32 (torch.nn.BatchNorm2d in eval mode)."""
+    """Normalisation of channels by the statistics of the training (torch.nn.BatchNorm2d in eval mode).
+
+    The result is float32 whatever the input: it is rounded after what follows, activation or residual.
+    """
 
     def __init__(self, features: int, *, epsilon: float, rngs: nnx.Rngs):
         self.weight = nnx.Param(jnp.ones(features))
@@ -102,8 +105,7 @@ class BatchNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         leaves = (self.weight, self.bias, self.running_mean, self.running_var)
         weight, bias, mean, variance = (leaf[...].astype(jnp.float32) for leaf in leaves)
-        y = (x.astype(jnp.float32) - mean) * (weight * jax.lax.rsqrt(variance + self.epsilon)) + bias
-        return y.astype(x.dtype)
+        return (x.astype(jnp.float32) - mean) * (weight * jax.lax.rsqrt(variance + self.epsilon)) + bias
 
 
 def _convolution(
@@ -133,7 +135,7 @@ class VisionEmbeddings(nnx.Module):
         self.act = config.hidden_act
 
     def __call__(self, images: Array) -> Array:
-        return layers.ACTIVATIONS[self.act](self.batchnorm(self.convolution(images)))
+        return layers.ACTIVATIONS[self.act](self.batchnorm(self.convolution(images))).astype(images.dtype)
 
 
 class ExpansionLayer(nnx.Module):
@@ -145,7 +147,7 @@ class ExpansionLayer(nnx.Module):
         self.act = config.hidden_act
 
     def __call__(self, x: Array) -> Array:
-        return layers.ACTIVATIONS[self.act](self.expand_bn(self.expand_conv(x)))
+        return layers.ACTIVATIONS[self.act](self.expand_bn(self.expand_conv(x))).astype(x.dtype)
 
 
 class DepthwiseLayer(nnx.Module):
@@ -158,7 +160,7 @@ class DepthwiseLayer(nnx.Module):
         self.act = config.hidden_act
 
     def __call__(self, x: Array) -> Array:
-        return layers.ACTIVATIONS[self.act](self.depthwise_norm(self.depthwise_conv(x)))
+        return layers.ACTIVATIONS[self.act](self.depthwise_norm(self.depthwise_conv(x))).astype(x.dtype)
 
 
 class SqueezeExciteLayer(nnx.Module):
@@ -206,7 +208,7 @@ class Block(nnx.Module):
     def __call__(self, x: Array) -> Array:
         y = x if self.expansion is None else self.expansion(x)
         y = self.projection(self.squeeze_excite(self.depthwise_conv(y)))
-        return y if self.is_first else x + y
+        return (y if self.is_first else x + y).astype(x.dtype)
 
 
 class VisionEncoder(nnx.Module):

@@ -222,9 +222,32 @@ def align_config(text: dict | None = None, vision: dict | None = None, width: in
 
 def align(seed: int = 5, **config) -> transformers.AlignModel:
     """ALIGN's two towers; the temperature is one at which texts are told apart, but not with certainty."""
-    network = redraw(transformers.AlignModel(align_config(**config)), seed)
+    network = redraw_align(transformers.AlignModel(align_config(**config)), seed)
     network.temperature.fill_(0.1)
     return network
+
+
+def redraw_align(module: transformers.AlignModel, seed: int) -> transformers.AlignModel:
+    """`redraw`, with running statistics near those of noise of `config.vision_config.image_size`.
+
+    With any others activations grow or shrink from block to block: where they are large, swish is a step at zero, and a
+    gradient differs between precisions by how many units are on the other side.
+    """
+    redraw(module, seed)
+    generator = torch.Generator().manual_seed(seed)
+    size, tower = module.config.vision_config.image_size, module.vision_model
+    norms = [m for m in tower.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all calls, of which there is one
+        norm.train()
+    with torch.no_grad():
+        tower(2 * torch.rand((4, 3, size, size), generator=generator) - 1)
+        for norm in norms:
+            spread = norm.running_var.sqrt()
+            norm.running_mean += 0.3 * spread * torch.randn(spread.shape, generator=generator)
+            norm.running_var *= (0.3 * torch.randn(spread.shape, generator=generator)).exp()
+    return module.eval()
 
 
 def align_processor(side: int = 33, resized: int = 40, **changes) -> EfficientNetImageProcessorPil:
@@ -301,7 +324,7 @@ def scheduler(prediction_type: str = "epsilon") -> diffusers.DDIMScheduler:
 def redraw(module: nn.Module, seed: int) -> nn.Module:
     """Draw every weight, norm and bias anew, with a spread at which outputs move with inputs; frozen, in eval mode.
 
-    So are the running statistics of batch norms. The temperature of a two-tower model is left alone: drawn at random it would saturate the contrastive loss.
+    The temperature of a two-tower model is left alone: drawn at random it would saturate the contrastive loss.
     """
     generator = torch.Generator().manual_seed(seed)
     kinds = nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d
@@ -322,11 +345,6 @@ def redraw(module: nn.Module, seed: int) -> nn.Module:
                 p.copy_(0.7 * x)
             else:
                 p.copy_(_gain(name) * x / math.sqrt(p[0].numel()))
-        for m in module.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.running_mean.copy_(0.3 * torch.randn(m.running_mean.shape, generator=generator))
-                # Small: what is normalised has spread less than before it was convolved.
-                m.running_var.copy_(0.05 + 0.3 * torch.rand(m.running_var.shape, generator=generator))
     return module.eval().requires_grad_(False)
 
 
