@@ -62,8 +62,10 @@ def fill(config, tensors, dtype=jnp.float32):
 
 
 def images(size, seed=0, count=2):
-    """In [-1, 1]."""
-    return np.random.default_rng(seed).uniform(-1, 1, (count, *size, 3)).astype(np.float32)
+    """In [-1, 1], blots and noise."""
+    rng = np.random.default_rng(seed)
+    blots = jax.image.resize(rng.uniform(-0.5, 0.5, (count, 5, 5, 3)), (count, *size, 3), "linear")
+    return np.float32(blots + rng.uniform(-0.5, 0.5, (count, *size, 3)))
 
 
 def compare(oracle, network, x):
