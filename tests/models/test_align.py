@@ -262,7 +262,11 @@ def test_configs_that_are_refused(where, change, message):
 
 @pytest.mark.slow
 def test_full_size_matches_transformers():
-    """align-base at 289 px, one image."""
+    """align-base at 289 px, one image.
+
+    Measured against torch in float64: image 6.9e-6, its gradient 4.1e-5, text 1.2e-6. torch's own gradient in float32 is
+    4.2e-5 away.
+    """
     config = transformers.AlignConfig.from_dict(published())
     oracle = networks.redraw_align(transformers.AlignModel(config), seed=0)
     network = fill(ours(config), tensors(oracle))

@@ -269,11 +269,13 @@ def align_processor(side: int = 33, resized: int = 40, **changes) -> EfficientNe
     return EfficientNetImageProcessorPil(**settings | changes)
 
 
-def save_align(module: transformers.AlignModel, path: pathlib.Path, **how) -> pathlib.Path:
-    """Write network, tokenizer and preprocessor_config.json; `how` is for save_pretrained."""
+def save_align(
+    module: transformers.AlignModel, path: pathlib.Path, *, side: int = 33, resized: int = 40, **how
+) -> pathlib.Path:
+    """Write network, tokenizer and preprocessor_config.json of these sizes; `how` is for save_pretrained."""
     module.save_pretrained(path, **how)
     blip_tokenizer(64).save_pretrained(path)
-    align_processor().save_pretrained(path)
+    align_processor(side, resized).save_pretrained(path)
     return path
 
 

@@ -9,13 +9,13 @@ import torch
 import transformers
 
 from referee_jax import config, prompts, referees
-from referee_jax.referees import align
+from referee_jax.referees import align, base
 from tests.conftest import picture, relative_l2
 from tests.oracles import networks
 
 GROUPS = (("red", "blue", "green"), ("circle", "square"))
 PROMPT = "a red circle and a blue square"
-SIDE, RESIZED = 33, 40
+SIDE = 33
 
 
 @pytest.fixture(scope="module")
@@ -95,18 +95,25 @@ def test_tokens(directory):
         judge.tokenize("red " * 64)
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 71), (RESIZED, RESIZED)])
-def test_scores(directory, height, width):
-    """The same as torch's class and the published kind of processor, which resizes in 8 bits, from a PNG's pixels."""
-    judge = load(directory)
-    pixels = np.round(255 * picture(1, height, width)).astype(np.uint8)
-    text = encode(judge.referee, judge.tokenize(PROMPT))
-    scores = jax.jit(lambda r, i, t: r.scores(i, t))(judge.referee, jnp.asarray(pixels / np.float32(255)), text)
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """The same network with the published sizes: what the processor rounds is lost in the mean over so many pixels."""
+    return networks.save_align(networks.align(), tmp_path_factory.mktemp("larger"), side=289, resized=346)
 
-    processor = transformers.AlignProcessor(networks.align_processor(), judge.tokenizer)
+
+@pytest.mark.parametrize(("height", "width"), [(512, 512), (300, 407), (346, 346)])
+def test_scores(larger, height, width):
+    """The same as of torch's class behind the published kind of processor, which resizes with PIL, in 8 bits."""
+    judge = load(larger)
+    pixels = np.round(255 * picture(1, height, width)).astype(np.uint8)
+    image, text = jnp.asarray(pixels / np.float32(255)), encode(judge.referee, judge.tokenize(PROMPT))
+    score = jax.jit(lambda r, i, t: r.scores(i, t))
+    scores = score(judge.referee, image, text)
+
+    processor = transformers.AlignProcessor(networks.align_processor(289, 346), judge.tokenizer)
     read = processor(images=PIL.Image.fromarray(pixels), text=texts(judge, PROMPT), return_tensors="pt")
-    assert read["pixel_values"].shape == (1, 3, SIDE, SIDE) and read["input_ids"].shape == (6, 64)
-    theirs = transformers.AlignModel.from_pretrained(directory).eval()(**read)
+    assert read["pixel_values"].shape == (1, 3, 289, 289) and read["input_ids"].shape == (6, 64)
+    theirs = transformers.AlignModel.from_pretrained(larger).eval()(**read)
     wanted = {
         "cosine": (theirs.image_embeds @ theirs.text_embeds.T)[0, 0].item(),
         "probability": theirs.logits_per_image.softmax(1)[0, 0].item(),
@@ -116,9 +123,13 @@ def test_scores(directory, height, width):
     for name, value in wanted.items():
         assert float(scores[name]) == pytest.approx(value, abs=1e-3)
     assert 0.01 < wanted["probability"] < 0.99
-    # Neither what is cropped nor the rest would do alone.
-    whole = judge.referee.replace(resized=SIDE).scores(jnp.asarray(pixels / np.float32(255)), text)
-    assert abs(float(whole["cosine"]) - wanted["cosine"]) > 2e-3
+    # Looking at the whole image would not do.
+    assert abs(float(score(judge.referee.replace(resized=289), image, text)["cosine"]) - wanted["cosine"]) > 2e-3
+
+    # What is looked at differs by the processor's rounding alone: less than one of 255 steps, and nothing without it.
+    seen = np.asarray(base.middle(base.resized(image, judge.referee.resized), judge.referee.image_size))
+    steps = 255 * seen - 127.5 * (read["pixel_values"][0].permute(1, 2, 0).numpy() + 1)
+    assert np.abs(steps).max() < (0.01 if (height, width) == (346, 346) else 1.01)
 
 
 @pytest.mark.parametrize(
