@@ -37,6 +37,7 @@ LOSSES = {
     "blip_vqa": ("vqa",),
     "blip2": ("itm", "itc", "itg"),
     "image_reward": ("reward",),
+    "align": ("cosine", "contrastive"),
 }
 
 # What decides which images are made, how they are stored or how fast, but not what any one of them looks like.

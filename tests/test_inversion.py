@@ -50,7 +50,8 @@ def sides(request, tmp_path_factory):
     """The same tiny random networks in torch and in JAX."""
     sd, judge = tiny.save(tmp_path_factory.mktemp(request.param), prediction_type=request.param)
     prior = load.load_stable_diffusion(sd)
-    referee = clip.ClipReferee(network=load.load_clip(judge), mean=tiny.CLIP_MEAN, std=tiny.CLIP_STD)
+    preprocessing = {"image_mean": tiny.CLIP_MEAN, "image_std": tiny.CLIP_STD}
+    referee = clip.from_checkpoint(load.load_clip(judge), preprocessing)
     networks = inversion.Networks(
         unet=prior.unet, vae=prior.vae, alphas_cumprod=prior.alphas_cumprod, prediction_type=prior.prediction_type,
         referees=(referee,),

@@ -28,8 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 def check_config(config) -> None:
     """Raises ValueError, naming key and value, where a transformer's config says what is not implemented here."""
-    if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act={config.hidden_act!r} is not implemented; supported: {', '.join(ACTIVATIONS)}")
+    check_activation(config)
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"hidden_size={config.hidden_size} does not divide into num_attention_heads={config.num_attention_heads}"
@@ -40,6 +39,12 @@ def check_images(images: Array, size: int, network: str) -> None:
     """Raises ValueError, in the name of `network`, unless `images` are `[B, size, size, 3]`."""
     if images.shape[1:] != (size, size, 3):
         raise ValueError(f"images of shape {images.shape}, but {network} takes [B, {size}, {size}, 3]")
+
+
+def check_activation(config) -> None:
+    """Raises ValueError if the config's `hidden_act` is not implemented here."""
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={config.hidden_act!r} is not implemented; supported: {', '.join(ACTIVATIONS)}")
 
 
 def attention(query: Array, key: Array, value: Array, *, bias: Array | None = None, is_causal: bool = False) -> Array:
@@ -147,6 +152,14 @@ class Stack(nnx.Module):
 
 class Interleaved(nnx.List):
     """Stacks of layers that take turns: of N, the checkpoint numbers the n-th's layers n, n + N, n + 2 N, ..."""
+
+
+class Row(nnx.List):
+    """Layers and stacks of equal layers one after another; a checkpoint numbers them all, as single layers, from 0."""
+
+    def first(self, at: int) -> int:
+        """The checkpoint's number of the first layer in the part `at`."""
+        return sum(part.depth if isinstance(part, Stack) else 1 for part in self[:at])
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Stack:

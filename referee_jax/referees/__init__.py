@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from referee_jax import config, prompts
-from referee_jax.referees import base, blip, blip2, clip, image_reward
+from referee_jax.referees import align, base, blip, blip2, clip, image_reward
 from referee_jax.weights import configs, load
 
 
@@ -114,6 +114,11 @@ def _clip(kind: str, reading: clip.Reading, **other: Any) -> Family:
     return Family(load=functools.partial(_load_clip, kind, reading), tokenize=clip.tokenize, **other)
 
 
+def _load_align(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
+    network = load.load_align(path, revision=spec.revision or None, dtype=dtype)
+    return align.from_checkpoint(network, _preprocessing(spec, path), image_size=spec.image_size)
+
+
 # BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
 _blip = functools.partial(Family, length=64, clean=prompts.caption)
 
@@ -180,6 +185,12 @@ REFEREES = {
         tokenize=image_reward.tokenize,
         length=image_reward.TOKENS,
         published=("THUDM/ImageReward",),
+    ),
+    "align": Family(
+        load=_load_align,
+        tokenize=align.tokenize,
+        length=align.TOKENS,
+        published=("kakaobrain/align-base",),
     ),
 }
 

@@ -63,3 +63,9 @@ def cropped(image: Array, side: int) -> Array:
             image = jnp.clip(jax.image.resize(image, size, "cubic", antialias=True), 0, 1)
     top, left = (round((x - side) / 2) for x in (height, width))
     return image[top : top + side, left : left + side]
+
+
+def middle(image: Array, side: int) -> Array:
+    """The square of that side in the middle of `[H, W, 3]`, one pixel nearer to the start where there is a choice."""
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    return image[top : top + side, left : left + side]

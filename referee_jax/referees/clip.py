@@ -18,7 +18,7 @@ from flax import struct
 from jax import Array
 
 from referee_jax import prompts
-from referee_jax.models import clip, siglip
+from referee_jax.models import align, clip, siglip
 from referee_jax.referees import base
 
 # Name of a loss -> of what it is the loss, and how.
@@ -56,9 +56,16 @@ HPS = Reading(("cosine",), (("score", "cosine"),))
 
 
 class ClipReferee(struct.PyTreeNode):
-    """CLIP, SigLIP or another network with `encode_text`, `encode_image` and `logits`."""
+    """CLIP, SigLIP, ALIGN or another network with `encode_text`, `encode_image` and `logits`.
 
-    network: clip.CLIP | siglip.SigLIP
+    Attributes:
+        image_size: side of the views in pixels.
+        resized: side to which an image is resized to be scored; the views' size of its middle is what is looked at.
+    """
+
+    network: clip.CLIP | siglip.SigLIP | align.ALIGN
+    image_size: int = struct.field(pytree_node=False)
+    resized: int = struct.field(pytree_node=False)
     mean: tuple[float, float, float] = struct.field(pytree_node=False)
     std: tuple[float, float, float] = struct.field(pytree_node=False)
     reading: Reading = struct.field(pytree_node=False, default=CLIP)
@@ -68,14 +75,13 @@ class ClipReferee(struct.PyTreeNode):
         """Names of its losses."""
         return self.reading.losses
 
-    @property
-    def image_size(self) -> int:
-        """Side of the views, pixels."""
-        return self.network.config.vision_config.image_size
-
     def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
-        """`input_ids [1 + N, T]` (the prompt, then its negatives) and `real [1 + N]` to unit features `[1 + N, D]`."""
-        return {"features": self.network.encode_text(tokens["input_ids"]), "real": tokens["real"]}
+        """What the text tower reads, as `input_ids [1 + N, T]` (the prompt, then its negatives), and `real [1 + N]`.
+
+        Returns unit `features [1 + N, D]`, and `real`.
+        """
+        read = {name: x for name, x in tokens.items() if name != "real"}
+        return {"features": self.network.encode_text(**read), "real": tokens["real"]}
 
     def _found(self, images: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`[V]` each: the prompt's cosine, logit, log-probability of a match and of being the one among its negatives."""
@@ -96,7 +102,8 @@ class ClipReferee(struct.PyTreeNode):
 
     def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
         """What `reading.scores` says."""
-        found = self._found(base.resized(image, self.image_size)[None], text)
+        seen = base.middle(base.resized(image, self.resized), self.image_size)
+        found = self._found(seen[None], text)
         told = len(text["real"]) > 1
         return {name: _SCORES[what](found)[0] for name, what in self.reading.scores if told or what != "share"}
 
@@ -105,8 +112,9 @@ def from_checkpoint(
     network: clip.CLIP | siglip.SigLIP, preprocessing: dict[str, Any], reading: Reading = CLIP
 ) -> ClipReferee:
     """The referee of a loaded network and its preprocessor_config.json."""
+    size = network.config.vision_config.image_size
     mean, std = tuple(preprocessing["image_mean"]), tuple(preprocessing["image_std"])
-    return ClipReferee(network=network, mean=mean, std=std, reading=reading)
+    return ClipReferee(network=network, image_size=size, resized=size, mean=mean, std=std, reading=reading)
 
 
 def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:

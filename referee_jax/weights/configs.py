@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from referee_jax.models import blip, blip2, clip, siglip, unet, vae
+from referee_jax.models import align, blip, blip2, clip, siglip, unet, vae
 from referee_jax.weights.convert import WeightsError
 
 
@@ -96,6 +96,15 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     blip2.Config: _PRETRAINED
     | _any("text_config use_decoder_only_language_model is_encoder_decoder image_token_index image_token_id")
     | {"model_type": ("blip-2",)},
+    align.TextConfig: _PRETRAINED
+    | _any("hidden_dropout_prob attention_probs_dropout_prob")
+    | {"model_type": ("align_text_model",), "position_embedding_type": ("absolute",)},
+    # The published one was made from google/efficientnet-b7's, keys of a classifier included. hidden_dim is the largest
+    # map of states that is pooled as a whole.
+    align.VisionConfig: _PRETRAINED
+    | _any("image_size hidden_dim num_hidden_layers batch_norm_momentum drop_connect_rate dropout_rate")
+    | {"model_type": ("align_vision_model",), "num_channels": (3,), "pooling_type": ("mean",)},
+    align.Config: _PRETRAINED | {"model_type": ("align",)},
     unet.Config: _DIFFUSERS | {"_class_name": ("UNet2DConditionModel",), "addition_embed_type_num_heads": None},
     vae.Config: _DIFFUSERS | {"_class_name": ("AutoencoderKL",)},
     vae.TinyConfig: _DIFFUSERS

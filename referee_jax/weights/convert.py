@@ -2,7 +2,8 @@
 
 A network's attributes are named as the checkpoint's parameters are, so a tensor's name is the attribute path and only
 the layout differs, by the kind of leaf: `KINDS`. Equal layers kept as one `layers.Stack` are gathered from, and written
-as, `<path>.0.…`, `<path>.1.…`; those of `layers.Interleaved` stacks in turns.
+as, `<path>.0.…`, `<path>.1.…`; those of `layers.Interleaved` stacks in turns, those of a `layers.Row`
+one part after the other.
 """
 
 import dataclasses
@@ -75,6 +76,11 @@ def _target(module: nnx.Module, path: Sequence, leaf: jax.ShapeDtypeStruct | jax
         node = owner[at] if isinstance(key, jax.tree_util.SequenceKey) else getattr(owner, at)
         if isinstance(owner, layers.Interleaved):
             turn = at, len(owner)
+        elif isinstance(owner, layers.Row):
+            if isinstance(node, layers.Stack):
+                turn = owner.first(at), 1
+            else:
+                parts.append(str(owner.first(at)))
         elif isinstance(owner, layers.Stack):
             first, step = turn
             numbers.append(range(first, first + owner.depth * step, step))

@@ -22,7 +22,7 @@ import safetensors.numpy
 from flax import nnx
 from huggingface_hub import errors as hub_errors
 
-from referee_jax.models import blip, blip2, clip, image_reward, siglip, unet, vae
+from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
 from referee_jax.weights import configs, convert
 from referee_jax.weights.convert import WeightsError
 
@@ -104,6 +104,14 @@ KINDS: dict[str, Kind] = {
         stem=TRANSFORMERS,
         float32=("mlp.*",),
     ),
+    "align": Kind(
+        config=configs.reader(align.Config),
+        network=align.ALIGN,
+        stem=TRANSFORMERS,
+        # Buffers that transformers wrote before 4.31, and counters of the training.
+        ignore=("*.position_ids", "*.token_type_ids", "*.num_batches_tracked"),
+        float32=("*.batchnorm.*", "*_bn.*", "*.depthwise_norm.*"),
+    ),
     "unet": Kind(config=configs.reader(unet.Config), network=unet.UNet, stem=DIFFUSERS),
     "vae": Kind(config=configs.reader(vae.Config), network=vae.AutoencoderKL, stem=DIFFUSERS, renames=vae.RENAMES),
     "vae_decoder": Kind(
@@ -179,6 +187,13 @@ def load_blip2(
 ) -> blip2.BLIP2:
     """Returns the `Blip2ForImageTextRetrieval` of a local directory or a hub id; `dtype` is the vision transformer's."""
     return load("blip2", path_or_id, revision=revision, dtype=dtype)
+
+
+def load_align(
+    path_or_id: str | Path, *, revision: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
+) -> align.ALIGN:
+    """Returns the `AlignModel` of a local directory or a hub id; `dtype` is of all but its batch norms."""
+    return load("align", path_or_id, revision=revision, dtype=dtype)
 
 
 def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, subfolder: str = ""):

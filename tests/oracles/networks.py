@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 from torch import nn
+from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -168,9 +169,9 @@ def blip(kind: type[transformers.PreTrainedModel], seed: int = 4, **text) -> tra
     return network
 
 
-def blip_tokenizer() -> transformers.BertTokenizer:
+def blip_tokenizer(length: int = 512) -> transformers.BertTokenizer:
     """Wordpieces over `BLIP_WORDS`. As in the published directories, [DEC] and [ENC] have ids but no entries."""
-    return transformers.BertTokenizer(vocab={word: i for i, word in enumerate(BLIP_WORDS)}, model_max_length=512)
+    return transformers.BertTokenizer(vocab={word: i for i, word in enumerate(BLIP_WORDS)}, model_max_length=length)
 
 
 def save_blip(module: transformers.PreTrainedModel, path: pathlib.Path, **how) -> pathlib.Path:
@@ -283,6 +284,92 @@ def save_blip2(path: pathlib.Path, *, lm_head: bool, seed: int = 0) -> None:
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
 
 
+def align_config(text: dict | None = None, vision: dict | None = None, width: int = 24) -> transformers.AlignConfig:
+    """ALIGN with two layers of text and three stages of an EfficientNet: five blocks, of both strides and ratios."""
+    bert = dict(
+        vocab_size=len(BLIP_WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=70,
+    )
+    stages = dict(
+        width_coefficient=1.0,
+        depth_coefficient=1.2,
+        kernel_sizes=[3, 3, 5],
+        in_channels=[32, 8, 16],
+        out_channels=[8, 16, width],
+        strides=[1, 2, 2],
+        num_block_repeats=[1, 2, 1],
+        expand_ratios=[1, 3, 2],
+        hidden_dim=64,
+        image_size=33,
+    )
+    return transformers.AlignConfig(
+        text_config=bert | (text or {}), vision_config=stages | (vision or {}), projection_dim=width
+    )
+
+
+def align(seed: int = 5, **config) -> transformers.AlignModel:
+    """ALIGN's two towers; the temperature is one at which texts are told apart, but not with certainty."""
+    network = redraw_align(transformers.AlignModel(align_config(**config)), seed)
+    network.temperature.fill_(0.1)
+    return network
+
+
+def redraw_align(module: transformers.AlignModel, seed: int) -> transformers.AlignModel:
+    """`redraw`, with running statistics drawn about those of noise of `config.vision_config.image_size`.
+
+    With any others activations grow or shrink from block to block. Where they are large, swish is a step at zero: then
+    torch itself, in float32, differs from itself in float64, by 1 in the 55 blocks of a B7.
+    """
+    redraw(module, seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(norm: nn.BatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
+        # Before the norm is applied, so that those behind it see what it gives.
+        variance, mean = torch.var_mean(inputs[0], (0, 2, 3))
+        a, b = torch.randn((2, len(mean)), generator=generator)
+        norm.running_mean.copy_(mean + 0.3 * a * variance.sqrt())
+        norm.running_var.copy_(variance * (0.3 * b).exp())
+
+    size, tower = module.config.vision_config.image_size, module.vision_model
+    hooks = [m.register_forward_pre_hook(draw) for m in tower.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():
+        blots = torch.rand((8, 3, 5, 5), generator=generator)
+        noise = torch.rand((8, 3, size, size), generator=generator)
+        tower(nn.functional.interpolate(blots, (size, size), mode="bilinear") + noise - 1)
+    for hook in hooks:
+        hook.remove()
+    return module
+
+
+def align_processor(side: int = 33, resized: int = 40, **changes) -> EfficientNetImageProcessorPil:
+    """The published preprocessing, but for the sizes and what `changes`."""
+    settings = dict(
+        size={"height": resized, "width": resized},
+        crop_size={"height": side, "width": side},
+        do_center_crop=True,
+        resample=2,
+        rescale_factor=1 / 127.5,
+        rescale_offset=True,
+        do_normalize=False,
+        include_top=False,
+    )
+    return EfficientNetImageProcessorPil(**settings | changes)
+
+
+def save_align(
+    module: transformers.AlignModel, path: pathlib.Path, *, side: int = 33, resized: int = 40, **how
+) -> pathlib.Path:
+    """Write network, tokenizer and preprocessor_config.json of these sizes; `how` is for save_pretrained."""
+    module.save_pretrained(path, **how)
+    blip_tokenizer(64).save_pretrained(path)
+    align_processor(side, resized).save_pretrained(path)
+    return path
+
+
 def unet(seed: int = 2, cross_attention_dim: int = 32, **overrides) -> diffusers.UNet2DConditionModel:
     """Two levels, Stable Diffusion 1 style: `attention_head_dim` is, as misnamed there, the number of heads."""
     config = dict(
@@ -337,7 +424,8 @@ def redraw(module: nn.Module, seed: int) -> nn.Module:
     The temperature of a two-tower model is left alone: drawn at random it would saturate the contrastive loss.
     """
     generator = torch.Generator().manual_seed(seed)
-    norms = {f"{name}.weight" for name, m in module.named_modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)}
+    kinds = nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d
+    norms = {f"{name}.weight" for name, m in module.named_modules() if isinstance(m, kinds)}
     embeddings = {f"{name}.weight" for name, m in module.named_modules() if isinstance(m, nn.Embedding)}
     with torch.no_grad():
         for name, p in module.named_parameters():

@@ -1,0 +1,55 @@
+"""ALIGN as a referee: CLIP's two losses, with its own preprocessing, and texts whose padding is masked."""
+
+from typing import Any
+
+import numpy as np
+
+from referee_jax.models import align
+from referee_jax.referees import clip
+
+TOKENS = 64  # both ends included, as ALIGN was trained
+
+
+def from_checkpoint(network: align.ALIGN, preprocessing: dict[str, Any], *, image_size: int = 0) -> clip.ClipReferee:
+    """The referee of a loaded network and its preprocessor_config.json (of transformers' `EfficientNetImageProcessor`).
+
+    `image_size` is the side of the views: 0, the checkpoint's. A scored image is cropped by the checkpoint's share. Raises
+    ValueError where sizes are not of squares or the crop is the larger.
+    """
+    size, crop = (_side(preprocessing, name) for name in ("size", "crop_size"))
+    if not preprocessing.get("do_center_crop"):
+        crop = size
+    if crop > size:
+        raise ValueError(f"preprocessor_config.json: crop_size={crop} is more than size={size}")
+    image_size = image_size or crop
+    black, white = (_pixel(value, preprocessing) for value in (0.0, 255.0))
+    return clip.ClipReferee(
+        network=network,
+        image_size=image_size,
+        resized=round(image_size * size / crop),
+        mean=tuple((-black / (white - black)).tolist()),
+        std=tuple((1 / (white - black)).tolist()),
+    )
+
+
+def _side(preprocessing: dict[str, Any], name: str) -> int:
+    size = preprocessing[name]
+    if not isinstance(size, dict) or size.keys() != {"height", "width"} or size["height"] != size["width"]:
+        raise ValueError(f"preprocessor_config.json: {name}={size} is not implemented; supported: height = width")
+    return size["height"]
+
+
+def _pixel(value: float, preprocessing: dict[str, Any]) -> np.ndarray:
+    """A pixel's value, 0 to 255, as the network reads it in each channel; absent keys have the processor's defaults."""
+    value = np.full(
+        3, value * preprocessing.get("rescale_factor", 1 / 255) - preprocessing.get("rescale_offset", False)
+    )
+    if preprocessing.get("do_normalize", True):
+        value = (value - preprocessing["image_mean"]) / preprocessing["image_std"]
+    return value / preprocessing["image_std"] if preprocessing.get("include_top", True) else value
+
+
+def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
+    """CLIP's, and `mask [1 + N, T]`: False on padding."""
+    tokens = clip.tokenize(judge, prompt)
+    return tokens | {"mask": tokens["input_ids"] != judge.tokenizer.pad_token_id}
