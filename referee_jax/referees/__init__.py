@@ -42,8 +42,8 @@ class Judge:
         return self.template.replace("{}", self.clean(prompt))
 
     def count(self, prompt: str) -> int:
-        """Tokens of that text, both ends included; no more than `length` can be read."""
-        return prompts.token_count(self.tokenizer, self.text(prompt))
+        """Tokens of that text, or of a longer one that it is compared with, both ends included; at most `length` fit."""
+        return max(prompts.token_count(self.tokenizer, text) for text in REFEREES[self.spec.name].texts(self, prompt))
 
     def tokenize(self, prompt: str) -> dict[str, np.ndarray]:
         """What `referee.encode` reads: arrays of one shape for all prompts."""
@@ -57,6 +57,7 @@ class Family:
     Attributes:
         load: `(spec, path or hub id, tokenizer, dtype) -> referee`.
         tokenize: the host's half of it, from its own file.
+        texts: all that is read for a prompt, templates included, as `tokenize` reads it.
         clean: what is done to the prompt before it is put into the template.
         template: text with one {} where the prompt is put, unless the settings have another.
         length: tokens of text that it reads; None: as many as the tokenizer says.
@@ -64,6 +65,7 @@ class Family:
 
     load: Callable[[config.RefereeSpec, str, Any, Any], base.Referee]
     tokenize: base.Tokenize
+    texts: Callable[[Judge, str], list[str]] = lambda judge, prompt: [judge.text(prompt)]
     clean: Callable[[str], str] = str
     template: str = "{}"
     length: int | None = None
@@ -103,7 +105,7 @@ _blip = functools.partial(Family, length=64, clean=prompts.caption)
 # Name in the config -> what it is; its losses are in config.LOSSES. BLIP's captions were trained with this beginning; the
 # question is T2I-CompBench's.
 REFEREES = {
-    "clip": Family(load=_load_clip, tokenize=clip.tokenize),
+    "clip": Family(load=_load_clip, tokenize=clip.tokenize, texts=clip.texts),
     "blip_itm": _blip(load=functools.partial(_load_blip, blip.Itm), tokenize=blip.tokenize),
     "blip_caption": _blip(
         load=functools.partial(_load_blip, blip.Caption), tokenize=blip.tokenize_caption, template="a picture of {}"
