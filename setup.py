@@ -44,6 +44,7 @@ setuptools.setup(
             "diffusers>=0.35",
             "kornia>=0.8",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.14",
             "sentencepiece>=0.2",

@@ -42,8 +42,8 @@ class Judge:
         return self.template.replace("{}", self.clean(prompt))
 
     def count(self, prompt: str) -> int:
-        """Tokens of that text, both ends included; no more than `length` can be read."""
-        return prompts.token_count(self.tokenizer, self.text(prompt))
+        """Tokens of that text, or of a longer one that it is compared with, both ends included; at most `length` fit."""
+        return max(prompts.token_count(self.tokenizer, text) for text in REFEREES[self.spec.name].texts(self, prompt))
 
     def tokenize(self, prompt: str) -> dict[str, np.ndarray]:
         """What `referee.encode` reads: arrays of one shape for all prompts."""
@@ -57,6 +57,7 @@ class Family:
     Attributes:
         load: `(spec, path or hub id, tokenizer, dtype) -> referee`.
         tokenize: the host's half of it, from its own file.
+        texts: all that is read for a prompt, templates included, as `tokenize` reads it.
         clean: what is done to the prompt before it is put into the template.
         template: text with one {} where the prompt is put, unless the settings have another.
         length: tokens of text that it reads; None: as many as the tokenizer says.
@@ -65,6 +66,7 @@ class Family:
 
     load: Callable[[config.RefereeSpec, str, Any, Any], base.Referee]
     tokenize: base.Tokenize
+    texts: Callable[[Judge, str], list[str]] = lambda judge, prompt: [judge.text(prompt)]
     clean: Callable[[str], str] = str
     template: str = "{}"
     length: int | None = None
@@ -111,7 +113,7 @@ def _load_image_reward(spec: config.RefereeSpec, path: str, tokenizer: Any, dtyp
 
 
 def _clip(kind: str, reading: clip.Reading, **other: Any) -> Family:
-    return Family(load=functools.partial(_load_clip, kind, reading), tokenize=clip.tokenize, **other)
+    return Family(load=functools.partial(_load_clip, kind, reading), tokenize=clip.tokenize, texts=clip.texts, **other)
 
 
 def _load_align(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
@@ -189,6 +191,7 @@ REFEREES = {
     "align": Family(
         load=_load_align,
         tokenize=align.tokenize,
+        texts=clip.texts,
         length=align.TOKENS,
         published=("kakaobrain/align-base",),
     ),

@@ -117,16 +117,16 @@ def from_checkpoint(
     return ClipReferee(network=network, image_size=size, resized=size, mean=mean, std=std, reading=reading)
 
 
-def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
-    """The prompt and its negatives: `input_ids [1 + N, T]`, `real [1 + N]`.
-
-    Negatives are the spec's own, and `spec.near` of the prompt's neighbours (prompts.near); where there are fewer, the
-    prompt itself fills the rows, marked as not real.
-    """
+def texts(judge: Any, prompt: str) -> list[str]:
+    """The prompt, then its negatives: the spec's own, and `spec.near` of the prompt's neighbours (prompts.near) or fewer."""
     spec = judge.spec
     near = prompts.near(prompt, spec.exchange)[: spec.near]
-    texts = [prompt, *(text for text in spec.negatives if text != prompt), *near]
-    count = 1 + len(spec.negatives) + spec.near
-    real = np.arange(count) < len(texts)
-    texts += [prompt] * (count - len(texts))
-    return {"input_ids": prompts.tokenize(judge.tokenizer, list(map(judge.text, texts)), judge.length), "real": real}
+    return list(map(judge.text, [prompt, *(text for text in spec.negatives if text != prompt), *near]))
+
+
+def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
+    """`texts`: `input_ids [1 + N, T]`, `real [1 + N]`; where they are fewer, the prompt fills the rows, as not real."""
+    read, count = texts(judge, prompt), 1 + len(judge.spec.negatives) + judge.spec.near
+    rows = read + read[:1] * (count - len(read))
+    ids = prompts.tokenize(judge.tokenizer, rows, judge.length)
+    return {"input_ids": ids, "real": np.arange(count) < len(read)}

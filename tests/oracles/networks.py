@@ -475,9 +475,15 @@ def save(
     scheduler(prediction_type).save_pretrained(sd / "scheduler")
     save_text_encoder(text_encoder(seed), sd / "text_encoder")
     save_tokenizer(sd / "tokenizer")
-    clip(seed + 1, image_size).save_pretrained(referee)
-    save_tokenizer(referee)
-    (referee / "preprocessor_config.json").write_text(
+    save_clip(referee, seed=seed + 1, image_size=image_size)
+    return sd, referee
+
+
+def save_clip(path: pathlib.Path, *, seed: int = 1, image_size: int = 32) -> None:
+    """Write `clip()`, tokenizer and preprocessing."""
+    clip(seed, image_size).save_pretrained(path)
+    save_tokenizer(path)
+    (path / "preprocessor_config.json").write_text(
         json.dumps(
             {
                 "image_processor_type": "CLIPImageProcessor",
@@ -488,7 +494,6 @@ def save(
             }
         )
     )
-    return sd, referee
 
 
 def save_text_encoder(module: transformers.CLIPTextModel, path: pathlib.Path) -> None:

@@ -211,34 +211,6 @@ def test_scores(directories, task):
         assert abs(float(of_large[name] - scores[name])) > 1e-3
 
 
-@pytest.mark.parametrize("task", CLASSES)
-def test_under_jit_vmap_grad_and_scan(directories, task):
-    """Two prompts by vmap, two steps down the gradient by scan, as one program: the same as one by one."""
-    judge = load(directories, task)
-    tokens = [judge.tokenize(p) for p in (PROMPT, "a green square")]
-    images = jnp.asarray(views(count=4).reshape(2, 2, 32, 32, 3))
-
-    def descend(referee, tokens, images):
-        text = referee.encode(tokens)
-        total = lambda x: sum(v.mean() for v in referee.views_losses(x, text).values())  # noqa: E731
-
-        def step(x, _):
-            loss, gradient = jax.value_and_grad(total)(x)
-            return x - 0.05 * gradient / jnp.linalg.norm(gradient), loss
-
-        return jax.lax.scan(step, images, length=2)
-
-    together = jax.tree.map(lambda *x: jnp.stack(x), *tokens)
-    x, losses = jax.jit(jax.vmap(descend, in_axes=(None, 0, 0)))(judge.referee, together, images)
-    assert losses.shape == (2, 2) and np.isfinite(losses).all()
-    alone = jax.jit(descend)
-    for n in range(2):
-        x_n, losses_n = alone(judge.referee, jax.tree.map(jnp.asarray, tokens[n]), images[n])
-        np.testing.assert_allclose(losses[n], losses_n, rtol=1e-4)
-        assert relative_l2(x[n] - images[n], x_n - images[n]) < 1e-3
-    assert (losses[:, 1] < losses[:, 0]).all()
-
-
 def test_settings_that_are_refused(directories, checkpoints):
     with pytest.raises(ValueError, match="referee blip_vqa: no loss cosine; there are vqa"):
         referees.load_referee(dataclasses.replace(load(directories, "vqa").spec, losses={"cosine": 1.0}))

@@ -1,0 +1,172 @@
+"""One bench that every referee walks over: each row of REFEREES, from a tiny directory, under every transformation.
+
+A new referee is one line in DIRECTORIES; all that is compared here is ours with ours, so its own tests still compare it with
+its oracle.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+from referee_jax import config, parallel, prompts, referees
+from tests.conftest import cosine, relative_l2
+from tests.oracles import networks
+
+
+def _blip(cls):
+    return lambda path: networks.save_blip(networks.blip(cls), path)
+
+
+# Name in the config -> writes a tiny checkpoint directory, of weights that hear image and text.
+DIRECTORIES = {
+    "clip": networks.save_clip,
+    "siglip": lambda path: networks.save_siglip(networks.siglip(), path),
+    "pickscore": networks.save_clip,
+    "hps": networks.save_clip,
+    "blip_itm": _blip(transformers.BlipForImageTextRetrieval),
+    "blip_caption": _blip(transformers.BlipForConditionalGeneration),
+    "blip_vqa": _blip(transformers.BlipForQuestionAnswering),
+    "blip2": functools.partial(networks.save_blip2, lm_head=True),
+    "image_reward": networks.save_image_reward,
+    "align": lambda path: networks.save_align(networks.align(), path),
+}
+PROMPTS = ("a red circle and a blue square", "a green square", "a blue circle and a photo", "red and green")
+STEPS, VIEWS = 2, 2
+
+
+def test_every_referee_is_on_the_bench():
+    assert referees.REFEREES.keys() == config.LOSSES.keys()
+    assert referees.REFEREES.keys() == DIRECTORIES.keys()
+
+
+@pytest.fixture(scope="module", params=referees.REFEREES)
+def judge(request, tmp_path_factory):
+    name, path = request.param, tmp_path_factory.mktemp("bench")
+    if name not in DIRECTORIES:
+        pytest.fail(f"the referee {name} is not in DIRECTORIES: add what writes a tiny checkpoint of it")
+    DIRECTORIES[name](path)
+    negatives = {"near": 2, "exchange": (("red", "blue", "green"),)} if "contrastive" in config.LOSSES[name] else {}
+    losses = dict.fromkeys(config.LOSSES[name], 1.0)
+    return referees.load_referee(config.RefereeSpec(name=name, checkpoint=str(path), losses=losses, **negatives))
+
+
+@pytest.fixture(scope="module")
+def texts(judge):
+    """All that depends on the prompts alone, computed once, for all of them together."""
+    tokens = jax.tree.map(lambda *x: np.stack(x), *[judge.tokenize(prompt) for prompt in PROMPTS])
+    return jax.jit(jax.vmap(lambda r, t: r.encode(t), in_axes=(None, 0)))(judge.referee, tokens)
+
+
+@pytest.fixture(scope="module")
+def views(judge):
+    size = judge.referee.image_size
+    return np.random.default_rng(0).uniform(size=(len(PROMPTS), VIEWS, size, size, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def images(views):
+    """The views of all prompts as those of one."""
+    return views.reshape(-1, *views.shape[2:])
+
+
+def of(tree, n):
+    return jax.tree.map(lambda x: x[n], tree)
+
+
+def losses_and_gradients(referee, text, views):
+    """Losses `[V]`, and d(mean)/d(views) of each."""
+    losses, pullback = jax.vjp(lambda v: referee.views_losses(v, text), views)
+    share = {a: jnp.stack([jnp.full_like(x, (a == b) / len(x)) for b in losses]) for a, x in losses.items()}
+    return losses, dict(zip(losses, jax.vmap(pullback)(share)[0], strict=True))
+
+
+def step(referee, text, views):
+    """Some way down the gradient of all losses; their values before."""
+    losses, gradients = losses_and_gradients(referee, text, views)
+    total = sum(gradients.values())
+    return views - 0.1 * total / jnp.linalg.norm(total), losses
+
+
+def descend(referee, text, views):
+    return jax.lax.scan(lambda x, _: step(referee, text, x), views, length=STEPS)
+
+
+alone, step_alone = jax.jit(losses_and_gradients), jax.jit(step)
+
+
+def test_losses(judge, texts, images):
+    """The losses that the config promises, in float32, of image and text."""
+    assert judge.referee.losses == config.LOSSES[judge.spec.name]
+    first, _ = alone(judge.referee, of(texts, 0), images)
+    other, _ = alone(judge.referee, of(texts, 1), images)
+    assert set(first) == set(judge.referee.losses)
+    for name, loss in first.items():
+        assert loss.shape == (len(images),) and loss.dtype == jnp.float32 and np.isfinite(loss).all()
+        assert np.ptp(loss) > 1e-3
+        assert np.abs(other[name] - loss).max() > 1e-3
+
+
+def test_scores(judge, texts, views):
+    """Scalars of an image of any size."""
+    image = jnp.asarray(views[0, 0])
+    large = jnp.repeat(jnp.repeat(image, 2, 0), 2, 1)
+    shapes = jax.eval_shape(judge.referee.scores, large, of(texts, 0))
+    assert shapes and all(x.shape == () and x.dtype == jnp.float32 for x in shapes.values())
+    scores = jax.jit(lambda r, i, t: r.scores(i, t))(judge.referee, image, of(texts, 0))
+    assert scores.keys() == shapes.keys() and all(np.isfinite(x) for x in scores.values())
+
+
+def test_transformations(judge, texts, views):
+    """grad in scan in vmap in shard_map in jit, and pmap, are what each prompt alone gives, step by step."""
+    wanted, wanted_losses = views.copy(), []
+    for n in range(len(PROMPTS)):
+        losses = []
+        for _ in range(STEPS):
+            wanted[n], loss = step_alone(judge.referee, of(texts, n), wanted[n])
+            losses.append(loss)
+        wanted_losses.append(losses)
+    over = (None, 0, 0)
+    devices = jax.devices()
+    spread = parallel.across_devices(
+        jax.vmap(descend, in_axes=over), parallel.prompt_mesh(devices[:2]), (False, True, True)
+    )
+    made = {
+        "shard_map": jax.jit(spread)(judge.referee, texts, views),
+        "pmap": jax.pmap(descend, in_axes=over, devices=devices[: len(PROMPTS)])(judge.referee, texts, views),
+    }
+    for how, (x, losses) in made.items():
+        for n in range(len(PROMPTS)):
+            assert relative_l2(x[n] - views[n], wanted[n] - views[n]) < 1e-3, how
+            for s in range(STEPS):
+                for name, loss in wanted_losses[n][s].items():
+                    np.testing.assert_allclose(losses[name][n, s], loss, rtol=1e-4, atol=1e-5, err_msg=how)
+    assert relative_l2(wanted[0] - views[0], wanted[1] - views[1]) > 0.1
+
+
+def test_bfloat16_gradient_points_the_same_way(judge, texts, images):
+    half = referees.load_referee(judge.spec, dtype=jnp.bfloat16)
+    _, exact = alone(judge.referee, of(texts, 0), images)
+    losses, rough = alone(half.referee, of(texts, 0), images)
+    for name in losses:
+        assert losses[name].dtype == rough[name].dtype == jnp.float32
+        # Of each image, then the mean: in the cosine of all together one image would count for all the others, as a tiny
+        # random network has images at which it is many times as sensitive.
+        each = [cosine(a, b) for a, b in zip(exact[name], rough[name], strict=True)]
+        assert np.mean(each) >= 0.99 and min(each) > 0.95, (name, each)
+        assert relative_l2(rough[name], exact[name]) > 1e-4  # bfloat16 was really used
+
+
+def test_what_is_too_long_is_counted_and_refused(judge):
+    for prompt in PROMPTS:
+        assert 2 < judge.count(prompt) <= judge.length
+    longest = "red" + " red" * (judge.length - judge.count("red"))
+    assert judge.count(longest) == judge.length
+    assert jax.tree.map(np.shape, judge.tokenize(longest)) == jax.tree.map(np.shape, judge.tokenize("red"))
+    with pytest.raises(
+        prompts.PromptError, match=f"has {judge.length + 1} tokens, the text encoder reads {judge.length}"
+    ):
+        judge.tokenize(longest + " red")
