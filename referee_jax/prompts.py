@@ -101,16 +101,16 @@ def token_count(tokenizer: Any, text: str) -> int:
     return len(tokenizer(text, verbose=False)["input_ids"])
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], length: int | None = None, *, cut: bool = False) -> np.ndarray:
+def tokenize(tokenizer: Any, texts: Sequence[str], length: int | None = None) -> np.ndarray:
     """Token ids, int32 `[text, length]`, padded as the tokenizer pads; `length` is by default the tokenizer's limit.
 
-    A text of more tokens raises PromptError, or, with `cut`, loses those before the last, which marks its end.
+    Nothing is cut: a text of more tokens raises PromptError.
     """
     length = tokenizer.model_max_length if length is None else length
     if not texts:
         return np.zeros((0, length), np.int32)
     # Positions are counted from the first token, wherever a tokenizer made for generating text would pad.
-    how = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": cut}
+    how = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": False}
     rows = tokenizer(list(texts), verbose=False, **how)["input_ids"]
     for text, row in zip(texts, rows, strict=True):
         if len(row) > length:

@@ -184,7 +184,7 @@ REFEREES = {
     ),
     "image_reward": Family(
         load=_load_image_reward,
-        tokenize=image_reward.tokenize,
+        tokenize=blip.tokenize,
         length=image_reward.TOKENS,
         published=("THUDM/ImageReward",),
     ),

@@ -1,11 +1,7 @@
 """ImageReward as a referee: the reward that people's preferences taught it (arXiv 2304.05977)."""
 
-from typing import Any
-
-import numpy as np
 from jax import Array
 
-from referee_jax import prompts
 from referee_jax.models import layers
 from referee_jax.referees import base, blip
 
@@ -30,9 +26,3 @@ class Reward(blip.BlipReferee):
         """`reward` of the image as the authors cut it: its middle square."""
         view = base.cropped(image, self.image_size)
         return {"reward": -self.views_losses(view[None], text)["reward"][0]}
-
-
-def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
-    """The text made of the prompt, cut where the authors cut it: `input_ids, mask [T]`."""
-    ids = prompts.tokenize(judge.tokenizer, [judge.text(prompt)], judge.length, cut=True)[0]
-    return {"input_ids": ids, "mask": ids != judge.tokenizer.pad_token_id}

@@ -67,9 +67,6 @@ def test_tokens(oracle):
     tokens = judge.tokenize(PROMPT)
     assert tokens["input_ids"].shape == (35,) and tokens["input_ids"].dtype == np.int32
     assert tokens["mask"].tolist() == [True] * 9 + [False] * 26
-    long = judge.tokenize("red " * 60)  # cut, as the authors cut
-    assert long["input_ids"].shape == (35,) and long["input_ids"][-1] == networks.BLIP_WORDS.index("[SEP]")
-    assert long["mask"].all()
 
 
 def test_score(oracle):
