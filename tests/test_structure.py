@@ -53,8 +53,9 @@ def test_directions(who):
 
 def test_torch_only_in_training_and_conversion():
     found = {str(file.relative_to(ROOT)) for file in FILES if uses(file, "torch", "diffusers", "pickle")}
-    # The second reads, once, files that are pickles of torch; what it writes, and the program reads, are safetensors.
-    assert found == {"shapes/train.py", "weights/lavis.py"}
+    # The last reads, once, files that are pickles of torch; what it writes, and the program reads, are safetensors.
+    training = {f"shapes/{name}.py" for name in ("train", "recipes_generator", "recipes_referees")}
+    assert found == training | {"weights/lavis.py"}
     assert not any(uses(file, "referee_jax.weights.lavis") for file in FILES)
 
 

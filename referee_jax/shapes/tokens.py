@@ -1,4 +1,7 @@
-"""The vocabulary of the shapes world as a CLIP tokenizer: every word one token, every other word spelled by its letters."""
+"""The vocabulary of the shapes world, as a tokenizer of CLIP and as one of BERT.
+
+Every word of the world is one token, every other word is spelled by its letters.
+"""
 
 import functools
 import json
@@ -60,4 +63,29 @@ def encode(texts: list[str]) -> np.ndarray:
     for row, text in zip(ids, texts, strict=True):
         words = _words(text)
         row[0], row[1 : len(words) + 1] = START, words
+    return ids
+
+
+# --- BERT --------------------------------------------------------------------------------------------------------------
+
+BEGINNING = "a picture of"  # of every caption that BLIP is taught
+_PIECES_OF_BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "yes", "no", *LETTERS]
+_PIECES_OF_BERT += [f"##{letter}" for letter in LETTERS] + ["[DEC]", "[ENC]"]
+WORDPIECES = {piece: i for i, piece in enumerate(dict.fromkeys(_PIECES_OF_BERT))}
+
+
+def save_wordpieces(directory: pathlib.Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, as `transformers.BertTokenizer` reads them; [DEC] begins captions."""
+    import transformers  # slow to import, and only training saves
+
+    tokenizer = transformers.BertTokenizer(vocab=WORDPIECES, bos_token="[DEC]", model_max_length=LENGTH)
+    tokenizer.save_pretrained(directory)
+
+
+def wordpieces(texts: list[str], first: str = "[CLS]") -> np.ndarray:
+    """Texts of this world's words to int32 `[text, LENGTH]`: `first`, words, [SEP], padded. As the saved tokenizer."""
+    ids = np.full((len(texts), LENGTH), WORDPIECES["[PAD]"], np.int32)
+    for row, text in zip(ids, texts, strict=True):
+        words = [WORDPIECES[word] for word in text.split()]
+        row[: len(words) + 2] = WORDPIECES[first], *words, WORDPIECES["[SEP]"]
     return ids

@@ -1,10 +1,13 @@
 """The trainer at a few steps: it learns, goes on where it stopped, and writes what the package loads."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from referee_jax.shapes import tokens, train, world
+from referee_jax import config, referees
+from referee_jax.shapes import batches, recipes_generator, recipes_referees, tokens, train, world
 from referee_jax.weights import load
 from tests.conftest import relative_l2
 
@@ -25,16 +28,34 @@ def test_tokenizer_is_the_one_of_training(tmp_path):
     assert tokenizer.tokenize("Elk") == ["e", "l", "k</w>"]
 
 
+def test_wordpieces_are_the_ones_of_training(tmp_path):
+    """So too for BERT's tokenizer, questions and the beginning of captions included."""
+    tokens.save_wordpieces(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
+    tokenizer = load.load_tokenizer(tmp_path)
+    texts = [f"{tokens.BEGINNING} two red stars", "a striped ring above a pink cross ?", ""]
+    written = [text.replace(" ?", "?") for text in texts]
+    read = tokenizer(written, padding="max_length", max_length=tokens.LENGTH)
+    np.testing.assert_array_equal(read["input_ids"], tokens.wordpieces(texts))
+    assert tokenizer.convert_ids_to_tokens(tokens.wordpieces(["yes"], first="[DEC]")[0, :3].tolist()) == [
+        "[DEC]", "yes", "[SEP]",
+    ]  # fmt: skip
+    assert tokenizer.bos_token_id == tokens.WORDPIECES["[DEC]"] and tokenizer.model_max_length == tokens.LENGTH
+    assert {len(tokenizer.tokenize(word)) for word in (*tokens.WORDS, "yes", "no")} == {1}
+    assert tokenizer.tokenize("elk") == ["e", "##l", "##k"]
+
+
 def test_batches_say_what_they_show():
     rng = np.random.default_rng(1)
-    batch = train.pair_batch(rng, 6)
+    batch = batches.pair_batch(rng, 6)
     assert batch["image"].shape == (12 + 3, 3, 64, 64) and batch["image"].dtype == np.float32
-    assert batch["input_ids"].shape == (12 * (1 + train.DISTRACTORS), tokens.LENGTH)
-    assert batch["shown"].shape == (12 + 3, 64, train.LABELS)
+    assert batch["input_ids"].shape == (12 * (1 + batches.DISTRACTORS), tokens.LENGTH)
+    assert batch["shown"].shape == (12 + 3, 64, len(batches.KINDS))
     words = {i: piece.removesuffix("</w>") for piece, i in tokens.VOCABULARY.items()}
     for row, shown in zip(batch["input_ids"][:12], batch["shown"][:12], strict=True):
         said = {words[i] for i in row} & set(world.COLOURS)
-        seen = {train.KINDS[k] for k in np.flatnonzero(shown.any(0))} & set(world.COLOURS)
+        assert {batches.KINDS[k] for k in np.flatnonzero(shown.any(0))} & set(world.SHAPES)
+        seen = {batches.KINDS[k] for k in np.flatnonzero(shown.any(0))} & set(world.COLOURS)
         assert said <= seen
 
 
@@ -42,7 +63,7 @@ def test_captions_never_name_unseen_pairs():
     """Not as true captions, not as distractors, not as Stable Diffusion's exchanged ones."""
     pieces = {i: piece.removesuffix("</w>") for piece, i in tokens.VOCABULARY.items()}
     rng, swapped = np.random.default_rng(2), 0
-    for batch in (train.pair_batch(rng, 40), train.unet_batch(rng, 200)):
+    for batch in (batches.pair_batch(rng, 40), batches.unet_batch(rng, 200)):
         for row in batch["input_ids"]:
             text = " ".join(pieces[i] for i in row if i not in (tokens.START, tokens.END))
             if text:
@@ -54,9 +75,9 @@ def test_captions_never_name_unseen_pairs():
 def test_unet_sees_what_captions_leave_out(monkeypatch):
     """Unseen pairs are drawn about as often as others; of such a scene the caption says less than there is."""
     scenes = []
-    draw = train.drawn
-    monkeypatch.setattr(train, "drawn", lambda batch: scenes.extend(batch) or draw(batch))
-    train.unet_batch(np.random.default_rng(3), 400)
+    draw = batches.drawn
+    monkeypatch.setattr(batches, "drawn", lambda batch: scenes.extend(batch) or draw(batch))
+    batches.unet_batch(np.random.default_rng(3), 400)
     unseen = [any(item.is_unseen() for item in scene.objects) for scene in scenes]
     assert 0.15 < np.mean(unseen) < 0.35
     assert world.Thing("circle", "green", "striped").unsaid() == world.Thing("circle", None, "striped")
@@ -92,7 +113,7 @@ def test_resume_is_the_same_training(out, tmp_path, monkeypatch):
 
 def interrupt_after(monkeypatch, steps: int, run) -> None:
     """Runs with a Ctrl-C in the loss of step number `steps`."""
-    forward, calls = train.Autoencoder.forward, []
+    forward, calls = recipes_generator.Autoencoder.forward, []
 
     def failing(self, batch):
         calls.append(1)
@@ -101,7 +122,7 @@ def interrupt_after(monkeypatch, steps: int, run) -> None:
         return forward(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Autoencoder, "forward", failing)
+        patch.setattr(recipes_generator.Autoencoder, "forward", failing)
         run()
 
 
@@ -113,3 +134,126 @@ def test_unet_makes_a_loadable_checkpoint(out):
     assert parts.unet.config.block_out_channels == (64, 128)
     network = load.load_clip(out / "clip")
     assert network.config.vision_config.image_size == world.SIZE
+
+
+def test_relations_are_told_of_both_objects():
+    """Patches of the object above say "above", those of the other "below", and nobody does in a crowd."""
+    batch = batches.pair_batch(np.random.default_rng(4), 12)
+    relations = batch["shown"][:, :, [batches.KINDS.index(relation) for relation in world.RELATIONS]]
+    assert not relations[24:].any()
+    whole = relations[:24].any(1)
+    assert whole.sum() > 24  # most scenes have two objects
+    for left, right in ((0, 1), (2, 3)):
+        np.testing.assert_array_equal(whole[:, left], whole[:, right])
+    rows = np.arange(64) // 8
+    for shown in relations[:24]:
+        if shown[:, 2].any():
+            above, below = (np.average(rows, weights=shown[:, kind]) for kind in (2, 3))
+            assert above < below
+
+
+PICTURES, TEXTS = 3, ("a red circle and a blue square", "two striped stars", "a pink ring")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Every recipe of a referee with BERT's words, untrained, as it is saved and as torch has it, both of half precision."""
+    torch.manual_seed(5)
+    out, recipes = tmp_path_factory.mktemp("referees"), {}
+    for name in ("blip", "blip2", "align"):
+        recipes[name] = train.NETWORKS[name](out)
+        with torch.no_grad():
+            for parameter in recipes[name].trained.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(2)
+        if name == "align":  # statistics of noise, or nothing would be left of it after so many norms
+            for _ in range(30):
+                recipes[name].trained["align"].vision_model(as_torch())
+        recipes[name].trained.half().float().eval()
+        recipes[name].save(recipes[name].trained, out)
+    return out, recipes
+
+
+def losses(directory, name: str, *wanted: str) -> dict[str, np.ndarray]:
+    """What the package's referee says of three pictures and the text of the same number: each loss, `[3]`."""
+    judge = referees.load_referee(
+        config.RefereeSpec(name=name, checkpoint=str(directory), losses=dict.fromkeys(wanted, 1.0))
+    )
+    found = []
+    for picture, text in zip(pictures(), TEXTS, strict=True):
+        encoded = judge.referee.encode(jax.tree.map(jnp.asarray, judge.tokenize(text)))
+        found.append(judge.referee.views_losses(jnp.asarray(picture[None]), encoded))
+    return {key: np.array([losses[key][0] for losses in found]) for key in wanted}
+
+
+def pictures() -> np.ndarray:
+    return np.random.default_rng(6).uniform(size=(PICTURES, 64, 64, 3)).astype(np.float32)
+
+
+def as_torch() -> torch.Tensor:
+    return torch.from_numpy(pictures()).permute(0, 3, 1, 2) * 2 - 1
+
+
+def one_by_one(loss) -> list[float]:
+    with torch.no_grad():
+        return [float(loss(slice(i, i + 1))) for i in range(PICTURES)]
+
+
+def test_blip_is_asked_as_it_was_taught(saved):
+    """The losses of training are those of the referee: same words, same first tokens, same masks."""
+    out, recipe = saved[0], saved[1]["blip"]
+    ids, captions, questions = (torch.from_numpy(read(list(TEXTS))).long() for read in batches.BLIP_READS.values())
+    with torch.no_grad():
+        states = recipe.trained["itm"].vision_model(as_torch()).last_hidden_state
+    ours = losses(out / "blip/itm", "blip_itm", "itm", "itc")
+    itm = recipe.trained["itm"]
+    asked = ids.index_fill(1, torch.tensor([0]), tokens.WORDPIECES["[ENC]"])
+    with torch.no_grad():
+        logits = itm.itm_head(itm.text_encoder(asked, asked != 0, encoder_hidden_states=states).last_hidden_state[:, 0])
+    assert relative_l2(ours["itm"], -logits.log_softmax(1)[:, 1]) < 1e-4
+    theirs = one_by_one(lambda i: recipe.caption(states[i], captions[i]))
+    assert relative_l2(losses(out / "blip/caption", "blip_caption", "caption")["caption"], theirs) < 1e-4
+    vqa = recipe.trained["vqa"]
+    asked = questions.index_fill(1, torch.tensor([0]), tokens.WORDPIECES["[ENC]"])
+    with torch.no_grad():
+        read = vqa.text_encoder(asked, asked != 0, encoder_hidden_states=states).last_hidden_state
+        logits = recipes_referees.first_answer(vqa, read, asked != 0)
+    answers = logits[:, [tokens.WORDPIECES["yes"], tokens.WORDPIECES["no"]]].log_softmax(1)
+    assert relative_l2(losses(out / "blip/vqa", "blip_vqa", "vqa")["vqa"], -answers[:, 0]) < 1e-4
+
+
+def test_blip2_is_asked_as_it_was_taught(saved):
+    out, recipe = saved[0], saved[1]["blip2"]
+    ids = torch.from_numpy(tokens.wordpieces(list(TEXTS))).long()
+    with torch.no_grad():
+        states = recipe.trained["blip2"].vision_model(pixel_values=as_torch()).last_hidden_state
+        match = -recipe.match(states, ids).log_softmax(1)[:, 1]
+    captions = ids.index_fill(1, torch.tensor([0]), tokens.WORDPIECES["[DEC]"])
+    ours = losses(out / "blip2", "blip2", "itm", "itg")
+    assert relative_l2(ours["itm"], match) < 1e-4
+    assert relative_l2(ours["itg"], one_by_one(lambda i: recipe.caption(states[i], captions[i]))) < 1e-4
+
+
+def test_align_is_asked_as_it_was_taught(saved):
+    out, align = saved[0], saved[1]["align"].trained["align"]
+    ids = torch.from_numpy(tokens.wordpieces(list(TEXTS))).long()
+    with torch.no_grad():
+        text = align.text_projection(align.text_model(ids, ids != 0).last_hidden_state[:, 0])
+        cosines = torch.nn.functional.cosine_similarity(align.vision_model(as_torch()).pooler_output, text)
+    assert relative_l2(losses(out / "align", "align", "cosine")["cosine"], 1 - cosines) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["blip", "blip2", "align", "clip"])
+def test_every_weight_is_taught(name):
+    """The loss of a small batch moves all of them, but for the pooler, of which ALIGN makes no use."""
+    torch.manual_seed(7)
+    recipe = train.NETWORKS[name](None)
+    loader = train.Steps(lambda rng: recipe.batch(rng, 6), seed=0)
+    loss, figures = recipe(loader[0])
+    loss.backward()
+    still = [n for n, p in recipe.trained.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    # Nor have keys a use for a bias, or has a word that stands alone for queries and keys.
+    useless = (".pooler.", "key.bias", "k_proj.bias", "self.key.", "self.query.")
+    assert [n for n in still if not any(part in n for part in useless)] == []
+    assert len(still) < 40
+    assert all(torch.isfinite(value) for value in figures.values())

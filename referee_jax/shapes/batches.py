@@ -1,0 +1,135 @@
+"""What the networks of the shapes world are trained on: batches of pictures with their captions, drawn from a Generator.
+
+The captions of Stable Diffusion are noisy on purpose: in 35 % of the two-object scenes two attributes are exchanged, so that the
+U-Net binds attributes as badly as Stable Diffusion does. The referees' captions are clean, with hard negatives.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from referee_jax.shapes import tokens, world
+
+MIX = {
+    "single": 0.08,
+    "colour": 0.22,
+    "shape": 0.06,
+    "texture": 0.18,
+    "spatial": 0.2,
+    "numeracy": 0.08,
+    "complex": 0.18,
+}
+UNET_MIX = {"single": 0.15, "colour": 0.5, "texture": 0.07, "spatial": 0.14, "numeracy": 0.07, "complex": 0.07}
+SWAPPED, EMPTY = 0.35, 0.1  # shares of Stable Diffusion's captions that are exchanged and left out
+DISTRACTORS = 2
+PATCH = 8  # side in pixels of the squares that say what they show
+KINDS = (*world.SHAPES, *world.COLOURS, *world.TEXTURES, *world.RELATIONS)
+Arrays = dict[str, np.ndarray]
+Readings = Mapping[str, Callable[[list[str]], np.ndarray]]
+CLIP_READS: Readings = {"input_ids": tokens.encode}
+
+
+def sample(
+    rng: np.random.Generator, mix: dict[str, float], *, unseen: bool | None = False
+) -> tuple[world.Scene, world.Prompt, str]:
+    """A training scene (`unseen` as of world.sample_scene) with a true caption, and its category."""
+    category = str(rng.choice(list(mix), p=list(mix.values())))
+    scene = world.sample_scene(rng, category, unseen=unseen)
+    return scene, world.describe(rng, scene, category), category
+
+
+def drawn(scenes: list[world.Scene], views: list[np.ndarray | None] | None = None) -> Arrays:
+    """Images `[scene, 3, 64, 64]` in [0, 1] and covers `[scene, object, 64, 64]`."""
+    pairs = [world.draw(scene, view=view) for scene, view in zip(scenes, views or [None] * len(scenes), strict=True)]
+    return {
+        name: np.stack([pair[i] for pair in pairs]).transpose(0, 3, 1, 2) for i, name in enumerate(("image", "cover"))
+    }
+
+
+def vae_batch(rng: np.random.Generator, size: int = 16) -> Arrays:
+    """Scenes alone."""
+    return drawn([sample(rng, MIX)[0] for _ in range(size)])
+
+
+def unet_batch(rng: np.random.Generator, size: int = 32) -> Arrays:
+    """Scenes with noisy captions: of two-object captions SWAPPED have two attributes exchanged, of all EMPTY are empty.
+
+    Scenes show attribute pairs of world.UNSEEN as often as others; captions leave out the attribute.
+    """
+    scenes, texts = [], []
+    for _ in range(size):
+        scene, prompt, _ = sample(rng, UNET_MIX, unseen=None)
+        prompt = dataclasses.replace(prompt, things=tuple(thing.unsaid() for thing in prompt.things))
+        if len(prompt.things) == 2 and rng.random() < SWAPPED:
+            a, b = prompt.things
+            swapped = (dataclasses.replace(a, shape=b.shape), dataclasses.replace(b, shape=a.shape))
+            if not any(thing.is_unseen() for thing in swapped):
+                prompt = dataclasses.replace(prompt, things=swapped)
+        scenes.append(scene)
+        texts.append("" if rng.random() < EMPTY else prompt.text)
+    return {"image": drawn(scenes)["image"], "input_ids": tokens.encode(texts)}
+
+
+def random_view(rng: np.random.Generator) -> np.ndarray | None:
+    """A small rotation, shift and zoom for `world.draw`; one in four is none."""
+    if rng.random() < 0.25:
+        return None
+    angle, zoom = rng.uniform(-0.35, 0.35), rng.uniform(0.9, 1.15)
+    cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)
+    return np.array([[cos, -sin, rng.uniform(-5, 5)], [sin, cos, rng.uniform(-5, 5)]])
+
+
+def pair_batch(rng: np.random.Generator, size: int = 48, readings: Readings = CLIP_READS) -> Arrays:
+    """Scenes, their near twins, each with a caption true of it alone, and scenes with an object too many that none is true of.
+
+    Each of `readings` encodes the captions: `[: 2 * size]` are the true ones in the scenes' order, twin beside twin, after those
+    come DISTRACTORS for each. `parents` are the scenes that got the objects too many; `shown [scene, patch, KINDS]` says
+    of what each patch shows a part: shape, colour, texture, and where it stands to the other object, if there are two.
+    """
+    scenes, prompts = [], []
+    while len(scenes) < 2 * size:
+        scene, prompt, category = sample(rng, MIX)
+        twin = world.edit(rng, scene)
+        told = world.describe(rng, twin, "single" if len(twin.objects) == 1 else category)
+        if not world.matches(prompt, twin) and not world.matches(told, scene):
+            scenes += [scene, twin]
+            prompts += [prompt, told]
+    near = [
+        p
+        for prompt in prompts
+        for p in (world.distractors(rng, prompt, DISTRACTORS, seen=True) * DISTRACTORS)[:DISTRACTORS]
+    ]
+    pairs = [i for i, scene in enumerate(scenes) if len({(item.shape, item.colour) for item in scene.objects}) == 2]
+    parents = np.array(pairs[: size // 2])
+    scenes += [world.crowd(rng, scenes[i]) for i in parents]
+    batch = drawn(scenes, [random_view(rng) for _ in scenes])
+    side = world.SIZE // PATCH
+    covered = batch.pop("cover").reshape(len(scenes), -1, side, PATCH, side, PATCH).mean((3, 5)) > 0.08
+    labels = np.zeros((len(scenes), world.MAX_OBJECTS, len(KINDS)), bool)
+    for i, scene in enumerate(scenes):
+        for j, item in enumerate(scene.objects):
+            kinds = [item.shape, item.colour, item.texture]
+            if len(scene.objects) == 2:
+                kinds += [relation for relation in world.RELATIONS if world.holds(relation, item, scene.objects[1 - j])]
+            labels[i, j, [KINDS.index(kind) for kind in kinds]] = True
+    shown = np.einsum("bjp,bjk->bpk", covered.reshape(len(scenes), world.MAX_OBJECTS, -1), labels)
+    texts = [prompt.text for prompt in (*prompts, *near)]
+    return batch | {"shown": shown, "parents": parents} | {name: read(texts) for name, read in readings.items()}
+
+
+BLIP_READS: Readings = {
+    "input_ids": tokens.wordpieces,
+    "caption_ids": lambda texts: tokens.wordpieces([f"{tokens.BEGINNING} {text}" for text in texts], first="[DEC]"),
+    "question_ids": lambda texts: tokens.wordpieces([f"{text} ?" for text in texts]),
+}
+
+
+def blip_batch(rng: np.random.Generator, size: int = 48) -> Arrays:
+    """The same, read as BLIP does: a text, a caption that begins as all do, and a question."""
+    return pair_batch(rng, size, BLIP_READS)
+
+
+def wordpiece_batch(rng: np.random.Generator, size: int = 48) -> Arrays:
+    """The same, read by BERT's tokenizer."""
+    return pair_batch(rng, size, {"input_ids": tokens.wordpieces})

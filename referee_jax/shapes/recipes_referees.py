@@ -1,0 +1,356 @@
+"""The referees of the shapes world, as recipes_generator.py has the generator.
+
+All see pictures worsened on purpose (`degrade`), learn to tell near captions apart, and have one helper: each patch says what
+it shows a part of. The helper's head is dropped after training; it teaches in minutes what the contrast alone takes hours
+for: attributes, relations (seen from each of the two objects), and, as what stands in one place belongs together, binding.
+"""
+
+import copy
+import json
+import pathlib
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+
+from referee_jax.shapes import batches, tokens, world
+
+Batch = dict[str, torch.Tensor]
+TEXT = dict(
+    vocab_size=len(tokens.VOCABULARY), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+    max_position_embeddings=tokens.LENGTH, eos_token_id=tokens.END, bos_token_id=tokens.START, pad_token_id=tokens.END,
+    projection_dim=128,
+)  # fmt: skip
+VISION = dict(
+    hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4, image_size=world.SIZE,
+    patch_size=batches.PATCH, projection_dim=128,
+)  # fmt: skip
+BERT = dict(
+    vocab_size=len(tokens.WORDPIECES), hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+    max_position_embeddings=tokens.LENGTH, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
+)  # fmt: skip
+BLIP_VISION = dict(
+    hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=world.SIZE,
+    patch_size=batches.PATCH, initializer_range=0.02,
+)  # fmt: skip
+EFFICIENTNET = dict(
+    width_coefficient=1.0, depth_coefficient=1.0, depth_divisor=8, image_size=world.SIZE, hidden_dim=64,
+    in_channels=[32, 16, 32, 64], out_channels=[16, 32, 64, 128], kernel_sizes=[3, 3, 5, 5], strides=[1, 2, 2, 1],
+    num_block_repeats=[1, 1, 2, 2], expand_ratios=[1, 3, 3, 3], batch_norm_momentum=0.1, drop_connect_rate=0.0,
+)  # fmt: skip
+SMOOTHING = 0.1  # of captions, as BLIP was taught
+PAD, CLS, SEP, DEC, ENC, YES, NO = (
+    tokens.WORDPIECES[piece] for piece in ("[PAD]", "[CLS]", "[SEP]", "[DEC]", "[ENC]", "yes", "no")
+)
+
+
+def degrade(images: torch.Tensor) -> torch.Tensor:
+    """Noise fine and coarse, and a change of brightness: what the pictures of an optimisation look like on their way."""
+    amounts = torch.rand(3, len(images), 1, 1, 1, device=images.device)
+    amounts = amounts * (torch.rand_like(amounts) < 0.7)
+    coarse = F.interpolate(torch.randn(len(images), 3, 8, 8, device=images.device), images.shape[-2:], mode="bilinear")
+    noisy = images + 0.3 * amounts[0] * torch.randn_like(images) + 0.25 * amounts[1] * coarse
+    return noisy * (1 + 0.2 * amounts[2])
+
+
+def seen(images: torch.Tensor) -> torch.Tensor:
+    """What every referee is shown: degraded pictures, from [0, 1] to [-1, 1]."""
+    return 2 * degrade(images) - 1
+
+
+def contrast(logits: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """CLIP's loss of `[picture, text]`, and the share of pictures that have their own text first.
+
+    The first `n` pictures have the first `n` texts. Of the others, with an object too many, no text is truer than another.
+    """
+    labels = torch.arange(n, device=logits.device)
+    target = torch.full_like(logits, 1 / logits.shape[1])
+    target[:n] = torch.eye(*target[:n].shape, device=logits.device)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :n].T, labels)) / 2
+    return loss, (logits[:n].argmax(1) == labels).float().mean()
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """To length one, in float32."""
+    return F.normalize(x.float(), dim=-1)
+
+
+def trim(ids: torch.Tensor, pad: int) -> torch.Tensor:
+    """Token ids without the columns that are padding in every row but one, which CLIP's end may be in."""
+    return ids[:, : int((ids != pad).sum(1).max()) + 1]
+
+
+def named(what: torch.nn.Linear, patches: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """The helper's loss: what each of `patches [picture, patch, width]` shows a part of."""
+    return F.binary_cross_entropy_with_logits(what(patches).float(), shown.float())
+
+
+def save_preprocessing(directory: pathlib.Path, **settings) -> None:
+    """Writes preprocessor_config.json of a processor that reads 64 px pictures as [-1, 1]."""
+    size = {"height": world.SIZE, "width": world.SIZE}
+    settings = {"size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3} | settings
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def pairs(batch: Batch, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a matching head is asked: numbers of pictures and of texts, and whether they belong together.
+
+    Each picture with its text, its twin's and a distractor, and each with an object too many with the text of its parent.
+    """
+    own, crowds = torch.arange(n), len(batch["parents"])
+    pictures = torch.cat([own, own, own, n + torch.arange(crowds)])
+    texts = torch.cat([own, own ^ 1, n + batches.DISTRACTORS * own, batch["parents"]])
+    return pictures, texts, (torch.arange(len(texts)) < n).long()
+
+
+def caption_loss(logits: torch.Tensor, ids: torch.Tensor, given: int) -> torch.Tensor:
+    """Of the tokens after the first `given`, each from those before it; `logits` are without the last."""
+    targets = torch.where(ids[:, 1:] == PAD, -100, ids[:, 1:]).long()
+    targets[:, : given - 1] = -100
+    return F.cross_entropy(logits.float().transpose(1, 2), targets, label_smoothing=SMOOTHING)
+
+
+def first_answer(vqa: torch.nn.Module, read: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Logits of the first word of the answer, of a question's states and which of them are no padding."""
+    # Questions of one length at a time: the cross-attention of transformers 5 ignores the mask that it is given.
+    lengths, answers = real.sum(1), None
+    for length in lengths.unique().tolist():
+        rows = torch.nonzero(lengths == length)[:, 0]
+        start = torch.full((len(rows), 1), DEC)
+        logits = vqa.text_decoder(start, encoder_hidden_states=read[rows, :length]).logits[:, 0]
+        answers = logits.new_zeros(len(read), logits.shape[1]) if answers is None else answers
+        answers = answers.index_copy(0, rows, logits)
+    return answers
+
+
+class Clip(torch.nn.Module):
+    """CLIP, contrastive over twins, crowds and distractors."""
+
+    steps, rate, batch, where = 4000, 1e-3, staticmethod(batches.pair_batch), "clip"
+
+    def __init__(self, out: pathlib.Path):
+        super().__init__()
+        config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=128)
+        config._attn_implementation = "eager"  # on a CPU the fused attention's backward pass takes half the step
+        what = torch.nn.Linear(VISION["hidden_size"], len(batches.KINDS))
+        self.trained = torch.nn.ModuleDict({"clip": transformers.CLIPModel(config), "what": what})
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict]:
+        clip, n = self.trained["clip"], len(batch["input_ids"]) // (1 + batches.DISTRACTORS)
+        states = clip.vision_model(seen(batch["image"])).last_hidden_state
+        image = unit(clip.visual_projection(clip.vision_model.post_layernorm(states[:, 0])))
+        # Padding comes after all that the text tower reads: it is causal and pooled at the first end.
+        text = unit(clip.text_projection(clip.text_model(trim(batch["input_ids"], tokens.END)).pooler_output))
+        loss, right = contrast(clip.logit_scale.clamp(max=np.log(100)).exp() * image @ text.T, n)
+        what = named(self.trained["what"], states[:, 1:], batch["shown"])
+        return loss + 3 * what, {"contrast": loss, "what": what, "right": right}
+
+    def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
+        """With tokenizer and preprocessing."""
+        copy.deepcopy(trained["clip"]).half().save_pretrained(out / self.where)
+        tokens.save(out / self.where)
+        size = {"height": world.SIZE, "width": world.SIZE}
+        transformers.CLIPImageProcessor(
+            size={"shortest_edge": world.SIZE}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ).save_pretrained(out / self.where)
+
+
+class HeldOutClip(Clip):
+    """CLIP with another seed, never optimised against."""
+
+    where = "clip_held_out"
+
+
+class Align(torch.nn.Module):
+    """ALIGN, contrastive as CLIP; its pictures are read by convolutions alone."""
+
+    steps, rate, batch, where = 4000, 1e-3, staticmethod(batches.wordpiece_batch), "align"
+
+    def __init__(self, out: pathlib.Path):
+        super().__init__()
+        width = EFFICIENTNET["out_channels"][-1]
+        config = transformers.AlignConfig(text_config=BERT, vision_config=EFFICIENTNET, projection_dim=width)
+        config._attn_implementation = "eager"
+        align = transformers.AlignModel(config)
+        align.temperature.data.fill_(0.07)
+        align.vision_model.to(memory_format=torch.channels_last)
+        self.trained = torch.nn.ModuleDict({"align": align, "what": torch.nn.Linear(width, len(batches.KINDS))})
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict]:
+        align, ids = self.trained["align"], trim(batch["input_ids"], PAD)
+        image = align.vision_model(seen(batch["image"]).contiguous(memory_format=torch.channels_last))
+        text = align.text_projection(align.text_model(ids, ids != PAD).last_hidden_state[:, 0])
+        logits = unit(image.pooler_output) @ unit(text).T / align.temperature.clamp(min=0.01)
+        loss, right = contrast(logits, len(ids) // (1 + batches.DISTRACTORS))
+        patches = image.last_hidden_state.flatten(2).transpose(1, 2)
+        what = named(self.trained["what"], patches, batch["shown"])
+        return loss + 3 * what, {"contrast": loss, "what": what, "right": right}
+
+    def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
+        """With tokenizer and preprocessing."""
+        align = copy.deepcopy(trained["align"])
+        align.temperature.data.clamp_(min=0.01)
+        align.half().save_pretrained(out / self.where)
+        tokens.save_wordpieces(out / self.where)
+        save_preprocessing(
+            out / self.where, image_processor_type="EfficientNetImageProcessor", do_center_crop=False, do_normalize=False,
+            crop_size={"height": world.SIZE, "width": world.SIZE}, rescale_factor=1 / 127.5, rescale_offset=True,
+            include_top=False,
+        )  # fmt: skip
+
+
+class Blip(torch.nn.Module):
+    """BLIP's three: matching and contrast, captions, answers to questions; they share the eye that they are trained with."""
+
+    steps, rate, batch, where = 3000, 1e-3, staticmethod(batches.blip_batch), "blip"
+    classes = {
+        "itm": transformers.BlipForImageTextRetrieval,
+        "caption": transformers.BlipForConditionalGeneration,
+        "vqa": transformers.BlipForQuestionAnswering,
+    }
+
+    def __init__(self, out: pathlib.Path):
+        super().__init__()
+        ids = dict(bos_token_id=DEC, sep_token_id=SEP, eos_token_id=SEP)
+        text, parts = BERT | ids | dict(encoder_hidden_size=BERT["hidden_size"]), {}
+        for name, kind in self.classes.items():
+            layers = {"num_hidden_layers": 2} if name == "vqa" else {}  # it has two of them
+            config = transformers.BlipConfig(
+                text_config=text | layers, vision_config=BLIP_VISION, image_text_hidden_size=BERT["hidden_size"]
+            )
+            config._attn_implementation = "eager"
+            parts[name] = kind(config)
+            parts[name].vision_model = parts["itm"].vision_model
+        parts["what"] = torch.nn.Linear(BLIP_VISION["hidden_size"], len(batches.KINDS))
+        self.trained = torch.nn.ModuleDict(parts)
+        self.trained.register_parameter("scale", torch.nn.Parameter(torch.tensor(2.66)))
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict]:
+        states = self.trained["itm"].vision_model(seen(batch["image"])).last_hidden_state
+        n = len(batch["input_ids"]) // (1 + batches.DISTRACTORS)
+        what = named(self.trained["what"], states[:, 1:], batch["shown"])
+        contrasted, matched, figures = self.matching(states, batch, n)
+        caption = self.caption(states[:n], trim(batch["caption_ids"][:n], PAD))
+        answer = self.answer(states[:n], trim(batch["question_ids"], PAD))
+        figures |= {"caption": caption, "answer": answer, "what": what}
+        return contrasted + 2 * matched + caption + answer + 3 * what, figures
+
+    def matching(self, states: torch.Tensor, batch: Batch, n: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """Losses of contrast and of the matching head."""
+        itm, ids = self.trained["itm"], trim(batch["input_ids"], PAD)
+        text = unit(itm.text_proj(itm.text_encoder(ids, ids != PAD).last_hidden_state[:, 0]))
+        image = unit(itm.vision_proj(states[:, 0]))
+        contrasted, _ = contrast(self.trained.scale.clamp(max=np.log(100)).exp() * image @ text.T, n)
+        pictures, texts, truth = pairs(batch, n)
+        asked = ids[texts].index_fill(1, torch.tensor([0]), ENC)
+        read = itm.text_encoder(asked, asked != PAD, encoder_hidden_states=states[pictures]).last_hidden_state
+        logits = itm.itm_head(read[:, 0]).float()
+        right = (logits.argmax(1) == truth).float().mean()
+        matched = F.cross_entropy(logits, truth)
+        return contrasted, matched, {"contrast": contrasted, "match": matched, "right": right}
+
+    def caption(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Loss of captions, after the words that begin all of them."""
+        decoder = self.trained["caption"].text_decoder
+        logits = decoder(ids, (ids != PAD).long(), encoder_hidden_states=states).logits[:, :-1]
+        return caption_loss(logits, ids, given=1 + len(tokens.BEGINNING.split()))
+
+    def answer(self, states: torch.Tensor, questions: torch.Tensor) -> torch.Tensor:
+        """Loss of "yes" to the true caption as a question, and of "no" to the twin's or a distractor."""
+        vqa, own = self.trained["vqa"], torch.arange(len(states))
+        wrong = torch.where(own % 4 < 2, own ^ 1, len(states) + batches.DISTRACTORS * own + 1)
+        asked = questions[torch.cat([own, wrong])].index_fill(1, torch.tensor([0]), ENC)
+        read = vqa.text_encoder(asked, asked != PAD, encoder_hidden_states=states.repeat(2, 1, 1)).last_hidden_state
+        logits = first_answer(vqa, read, asked != PAD)
+        return F.cross_entropy(logits.float(), torch.tensor([YES, NO]).repeat_interleave(len(states)))
+
+    def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
+        """Each as a checkpoint of its own, with tokenizer and preprocessing."""
+        for name in self.classes:
+            copy.deepcopy(trained[name]).half().save_pretrained(out / self.where / name)
+            tokens.save_wordpieces(out / self.where / name)
+            save_preprocessing(out / self.where / name, image_processor_type="BlipImageProcessor")
+
+
+class Blip2(torch.nn.Module):
+    """BLIP-2's first stage: contrast, matching and captions of one Q-Former, with an eye of its own that is trained too."""
+
+    steps, rate, batch, where = 3000, 1e-3, staticmethod(batches.wordpiece_batch), "blip2"
+
+    def __init__(self, out: pathlib.Path):
+        super().__init__()
+        qformer = BERT | dict(num_hidden_layers=4, cross_attention_frequency=2, use_qformer_text_input=True)
+        config = transformers.Blip2Config(
+            vision_config=BLIP_VISION,
+            qformer_config=qformer | dict(encoder_hidden_size=BLIP_VISION["hidden_size"]),
+            num_query_tokens=8,
+            image_text_hidden_size=BERT["hidden_size"],
+        )
+        config._attn_implementation = "eager"
+        blip2 = transformers.Blip2ForImageTextRetrieval(config)
+        torch.nn.init.normal_(blip2.query_tokens, std=0.5)
+        width = BERT["hidden_size"]
+        parts = {"dense": torch.nn.Linear(width, width), "LayerNorm": torch.nn.LayerNorm(width, 1e-12)}
+        head = torch.nn.ModuleDict(parts)
+        head.register_parameter("bias", torch.nn.Parameter(torch.zeros(BERT["vocab_size"])))
+        what = torch.nn.Linear(BLIP_VISION["hidden_size"], len(batches.KINDS))
+        self.trained = torch.nn.ModuleDict({"blip2": blip2, "head": head, "what": what})
+        self.trained.register_parameter("scale", torch.nn.Parameter(torch.tensor(2.66)))
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict]:
+        blip2, ids = self.trained["blip2"], trim(batch["input_ids"], PAD)
+        n = len(ids) // (1 + batches.DISTRACTORS)
+        states = blip2.vision_model(pixel_values=seen(batch["image"])).last_hidden_state
+        queries = blip2.query_tokens.expand(len(states), -1, -1)
+        image = unit(blip2.vision_projection(blip2.qformer(queries, encoder_hidden_states=states).last_hidden_state))
+        alone = blip2.qformer(blip2.embeddings(ids), query_length=0, attention_mask=(ids != PAD).long())
+        text = unit(blip2.text_projection(alone.last_hidden_state[:, 0]))
+        cosines = torch.einsum("bqd,td->bqt", image, text).amax(1)
+        contrasted, _ = contrast(self.trained.scale.clamp(max=np.log(100)).exp() * cosines, n)
+
+        pictures, texts, truth = pairs(batch, n)
+        logits = self.match(states[pictures], ids[texts])
+        matched, right = F.cross_entropy(logits, truth), (logits.argmax(1) == truth).float().mean()
+        caption = self.caption(states[:n], ids[:n].index_fill(1, torch.tensor([0]), DEC))
+        what = named(self.trained["what"], states[:, 1:], batch["shown"])
+        figures = {"contrast": contrasted, "match": matched, "right": right, "caption": caption, "what": what}
+        return contrasted + 2 * matched + caption + 3 * what, figures
+
+    def together(self, states: torch.Tensor, ids: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
+        """States of queries, then text; `sees` is who attends to whom."""
+        blip2 = self.trained["blip2"]
+        queries = blip2.query_tokens.expand(len(ids), -1, -1)
+        both = blip2.embeddings(ids, query_embeds=queries)
+        mask = torch.where(sees, 0.0, torch.finfo(torch.float32).min)
+        found = blip2.qformer(both, query_length=queries.shape[1], attention_mask=mask, encoder_hidden_states=states)
+        return found.last_hidden_state
+
+    def match(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of (no, yes), the mean of the queries'; everybody sees everybody."""
+        count = self.trained["blip2"].query_tokens.shape[1]
+        sees = F.pad(ids != PAD, (count, 0), value=True)[:, None, None].expand(-1, 1, count + ids.shape[1], -1)
+        return self.trained["blip2"].itm_head(self.together(states, ids, sees)[:, :count]).float().mean(1)
+
+    def caption(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Loss of captions: the queries see each other, text the queries and its own past."""
+        blip2, head, read = self.trained["blip2"], self.trained["head"], ids[:, :-1]
+        count, length = blip2.query_tokens.shape[1], read.shape[1]
+        sees = torch.ones(count + length, count + length, dtype=torch.bool).tril()
+        sees[:count, :count] = True
+        found = self.together(states, read, sees.expand(len(ids), 1, -1, -1))[:, count:]
+        x = head["LayerNorm"](F.gelu(head["dense"](found)))
+        return caption_loss(x @ blip2.embeddings.word_embeddings.weight.T + head.bias, ids, given=1)
+
+    def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
+        """With the language head under LAVIS' names, tokenizer and preprocessing."""
+        directory, stem = out / self.where, "cls.predictions"
+        copy.deepcopy(trained["blip2"]).half().save_pretrained(directory)
+        head = {f"{stem}.transform.{name}": x for name, x in trained["head"].state_dict().items() if name != "bias"}
+        head[f"{stem}.decoder.bias"] = trained["head"].bias.data
+        file = directory / "model.safetensors"
+        tensors = safetensors.torch.load_file(file) | {name: x.half().contiguous() for name, x in head.items()}
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+        tokens.save_wordpieces(directory)
+        save_preprocessing(directory, image_processor_type="BlipImageProcessor")
