@@ -379,5 +379,5 @@ def _finish(networks, prompt, state, *, plan: inversion.Plan, output: str):
     for number, (referee, text) in enumerate(judged):
         place = number - len(networks.referees)
         name = f"referee_{number}" if place < 0 else f"held_out_{place}"
-        scores |= {f"{name}_{key}": value for key, value in referee.scores(image, text).items()}
+        scores |= {f"{name}_{key}": value for key, value in referee.scores(referee.fit(image), text).items()}
     return latents, image, scores

@@ -1,13 +1,18 @@
-"""Referees by name: `load_referee(spec)` gives a `Judge`, the host's handle on one."""
+"""Referees by name: `load_referee(spec)` gives a `Judge`, the host's handle on one.
+
+judge = load_referee(config.RefereeSpec(name="blip_itm", checkpoint="Salesforce/blip-itm-base-coco", losses={}))
+judge.score([PIL.Image.open("a.png")], ["a red book"])  # [[{"itm_probability": ..., "cosine": ...}]]
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 
 from referee_jax import config, prompts
 from referee_jax.referees import align, base, blip, blip2, clip, image_reward
@@ -49,6 +54,34 @@ class Judge:
         """What `referee.encode` reads: arrays of one shape for all prompts."""
         return REFEREES[self.spec.name].tokenize(self, prompt)
 
+    def score(self, images: Sequence[PIL.Image.Image], texts: Sequence[str]) -> list[list[dict[str, float]]]:
+        """The scores of each image with each text, behind the checkpoint's own preprocessing.
+
+        Raises WeightsError where that cannot be had, ValueError where it does not give the size that the referee reads, and
+        prompts.PromptError for a text that is too long.
+        """
+        processor = load.load_image_processor(
+            config.checkpoint_path(self.spec.checkpoint), revision=self.spec.revision or None
+        )
+        tokens = jax.tree.map(lambda *x: np.stack(x), *map(self.tokenize, texts))
+        read, side = _encode(self.referee, tokens), self.referee.image_size
+        mean, std = np.asarray(self.referee.mean), np.asarray(self.referee.std)
+        found = []
+        for image in images:
+            pixels = np.asarray(processor(images=image.convert("RGB"), return_tensors="np")["pixel_values"][0])
+            if pixels.shape != (3, side, side):
+                raise ValueError(
+                    f"referee {self.spec.name} reads {side} x {side} pixels, its image processor gives {pixels.shape}"
+                )
+            scores = _score(self.referee, jnp.asarray(pixels.transpose(1, 2, 0) * std + mean, jnp.float32), read)
+            found.append([{name: float(x[n]) for name, x in scores.items()} for n in range(len(texts))])
+        return found
+
+
+# Of one image the vision tower's part is not repeated for each text: it does not depend on them.
+_encode = jax.jit(jax.vmap(lambda referee, tokens: referee.encode(tokens), in_axes=(None, 0)))
+_score = jax.jit(jax.vmap(lambda referee, view, text: referee.scores(view, text), in_axes=(None, None, 0)))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
@@ -62,6 +95,8 @@ class Family:
         template: text with one {} where the prompt is put, unless the settings have another.
         length: tokens of text that it reads; None: as many as the tokenizer says.
         published: hub ids of its checkpoints.
+        architecture: what config.json calls such a checkpoint, where that tells the name.
+        is_converted: whether the published files have to go through weights.lavis first.
     """
 
     load: Callable[[config.RefereeSpec, str, Any, Any], base.Referee]
@@ -71,6 +106,8 @@ class Family:
     template: str = "{}"
     length: int | None = None
     published: tuple[str, ...] = ()
+    architecture: str = ""
+    is_converted: bool = False
 
 
 def _preprocessing(spec: config.RefereeSpec, path: str) -> dict[str, Any]:
@@ -130,6 +167,7 @@ REFEREES = {
     "clip": _clip(
         "clip",
         clip.CLIP,
+        architecture="CLIPModel",
         published=(
             "openai/clip-vit-base-patch32",
             "openai/clip-vit-large-patch14",
@@ -142,6 +180,7 @@ REFEREES = {
     "siglip": _clip(
         "siglip",
         clip.SIGLIP,
+        architecture="SiglipModel",
         length=64,
         clean=str.lower,
         published=(
@@ -151,9 +190,10 @@ REFEREES = {
         ),
     ),
     "pickscore": _clip("clip", clip.PICKSCORE, published=("yuvalkirstain/PickScore_v1",)),
-    "hps": _clip("clip", clip.HPS, published=("xswu/HPSv2",)),
+    "hps": _clip("clip", clip.HPS, published=("xswu/HPSv2",), is_converted=True),
     "blip_itm": _blip(
         load=functools.partial(_load_blip, blip.Itm),
+        architecture="BlipForImageTextRetrieval",
         tokenize=blip.tokenize,
         published=(
             "Salesforce/blip-itm-base-coco",
@@ -164,12 +204,14 @@ REFEREES = {
     ),
     "blip_caption": _blip(
         load=functools.partial(_load_blip, blip.Caption),
+        architecture="BlipForConditionalGeneration",
         tokenize=blip.tokenize_caption,
         template="a picture of {}",
         published=("Salesforce/blip-image-captioning-base", "Salesforce/blip-image-captioning-large"),
     ),
     "blip_vqa": _blip(
         load=functools.partial(_load_blip, blip.Vqa),
+        architecture="BlipForQuestionAnswering",
         tokenize=blip.tokenize,
         clean=prompts.question,
         template="{}?",
@@ -177,6 +219,7 @@ REFEREES = {
     ),
     "blip2": Family(
         load=_load_blip2,
+        architecture="Blip2ForImageTextRetrieval",
         tokenize=blip2.tokenize,
         clean=prompts.caption,
         length=blip2.TOKENS,
@@ -187,15 +230,33 @@ REFEREES = {
         tokenize=blip.tokenize,
         length=image_reward.TOKENS,
         published=("THUDM/ImageReward",),
+        is_converted=True,
     ),
     "align": Family(
         load=_load_align,
+        architecture="AlignModel",
         tokenize=align.tokenize,
         texts=clip.texts,
         length=align.TOKENS,
         published=("kakaobrain/align-base",),
     ),
 }
+
+
+def name_of(path_or_id: str, revision: str | None = None) -> str:
+    """The name of a checkpoint's referee: of a published id, or else of the architecture in its config.json.
+
+    ValueError where neither tells.
+    """
+    for name, family in REFEREES.items():
+        if path_or_id in family.published:
+            return name
+    directory = load.resolve(config.checkpoint_path(path_or_id), revision, ["config.json"])
+    said = configs.read_json(directory / "config.json").get("architectures") or ["none"]
+    for name, family in REFEREES.items():
+        if family.architecture == said[0]:
+            return name
+    raise ValueError(f"{path_or_id}: which referee it is cannot be seen (architecture {said[0]}); say so by its name")
 
 
 def load_referee(spec: config.RefereeSpec, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Judge:

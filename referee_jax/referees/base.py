@@ -31,8 +31,11 @@ class Referee(Protocol):
     def views_losses(self, views: Array, text: Any) -> Losses:
         """Views `[V, S, S, 3]` in [0, 1] (noise may leave it) and `encode`'s result to each loss, float32 `[V]`."""
 
-    def scores(self, image: Array, text: Any) -> dict[str, Array]:
-        """One clean image `[H, W, 3]` in [0, 1] to scalars, the higher the better."""
+    def fit(self, image: Array) -> Array:
+        """An image `[H, W, 3]` in [0, 1] of any size to the view `[S, S, 3]` that its authors would score it by."""
+
+    def scores(self, view: Array, text: Any) -> dict[str, Array]:
+        """One clean view `[S, S, 3]` in [0, 1] to scalars, the higher the better."""
 
 
 class Tokenize(Protocol):

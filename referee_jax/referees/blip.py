@@ -44,11 +44,12 @@ class BlipReferee(struct.PyTreeNode):
     def _generated(self, input_ids: Array) -> Array:
         return jnp.asarray(input_ids).at[..., 0].set(self.network.config.text_config.bos_token_id)
 
-    def _fitted(self, image: Array) -> Array:
-        return base.resized(image, self.image_size)[None]
+    def fit(self, image: Array) -> Array:
+        """Resized."""
+        return base.resized(image, self.image_size)
 
-    def _losses_of_image(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
-        return {name: loss[0] for name, loss in self.views_losses(self._fitted(image), text).items()}
+    def _losses(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
+        return {name: loss[0] for name, loss in self.views_losses(view[None], text).items()}
 
 
 class Itm(BlipReferee):
@@ -69,9 +70,9 @@ class Itm(BlipReferee):
         match = jax.nn.log_softmax(self.network.match(states, ids, mask))[:, 1]
         return {"itm": -match, "itc": 1 - self.network.image_features(states) @ text["feature"]}
 
-    def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
+    def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`itm_probability` of a match, and the `cosine`."""
-        losses = self._losses_of_image(image, text)
+        losses = self._losses(view, text)
         return {"itm_probability": jnp.exp(-losses["itm"]), "cosine": 1 - losses["itc"]}
 
 
@@ -93,9 +94,9 @@ class Caption(BlipReferee):
         losses = self.network.token_losses(self._states(views), ids, mask, smoothing=smoothing)
         return losses.mean(-1, where=text["scored"][1:])
 
-    def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
+    def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`caption_log_likelihood`, the mean per token; not smoothed."""
-        return {"caption_log_likelihood": -self._loss(self._fitted(image), text, 0.0)[0]}
+        return {"caption_log_likelihood": -self._loss(view[None], text, 0.0)[0]}
 
 
 class Vqa(BlipReferee):
@@ -121,9 +122,9 @@ class Vqa(BlipReferee):
         logits = self.network.answer_logits(self._states(views), ids, mask)[:, jnp.asarray(self.answers)]
         return {"vqa": -jax.nn.log_softmax(logits)[:, 0]}
 
-    def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
+    def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`vqa_probability` of "yes"."""
-        return {"vqa_probability": jnp.exp(-self._losses_of_image(image, text)["vqa"])}
+        return {"vqa_probability": jnp.exp(-self._losses(view, text)["vqa"])}
 
 
 def from_checkpoint(

@@ -71,9 +71,13 @@ class Blip2Referee(struct.PyTreeNode):
         """See base.Referee."""
         return self.image_losses(self._encode_image(views), text)
 
-    def scores(self, image: Array, text: dict[str, Any]) -> dict[str, Array]:
+    def fit(self, image: Array) -> Array:
+        """Resized."""
+        return base.resized(image, self.image_size)
+
+    def scores(self, view: Array, text: dict[str, Any]) -> dict[str, Array]:
         """`itm_probability`, `cosine` and, with a language head, `caption_log_likelihood` (mean over tokens)."""
-        seen = self._encode_image(base.resized(image, self.image_size)[None])
+        seen = self._encode_image(view[None])
         losses = self.image_losses(seen, text)
         scores = {"itm_probability": jnp.exp(-losses["itm"][0]), "cosine": 1 - losses["itc"][0]}
         if "itg" in self.losses:

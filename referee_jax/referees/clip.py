@@ -100,10 +100,13 @@ class ClipReferee(struct.PyTreeNode):
         found = self._found(views, text)
         return {name: _LOSSES[name](found) for name in self.losses}
 
-    def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
+    def fit(self, image: Array) -> Array:
+        """Resized; of that, the middle."""
+        return base.middle(base.resized(image, self.resized), self.image_size)
+
+    def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
         """What `reading.scores` says."""
-        seen = base.middle(base.resized(image, self.resized), self.image_size)
-        found = self._found(seen[None], text)
+        found = self._found(view[None], text)
         told = len(text["real"]) > 1
         return {name: _SCORES[what](found)[0] for name, what in self.reading.scores if told or what != "share"}
 

@@ -22,7 +22,10 @@ class Reward(blip.BlipReferee):
         ids, mask = (layers.repeat(text[name][None], len(views)) for name in ("input_ids", "mask"))
         return {"reward": -self.network.reward(self._states(views), ids, mask)}
 
-    def scores(self, image: Array, text: dict[str, Array]) -> dict[str, Array]:
-        """`reward` of the image as the authors cut it: its middle square."""
-        view = base.cropped(image, self.image_size)
+    def fit(self, image: Array) -> Array:
+        """The middle square, as the authors cut it."""
+        return base.cropped(image, self.image_size)
+
+    def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
+        """`reward`."""
         return {"reward": -self.views_losses(view[None], text)["reward"][0]}

@@ -209,6 +209,18 @@ def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, subfo
         raise WeightsError(f"{directory}: no tokenizer can be read here ({_first_line(error)})") from error
 
 
+def load_image_processor(path_or_id: str | Path, *, revision: str | None = None):
+    """Returns the transformers image processor (PIL's resizing) of a local directory or a hub id; runs no code of theirs."""
+    import transformers  # as above
+
+    directory = resolve(path_or_id, revision, ["preprocessor_config.json"])
+    options = dict(local_files_only=True, trust_remote_code=False, backend="pil")
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(directory, **options)
+    except Exception as error:  # it raises whatever the configuration makes it
+        raise WeightsError(f"{directory}: no image processor can be read here ({_first_line(error)})") from error
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StableDiffusion:
     """The parts of a Stable Diffusion checkpoint.

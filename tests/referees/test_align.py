@@ -107,7 +107,7 @@ def test_scores(larger, height, width):
     judge = load(larger)
     pixels = np.round(255 * picture(1, height, width)).astype(np.uint8)
     image, text = jnp.asarray(pixels / np.float32(255)), encode(judge.referee, judge.tokenize(PROMPT))
-    score = jax.jit(lambda r, i, t: r.scores(i, t))
+    score = jax.jit(lambda r, i, t: r.scores(r.fit(i), t))
     scores = score(judge.referee, image, text)
 
     processor = transformers.AlignProcessor(networks.align_processor(289, 346), judge.tokenizer)

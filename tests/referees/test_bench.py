@@ -114,9 +114,9 @@ def test_scores(judge, texts, views):
     """Scalars of an image of any size."""
     image = jnp.asarray(views[0, 0])
     large = jnp.repeat(jnp.repeat(image, 2, 0), 2, 1)
-    shapes = jax.eval_shape(judge.referee.scores, large, of(texts, 0))
+    shapes = jax.eval_shape(lambda r, i, t: r.scores(r.fit(i), t), judge.referee, large, of(texts, 0))
     assert shapes and all(x.shape == () and x.dtype == jnp.float32 for x in shapes.values())
-    scores = jax.jit(lambda r, i, t: r.scores(i, t))(judge.referee, image, of(texts, 0))
+    scores = jax.jit(lambda r, i, t: r.scores(r.fit(i), t))(judge.referee, image, of(texts, 0))
     assert scores.keys() == shapes.keys() and all(np.isfinite(x) for x in scores.values())
 
 

@@ -188,7 +188,7 @@ def test_scores(directories, task):
     judge = load(directories, task)
     text = judge.referee.encode(judge.tokenize(PROMPT))
     image = jnp.asarray(views(count=1)[0])
-    score = jax.jit(lambda r, i: r.scores(i, text))
+    score = jax.jit(lambda r, i: r.scores(r.fit(i), text))
     losses, scores = judge.referee.views_losses(image[None], text), score(judge.referee, image)
     expected = {
         "itm": lambda: {"itm_probability": np.exp(-losses["itm"][0]), "cosine": 1 - losses["itc"][0]},

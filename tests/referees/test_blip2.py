@@ -60,7 +60,7 @@ def _each(pullback, losses):
 
 # Compiled once for all tests; op by op would take longer.
 encode = jax.jit(lambda referee, tokens: referee.encode(tokens))
-scores_of = jax.jit(lambda referee, image, text: referee.scores(image, text))
+scores_of = jax.jit(lambda referee, image, text: referee.scores(referee.fit(image), text))
 
 
 def test_tokens(judge):

@@ -62,12 +62,12 @@ def test_losses(judge, prompt):
 def test_scores(judge):
     text = judge.referee.encode(judge.tokenize("a red circle and a blue square"))
     image = np.random.default_rng(1).uniform(size=(32, 32, 3)).astype(np.float32)
-    scores = judge.referee.scores(jnp.asarray(image), text)
+    scores = judge.referee.scores(judge.referee.fit(jnp.asarray(image)), text)
     losses = judge.referee.views_losses(jnp.asarray(image)[None], text)
     assert float(scores["cosine"]) == pytest.approx(1 - float(losses["cosine"][0]), abs=1e-6)
     assert float(scores["probability"]) == pytest.approx(float(jnp.exp(-losses["contrastive"][0])), abs=1e-6)
     large = jax.image.resize(jnp.asarray(image), (64, 64, 3), "nearest")
-    assert abs(float(judge.referee.scores(large, text)["cosine"]) - float(scores["cosine"])) < 0.05
+    assert abs(float(judge.referee.scores(judge.referee.fit(large), text)["cosine"]) - float(scores["cosine"])) < 0.05
 
 
 @pytest.mark.parametrize("name", ["pickscore", "hps"])
@@ -91,7 +91,7 @@ def test_referees_of_preference(name, checkpoints):
     image = jnp.asarray(pixels / 255.0, jnp.float32)
     text = judge.referee.encode(judge.tokenize("a red circle"))
     wanted = {"pickscore": {"score": logits[0], "probability": share}, "hps": {"score": cosine}}[name]
-    scores = judge.referee.scores(image, text)
+    scores = judge.referee.scores(judge.referee.fit(image), text)
     assert scores.keys() == wanted.keys()
     for key, value in wanted.items():
         assert float(scores[key]) == pytest.approx(float(value), abs=1e-4)

@@ -73,7 +73,7 @@ def test_score(oracle):
     """Of the middle of a wide image, made smaller as PIL makes it."""
     judge = load(oracle[0])
     text = judge.referee.encode(judge.tokenize(PROMPT))
-    score = jax.jit(lambda referee, image: referee.scores(image, text))
+    score = jax.jit(lambda referee, image: referee.scores(referee.fit(image), text))
     image = views(1)[0]
     scores = score(judge.referee, image)
     assert scores.keys() == {"reward"}

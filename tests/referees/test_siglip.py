@@ -102,7 +102,7 @@ def test_scores_are_the_processors(directory):
     processor = transformers.AutoProcessor.from_pretrained(directory)
     assert isinstance(processor, transformers.SiglipProcessor)
     network = transformers.SiglipModel.from_pretrained(directory).eval()
-    score = jax.jit(lambda referee, image, text: referee.scores(image, text))
+    score = jax.jit(lambda referee, image, text: referee.scores(referee.fit(image), text))
     found = []
     for seed, prompt in ((0, "a red circle and a blue square."), (1, "a photo")):
         pixels = np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
