@@ -1,6 +1,9 @@
-"""The paper's numbers as its authors' code has them, for Stable Diffusion 1.5; the referee is CLIP L/14.
+"""The paper's setting as its authors' code has it: Stable Diffusion 1.5, and BLIP-2's first stage asked twice, ITM and ITG.
 
+    python -m referee_jax.weights.lavis blip2_pretrained.pth eva_vit_g.pth checkpoints/blip2-stage1
     python -m referee_jax.run --config=configs/paper.py --prompts=prompts.txt
+
+The first line is needed once: transformers' checkpoint of BLIP-2 has no captions (ITG). The two files are LAVIS'.
 
 Hardware: a GPU or TPU core with 40 GB; --config.batch_size=1 --config.precision=bfloat16 for 16 GB. 160 iterations of a
 512x512 image, seconds to a minute each image on a current accelerator.
@@ -12,5 +15,9 @@ from referee_jax import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """All defaults: they are the paper's."""
-    return config.default()
+    """Numbers are the defaults: they are the paper's."""
+    settings = config.default()
+    settings.referees = (
+        config.referee(name="blip2", checkpoint="checkpoints/blip2-stage1", losses={"itm": 1.0, "itg": 1.0}),
+    )
+    return settings

@@ -93,6 +93,8 @@ class Referee:
     stop: int = _field(150, low=0)
     balance: bool = True  # the referees' gradient takes the length of the prior's
     balance_epsilon: float = _field(0.0, low=0)
+    normalise: bool = False  # before they are added, each referee's gradient takes its weight as its length
+    normalise_epsilon: float = _field(0.0, low=0)
     noise: float = _field(0.2, low=0)  # standard deviation added to the views, in [0, 1] units
 
 
@@ -104,6 +106,9 @@ class RefereeSpec:
     checkpoint: str = "openai/clip-vit-large-patch14"
     revision: str = ""
     losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"cosine": 1.0})  # loss: weight
+    weight: float = _field(1.0, above=0)  # of all its losses in a mix
+    views: int = _field(0, low=0)  # how many it looks at; 0: views.count
+    keep: int = _field(0, low=0)  # so many of the hardest have a gradient; 0: views.keep, or all of its own
     template: str = ""  # text with {} in the prompt's place; empty: the referee's own
     first_token: str = _field("[ENC]", allowed=("[ENC]", "[CLS]"))  # of what reads the image in blip_itm and blip_vqa
     negatives: tuple[str, ...] = ()  # texts that the contrastive loss tells the prompt from
@@ -173,7 +178,9 @@ class Settings:
     optim: Optim = _group(Optim)
     ema: Ema = _group(Ema)
     views: Views = _group(Views)
-    output: str = _field("final", allowed=("final", "ema", "best"))
+    output: str = _field("final", allowed=("final", "ema", "best", "best_held_out"))
+    look_every: int = _field(10, low=1)  # iterations between two looks of the held-out referees
+    patience: int = _field(0, low=0)  # an image stops after so many looks that find nothing better; 0: never
     clamp: str = _field("hard", allowed=("hard", "straight_through"))
     init: str = _field("noise", allowed=("noise", "sample"))
     init_steps: int = _field(50, low=1)  # of the sampler, if init="sample"
@@ -356,6 +363,13 @@ def _check_referees(settings: Settings) -> None:
             raise _wrong(f"{key}.template", spec.template, "empty, or a text with one {} where the prompt is put")
         if not spec.checkpoint:
             raise _wrong(f"{key}.checkpoint", "", "a directory, a hub id, or shapes/...")
+        count = spec.views or settings.views.count
+        if spec.keep > count:
+            raise _wrong(f"{key}.keep", spec.keep, f"at most its number of views, {count}")
+    if all(spec.role != "held_out" for spec in settings.referees):
+        for key, value, off in (("output", settings.output, "best_held_out"), ("patience", settings.patience, None)):
+            if value == off or (off is None and value):
+                raise _wrong(key, value, 'something else, unless one of the referees has role="held_out"')
     acts = settings.referee.weight or settings.referee.weight_final or settings.init_candidates > 1
     if acts and all(spec.role != "optimise" for spec in settings.referees):
         raise _wrong(

@@ -17,7 +17,7 @@ import optax
 from flax import struct
 from jax import Array
 
-from referee_jax import augment, objective, optim, sds, views
+from referee_jax import augment, objective, optim, sds, views, watch
 from referee_jax.models import unet as unet_lib
 from referee_jax.models import vae as vae_lib
 from referee_jax.referees import base
@@ -56,10 +56,16 @@ class Hyper(struct.PyTreeNode):
 
 
 class Plan(struct.PyTreeNode):
-    """What is static: it shapes the compiled program. `latent` is (h, w, channels); `looks` has one entry per referee."""
+    """What is static: it shapes the compiled program. `latent` is (h, w, channels); `looks` has one entry per referee.
+
+    The held-out ones look every `look_every` iterations; after `patience` looks (0: never) without a better one an item stops.
+    """
 
     latent: tuple[int, int, int] = struct.field(pytree_node=False)
     looks: tuple[objective.Looks, ...] = struct.field(pytree_node=False)
+    held_out: tuple[objective.Looks, ...] = struct.field(pytree_node=False, default=())
+    look_every: int = struct.field(pytree_node=False, default=10)
+    patience: int = struct.field(pytree_node=False, default=0)
     steps: int = struct.field(pytree_node=False, default=160)
     clamp: str = struct.field(pytree_node=False, default="hard")
     shared_erase: bool = struct.field(pytree_node=False, default=True)
@@ -67,6 +73,7 @@ class Plan(struct.PyTreeNode):
     ema_alias: bool = struct.field(pytree_node=False, default=False)
     use_sds: bool = struct.field(pytree_node=False, default=True)
     use_balance: bool = struct.field(pytree_node=False, default=True)
+    normalise: bool = struct.field(pytree_node=False, default=False)
 
 
 class InversionState(struct.PyTreeNode):
@@ -77,6 +84,7 @@ class InversionState(struct.PyTreeNode):
         optimizer: of optim.build; holds the average.
         best: the latents, before their update, with the lowest loss so far, and `best_loss`.
         frozen: whether an update was not finite; the latents stay what they were before it.
+        watched: by the held-out referees, where there are any.
     """
 
     latents: Array
@@ -84,6 +92,7 @@ class InversionState(struct.PyTreeNode):
     best: Array
     best_loss: Array
     frozen: Array
+    watched: watch.Watch | None = None
 
     @property
     def average(self) -> Array:
@@ -102,7 +111,7 @@ class Noise(struct.PyTreeNode):
     referee: tuple[Array, ...]
 
 
-def init(latents: Array, plan: Plan, hyper: Hyper) -> InversionState:
+def init(latents: Array, plan: Plan, hyper: Hyper, seen: watch.Watch | None = None) -> InversionState:
     """The state before the first iteration, from latents `[h, w, C]`."""
     return InversionState(
         latents=latents,
@@ -110,6 +119,7 @@ def init(latents: Array, plan: Plan, hyper: Hyper) -> InversionState:
         best=latents,
         best_loss=jnp.array(jnp.inf, jnp.float32),
         frozen=jnp.zeros((), bool),
+        watched=seen,
     )
 
 
@@ -153,10 +163,25 @@ def referees_gradient(
             networks.referees[number], image, prompt.texts[number], looks,
             params=noise.views[number], noise=hyper.referee.noise * noise.referee[number],
         )  # fmt: skip
+        if plan.normalise:
+            gradient = objective.normalised(gradient, looks.share, hyper.referee.normalise_epsilon)
         cotangent += gradient
         metrics["loss"] += losses.pop("loss")
         metrics |= {f"{name}_{number}" if number else name: value for name, value in losses.items()}
     return pullback(cotangent)[0], metrics
+
+
+def verdicts(networks: Networks, prompt: Prompt, plan: Plan, latents: Array) -> Array:
+    """Losses of the optimised and of the held-out referees on the picture as it is, weighted and added: float32 `[2]`."""
+    image, totals = decode(networks, latents, plan), []
+    for judges, texts, looks in (
+        (networks.referees, prompt.texts, plan.looks),
+        (networks.held_out, prompt.held_out, plan.held_out),
+    ):
+        parties = zip(judges, texts, looks, strict=True)
+        losses = [objective.verdict(judge, image, text, look) for judge, text, look in parties]
+        totals.append(sum(losses, jnp.zeros(())))
+    return jnp.stack(totals)
 
 
 def step(
@@ -164,7 +189,8 @@ def step(
 ) -> tuple[InversionState, dict[str, Array]]:
     """Iteration `i`. Metrics: losses, norms of both gradients, their ratio, the learning rates' effect on the latents.
 
-    Off the referees' phase the losses are NaN.
+    Off the referees' phase the losses are NaN; so is `held_out_loss` but in the iterations of a look. What has stopped, or is
+    frozen, does not move; of what has stopped all metrics are NaN.
     """
     z = state.latents
     prior = jnp.zeros_like(z)
@@ -196,15 +222,33 @@ def step(
         best=jnp.where(better, z, state.best),
         best_loss=jnp.where(better, metrics["loss"], state.best_loss),
         frozen=state.frozen,
+        watched=state.watched,
     )
-    frozen = state.frozen | ~jnp.isfinite(new.latents).all()
-    new = optax.tree.where(frozen, state, new).replace(frozen=frozen)
+    if state.watched is not None:
+        is_look = (i + 1) % plan.look_every == 0
+        look = lambda z: verdicts(networks, prompt, plan, z)[1]  # noqa: E731
+        held_out = jax.lax.cond(is_look, look, lambda z: jnp.full((), jnp.nan), new.latents)
+        looked = new.watched.looked(new.latents, held_out)
+        new = new.replace(watched=optax.tree.where(is_look, looked, new.watched))
+        metrics |= {"held_out_loss": held_out}
+    frozen, stopped = state.frozen | ~jnp.isfinite(new.latents).all(), is_stopped(state, plan)
+    new = optax.tree.where(frozen | stopped, state, new).replace(frozen=frozen)
     metrics |= {"prior_norm": jnp.linalg.norm(prior), "referee_norm": jnp.linalg.norm(referee), "ratio": ratio}
-    return new, metrics | {"latent_std": new.latents.std()}
+    metrics |= {"latent_std": new.latents.std()}
+    return new, jax.tree.map(lambda x: jnp.where(stopped, jnp.nan, x), metrics) if plan.patience else metrics
+
+
+def is_stopped(state: InversionState, plan: Plan) -> Array:
+    """Whether the held-out referees have seen nothing better for `plan.patience` looks."""
+    if state.watched is None or not plan.patience:
+        return jnp.zeros((), bool)
+    return state.watched.since >= plan.patience
 
 
 def output(state: InversionState, which: str) -> Array:
-    """The latents that a run ends with: `final`, `ema` (their average) or `best` (the lowest loss)."""
+    """The latents that a run ends with: `final`, `ema` (their average), `best` or `best_held_out` (the lowest loss)."""
+    if which == "best_held_out":
+        return state.watched.best
     if which == "best":
         return jnp.where(jnp.isfinite(state.best_loss), state.best, state.latents)
     return {"final": state.latents, "ema": state.average}[which]

@@ -18,7 +18,20 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from referee_jax import augment, config, inversion, objective, optim, parallel, prompts, queue, referees, sampler, sds
+from referee_jax import (
+    augment,
+    config,
+    inversion,
+    objective,
+    optim,
+    parallel,
+    prompts,
+    queue,
+    referees,
+    sampler,
+    sds,
+    watch,
+)
 from referee_jax.weights import load
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -26,13 +39,17 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One result. `scores` are the referees' on the clean image, `latents` the scaled latents `[h, w, C]` it was decoded from."""
+    """One result. `scores` are the referees' on the clean image, `latents` the scaled latents `[h, w, C]` it was decoded from.
+
+    `losses`, where there are held-out referees: those of `referee` and `held_out`, each a pair of first and last (watch.py).
+    """
 
     item: queue.Item
     image: np.ndarray
     scores: dict[str, float]
     latents: np.ndarray
     status: str = "done"
+    losses: dict[str, tuple[float, float]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +110,7 @@ class Inverter:
         )
         self.networks = parallel.place(networks, self.mesh, batched=False)
         self.text_encoder = prior.text_encoder
-        self.plan = make_plan(settings, prior, self.judges)
+        self.plan = make_plan(settings, prior, self.judges, self.held_out)
         self.hyper = make_hyper(settings)
         self.is_guided = settings.sds.prompt != settings.sds.negative_prompt
         self.compiled = False
@@ -165,13 +182,17 @@ class Inverter:
         return Batch(items, 0, prompt, hyper, state, keys)
 
     def advance(self, batch: Batch) -> tuple[Batch, dict[str, np.ndarray]]:
-        """One chunk of iterations; the metrics of each, `[item, iteration]`. Donates the batch: go on with the result."""
+        """One chunk of iterations; the metrics of each, `[item, iteration]`. Donates the batch: go on with the result.
+
+        A batch whose items have all stopped is at its last step.
+        """
         run = self._program("chunk", self._is_swept(batch))
         state, metrics = run(self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(batch.step))
         done = min(self.chunk, self.steps - batch.step)
         metrics = {name: np.asarray(x).T[: len(batch.items), :done] for name, x in metrics.items()}
         self.compiled = True
-        return dataclasses.replace(batch, step=batch.step + done, state=state), metrics
+        stopped = self.plan.patience and np.asarray(state.watched.since)[: len(batch.items)].min() >= self.plan.patience
+        return dataclasses.replace(batch, step=self.steps if stopped else batch.step + done, state=state), metrics
 
     def preview(self, batch: Batch) -> np.ndarray:
         """The images as they are, uint8 `[item, H, W, 3]`."""
@@ -180,16 +201,15 @@ class Inverter:
 
     def finish(self, batch: Batch) -> list[Picture]:
         """The chosen output of each item, decoded and scored by all referees."""
-        latents, images, scores = self._program("finish", False)(self.networks, batch.prompt, batch.state)
-        latents, images, frozen = np.asarray(latents), np.asarray(images), np.asarray(batch.state.frozen)
-        scores = {name: np.asarray(value) for name, value in scores.items()}
-        return [
-            Picture(
-                item, images[n], {name: float(value[n]) for name, value in scores.items()}, latents[n],
-                "nonfinite" if frozen[n] else "done",
-            )
-            for n, item in enumerate(batch.items)
-        ]  # fmt: skip
+        made = self._program("finish", False)(self.networks, batch.prompt, batch.state)
+        latents, images, scores, losses, frozen = jax.tree.map(np.asarray, (*made, batch.state.frozen))
+        pictures = []
+        for n, item in enumerate(batch.items):
+            own = {name: float(value[n]) for name, value in scores.items()}
+            status = "nonfinite" if frozen[n] else "done"
+            pairs = losses and {name: tuple(map(float, value[n])) for name, value in losses.items()}
+            pictures.append(Picture(item, images[n], own, latents[n], status, pairs or None))
+        return pictures
 
     def __call__(self, texts: Sequence[str], *, samples: int = 1, seed: int = 0) -> Result:
         """All of `texts` x `samples`, batch by batch. ValueError for a prompt that cannot be done."""
@@ -203,9 +223,14 @@ class Inverter:
             while batch.step < self.steps:
                 batch, metrics = self.advance(batch)
                 history.append(metrics)
-            histories.append({name: np.concatenate([h[name] for h in history], axis=1) for name in history[0]})
+            histories.append({name: self._whole([h[name] for h in history]) for name in history[0]})
             pictures += self.finish(batch)
         return _result(pictures, {name: np.concatenate([h[name] for h in histories]) for name in histories[0]})
+
+    def _whole(self, chunks: list[np.ndarray]) -> np.ndarray:
+        """`[item, steps]` of a metric's chunks; NaN after all items have stopped."""
+        found = np.concatenate(chunks, axis=1)
+        return np.pad(found, ((0, 0), (0, self.steps - found.shape[1])), constant_values=np.nan)
 
     def sample(
         self,
@@ -273,21 +298,28 @@ def item_key(seed: int, item: queue.Item) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), item.prompt_id), item.sample)
 
 
+def make_looks(settings: config.Settings, spec: config.RefereeSpec) -> objective.Looks:
+    """How a referee looks at the image; its own number of views, where it has one, wins."""
+    count = spec.views or settings.views.count
+    keep = spec.keep or (count if spec.views else settings.views.keep)
+    losses = tuple((name, spec.weight * weight) for name, weight in sorted(spec.losses.items()))
+    return objective.Looks(losses, count, keep, tuple(settings.views.augmentations), share=spec.weight)
+
+
 def make_plan(
-    settings: config.Settings, prior: load.StableDiffusion, judges: Sequence[referees.Judge]
+    settings: config.Settings,
+    prior: load.StableDiffusion,
+    judges: Sequence[referees.Judge],
+    held_out: Sequence[referees.Judge] = (),
 ) -> inversion.Plan:
     """What is static of the settings."""
     side = settings.image_size // prior.vae.config.downscale
-    looks = [
-        objective.Looks(
-            losses=tuple(sorted(judge.spec.losses.items())), count=settings.views.count, keep=settings.views.keep,
-            augmentations=tuple(settings.views.augmentations),
-        )
-        for judge in judges
-    ]  # fmt: skip
     return inversion.Plan(
         latent=(side, side, prior.vae.config.latent_channels),
-        looks=tuple(looks),
+        looks=tuple(make_looks(settings, judge.spec) for judge in judges),
+        held_out=tuple(make_looks(settings, judge.spec) for judge in held_out),
+        look_every=settings.look_every,
+        patience=settings.patience,
         steps=settings.steps,
         clamp=settings.clamp,
         shared_erase=settings.views.shared_erase,
@@ -295,6 +327,7 @@ def make_plan(
         ema_alias=settings.ema.alias,
         use_sds=bool(settings.sds.weight or settings.sds.weight_final),
         use_balance=settings.referee.balance,
+        normalise=settings.referee.normalise,
     )
 
 
@@ -342,16 +375,15 @@ def _start(networks, prompt, hyper, key, guidance: Array, *, plan: inversion.Pla
 
     def judged(number: Array) -> tuple[Array, Array]:
         latents = candidate(number)
-        image = inversion.decode(networks, latents, plan)
-        parties = zip(networks.referees, prompt.texts, plan.looks, strict=True)
-        return latents, sum(objective.verdict(referee, image, text, looks) for referee, text, looks in parties)
+        return latents, inversion.verdicts(networks, prompt, plan, latents)[0]
 
     if start.candidates == 1:
         latents = candidate(jnp.int32(0))
     else:  # one after the other: memory is that of one
         found, losses = jax.lax.map(judged, jnp.arange(start.candidates))
         latents = found[jnp.argmin(losses)]
-    return inversion.init(latents, plan, hyper)
+    seen = watch.begin(latents, inversion.verdicts(networks, prompt, plan, latents)) if networks.held_out else None
+    return inversion.init(latents, plan, hyper, seen)
 
 
 def _chunk(networks, prompt, hyper, state, keys, start, *, plan: inversion.Plan, count: int, over: int | None):
@@ -380,4 +412,8 @@ def _finish(networks, prompt, state, *, plan: inversion.Plan, output: str):
         place = number - len(networks.referees)
         name = f"referee_{number}" if place < 0 else f"held_out_{place}"
         scores |= {f"{name}_{key}": value for key, value in referee.scores(referee.fit(image), text).items()}
-    return latents, image, scores
+    losses = {}
+    if networks.held_out:
+        last = inversion.verdicts(networks, prompt, plan, latents)
+        losses = {name: jnp.stack([state.watched.first[n], last[n]]) for n, name in enumerate(("referee", "held_out"))}
+    return latents, image, scores, losses

@@ -22,7 +22,8 @@ class Hyper(struct.PyTreeNode):
     The referees act in iterations `start` to `stop - 1`; their step is `weight` times the length of the prior's, moving
     along a cosine to `weight_final` meanwhile. `balance_epsilon` is the length below which
     the referees' gradient is not brought to the prior's: at 0 (the authors') a referee that is content pulls as hard as one
-    that objects. `noise` is the standard deviation added to the views, in [0, 1] units.
+    that objects; `normalise_epsilon` is the same for each referee's gradient with respect to the image, where they are
+    normalised. `noise` is the standard deviation added to the views, in [0, 1] units.
     """
 
     weight: Array | float = 2.0
@@ -30,6 +31,7 @@ class Hyper(struct.PyTreeNode):
     start: Array | int = 0
     stop: Array | int = 150
     balance_epsilon: Array | float = 0.0
+    normalise_epsilon: Array | float = 0.0
     noise: Array | float = 0.2
 
     def is_on(self, i: Array) -> Array:
@@ -42,12 +44,16 @@ class Hyper(struct.PyTreeNode):
 
 
 class Looks(struct.PyTreeNode):
-    """How one referee looks at the image: static facts. `losses` are (name, weight) pairs; `keep` <= `count` views count."""
+    """How one referee looks at the image: static facts. `losses` are (name, weight) pairs; `keep` <= `count` views count.
+
+    `share` is the length of its gradient in a mix where those are normalised.
+    """
 
     losses: tuple[tuple[str, float], ...] = struct.field(pytree_node=False)
     count: int = struct.field(pytree_node=False)
     keep: int = struct.field(pytree_node=False)
     augmentations: tuple[str, ...] = struct.field(pytree_node=False)
+    share: float = struct.field(pytree_node=False, default=1.0)
 
 
 def clamp(x: Array, how: str) -> Array:
@@ -93,9 +99,15 @@ def image_gradient(
 
 
 def verdict(referee: base.Referee, image: Array, text: Any, looks: Looks) -> Array:
-    """The referee's loss on the image as it is: one view, resized and not augmented."""
-    losses = referee.views_losses(base.resized(image, referee.image_size)[None], text)
+    """The referee's loss on the image as it is: one view, fitted and not augmented."""
+    losses = referee.views_losses(referee.fit(image)[None], text)
     return sum(weight * losses[name][0] for name, weight in looks.losses)
+
+
+def normalised(gradient: Array, share: float, epsilon: Array) -> Array:
+    """A gradient brought to the length `share`, less where it is not much longer than `epsilon`."""
+    length = jnp.linalg.norm(gradient)
+    return jnp.where(length > 0, share / jnp.where(length > 0, length + epsilon, 1), 0) * gradient
 
 
 def balance(prior: Array, referee: Array, epsilon: Array) -> Array:

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from referee_jax import config, queue
+from referee_jax import config, queue, watch
 
 CHUNK = "referee_jax"  # keyword of the PNG text chunk
 PACKAGES = ("referee_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "pillow")
@@ -44,6 +44,7 @@ class Picture(Protocol):
     image: np.ndarray
     scores: Mapping[str, float]
     status: str
+    losses: Mapping[str, Sequence[float]] | None
 
 
 def now() -> str:
@@ -236,6 +237,7 @@ class RunDirectory:
             "seed": self.settings.seed,
             "scores": scores,
             "status": picture.status if is_finite else "nonfinite",
+            **_watched(picture.losses),
             "seconds": round(seconds, 3),
             "time": now(),
         }
@@ -280,6 +282,11 @@ class RunDirectory:
         path = self.path / "contact_sheet.png"
         write_atomic(path, buffer.getvalue())
         return path
+
+
+def _watched(losses: Mapping[str, Sequence[float]] | None) -> dict[str, Any]:
+    """What the journal says of the watch (watch.py): first and last losses, and whether they look like reward hacking."""
+    return {"losses": finite(losses), "hacked": watch.is_hacked(losses)} if losses else {}
 
 
 def to_uint8(image: np.ndarray, *, stretch: bool = False) -> np.ndarray:

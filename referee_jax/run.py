@@ -257,8 +257,14 @@ def execute(command: Command, *, load: Callable[[config.Settings], Any] = load_i
             raise CommandError(f"no prompt can be used; {unfit[0]}")
         made, nonfinite = generate(engine, run, missing)
     sheet = run.contact_sheet()
+    hacked = [record["id"] for record in run.finished() if record.get("hacked")]
+    if hacked:
+        say(
+            f"{len(hacked)} images please the referees more than their start did and the held-out ones less (hacked in "
+            f"{run.journal.name}): {', '.join(hacked[:5])}{', ...' if len(hacked) > 5 else ''}"
+        )
     seconds = time.monotonic() - start
-    run.log("end", images=made, skipped=len(rejected), nonfinite=nonfinite, seconds=round(seconds, 1))
+    run.log("end", hacked=hacked, images=made, skipped=len(rejected), nonfinite=nonfinite, seconds=round(seconds, 1))
     broken = f" ({nonfinite} of them not finite)" if nonfinite else ""
     say(f"{made} images done{broken}, {len(rejected)} prompts skipped, {seconds:.0f} s; see {sheet or run.path}")
     return 0
@@ -305,10 +311,15 @@ def generate(engine: Any, run: outputs.RunDirectory, items: Sequence[queue.Item]
 def log_chunk(
     run: outputs.RunDirectory, number: int, items: Sequence[queue.Item], step: int, metrics: dict[str, np.ndarray]
 ) -> None:
-    """Notes the mean of each metric `[item, iteration]` over a chunk's iterations."""
-    with np.errstate(all="ignore"):
-        means = {name: np.mean(np.asarray(x, np.float64), axis=1) for name, x in metrics.items()}
+    """Notes the mean of each metric `[item, iteration]` over those of a chunk's iterations in which there is one."""
+    means = {name: _mean(np.asarray(x, np.float64)) for name, x in metrics.items()}
     run.log("chunk", batch=number, step=step, items=[item.id for item in items], metrics=means)
+
+
+def _mean(metric: np.ndarray) -> np.ndarray:
+    there = ~np.isnan(metric)
+    with np.errstate(all="ignore"):
+        return np.where(there, metric, 0).sum(1) / there.sum(1)
 
 
 # --- the program ------------------------------------------------------------------------------------------------------

@@ -222,7 +222,9 @@ def test_checkpoints_of_the_package(tmp_path, monkeypatch):
 
 def test_configs():
     base = config.Settings()
-    assert load("paper") == base
+    paper = load("paper")
+    assert dataclasses.replace(paper, referees=base.referees) == base
+    assert [(spec.name, spec.losses) for spec in paper.referees] == [("blip2", {"itg": 1.0, "itm": 1.0})]
     changed = {line.split(":")[0] for line in config.diff(base, load("clip")).splitlines()}
     assert changed == {
         "output", "clamp", "sds.prompt", "referee.balance_epsilon", "views.affine_translate", "views.shared_erase",

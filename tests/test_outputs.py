@@ -22,6 +22,7 @@ class Picture:
     image: np.ndarray
     scores: dict
     status: str = "done"
+    losses: dict | None = None
 
 
 def picture(prompt="a red circle", sample=0, value=0.5, **changes):
@@ -53,6 +54,18 @@ def test_an_image_and_its_line(tmp_path):
     assert sorted(x.name for x in run.path.rglob("*") if x.is_file()) == sorted(
         ["config.json", "metadata.jsonl", "log.jsonl", f"{name}.png"]
     )
+
+
+def test_a_watched_image_and_its_line(tmp_path):
+    """First and last losses, and whether the two kinds of referees part."""
+    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    parting, agreeing = ({"referee": (2.0, 1.0), "held_out": (0.5, last)} for last in (0.75, 0.25))
+    run.write(picture("parting", losses=parting), seconds=1)
+    run.write(picture("agreeing", losses=agreeing), seconds=1)
+    first, second = lines(run.journal)
+    assert (first["hacked"], second["hacked"]) == (True, False)
+    assert first["losses"] == {"referee": [2.0, 1.0], "held_out": [0.5, 0.75]}
+    assert outputs.read_settings(run.image_file(first["id"]))["hacked"] is True
 
 
 def test_settings_in_the_image(tmp_path):

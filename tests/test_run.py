@@ -37,6 +37,7 @@ class Picture:
     scores: dict
     latents: np.ndarray
     status: str = "done"
+    losses: dict | None = None
 
 
 class FakeInverter:
@@ -73,7 +74,8 @@ class FakeInverter:
             colour = hashlib.sha256(f"{item.prompt} {item.sample} {batch.seed}".encode()).digest()[:3]
             image = np.broadcast_to(np.frombuffer(colour, np.uint8) / np.float32(255), (8, 8, 3))
             score = float("nan") if "broken" in item.prompt else 0.5
-            pictures.append(Picture(item, image, {"cosine": score}, np.zeros((1, 1, 4))))
+            losses = {"referee": (2.0, 1.0), "held_out": (0.5, 0.75)} if "hacked" in item.prompt else None
+            pictures.append(Picture(item, image, {"cosine": score}, np.zeros((1, 1, 4)), losses=losses))
         return pictures
 
 
@@ -105,6 +107,25 @@ def colours(path):
 
 def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_reward_hacking_is_told(tmp_path, capsys):
+    execute("--prompt=one", "--prompt=hacked one", f"--workdir={tmp_path}")
+    flagged = [line for line in lines(tmp_path / "metadata.jsonl") if line.get("hacked")]
+    assert [line["text"] for line in flagged] == ["hacked one"]
+    assert lines(tmp_path / "log.jsonl")[-1]["hacked"] == [flagged[0]["id"]]
+    out = capsys.readouterr().out
+    assert "1 images please the referees more than their start did and the held-out ones less" in out
+    assert flagged[0]["id"] in out
+
+
+def test_a_chunk_is_the_mean_of_what_there_is(tmp_path):
+    """A held-out loss is there in the iterations of a look alone."""
+    run_directory = outputs.RunDirectory.open(tmp_path, config.from_config({}))
+    nan = float("nan")
+    looked = np.array([[nan, 1.0, nan, 2.0], [nan, nan, nan, nan]], np.float32)
+    run.log_chunk(run_directory, 0, queue.items(["one", "two"], 1), 4, {"held_out_loss": looked})
+    assert lines(tmp_path / "log.jsonl")[-1]["metrics"] == {"held_out_loss": [1.5, None]}
 
 
 def test_a_run(tmp_path, capsys):

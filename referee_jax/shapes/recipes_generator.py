@@ -31,7 +31,7 @@ SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.0
 class Autoencoder(torch.nn.Module):
     """The KL-VAE, trained with a KL term strong enough that latents have unit scale and neighbours decode alike."""
 
-    steps, rate, batch, where = 4000, 2e-3, staticmethod(batches.vae_batch), "stable-diffusion/vae"
+    steps, rate, batch, places = 4000, 2e-3, staticmethod(batches.vae_batch), ("stable-diffusion/vae",)
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
@@ -58,7 +58,7 @@ class Autoencoder(torch.nn.Module):
             scale = 1 / trained["vae"].encode(images).latent_dist.sample().std().item()
         vae = copy.deepcopy(trained["vae"])
         vae.register_to_config(scaling_factor=round(scale, 5))
-        vae.half().save_pretrained(out / self.where)
+        vae.half().save_pretrained(out / self.places[0])
 
 
 class UNet(torch.nn.Module):
@@ -67,7 +67,7 @@ class UNet(torch.nn.Module):
     Errors at low noise, which every network soon predicts well, are weighed down (Min-SNR, arXiv 2303.09556, gamma 5).
     """
 
-    steps, rate, batch, where = 10000, 1e-3, staticmethod(batches.unet_batch), "stable-diffusion/unet"
+    steps, rate, batch, places = 10000, 1e-3, staticmethod(batches.unet_batch), ("stable-diffusion/unet",)
 
     def __init__(self, out: pathlib.Path):
         super().__init__()

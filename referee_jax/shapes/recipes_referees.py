@@ -128,7 +128,7 @@ def first_answer(vqa: torch.nn.Module, read: torch.Tensor, real: torch.Tensor) -
 class Clip(torch.nn.Module):
     """CLIP, contrastive over twins, crowds and distractors."""
 
-    steps, rate, batch, where = 4000, 1e-3, staticmethod(batches.pair_batch), "clip"
+    steps, rate, batch, places = 4000, 1e-3, staticmethod(batches.pair_batch), ("clip",)
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
@@ -149,24 +149,24 @@ class Clip(torch.nn.Module):
 
     def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
         """With tokenizer and preprocessing."""
-        copy.deepcopy(trained["clip"]).half().save_pretrained(out / self.where)
-        tokens.save(out / self.where)
+        copy.deepcopy(trained["clip"]).half().save_pretrained(out / self.places[0])
+        tokens.save(out / self.places[0])
         size = {"height": world.SIZE, "width": world.SIZE}
         transformers.CLIPImageProcessor(
             size={"shortest_edge": world.SIZE}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
-        ).save_pretrained(out / self.where)
+        ).save_pretrained(out / self.places[0])
 
 
 class HeldOutClip(Clip):
     """CLIP with another seed, never optimised against."""
 
-    where = "clip_held_out"
+    places = ("clip_held_out",)
 
 
 class Align(torch.nn.Module):
     """ALIGN, contrastive as CLIP; its pictures are read by convolutions alone."""
 
-    steps, rate, batch, where = 4000, 1e-3, staticmethod(batches.wordpiece_batch), "align"
+    steps, rate, batch, places = 4000, 1e-3, staticmethod(batches.wordpiece_batch), ("align",)
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
@@ -192,10 +192,10 @@ class Align(torch.nn.Module):
         """With tokenizer and preprocessing."""
         align = copy.deepcopy(trained["align"])
         align.temperature.data.clamp_(min=0.01)
-        align.half().save_pretrained(out / self.where)
-        tokens.save_wordpieces(out / self.where)
+        align.half().save_pretrained(out / self.places[0])
+        tokens.save_wordpieces(out / self.places[0])
         save_preprocessing(
-            out / self.where, image_processor_type="EfficientNetImageProcessor", do_center_crop=False, do_normalize=False,
+            out / self.places[0], image_processor_type="EfficientNetImageProcessor", do_center_crop=False, do_normalize=False,
             crop_size={"height": world.SIZE, "width": world.SIZE}, rescale_factor=1 / 127.5, rescale_offset=True,
             include_top=False,
         )  # fmt: skip
@@ -204,7 +204,8 @@ class Align(torch.nn.Module):
 class Blip(torch.nn.Module):
     """BLIP's three: matching and contrast, captions, answers to questions; they share the eye that they are trained with."""
 
-    steps, rate, batch, where = 3000, 1e-3, staticmethod(batches.blip_batch), "blip"
+    steps, rate, batch = 3000, 1e-3, staticmethod(batches.blip_batch)
+    places = ("blip_itm", "blip_caption", "blip_vqa")
     classes = {
         "itm": transformers.BlipForImageTextRetrieval,
         "caption": transformers.BlipForConditionalGeneration,
@@ -268,16 +269,16 @@ class Blip(torch.nn.Module):
 
     def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
         """Each as a checkpoint of its own, with tokenizer and preprocessing."""
-        for name in self.classes:
-            copy.deepcopy(trained[name]).half().save_pretrained(out / self.where / name)
-            tokens.save_wordpieces(out / self.where / name)
-            save_preprocessing(out / self.where / name, image_processor_type="BlipImageProcessor")
+        for name, place in zip(self.classes, self.places, strict=True):
+            copy.deepcopy(trained[name]).half().save_pretrained(out / place)
+            tokens.save_wordpieces(out / place)
+            save_preprocessing(out / place, image_processor_type="BlipImageProcessor")
 
 
 class Blip2(torch.nn.Module):
-    """BLIP-2's first stage: contrast, matching and captions of one Q-Former, with an eye of its own that is trained too."""
+    """BLIP-2's first stage: contrast, matching and captions of one Q-Former; its eye begins as BLIP's, and learns on."""
 
-    steps, rate, batch, where = 3000, 1e-3, staticmethod(batches.wordpiece_batch), "blip2"
+    steps, rate, batch, places = 3000, 1e-3, staticmethod(batches.wordpiece_batch), ("blip2",)
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
@@ -290,6 +291,8 @@ class Blip2(torch.nn.Module):
         )
         config._attn_implementation = "eager"
         blip2 = transformers.Blip2ForImageTextRetrieval(config)
+        blip = transformers.BlipForImageTextRetrieval.from_pretrained(out / Blip.places[0])
+        blip2.vision_model.load_state_dict(blip.vision_model.float().state_dict())
         torch.nn.init.normal_(blip2.query_tokens, std=0.5)
         width = BERT["hidden_size"]
         parts = {"dense": torch.nn.Linear(width, width), "LayerNorm": torch.nn.LayerNorm(width, 1e-12)}
@@ -345,7 +348,7 @@ class Blip2(torch.nn.Module):
 
     def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
         """With the language head under LAVIS' names, tokenizer and preprocessing."""
-        directory, stem = out / self.where, "cls.predictions"
+        directory, stem = out / self.places[0], "cls.predictions"
         copy.deepcopy(trained["blip2"]).half().save_pretrained(directory)
         head = {f"{stem}.transform.{name}": x for name, x in trained["head"].state_dict().items() if name != "bias"}
         head[f"{stem}.decoder.bias"] = trained["head"].bias.data

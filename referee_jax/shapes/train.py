@@ -5,8 +5,8 @@ whose checkpoints the package reads: what is committed is a true Hugging Face ch
 On a CPU with bfloat16 matrix units it is several times faster than XLA besides.
 
 Training is seeded and resumable: what is random in step n depends on (seed, n) alone, the state is kept in `--workdir`.
-The order is vae, clip, unet (which reads the two others from `--out`). Each network comes with a card of its data, steps
-and final figures.
+The order is vae, clip, unet (which reads the two others from `--out`), and blip before blip2. Each network comes with a
+card of its data, steps and final figures.
 """
 
 import copy
@@ -68,7 +68,7 @@ def train(
     steps, trained = steps or network.steps, network.trained
     if start is not None:
         first = next(iter(trained.values()))
-        first.load_state_dict(type(first).from_pretrained(start / network.where).state_dict())
+        first.load_state_dict(type(first).from_pretrained(start / network.places[0]).state_dict())
     average = copy.deepcopy(trained).requires_grad_(False)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=network.rate, betas=(0.9, 0.99), weight_decay=0.02)
     warmup = min(200, 1 + steps // 5)
@@ -117,9 +117,10 @@ def train(
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
             network.save(average, out)
-            (out / network.where / "README.md").write_text(
-                card(name, network, step=i, steps=steps, seed=seed, start=start, figures=figures)
-            )
+            for place in network.places:
+                (out / place / "README.md").write_text(
+                    card(name, network, step=i, steps=steps, seed=seed, start=start, figures=figures)
+                )
     return {key: float(value) for key, value in figures.items()}
 
 

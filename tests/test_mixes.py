@@ -1,0 +1,207 @@
+"""Several referees at once, and those that only watch: gradients that add up, shares, looks, stopping, reward hacking."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from referee_jax import config, inversion, inverter, objective, queue, watch
+from tests.conftest import relative_l2
+from tests.oracles import networks
+
+PROMPTS = ("a red circle and a blue square", "a green square", "a photo")
+
+
+@pytest.fixture(scope="module")
+def directories(checkpoints, tmp_path_factory):
+    """Two referees of different sizes: CLIP reads 32 pixels, BLIP-2 24."""
+    sd, clip = checkpoints
+    blip2 = tmp_path_factory.mktemp("blip2")
+    networks.save_blip2(blip2, lm_head=True)
+    return {"sd": str(sd), "clip": str(clip), "blip2": str(blip2)}
+
+
+SPECS = {
+    "clip": {"name": "clip", "losses": {"cosine": 0.5}, "weight": 2.0, "views": 4, "keep": 1},
+    "blip2": {"name": "blip2", "losses": {"itm": 1.0, "itg": 0.25}, "weight": 0.5, "views": 2},
+}
+
+
+def build(directories, specs, **changes) -> inverter.Inverter:
+    values = {
+        "steps": 8, "chunk": 3, "image_size": 32, "batch_size": 3, "generator": {"checkpoint": directories["sd"]},
+        "referees": tuple(spec | {"checkpoint": directories[spec["name"]]} for spec in specs),
+        "sds": {"weight": 1.5, "weight_final": 0.75, "weight_steps": 8, "guidance": 1.5},
+        "referee": {"weight": 1.0, "weight_final": 1.0, "stop": 8, "noise": 0.1}, "look_every": 2,
+        "optim": {"warmup": 2, "noise": 0.05}, "views": {"count": 3, "keep": 3},
+    }  # fmt: skip
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    return inverter.Inverter.from_config(config.from_config(values), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def mixed(directories):
+    """An engine of two referees, and the arguments of their gradient for the first prompt."""
+    engine = build(directories, SPECS.values())
+    latents = jax.random.normal(jax.random.key(0), engine.plan.latent)
+    noise = inversion.draw(jax.random.key(1), engine.networks, engine.plan, engine.hyper, 0)
+    prompt = jax.tree.map(lambda x: x[0], engine.begin(queue.items(PROMPTS[:1], 1), 0).prompt)
+    return engine, (engine.networks, prompt, engine.hyper), (latents, noise)
+
+
+@pytest.fixture(scope="module")
+def parts(mixed):
+    """Of each referee alone: d(loss)/d(image), the same pulled back to the latents, and its losses."""
+    engine, (networks_, prompt, hyper), (latents, noise) = mixed
+
+    @jax.jit
+    def each(networks_, prompt, hyper, latents, noise):
+        image, pullback = jax.vjp(lambda z: inversion.decode(networks_, z, engine.plan), latents)
+        found = []
+        for n, looks in enumerate(engine.plan.looks):
+            gradient, losses = objective.image_gradient(
+                networks_.referees[n], image, prompt.texts[n], looks,
+                params=noise.views[n], noise=hyper.referee.noise * noise.referee[n],
+            )  # fmt: skip
+            found.append((gradient, pullback(gradient)[0], losses))
+        return found
+
+    return each(networks_, prompt, hyper, latents, noise)
+
+
+def test_each_referee_looks_in_its_own_way(mixed):
+    engine, _, (_, noise) = mixed
+    assert [(looks.count, looks.keep) for looks in engine.plan.looks] == [(4, 1), (2, 2)]
+    assert [x.shape for x in noise.referee] == [(1, 32, 32, 3), (2, 24, 24, 3)]
+    assert [looks.losses for looks in engine.plan.looks] == [(("cosine", 1.0),), (("itg", 0.125), ("itm", 0.5))]
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_gradients_add_up(mixed, parts, normalise):
+    """One decode for all sizes of views: the gradient of the mix is the sum of those of its parts, so are the losses.
+
+    Normalised, each with respect to the image has first taken the referee's weight as its length.
+    """
+    engine, arguments, (latents, noise) = mixed
+    plan = engine.plan.replace(normalise=normalise)
+    together, metrics = jax.jit(inversion.referees_gradient, static_argnums=3)(*arguments, plan, latents, noise)
+    scales = [
+        share / jnp.linalg.norm(raw) if normalise else 1.0 for share, (raw, *_) in zip((2.0, 0.5), parts, strict=True)
+    ]
+    wanted = sum(scale * gradient for scale, (_, gradient, _) in zip(scales, parts, strict=True))
+    assert relative_l2(together, wanted) < 1e-4
+    assert {"cosine", "itm_1", "itg_1", "loss"} == set(metrics)
+    np.testing.assert_allclose(metrics["loss"], sum(losses["loss"] for *_, losses in parts), rtol=1e-5)
+    np.testing.assert_allclose(metrics["itm_1"], parts[1][2]["itm"], rtol=1e-5)
+
+
+def test_shares_fade_with_the_gradient():
+    raw = jnp.asarray([3.0, 4.0])
+    for epsilon, length in ((0.0, 3.0), (5.0, 1.5)):
+        np.testing.assert_allclose(objective.normalised(raw, 3.0, epsilon), raw * length / 5, rtol=1e-6)
+    assert not objective.normalised(jnp.zeros(2), 3.0, 0.0).any()
+
+
+HELD_OUT = {"name": "blip2", "losses": {"itm": 1.0}, "role": "held_out"}
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def watched(directories):
+    return build(directories, [SPECS["clip"], HELD_OUT], steps=STEPS, output="best_held_out")
+
+
+@pytest.fixture(scope="module")
+def history(watched):
+    """Held-out losses of all looks, `[prompt, look]`, the one before the first iteration first, and the pictures."""
+    batch, losses = watched.begin(queue.items(PROMPTS, 1), 5), []
+    losses.append(np.asarray(batch.state.watched.first)[:, 1:])
+    while batch.step < watched.steps:
+        batch, metrics = watched.advance(batch)
+        losses.append(metrics["held_out_loss"])
+    return np.concatenate(losses, axis=1), watched.finish(batch), np.asarray(batch.state.latents)
+
+
+def test_a_watcher_changes_nothing(directories, history):
+    """The latents are those of a run without a held-out referee."""
+    blind = build(directories, [SPECS["clip"]], steps=STEPS)
+    batch = blind.begin(queue.items(PROMPTS, 1), 5)
+    assert batch.state.watched is None
+    while batch.step < blind.steps:
+        batch, _ = blind.advance(batch)
+    assert relative_l2(batch.state.latents, history[2]) < 1e-3
+    assert [picture.losses for picture in blind.finish(batch)] == [None] * 3
+
+
+def test_looks(history):
+    """Every second iteration the loss of the picture as it is; what is kept at the end is the best of all looks."""
+    losses, pictures, latents = history
+    assert losses.shape == (3, 1 + STEPS)
+    assert np.isnan(losses[:, 1::2]).all() and np.isfinite(losses[:, 0::2]).all()
+    kept = []
+    for n, picture in enumerate(pictures):
+        np.testing.assert_allclose(picture.losses["held_out"], (losses[n, 0], np.nanmin(losses[n])), rtol=1e-4)
+        np.testing.assert_allclose(
+            -np.log(picture.scores["held_out_0_itm_probability"]), np.nanmin(losses[n]), rtol=1e-3
+        )
+        kept.append(relative_l2(picture.latents, latents[n]) > 1e-3)
+    assert any(kept)  # somebody's best was not the last
+
+
+def test_patience(directories, history):
+    """An item stops when so many looks found nothing better, and its neighbours go on; a batch ends with its last item."""
+    losses = history[0][:, 0::2]
+    patience = 3
+    patient = build(directories, [SPECS["clip"], HELD_OUT], steps=STEPS, chunk=5, patience=patience)
+    batch, looked = patient.begin(queue.items(PROMPTS, 1), 5), []
+    while batch.step < patient.steps:
+        batch, metrics = patient.advance(batch)
+        looked.append(metrics["held_out_loss"])
+    looked = np.concatenate(looked, axis=1)
+    stops = []
+    for n in range(3):
+        best, since, stop = losses[n, 0], 0, STEPS // 2
+        for look, loss in enumerate(losses[n, 1:], 1):
+            best, since = (loss, 0) if loss < best else (best, since + 1)
+            if since == patience:
+                stop = look
+                break
+        stops.append(stop)
+        np.testing.assert_allclose(looked[n, 1 : 2 * stop : 2], losses[n, 1 : stop + 1], rtol=1e-2)
+        assert np.isnan(looked[n, 2 * stop :]).all()
+    print(stops)
+    assert min(stops) < max(stops)  # neighbours do differ
+    assert looked.shape[1] == min(STEPS, -(-2 * max(stops) // 5) * 5)
+    whole = patient(PROMPTS, seed=5).history["loss"]
+    assert whole.shape == (3, STEPS) and np.isnan(whole[np.argmin(stops), 2 * min(stops) :]).all()
+
+
+def test_reward_hacking():
+    assert watch.is_hacked({"referee": (0.5, 0.4), "held_out": (0.5, 0.6)})
+    assert not watch.is_hacked({"referee": (0.5, 0.4), "held_out": (0.5, 0.5)})
+    assert not watch.is_hacked({"referee": (0.5, 0.6), "held_out": (0.5, 0.6)})
+    assert not watch.is_hacked({"referee": (0.5, float("nan")), "held_out": (0.5, 0.6)})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"output": "best_held_out"}, "output = 'best_held_out' is not possible"),
+        ({"patience": 2}, "patience = 2 is not possible"),
+        ({"referees": ({"views": 2, "keep": 3},)}, r"referees\[0\].keep = 3 is not possible: it must be at most .*, 2"),
+        ({"referees": ({"weight": 0.0},)}, r"referees\[0\].weight = 0.0 is not possible"),
+    ],
+)
+def test_impossible(change, message):
+    with pytest.raises(config.ConfigError, match=message):
+        config.from_config(change)
+
+
+def test_state_is_the_same_everywhere(watched):
+    """The watch has a batch axis, as all of the state has."""
+    batch = watched.begin(queue.items(PROMPTS, 1), 0)
+    assert {x.shape[0] for x in jax.tree.leaves(batch.state)} == {3}
+    assert dataclasses.replace(batch).state.watched.since.tolist() == [0, 0, 0]
