@@ -225,17 +225,23 @@ def step(
         watched=state.watched,
     )
     if state.watched is not None:
-        is_look = (i + 1) % plan.look_every == 0
-        look = lambda z: verdicts(networks, prompt, plan, z)[1]  # noqa: E731
-        held_out = jax.lax.cond(is_look, look, lambda z: jnp.full((), jnp.nan), new.latents)
-        looked = new.watched.looked(new.latents, held_out)
-        new = new.replace(watched=optax.tree.where(is_look, looked, new.watched))
-        metrics |= {"held_out_loss": held_out}
+        new, metrics["held_out_loss"] = looked_at(networks, prompt, plan, new, i)
     frozen, stopped = state.frozen | ~jnp.isfinite(new.latents).all(), is_stopped(state, plan)
     new = optax.tree.where(frozen | stopped, state, new).replace(frozen=frozen)
     metrics |= {"prior_norm": jnp.linalg.norm(prior), "referee_norm": jnp.linalg.norm(referee), "ratio": ratio}
     metrics |= {"latent_std": new.latents.std()}
     return new, jax.tree.map(lambda x: jnp.where(stopped, jnp.nan, x), metrics) if plan.patience else metrics
+
+
+def looked_at(
+    networks: Networks, prompt: Prompt, plan: Plan, state: InversionState, i: Array
+) -> tuple[InversionState, Array]:
+    """The state after a look of the held-out referees, and their loss; the same state and NaN where it is not the turn of one."""
+    is_look = (i + 1) % plan.look_every == 0
+    look = lambda z: verdicts(networks, prompt, plan, z)[1]  # noqa: E731
+    loss = jax.lax.cond(is_look, look, lambda z: jnp.full((), jnp.nan), state.latents)
+    looked = state.watched.looked(state.latents, loss)
+    return state.replace(watched=optax.tree.where(is_look, looked, state.watched)), loss
 
 
 def is_stopped(state: InversionState, plan: Plan) -> Array:

@@ -3,7 +3,8 @@
     python -m referee_jax.benchmarks.methods --config=configs/shapes.py --samples=2 --out=runs/methods
 
 Rows: score distillation alone (from noise, guidance 7.5), plain DDIM sampling of the prior (guidance 7.5, 50 steps), the
-samples that the config begins with (the referees' favourites, if it has several candidates), and the config as it is; over
+samples that the config begins with (the referees' favourites, if it has several candidates), the config begun from one sample
+without a choice, and the config as it is; over
 the fixed two-object colour prompts, seen and unseen. Prints a Markdown table with 95 % intervals (bootstrap over prompts)
 and writes table.md, the images, and one JSON line per image, from which an interrupted run continues.
 """
@@ -62,12 +63,20 @@ def _as_it_is(settings: config.Settings) -> config.Settings:
     return settings
 
 
+def _unchosen(settings: config.Settings) -> config.Settings:
+    return dataclasses.replace(settings, init_candidates=1)
+
+
 ROWS: dict[str, tuple[Callable[[config.Settings], config.Settings], Make]] = {
     "SDS alone": (_alone, _inverted),
     "DDIM sampling": (_as_it_is, _sampled),
     "its start": (_as_it_is, _begun),
+    "one sample, referee + SDS": (_unchosen, _inverted),
     "referee + SDS": (_as_it_is, _inverted),
 }
+
+
+OF_SAMPLES = ("its start", "one sample, referee + SDS")  # rows of a config that begins with samples
 
 
 def interval(right: np.ndarray, *, draws: int = 2000) -> tuple[float, float]:
@@ -155,7 +164,7 @@ def main(argv: list[str]) -> None:
     settings = dataclasses.replace(config.from_config(args.config), samples=args.samples)
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = args.rows or [row for row in ROWS if row != "its start" or settings.init == "sample"]
+    rows = args.rows or [row for row in ROWS if settings.init == "sample" or row not in OF_SAMPLES]
     engines = Engines()
     measured = {
         (row, split): measure(row, split, settings, out, engines, limit=args.limit) for row in rows for split in SPLITS

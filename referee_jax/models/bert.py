@@ -226,6 +226,10 @@ def token_losses(logits: Array, input_ids: Array, *, smoothing: float = 0.0) -> 
     return cross_entropy(logits[:, :-1], input_ids[:, 1:], smoothing=smoothing)
 
 
+# Share of every target that is spread over the vocabulary, as BLIP (models/med.py of salesforce/BLIP) and BLIP-2 were trained.
+SMOOTHING = 0.1
+
+
 def cross_entropy(logits: Array, targets: Array, *, smoothing: float = 0.0) -> Array:
     """-log p of each target token: `[B, T, V], int32[B, T] -> float32[B, T]`.
 

@@ -13,12 +13,10 @@ from flax import struct
 from jax import Array
 
 from referee_jax import prompts
-from referee_jax.models import blip, layers
+from referee_jax.models import bert, blip, layers
 from referee_jax.referees import base
 
 ANSWERS = ("yes", "no")
-# Share of every target that is spread over the vocabulary, as captions were trained (models/med.py of salesforce/BLIP).
-SMOOTHING = 0.1
 
 
 class BlipReferee(struct.PyTreeNode):
@@ -77,7 +75,7 @@ class Itm(BlipReferee):
 
 
 class Caption(BlipReferee):
-    """Loss `caption` = mean cross-entropy of the prompt's tokens, smoothed as in training (`SMOOTHING`)."""
+    """Loss `caption` = mean cross-entropy of the prompt's tokens, smoothed as in training (`bert.SMOOTHING`)."""
 
     losses = ("caption",)
 
@@ -87,7 +85,7 @@ class Caption(BlipReferee):
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
         """See base.Referee."""
-        return {"caption": self._loss(views, text, SMOOTHING)}
+        return {"caption": self._loss(views, text, bert.SMOOTHING)}
 
     def _loss(self, views: Array, text: dict[str, Array], smoothing: float) -> Array:
         ids, mask = (layers.repeat(text[name][None], len(views)) for name in ("input_ids", "mask"))

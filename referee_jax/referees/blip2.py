@@ -20,7 +20,6 @@ from referee_jax.models import bert, blip2, layers
 from referee_jax.referees import base
 
 TOKENS = 32  # both ends included, as BLIP-2 was trained
-SMOOTHING = 0.1  # share of every target that is spread over the vocabulary, as BLIP-2 was trained
 
 
 class Blip2Referee(struct.PyTreeNode):
@@ -64,7 +63,7 @@ class Blip2Referee(struct.PyTreeNode):
             "itc": 1 - self.network.contrast(image, text["text"]),
         }
         if "itg" in self.losses:
-            losses["itg"] = self._caption_loss(image, text, SMOOTHING)
+            losses["itg"] = self._caption_loss(image, text, bert.SMOOTHING)
         return losses
 
     def views_losses(self, views: Array, text: dict[str, Any]) -> dict[str, Array]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from referee_jax.models import bert
 from referee_jax.shapes import batches, tokens, world
 
 Batch = dict[str, torch.Tensor]
@@ -40,7 +41,6 @@ EFFICIENTNET = dict(
     in_channels=[32, 16, 32, 64], out_channels=[16, 32, 64, 128], kernel_sizes=[3, 3, 5, 5], strides=[1, 2, 2, 1],
     num_block_repeats=[1, 1, 2, 2], expand_ratios=[1, 3, 3, 3], batch_norm_momentum=0.1, drop_connect_rate=0.0,
 )  # fmt: skip
-SMOOTHING = 0.1  # of captions, as BLIP was taught
 PAD, CLS, SEP, DEC, ENC, YES, NO = (
     tokens.WORDPIECES[piece] for piece in ("[PAD]", "[CLS]", "[SEP]", "[DEC]", "[ENC]", "yes", "no")
 )
@@ -109,7 +109,7 @@ def caption_loss(logits: torch.Tensor, ids: torch.Tensor, given: int) -> torch.T
     """Of the tokens after the first `given`, each from those before it; `logits` are without the last."""
     targets = torch.where(ids[:, 1:] == PAD, -100, ids[:, 1:]).long()
     targets[:, : given - 1] = -100
-    return F.cross_entropy(logits.float().transpose(1, 2), targets, label_smoothing=SMOOTHING)
+    return F.cross_entropy(logits.float().transpose(1, 2), targets, label_smoothing=bert.SMOOTHING)
 
 
 def first_answer(vqa: torch.nn.Module, read: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

@@ -54,21 +54,14 @@ def train(
     seed: int,
     out: pathlib.Path,
     workdir: pathlib.Path,
-    start: pathlib.Path | None = None,
 ) -> dict[str, float]:
-    """Trains network `name`, going on from the checkpoint in `workdir`; writes it to `out`; returns the last figures.
-
-    A new training begins with the network in the directory `start`, if there is one, instead of random weights.
-    """
+    """Trains network `name`, going on from the checkpoint in `workdir`; writes it to `out`; returns the last figures."""
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Where a CPU has no bfloat16 units, torch's own loops take over, a hundred times slower.
     fast = device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     network = NETWORKS[name](out).to(device)
     steps, trained = steps or network.steps, network.trained
-    if start is not None:
-        first = next(iter(trained.values()))
-        first.load_state_dict(type(first).from_pretrained(start / network.places[0]).state_dict())
     average = copy.deepcopy(trained).requires_grad_(False)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=network.rate, betas=(0.9, 0.99), weight_decay=0.02)
     warmup = min(200, 1 + steps // 5)
@@ -119,7 +112,7 @@ def train(
             network.save(average, out)
             for place in network.places:
                 (out / place / "README.md").write_text(
-                    card(name, network, step=i, steps=steps, seed=seed, start=start, figures=figures)
+                    card(name, network, step=i, steps=steps, seed=seed, figures=figures)
                 )
     return {key: float(value) for key, value in figures.items()}
 
@@ -131,17 +124,15 @@ def card(
     step: int,
     steps: int,
     seed: int,
-    start: pathlib.Path | None,
     figures: dict,
 ) -> str:
     """What stands beside a trained network."""
     values = {key: round(float(value), 4) for key, value in figures.items()}
-    begun = " --start=..." if start else ""
     return (
         f"# {name}\n\n{inspect.getdoc(type(network))}\n\n"
         f"Data: scenes of `referee_jax.shapes.world`, new in every step. {network.batch.__doc__.strip().splitlines()[0]}\n"
         f"No caption names an attribute pair of `world.UNSEEN`.\n\n"
-        f"Trained by `python -m referee_jax.shapes.train --network={name} --seed={seed} --steps={steps}{begun}`, "
+        f"Trained by `python -m referee_jax.shapes.train --network={name} --seed={seed} --steps={steps}`, "
         f"{step} steps done; the weights are a running average. Figures of the last batch: {json.dumps(values)}\n"
     )
 
@@ -157,7 +148,6 @@ def main(argv: list[str]) -> None:
         seed=args.seed,
         out=pathlib.Path(args.out),
         workdir=pathlib.Path(args.workdir),
-        start=pathlib.Path(args.start) if args.start else None,
     )
 
 
@@ -165,7 +155,6 @@ if __name__ == "__main__":
     flags.DEFINE_enum("network", None, list(NETWORKS), "which network to train", required=True)
     flags.DEFINE_integer("steps", None, "training steps; default: the network's", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of weights, data and noise")
-    flags.DEFINE_string("start", None, "directory of trained networks to begin with; default: random weights")
     flags.DEFINE_string("out", "shapes_networks", "directory that the trained networks are written to")
     flags.DEFINE_string("workdir", "shapes_training", "directory of the training's checkpoints")
     app.run(main)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import transformers
 from PIL import Image
@@ -177,7 +178,6 @@ def test_under_jit_vmap_grad_and_scan(judge):
 
 def save_siglip1_tokenizer(path):
     """Wordpieces of a sentencepiece model learned from a few words, in the files that SigLIP 1 has."""
-    sentencepiece = pytest.importorskip("sentencepiece")
     draw = random.Random(0)
     words = "red blue green circle square and a photo of the".split()
     lines = [" ".join(draw.choices(words, k=5)) for _ in range(300)]
