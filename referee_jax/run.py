@@ -172,7 +172,10 @@ class Progress:
     def advance(self, steps: int, metrics: dict[str, np.ndarray]) -> None:
         """After a chunk of `steps` iterations with its metrics."""
         self.steps += steps
-        losses = " ".join(f"{name} {np.mean(x):.3g}" for name, x in list(metrics.items())[:SHOWN_METRICS])
+        # What is not measured in every iteration is shown where it was.
+        means = {name: float(_mean(np.asarray(x, np.float64).reshape(1, -1))[0]) for name, x in metrics.items()}
+        there = [f"{name} {mean:.3g}" for name, mean in means.items() if not np.isnan(mean)]
+        losses = " ".join(there[:SHOWN_METRICS])
         if not self.uncounted:
             # The first chunk is compiled: its time says nothing about the others.
             self.counted_from, self.uncounted = time.monotonic(), self.steps
@@ -259,9 +262,10 @@ def execute(command: Command, *, load: Callable[[config.Settings], Any] = load_i
     sheet = run.contact_sheet()
     hacked = [record["id"] for record in run.finished() if record.get("hacked")]
     if hacked:
+        shown = ", ".join(hacked[:5]) + (", ..." if len(hacked) > 5 else "")
         say(
-            f"{len(hacked)} images please the referees more than their start did and the held-out ones less (hacked in "
-            f"{run.journal.name}): {', '.join(hacked[:5])}{', ...' if len(hacked) > 5 else ''}"
+            f"pleases the referees more than its start did, and the held-out ones less ({len(hacked)} of "
+            f'{len(run.finished())} images, "hacked" in {run.journal.name}): {shown}'
         )
     seconds = time.monotonic() - start
     run.log("end", hacked=hacked, images=made, skipped=len(rejected), nonfinite=nonfinite, seconds=round(seconds, 1))

@@ -115,7 +115,7 @@ def test_reward_hacking_is_told(tmp_path, capsys):
     assert [line["text"] for line in flagged] == ["hacked one"]
     assert lines(tmp_path / "log.jsonl")[-1]["hacked"] == [flagged[0]["id"]]
     out = capsys.readouterr().out
-    assert "1 images please the referees more than their start did and the held-out ones less" in out
+    assert "pleases the referees more than its start did, and the held-out ones less (1 of 2 images" in out
     assert flagged[0]["id"] in out
 
 
@@ -252,6 +252,7 @@ def test_a_progress_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     execute("--prompt=one", f"--workdir={tmp_path}")
     err = capsys.readouterr().err
     assert "1/1 images" in err and "25/25" in err and "loss 22" in err
+    assert "nan" not in err  # of what was not measured nothing is shown
 
 
 def test_flags_change_the_config(tmp_path):

