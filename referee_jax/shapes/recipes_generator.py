@@ -13,8 +13,7 @@ import torch
 import transformers
 
 from referee_jax.shapes import batches, tokens, world
-
-Batch = dict[str, torch.Tensor]
+from referee_jax.shapes.recipes_referees import TEXT, Batch
 
 VAE = dict(
     block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, latent_channels=4, sample_size=world.SIZE,
@@ -23,7 +22,7 @@ VAE = dict(
 UNET = dict(
     sample_size=world.SIZE // 4, in_channels=4, out_channels=4, block_out_channels=(64, 128), layers_per_block=1,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    attention_head_dim=4, cross_attention_dim=128, norm_num_groups=16,
+    attention_head_dim=4, cross_attention_dim=TEXT["hidden_size"], norm_num_groups=16,
 )  # fmt: skip
 SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
 

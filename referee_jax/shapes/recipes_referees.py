@@ -41,9 +41,7 @@ EFFICIENTNET = dict(
     in_channels=[32, 16, 32, 64], out_channels=[16, 32, 64, 128], kernel_sizes=[3, 3, 5, 5], strides=[1, 2, 2, 1],
     num_block_repeats=[1, 1, 2, 2], expand_ratios=[1, 3, 3, 3], batch_norm_momentum=0.1, drop_connect_rate=0.0,
 )  # fmt: skip
-PAD, CLS, SEP, DEC, ENC, YES, NO = (
-    tokens.WORDPIECES[piece] for piece in ("[PAD]", "[CLS]", "[SEP]", "[DEC]", "[ENC]", "yes", "no")
-)
+PAD, SEP, DEC, ENC, YES, NO = (tokens.WORDPIECES[piece] for piece in ("[PAD]", "[SEP]", "[DEC]", "[ENC]", "yes", "no"))
 
 
 def degrade(images: torch.Tensor) -> torch.Tensor:
@@ -70,6 +68,21 @@ def contrast(logits: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     target[:n] = torch.eye(*target[:n].shape, device=logits.device)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :n].T, labels)) / 2
     return loss, (logits[:n].argmax(1) == labels).float().mean()
+
+
+def scaled(cosines: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Cosines times a learned scale, of which this is the logarithm; at most 100, as CLIP's."""
+    return scale.clamp(max=np.log(100)).exp() * cosines
+
+
+def matched(logits: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of a matching head, and the share of pairs that it judges rightly."""
+    return F.cross_entropy(logits, truth), (logits.argmax(1) == truth).float().mean()
+
+
+def begun(ids: torch.Tensor, first: int) -> torch.Tensor:
+    """Token ids with another first one."""
+    return ids.index_fill(1, torch.tensor([0]), first)
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -115,14 +128,13 @@ def caption_loss(logits: torch.Tensor, ids: torch.Tensor, given: int) -> torch.T
 def first_answer(vqa: torch.nn.Module, read: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Logits of the first word of the answer, of a question's states and which of them are no padding."""
     # Questions of one length at a time: the cross-attention of transformers 5 ignores the mask that it is given.
-    lengths, answers = real.sum(1), None
-    for length in lengths.unique().tolist():
-        rows = torch.nonzero(lengths == length)[:, 0]
-        start = torch.full((len(rows), 1), DEC)
-        logits = vqa.text_decoder(start, encoder_hidden_states=read[rows, :length]).logits[:, 0]
-        answers = logits.new_zeros(len(read), logits.shape[1]) if answers is None else answers
-        answers = answers.index_copy(0, rows, logits)
-    return answers
+    lengths = real.sum(1)
+    groups = [torch.nonzero(lengths == length)[:, 0] for length in lengths.unique()]
+    answers = [
+        vqa.text_decoder(torch.full((len(rows), 1), DEC), encoder_hidden_states=read[rows, : lengths[rows[0]]]).logits
+        for rows in groups
+    ]
+    return torch.cat(answers)[torch.cat(groups).argsort(), 0]
 
 
 class Clip(torch.nn.Module):
@@ -143,7 +155,7 @@ class Clip(torch.nn.Module):
         image = unit(clip.visual_projection(clip.vision_model.post_layernorm(states[:, 0])))
         # Padding comes after all that the text tower reads: it is causal and pooled at the first end.
         text = unit(clip.text_projection(clip.text_model(trim(batch["input_ids"], tokens.END)).pooler_output))
-        loss, right = contrast(clip.logit_scale.clamp(max=np.log(100)).exp() * image @ text.T, n)
+        loss, right = contrast(scaled(image @ text.T, clip.logit_scale), n)
         what = named(self.trained["what"], states[:, 1:], batch["shown"])
         return loss + 3 * what, {"contrast": loss, "what": what, "right": right}
 
@@ -232,25 +244,23 @@ class Blip(torch.nn.Module):
         states = self.trained["itm"].vision_model(seen(batch["image"])).last_hidden_state
         n = len(batch["input_ids"]) // (1 + batches.DISTRACTORS)
         what = named(self.trained["what"], states[:, 1:], batch["shown"])
-        contrasted, matched, figures = self.matching(states, batch, n)
+        contrasted, match, figures = self.matching(states, batch, n)
         caption = self.caption(states[:n], trim(batch["caption_ids"][:n], PAD))
         answer = self.answer(states[:n], trim(batch["question_ids"], PAD))
         figures |= {"caption": caption, "answer": answer, "what": what}
-        return contrasted + 2 * matched + caption + answer + 3 * what, figures
+        return contrasted + 2 * match + caption + answer + 3 * what, figures
 
     def matching(self, states: torch.Tensor, batch: Batch, n: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Losses of contrast and of the matching head."""
         itm, ids = self.trained["itm"], trim(batch["input_ids"], PAD)
         text = unit(itm.text_proj(itm.text_encoder(ids, ids != PAD).last_hidden_state[:, 0]))
         image = unit(itm.vision_proj(states[:, 0]))
-        contrasted, _ = contrast(self.trained.scale.clamp(max=np.log(100)).exp() * image @ text.T, n)
+        contrasted, _ = contrast(scaled(image @ text.T, self.trained.scale), n)
         pictures, texts, truth = pairs(batch, n)
-        asked = ids[texts].index_fill(1, torch.tensor([0]), ENC)
+        asked = begun(ids[texts], ENC)
         read = itm.text_encoder(asked, asked != PAD, encoder_hidden_states=states[pictures]).last_hidden_state
-        logits = itm.itm_head(read[:, 0]).float()
-        right = (logits.argmax(1) == truth).float().mean()
-        matched = F.cross_entropy(logits, truth)
-        return contrasted, matched, {"contrast": contrasted, "match": matched, "right": right}
+        match, right = matched(itm.itm_head(read[:, 0]).float(), truth)
+        return contrasted, match, {"contrast": contrasted, "match": match, "right": right}
 
     def caption(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Loss of captions, after the words that begin all of them."""
@@ -262,7 +272,7 @@ class Blip(torch.nn.Module):
         """Loss of "yes" to the true caption as a question, and of "no" to the twin's or a distractor."""
         vqa, own = self.trained["vqa"], torch.arange(len(states))
         wrong = torch.where(own % 4 < 2, own ^ 1, len(states) + batches.DISTRACTORS * own + 1)
-        asked = questions[torch.cat([own, wrong])].index_fill(1, torch.tensor([0]), ENC)
+        asked = begun(questions[torch.cat([own, wrong])], ENC)
         read = vqa.text_encoder(asked, asked != PAD, encoder_hidden_states=states.repeat(2, 1, 1)).last_hidden_state
         logits = first_answer(vqa, read, asked != PAD)
         return F.cross_entropy(logits.float(), torch.tensor([YES, NO]).repeat_interleave(len(states)))
@@ -311,15 +321,14 @@ class Blip2(torch.nn.Module):
         alone = blip2.qformer(blip2.embeddings(ids), query_length=0, attention_mask=(ids != PAD).long())
         text = unit(blip2.text_projection(alone.last_hidden_state[:, 0]))
         cosines = torch.einsum("bqd,td->bqt", image, text).amax(1)
-        contrasted, _ = contrast(self.trained.scale.clamp(max=np.log(100)).exp() * cosines, n)
+        contrasted, _ = contrast(scaled(cosines, self.trained.scale), n)
 
         pictures, texts, truth = pairs(batch, n)
-        logits = self.match(states[pictures], ids[texts])
-        matched, right = F.cross_entropy(logits, truth), (logits.argmax(1) == truth).float().mean()
-        caption = self.caption(states[:n], ids[:n].index_fill(1, torch.tensor([0]), DEC))
+        match, right = matched(self.match(states[pictures], ids[texts]), truth)
+        caption = self.caption(states[:n], begun(ids[:n], DEC))
         what = named(self.trained["what"], states[:, 1:], batch["shown"])
-        figures = {"contrast": contrasted, "match": matched, "right": right, "caption": caption, "what": what}
-        return contrasted + 2 * matched + caption + 3 * what, figures
+        figures = {"contrast": contrasted, "match": match, "right": right, "caption": caption, "what": what}
+        return contrasted + 2 * match + caption + 3 * what, figures
 
     def together(self, states: torch.Tensor, ids: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
         """States of queries, then text; `sees` is who attends to whom."""

@@ -22,6 +22,7 @@ import torch
 from absl import app, flags, logging
 
 from referee_jax.shapes import recipes_generator, recipes_referees
+from referee_jax.shapes.recipes_referees import Batch
 
 NETWORKS = {
     "vae": recipes_generator.Autoencoder,
@@ -33,7 +34,6 @@ NETWORKS = {
     "blip2": recipes_referees.Blip2,
 }
 SAVE_EVERY = 500
-Batch = dict[str, torch.Tensor]
 
 
 class Steps(torch.utils.data.Dataset):
@@ -47,14 +47,7 @@ class Steps(torch.utils.data.Dataset):
         return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in batch.items()}
 
 
-def train(
-    name: str,
-    *,
-    steps: int | None,
-    seed: int,
-    out: pathlib.Path,
-    workdir: pathlib.Path,
-) -> dict[str, float]:
+def train(name: str, *, steps: int | None, seed: int, out: pathlib.Path, workdir: pathlib.Path) -> dict[str, float]:
     """Trains network `name`, going on from the checkpoint in `workdir`; writes it to `out`; returns the last figures."""
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,15 +110,7 @@ def train(
     return {key: float(value) for key, value in figures.items()}
 
 
-def card(
-    name: str,
-    network: torch.nn.Module,
-    *,
-    step: int,
-    steps: int,
-    seed: int,
-    figures: dict,
-) -> str:
+def card(name: str, network: torch.nn.Module, *, step: int, steps: int, seed: int, figures: dict) -> str:
     """What stands beside a trained network."""
     values = {key: round(float(value), 4) for key, value in figures.items()}
     return (
