@@ -367,9 +367,11 @@ def _check_referees(settings: Settings) -> None:
         if spec.keep > count:
             raise _wrong(f"{key}.keep", spec.keep, f"at most its number of views, {count}")
     if all(spec.role != "held_out" for spec in settings.referees):
-        for key, value, off in (("output", settings.output, "best_held_out"), ("patience", settings.patience, None)):
-            if value == off or (off is None and value):
-                raise _wrong(key, value, 'something else, unless one of the referees has role="held_out"')
+        for key, asks in (("output", settings.output == "best_held_out"), ("patience", settings.patience > 0)):
+            if asks:
+                raise _wrong(
+                    key, getattr(settings, key), 'something else, unless one of the referees has role="held_out"'
+                )
     acts = settings.referee.weight or settings.referee.weight_final or settings.init_candidates > 1
     if acts and all(spec.role != "optimise" for spec in settings.referees):
         raise _wrong(

@@ -171,9 +171,9 @@ def referees_gradient(
     return pullback(cotangent)[0], metrics
 
 
-def verdicts(networks: Networks, prompt: Prompt, plan: Plan, latents: Array) -> Array:
-    """Losses of the optimised and of the held-out referees on the picture as it is, weighted and added: float32 `[2]`."""
-    image, totals = decode(networks, latents, plan), []
+def verdicts(networks: Networks, prompt: Prompt, plan: Plan, image: Array) -> Array:
+    """Losses of the optimised and of the held-out referees on a decoded image as it is, weighted and added: float32 `[2]`."""
+    totals = []
     for judges, texts, looks in (
         (networks.referees, prompt.texts, plan.looks),
         (networks.held_out, prompt.held_out, plan.held_out),
@@ -238,7 +238,7 @@ def looked_at(
 ) -> tuple[InversionState, Array]:
     """The state after a look of the held-out referees, and their loss; the same state and NaN where it is not the turn of one."""
     is_look = (i + 1) % plan.look_every == 0
-    look = lambda z: verdicts(networks, prompt, plan, z)[1]  # noqa: E731
+    look = lambda z: verdicts(networks, prompt, plan, decode(networks, z, plan))[1]  # noqa: E731
     loss = jax.lax.cond(is_look, look, lambda z: jnp.full((), jnp.nan), state.latents)
     looked = state.watched.looked(state.latents, loss)
     return state.replace(watched=optax.tree.where(is_look, looked, state.watched)), loss

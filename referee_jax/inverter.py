@@ -191,7 +191,7 @@ class Inverter:
         done = min(self.chunk, self.steps - batch.step)
         metrics = {name: np.asarray(x).T[: len(batch.items), :done] for name, x in metrics.items()}
         self.compiled = True
-        stopped = self.plan.patience and np.asarray(state.watched.since)[: len(batch.items)].min() >= self.plan.patience
+        stopped = self.plan.patience and np.asarray(inversion.is_stopped(state, self.plan))[: len(batch.items)].all()
         return dataclasses.replace(batch, step=self.steps if stopped else batch.step + done, state=state), metrics
 
     def preview(self, batch: Batch) -> np.ndarray:
@@ -375,15 +375,14 @@ def _start(networks, prompt, hyper, key, guidance: Array, *, plan: inversion.Pla
 
     def judged(number: Array) -> tuple[Array, Array]:
         latents = candidate(number)
-        return latents, inversion.verdicts(networks, prompt, plan, latents)[0]
+        return latents, inversion.verdicts(networks, prompt, plan, inversion.decode(networks, latents, plan))
 
     if start.candidates == 1:
-        latents = candidate(jnp.int32(0))
+        latents, losses = judged(jnp.int32(0))  # which are not computed where nobody watches
     else:  # one after the other: memory is that of one
-        found, losses = jax.lax.map(judged, jnp.arange(start.candidates))
-        latents = found[jnp.argmin(losses)]
-    seen = watch.begin(latents, inversion.verdicts(networks, prompt, plan, latents)) if networks.held_out else None
-    return inversion.init(latents, plan, hyper, seen)
+        found = jax.lax.map(judged, jnp.arange(start.candidates))
+        latents, losses = jax.tree.map(lambda x: x[jnp.argmin(found[1][:, 0])], found)
+    return inversion.init(latents, plan, hyper, watch.begin(latents, losses) if networks.held_out else None)
 
 
 def _chunk(networks, prompt, hyper, state, keys, start, *, plan: inversion.Plan, count: int, over: int | None):
@@ -414,6 +413,6 @@ def _finish(networks, prompt, state, *, plan: inversion.Plan, output: str):
         scores |= {f"{name}_{key}": value for key, value in referee.scores(referee.fit(image), text).items()}
     losses = {}
     if networks.held_out:
-        last = inversion.verdicts(networks, prompt, plan, latents)
+        last = inversion.verdicts(networks, prompt, plan, image)
         losses = {name: jnp.stack([state.watched.first[n], last[n]]) for n, name in enumerate(("referee", "held_out"))}
     return latents, image, scores, losses

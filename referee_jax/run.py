@@ -173,7 +173,7 @@ class Progress:
         """After a chunk of `steps` iterations with its metrics."""
         self.steps += steps
         # What is not measured in every iteration is shown where it was.
-        means = {name: float(_mean(np.asarray(x, np.float64).reshape(1, -1))[0]) for name, x in metrics.items()}
+        means = {name: _mean(np.ravel(x)) for name, x in metrics.items()}
         there = [f"{name} {mean:.3g}" for name, mean in means.items() if not np.isnan(mean)]
         losses = " ".join(there[:SHOWN_METRICS])
         if not self.uncounted:
@@ -260,12 +260,13 @@ def execute(command: Command, *, load: Callable[[config.Settings], Any] = load_i
             raise CommandError(f"no prompt can be used; {unfit[0]}")
         made, nonfinite = generate(engine, run, missing)
     sheet = run.contact_sheet()
-    hacked = [record["id"] for record in run.finished() if record.get("hacked")]
+    finished = run.finished()
+    hacked = [record["id"] for record in finished if record.get("hacked")]
     if hacked:
         shown = ", ".join(hacked[:5]) + (", ..." if len(hacked) > 5 else "")
         say(
             f"pleases the referees more than its start did, and the held-out ones less ({len(hacked)} of "
-            f'{len(run.finished())} images, "hacked" in {run.journal.name}): {shown}'
+            f'{len(finished)} images, "hacked" in {run.journal.name}): {shown}'
         )
     seconds = time.monotonic() - start
     run.log("end", hacked=hacked, images=made, skipped=len(rejected), nonfinite=nonfinite, seconds=round(seconds, 1))
@@ -316,14 +317,15 @@ def log_chunk(
     run: outputs.RunDirectory, number: int, items: Sequence[queue.Item], step: int, metrics: dict[str, np.ndarray]
 ) -> None:
     """Notes the mean of each metric `[item, iteration]` over those of a chunk's iterations in which there is one."""
-    means = {name: _mean(np.asarray(x, np.float64)) for name, x in metrics.items()}
+    means = {name: _mean(x) for name, x in metrics.items()}
     run.log("chunk", batch=number, step=step, items=[item.id for item in items], metrics=means)
 
 
 def _mean(metric: np.ndarray) -> np.ndarray:
+    """Over the last axis, of what is not NaN; NaN where that is nothing."""
     there = ~np.isnan(metric)
     with np.errstate(all="ignore"):
-        return np.where(there, metric, 0).sum(1) / there.sum(1)
+        return np.where(there, metric, 0).sum(-1, dtype=np.float64) / there.sum(-1)
 
 
 # --- the program ------------------------------------------------------------------------------------------------------

@@ -45,9 +45,9 @@ def score(referee: str, images: Sequence[str], texts: Sequence[str], *, name: st
         name=name or referees.name_of(referee, revision or None), checkpoint=referee, revision=revision, losses={}
     )
     judge = referees.load_referee(spec)
-    for file, image in zip(images, opened, strict=True):
-        for text, scores in zip(texts, judge.score([image], texts)[0], strict=True):
-            print(json.dumps({"image": file, "text": text, **scores}), flush=True)
+    for file, row in zip(images, judge.score(opened, texts), strict=True):
+        for text, scores in zip(texts, row, strict=True):
+            print(json.dumps({"image": file, "text": text, **scores}))
 
 
 def main(argv: list[str]) -> int:

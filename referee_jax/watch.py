@@ -6,6 +6,8 @@ optimised against like the picture better and those that were not like it less, 
 first ("reward hacking") and not a better picture.
 """
 
+from collections.abc import Mapping, Sequence
+
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
@@ -40,7 +42,7 @@ def begin(latents: Array, losses: Array) -> Watch:
     return Watch(first=losses, best=latents, loss=losses[1], since=jnp.zeros((), jnp.int32))
 
 
-def is_hacked(losses: dict[str, float]) -> bool:
+def is_hacked(losses: Mapping[str, Sequence[float]]) -> bool:
     """Whether the optimised referees are surer than at the start and the held-out ones less sure.
 
     `losses` has `referee` and `held_out`, each a pair of first and last.

@@ -1,7 +1,5 @@
 """Several referees at once, and those that only watch: gradients that add up, shares, looks, stopping, reward hacking."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,7 +170,6 @@ def test_patience(directories, history):
         stops.append(stop)
         np.testing.assert_allclose(looked[n, 1 : 2 * stop : 2], losses[n, 1 : stop + 1], rtol=1e-2)
         assert np.isnan(looked[n, 2 * stop :]).all()
-    print(stops)
     assert min(stops) < max(stops)  # neighbours do differ
     assert looked.shape[1] == min(STEPS, -(-2 * max(stops) // 5) * 5)
     whole = patient(PROMPTS, seed=5).history["loss"]
@@ -204,4 +201,4 @@ def test_state_is_the_same_everywhere(watched):
     """The watch has a batch axis, as all of the state has."""
     batch = watched.begin(queue.items(PROMPTS, 1), 0)
     assert {x.shape[0] for x in jax.tree.leaves(batch.state)} == {3}
-    assert dataclasses.replace(batch).state.watched.since.tolist() == [0, 0, 0]
+    assert batch.state.watched.since.tolist() == [0, 0, 0]

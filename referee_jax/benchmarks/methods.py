@@ -4,9 +4,9 @@
 
 Rows: score distillation alone (from noise, guidance 7.5), plain DDIM sampling of the prior (guidance 7.5, 50 steps), the
 samples that the config begins with (the referees' favourites, if it has several candidates), the config begun from one sample
-without a choice, and the config as it is; over
-the fixed two-object colour prompts, seen and unseen. Prints a Markdown table with 95 % intervals (bootstrap over prompts)
-and writes table.md, the images, and one JSON line per image, from which an interrupted run continues.
+without a choice, and the config as it is; over the fixed two-object colour prompts, seen and unseen. Prints a Markdown table
+with 95 % intervals (bootstrap over prompts) and writes table.md, the images, and one JSON line per image, from which an
+interrupted run continues.
 """
 
 import dataclasses
@@ -74,8 +74,6 @@ ROWS: dict[str, tuple[Callable[[config.Settings], config.Settings], Make]] = {
     "one sample, referee + SDS": (_unchosen, _inverted),
     "referee + SDS": (_as_it_is, _inverted),
 }
-
-
 OF_SAMPLES = ("its start", "one sample, referee + SDS")  # rows of a config that begins with samples
 
 
