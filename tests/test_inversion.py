@@ -112,52 +112,49 @@ def as_torch(noise: inversion.Noise) -> dict:
     }  # fmt: skip
 
 
-# Compiled once for all variants that differ in numbers alone: a plan has no leaves, only structure.
+# Compiled once for all variants that differ in numbers alone: a plan has no leaves, only structure. Unlike other tests' programs
+# this one runs hundreds of times: some optimisation makes it nine times faster, for half as much again of compilation.
 draw = jax.jit(jax.vmap(inversion.draw, in_axes=(0, None, None, None, None)))
-step = jax.jit(jax.vmap(inversion.step, in_axes=(None, 0, None, None, 0, None, 0)))
+step = jax.jit(
+    jax.vmap(inversion.step, in_axes=(None, 0, None, None, 0, None, 0)),
+    compiler_options={"xla_backend_optimization_level": 1},
+)
 
 
-def trajectories(sides, variant: dict) -> tuple[np.ndarray, list, np.ndarray, dict]:
-    """`[step, prompt, h, w, C]` of both sides, the steps of ours from each of the oracle's latents, and the outputs."""
+def trajectories(sides, variant: dict) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Latents `[step, prompt, h, w, C]` of the oracle and of ours, and the outputs and losses of both."""
     sd, judge, networks, text_encoder, ids = sides
     settings = dataclasses.replace(GENTLE, **variant)
     plan, hyper = ours(settings)
     theirs = oracle.load(sd, judge, settings=settings, mean=tiny.CLIP_MEAN, std=tiny.CLIP_STD)
     prompt, prompt_torch = encode(networks, text_encoder, ids), theirs.encode_text(*ids.values())
     keys = jax.random.split(jax.random.key(7), (STEPS, len(PROMPTS)))
-    noises = [draw(keys[i], networks, plan, hyper, i) for i in range(STEPS)]
+    drawn = plan.replace(clamp="hard", ema_alias=False, use_sds=True)  # not asked when noise is drawn: one program less
+    noises = [draw(keys[i], networks, drawn, hyper, i) for i in range(STEPS)]
     start = jax.random.normal(jax.random.key(1), (len(PROMPTS), *plan.latent))
     wanted, last, history = theirs.run(torch.from_numpy(np.array(start)), map(as_torch, noises), prompt_torch)
     wanted_output = theirs.output(wanted[-1], last).numpy()
     wanted = np.stack(wanted)
 
     state = jax.vmap(lambda z: inversion.init(z, plan, hyper))(start)
-    made, single, losses = [np.asarray(start)], [], []
+    made, losses = [np.asarray(start)], []
     for i, noise in enumerate(noises):
-        from_theirs = state.replace(latents=jnp.asarray(wanted[i]))
-        single.append(
-            relative_l2(
-                step(networks, prompt, hyper, plan, from_theirs, i, noise)[0].latents - wanted[i],
-                wanted[i + 1] - wanted[i],
-            )
-        )
         state, metrics = step(networks, prompt, hyper, plan, state, i, noise)
         made.append(np.asarray(state.latents))
         losses.append(metrics["loss"])
     output = jax.vmap(lambda s: inversion.output(s, settings.output))(state)
     measured = [h["loss"].numpy() for h in history if "loss" in h]
     on = [np.asarray(x) for x in losses if np.isfinite(x).all()]
-    return wanted, np.stack(made), single, {"output": (output, wanted_output), "loss": (on, measured)}
+    return wanted, np.stack(made), {"output": (output, wanted_output), "loss": (on, measured)}
 
 
 @pytest.mark.parametrize(
     ("sides", "name"), [("v_prediction", "faithful"), *(("epsilon", name) for name in VARIANTS)], indirect=["sides"]
 )
 def test_trajectory(sides, name):
-    wanted, made, single, others = trajectories(sides, VARIANTS[name])
-    print(name, "one step", max(single), "all", relative_l2(made[-1], wanted[-1]))
-    # The first step from equal latents, its update measured against its own length.
-    assert single[0] <= 1e-5
+    wanted, made, others = trajectories(sides, VARIANTS[name])
+    # The first step begins from equal latents; its update is measured against its own length.
+    assert relative_l2(made[1] - made[0], wanted[1] - wanted[0]) <= 1e-5
     assert relative_l2(made[1:], wanted[1:]) <= 1e-3
     assert relative_l2(made[-1], wanted[-1]) <= 1e-3
     assert relative_l2(*others["output"]) <= 1e-3
