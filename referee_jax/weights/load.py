@@ -317,20 +317,21 @@ def _first_line(error: Exception) -> str:
 class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a directory's safetensors file or shards, each read when asked for.
 
+    A file is opened for each tensor anew: of one that stays open, all pages that were read stay in memory.
+
     Raises WeightsError naming the file that is missing, damaged, or not what the index says.
     """
 
     def __init__(self, directory: Path, stem: str):
         self._files: dict[str, Path] = {}
-        self._open: dict[Path, safetensors.safe_open] = {}
         for file, promised in _shards(directory, stem).items():
             try:
-                self._open[file] = safetensors.safe_open(file, framework="numpy")
+                with safetensors.safe_open(file, framework="numpy") as opened:
+                    names = set(opened.keys())
             except FileNotFoundError as error:
                 raise WeightsError(f"{file} is missing") from error
             except (OSError, safetensors.SafetensorError) as error:
                 raise WeightsError(f"{file} is damaged or not a safetensors file ({error})") from error
-            names = set(self._open[file].keys())
             if promised is not None and names != promised:
                 raise WeightsError(f"{file} does not hold what the index says: {', '.join(sorted(names ^ promised))}")
             self._files |= dict.fromkeys(sorted(names), file)
@@ -338,8 +339,9 @@ class Tensors(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         file = self._files[name]
         try:
-            return self._open[file].get_tensor(name)
-        except safetensors.SafetensorError as error:
+            with safetensors.safe_open(file, framework="numpy") as opened:
+                return opened.get_tensor(name)
+        except (OSError, safetensors.SafetensorError) as error:
             raise WeightsError(f"{file}: {name} cannot be read ({error})") from error
 
     def __iter__(self) -> Iterator[str]:
