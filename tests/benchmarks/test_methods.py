@@ -1,0 +1,80 @@
+"""The tables of the shapes world: what is counted, what is not made twice, who judges."""
+
+import json
+
+import numpy as np
+import pytest
+
+from referee_jax import config, inverter, queue
+from referee_jax.benchmarks import methods, referees, shapes
+from referee_jax.shapes import world
+
+SETTINGS = config.from_config({"samples": 2, "prompts": ("a red circle and a blue square",)})
+
+
+class Engine:
+    """Draws the prompt, but for every second sample, and counts what it is asked for."""
+
+    batch_size = 4
+
+    def __init__(self):
+        self.asked = []
+
+    def make(self, engine, texts, samples, seed):
+        """As the rows of methods.ROWS."""
+        self.asked += texts
+        items = queue.items(texts, samples)
+        images = []
+        for item in items:
+            things = world.parse(item.prompt).things[: 1 if item.sample else None]
+            objects = tuple(
+                world.Object(thing.shape, thing.colour, x=18 + 28 * n, radius=10) for n, thing in enumerate(things)
+            )
+            images.append(world.draw(world.Scene(objects))[0].astype(np.float32))
+        scores = [{"held_out_0_probability": 0.25 + 0.5 * (item.sample == 0)} for item in items]
+        return inverter.Result(items, np.stack(images), scores, np.zeros((len(items), 2)), {})
+
+
+def measured(engine, out, split="seen", limit=3):
+    return methods.measure("a row", split, SETTINGS, engine.make, out, lambda settings: engine, limit=limit)
+
+
+def test_records_are_kept_and_not_made_again(tmp_path):
+    engine = Engine()
+    first = measured(engine, tmp_path, limit=2)
+    assert engine.asked == shapes.prompts("colour", "seen")[:2]
+    assert [record["right"] for record in first] == [True, False] * 2
+    more = measured(engine, tmp_path, limit=3)
+    assert engine.asked == shapes.prompts("colour", "seen")[:3] and more[:4] == first and len(more) == 6
+    lines = (tmp_path / "a_row-seen.jsonl").read_text().splitlines()
+    assert list(map(json.loads, lines)) == more
+    assert all((tmp_path / record["file"]).is_file() for record in more)
+
+
+def test_table(tmp_path):
+    records = {("a row", split): measured(Engine(), tmp_path, split) for split in methods.SPLITS}
+    lines = methods.table(records).splitlines()
+    assert len(lines) == 3
+    # Every prompt has one right picture of two, so that there is no doubt about the mean over prompts.
+    half, (quality, sure) = "0.500 (0.50..0.50)", lines[2].rstrip(" |").split(" | ")[4:]
+    assert lines[2].startswith(f"| a row | {half} | {half} | {half} |")
+    assert float(quality) > 35 and sure == "0.50"
+
+
+def test_interval_is_of_prompts():
+    right = np.array([[1, 1]] * 30 + [[0, 0]] * 10, float)
+    low, high = methods.interval(right)
+    error = 1.96 * np.sqrt(0.75 * 0.25 / 40)  # the normal approximation, of 40 prompts and not of 80 pictures
+    assert low == pytest.approx(0.75 - error, abs=0.03) and high == pytest.approx(0.75 + error, abs=0.03)
+
+
+@pytest.mark.parametrize("row", referees.ROWS)
+def test_a_row_changes_who_judges_and_nothing_else(row):
+    settings = config.load("configs/shapes.py")
+    changed = referees.judged_by(settings, referees.ROWS[row])
+    assert {line.partition(":")[0].partition("[")[0] for line in config.diff(settings, changed).splitlines()} <= {
+        "referees"
+    }
+    assert [spec.role for spec in changed.referees] == ["optimise"] * len(referees.ROWS[row]) + ["held_out"]
+    assert changed.referees[-1] == settings.referees[-1]
+    assert (changed == settings) == (row == "CLIP")
