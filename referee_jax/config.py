@@ -210,11 +210,16 @@ def referee(**changes: Any) -> ml_collections.ConfigDict:
     return _config_dict(dataclasses.asdict(_parse(changes, RefereeSpec, "referee", {})))
 
 
-def load(path: str | os.PathLike) -> Settings:
-    """The checked settings of a config file, as configs/shapes.py: Python with a function `get_config`."""
+def read(path: str | os.PathLike) -> ml_collections.ConfigDict:
+    """What a config file says, as configs/shapes.py: Python with a function `get_config`. Another can begin with it."""
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"there is no config file {str(path)!r}")
-    return from_config(runpy.run_path(str(path))["get_config"]())
+    return runpy.run_path(str(path))["get_config"]()
+
+
+def load(path: str | os.PathLike) -> Settings:
+    """The checked settings of a config file."""
+    return from_config(read(path))
 
 
 def from_config(config: Settings | ml_collections.ConfigDict | Mapping) -> Settings:
