@@ -1,0 +1,79 @@
+"""The trained networks that are part of the package: they are what their directories say, and know what they were taught."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from referee_jax import config, referees
+from referee_jax.shapes import world
+
+# Directory -> transformers' class, the loss by which it is asked here, and the share of attribute swaps, of pairs that captions
+# name and of pairs that none names, that it must see through: what was measured, less three standard errors of 48 scenes.
+EMBEDDED = {
+    "clip": (transformers.CLIPModel, "cosine", 0.95, 0.92),
+    "clip_held_out": (transformers.CLIPModel, "cosine", 0.95, 0.92),
+}
+
+
+def swapped(prompt: world.Prompt) -> world.Prompt:
+    """The prompt with the shapes of its two things exchanged."""
+    a, b = prompt.things
+    return dataclasses.replace(
+        prompt, things=(dataclasses.replace(a, shape=b.shape), dataclasses.replace(b, shape=a.shape))
+    )
+
+
+def judge(name: str) -> referees.Judge:
+    return referees.load_referee(
+        config.RefereeSpec(name=referees.name_of(f"shapes/{name}"), checkpoint=f"shapes/{name}", losses={})
+    )
+
+
+def scenes(count: int, *, unseen: bool) -> list[tuple[np.ndarray, world.Prompt]]:
+    """Pictures of two coloured shapes and their captions."""
+    rng, found = np.random.default_rng(1), []
+    while len(found) < count:
+        scene = world.sample_scene(rng, "colour", unseen=unseen)
+        prompt = world.describe(rng, scene, "colour")
+        if not world.matches(swapped(prompt), scene):
+            found.append((world.draw(scene)[0].astype(np.float32), prompt))
+    return found
+
+
+def test_their_size():
+    files = [file for file in config.ASSETS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 30e6
+    assert {file.parent.name for file in files if file.name == "preprocessor_config.json"} == EMBEDDED.keys()
+    assert all((config.ASSETS / name / "README.md").is_file() for name in EMBEDDED)
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_attribute_swaps(name):
+    _, loss, *shares = EMBEDDED[name]
+    who = judge(name)
+    ask = jax.jit(
+        jax.vmap(lambda view, tokens: who.referee.views_losses(view[None], who.referee.encode(tokens))[loss][0])
+    )
+    for unseen, share in zip((False, True), shares, strict=True):
+        pictures, prompts = zip(*scenes(48, unseen=unseen), strict=True)
+        losses = []
+        for texts in (prompts, map(swapped, prompts)):
+            tokens = jax.tree.map(lambda *x: np.stack(x), *[who.tokenize(prompt.text) for prompt in texts])
+            losses.append(np.asarray(ask(jnp.asarray(np.stack(pictures)), tokens)))
+        assert (losses[0] < losses[1]).mean() >= share
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_torch_class_reads_it(name):
+    """With nothing missing, in the published layout."""
+    cls = EMBEDDED[name][0]
+    theirs, told = cls.from_pretrained(config.ASSETS / name, output_loading_info=True, dtype=torch.float32)
+    assert not told["missing_keys"] and not told["mismatched_keys"]
+    # transformers' BLIP-2 has no language head.
+    assert all(key.startswith("cls.predictions.") for key in told["unexpected_keys"])
+    assert theirs.config.to_dict()["architectures"] == [cls.__name__]
