@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from referee_jax import config, inverter, outputs, queue
-from referee_jax.benchmarks import shapes
+from referee_jax.benchmarks import shapes, statistics
 
 SPLITS = ("seen", "unseen")
 GUIDANCE = 7.5
@@ -78,14 +78,6 @@ ROWS: dict[str, tuple[Callable[[config.Settings], config.Settings], Make]] = {
 OF_SAMPLES = ("its start", "one sample, referee + SDS")  # rows of a config that begins with samples
 
 
-def interval(right: np.ndarray, *, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of `right [prompt, sample]`, prompts drawn with replacement."""
-    means = right.mean(1)
-    picked = np.random.default_rng(0).integers(len(means), size=(draws, len(means)))
-    low, high = np.percentile(means[picked].mean(1), [2.5, 97.5])
-    return float(low), float(high)
-
-
 class Engines:
     """Inverters, built when they are asked for; the last one is kept, so that rows that share settings share programs."""
 
@@ -142,23 +134,15 @@ def measure(
 
 def table(measured: dict[tuple[str, str], list[dict]]) -> str:
     """Shares of right pictures as Markdown, a row per method; the last column is the held-out referee's mean probability."""
-    lines = ["| method | seen | unseen | both | quality, dB | held-out referee |", "|---|---|---|---|---|---|"]
+    rows = {}
     for row in dict.fromkeys(row for row, _ in measured):
-        cells, everything = [], []
-        for split in SPLITS:
-            records = measured[row, split]
-            right: dict[str, list[bool]] = {}
-            for record in records:
-                right.setdefault(record["prompt"], []).append(record["right"])
-            everything += list(right.values())
-            cells.append(np.array(list(right.values()), float))
-        cells.append(np.array(everything, float))
-        shares = ["{:.3f} ({:.2f}..{:.2f})".format(cell.mean(), *interval(cell)) for cell in cells]
-        records = [record for split in SPLITS for record in measured[row, split]]
-        quality = np.mean([record["quality"] for record in records])
-        sure = [record["scores"].get("held_out_0_probability", np.nan) for record in records]
-        lines.append(f"| {row} | {' | '.join(shares)} | {quality:.1f} | {np.mean(sure):.2f} |")
-    return "\n".join(lines) + "\n"
+        parts = [measured[row, split] for split in SPLITS]
+        both = [record for records in parts for record in records]
+        shares = [statistics.mean((r["prompt"], r["right"]) for r in records) for records in (*parts, both)]
+        quality = np.mean([record["quality"] for record in both])
+        sure = np.mean([record["scores"].get("held_out_0_probability", np.nan) for record in both])
+        rows[row] = [*shares, f"{quality:.1f}", f"{sure:.2f}"]
+    return statistics.markdown(["method", *SPLITS, "both", "quality, dB", "held-out referee"], rows)
 
 
 def run(rows: dict[str, tuple[config.Settings, Make]], out: pathlib.Path, *, limit: int | None = None) -> None:

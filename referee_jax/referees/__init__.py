@@ -60,22 +60,33 @@ class Judge:
         Raises WeightsError where that cannot be had, ValueError where it does not give the size that the referee reads, and
         prompts.PromptError for a text that is too long.
         """
+        look = self.preprocessing()
+        tokens = jax.tree.map(lambda *x: np.stack(x), *map(self.tokenize, texts))
+        read, found = _encode(self.referee, tokens), []
+        for image in images:
+            scores = _score(self.referee, jnp.asarray(look(image)), read)
+            found.append([{name: float(x[n]) for name, x in scores.items()} for n in range(len(texts))])
+        return found
+
+    def preprocessing(self) -> Callable[[PIL.Image.Image], np.ndarray]:
+        """The checkpoint's own: an image to the view float32 `[S, S, 3]` in [0, 1] that `referee.scores` reads.
+
+        Raises WeightsError where that cannot be had; the function, ValueError where it does not give the referee's size.
+        """
         processor = load.load_image_processor(
             config.checkpoint_path(self.spec.checkpoint), revision=self.spec.revision or None
         )
-        tokens = jax.tree.map(lambda *x: np.stack(x), *map(self.tokenize, texts))
-        read, side = _encode(self.referee, tokens), self.referee.image_size
-        mean, std = np.asarray(self.referee.mean), np.asarray(self.referee.std)
-        found = []
-        for image in images:
+        side, mean, std = self.referee.image_size, np.asarray(self.referee.mean), np.asarray(self.referee.std)
+
+        def look(image: PIL.Image.Image) -> np.ndarray:
             pixels = np.asarray(processor(images=image.convert("RGB"), return_tensors="np")["pixel_values"][0])
             if pixels.shape != (3, side, side):
                 raise ValueError(
                     f"referee {self.spec.name} reads {side} x {side} pixels, its image processor gives {pixels.shape}"
                 )
-            scores = _score(self.referee, jnp.asarray(pixels.transpose(1, 2, 0) * std + mean, jnp.float32), read)
-            found.append([{name: float(x[n]) for name, x in scores.items()} for n in range(len(texts))])
-        return found
+            return (pixels.transpose(1, 2, 0) * std + mean).astype(np.float32)
+
+        return look
 
 
 # Of one image the vision tower's part is not repeated for each text: it does not depend on them.

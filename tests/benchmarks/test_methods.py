@@ -61,13 +61,6 @@ def test_table(tmp_path):
     assert float(quality) > 35 and sure == "0.50"
 
 
-def test_interval_is_of_prompts():
-    right = np.array([[1, 1]] * 30 + [[0, 0]] * 10, float)
-    low, high = methods.interval(right)
-    error = 1.96 * np.sqrt(0.75 * 0.25 / 40)  # the normal approximation, of 40 prompts and not of 80 pictures
-    assert low == pytest.approx(0.75 - error, abs=0.03) and high == pytest.approx(0.75 + error, abs=0.03)
-
-
 @pytest.mark.parametrize("row", referees.ROWS)
 def test_a_row_changes_who_judges_and_nothing_else(row):
     settings = config.load("configs/shapes.py")

@@ -1,0 +1,59 @@
+"""A referee's scores of many images, each with texts of its own, batch by batch over the devices of this process."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import PIL.Image
+
+from referee_jax import parallel, referees
+
+
+class Scorer:
+    """Asks one referee. Each image has at most `texts` texts; `batch_size` images per device are judged at once."""
+
+    def __init__(
+        self,
+        judge: referees.Judge,
+        *,
+        texts: int = 1,
+        batch_size: int = 16,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        self.judge, self.texts, self.mesh = judge, texts, parallel.prompt_mesh(devices)
+        self.batch_size = batch_size * self.mesh.size
+        self.look = judge.preprocessing()
+        self.referee = parallel.place(judge.referee, self.mesh, batched=False)
+        batched = parallel.across_devices(jax.vmap(_scores, in_axes=(None, 0, 0)), self.mesh, (False, True, True))
+        self.program = jax.jit(batched)
+
+    def __call__(
+        self, images: Sequence[PIL.Image.Image], texts: Sequence[Sequence[str]]
+    ) -> list[list[dict[str, float]]]:
+        """The scores of each image with each of its texts; at most `batch_size` images.
+
+        Raises ValueError for more, or where an image has no text or too many; PromptError for a text that is too long.
+        """
+        if not 0 < len(images) == len(texts) <= self.batch_size:
+            raise ValueError(f"{len(images)} images and {len(texts)} lists of texts, at most {self.batch_size} at once")
+        if wrong := [len(own) for own in texts if not 0 < len(own) <= self.texts]:
+            raise ValueError(f"{wrong[0]} texts for an image, 1 to {self.texts} are possible")
+        # Shapes are fixed: the last image, and each image's last text, are judged again where there are fewer.
+        padding = [len(images) - 1] * (self.batch_size - len(images))
+        rows = [*range(len(images)), *padding]
+        views = np.stack([self.look(image) for image in images])[rows]
+        tokens = [self._tokens([*own, *[own[-1]] * (self.texts - len(own))]) for own in texts]
+        stacked = jax.tree.map(lambda *x: np.stack(x)[rows], *tokens)
+        scores = jax.tree.map(np.asarray, self.program(self.referee, views, stacked))
+        return [
+            [{name: float(x[n, m]) for name, x in scores.items()} for m in range(len(own))]
+            for n, own in enumerate(texts)
+        ]
+
+    def _tokens(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        return jax.tree.map(lambda *x: np.stack(x), *map(self.judge.tokenize, texts))
+
+
+def _scores(referee, view: jax.Array, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """One view `[S, S, 3]` with its texts `[text, ...]`: what depends on the view alone is computed once."""
+    return jax.vmap(lambda text: referee.scores(view, referee.encode(text)))(tokens)
