@@ -121,6 +121,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_image(file: str | Path) -> Image.Image:
+    """The image in a file, in RGB; ValueError where there is none."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} cannot be read as an image: {getattr(error, 'strerror', None) or error}") from error
+
+
 def mend(path: Path) -> None:
     """Ends a file of JSON lines that a crash cut short: a whole last line gets its end, half a one is taken away."""
     if not path.exists():

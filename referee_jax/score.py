@@ -10,10 +10,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-import PIL.Image
 from absl import app, flags, logging
 
-from referee_jax import config, prompts, referees
+from referee_jax import config, outputs, prompts, referees
 from referee_jax.weights import convert
 
 
@@ -27,20 +26,11 @@ def listing() -> str:
     return "\n".join(lines)
 
 
-def read_image(file: str) -> PIL.Image.Image:
-    """The image in a file, in RGB; ValueError where there is none."""
-    try:
-        with PIL.Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {getattr(error, 'strerror', None) or error}") from error
-
-
 def score(referee: str, images: Sequence[str], texts: Sequence[str], *, name: str = "", revision: str = "") -> None:
     """Prints the scores. Raises ValueError, PromptError or WeightsError for what cannot be done."""
     if not images or not texts:
         raise ValueError("there is nothing to score; give --image=FILE and --text=TEXT, each as often as you like")
-    opened = [read_image(file) for file in images]
+    opened = [outputs.read_image(file) for file in images]
     spec = config.RefereeSpec(
         name=name or referees.name_of(referee, revision or None), checkpoint=referee, revision=revision, losses={}
     )

@@ -42,6 +42,21 @@ def score(images: Sequence[np.ndarray], texts: Sequence[str]) -> tuple[np.ndarra
     return np.array(right, bool), np.array([found.quality for found in read], np.float32)
 
 
+def parts(text: str) -> list[str]:
+    """What a prompt counts in: its category, and that with "seen" or "unseen". ValueError where it is no caption of the world."""
+    prompt = world.parse(text)
+    textured = any(thing.texture for thing in prompt.things)
+    if prompt.count > 1:
+        category = "numeracy"
+    elif prompt.relation:
+        category = "complex" if textured else "spatial"
+    elif textured:
+        category = "texture"
+    else:
+        category = "colour" if any(thing.colour for thing in prompt.things) else "shape"
+    return [category, f"{category}, {'unseen' if is_unseen(prompt) else 'seen'}"]
+
+
 def is_unseen(prompt: world.Prompt) -> bool:
     """Whether the prompt names an attribute pair that no training caption does."""
     return any(thing.is_unseen() for thing in prompt.things)

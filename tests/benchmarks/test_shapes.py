@@ -40,6 +40,14 @@ def test_prompts_are_distinct_captions_of_their_split(category, split):
         assert any(thing.texture for thing in prompt.things) == (category in ("texture", "complex"))
 
 
+@pytest.mark.parametrize("category, split", LISTS)
+def test_a_prompt_says_what_it_counts_in(category, split):
+    wanted = [category, f"{category}, {split}"]
+    assert [shapes.parts(prompt) for prompt in shapes.prompts(category, split)] == [wanted] * len(
+        shapes.prompts(category, split)
+    )
+
+
 def test_lists_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="no prompts 'shape' 'unseen'"):
         shapes.prompts("shape", "unseen")
