@@ -213,8 +213,22 @@ class Align(torch.nn.Module):
         )  # fmt: skip
 
 
+def share(text: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Gives one of BLIP's BERTs all of the other but its attention to itself (arXiv 2201.12086, section 3.1)."""
+    text.embeddings = other.embeddings
+    for layer, theirs in zip(text.encoder.layer, other.encoder.layer, strict=False):
+        layer.crossattention, layer.intermediate, layer.output = (
+            theirs.crossattention,
+            theirs.intermediate,
+            theirs.output,
+        )
+
+
 class Blip(torch.nn.Module):
-    """BLIP's three: matching and contrast, captions, answers to questions; they share the eye that they are trained with."""
+    """BLIP's three: matching and contrast, captions, answers to questions.
+
+    They share the eye, and what reads it, that they are trained with: what captions teach soon, matching knows, too.
+    """
 
     steps, rate, batch = 3000, 1e-3, staticmethod(batches.blip_batch)
     places = ("blip_itm", "blip_caption", "blip_vqa")
@@ -236,6 +250,10 @@ class Blip(torch.nn.Module):
             config._attn_implementation = "eager"
             parts[name] = kind(config)
             parts[name].vision_model = parts["itm"].vision_model
+        words = parts["itm"].text_encoder.embeddings.word_embeddings.weight
+        share(parts["vqa"].text_encoder, parts["itm"].text_encoder)
+        share(parts["caption"].text_decoder.bert, parts["itm"].text_encoder)
+        parts["caption"].text_decoder.cls.predictions.decoder.weight = words
         parts["what"] = torch.nn.Linear(BLIP_VISION["hidden_size"], len(batches.KINDS))
         self.trained = torch.nn.ModuleDict(parts)
         self.trained.register_parameter("scale", torch.nn.Parameter(torch.tensor(2.66)))
