@@ -29,6 +29,11 @@ def prompts(category: str, split: str) -> list[str]:
     return list(lists[category][split])
 
 
+def every_prompt() -> tuple[str, ...]:
+    """Those of all categories and splits, each once."""
+    return tuple(dict.fromkeys(text for parts in _lists().values() for texts in parts.values() for text in texts))
+
+
 def score(images: Sequence[np.ndarray], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Whether each image `[64, 64, 3]` shows just what its prompt says, bool `[n]`, and its quality in dB, float32 `[n]`.
 

@@ -48,6 +48,11 @@ def test_a_prompt_says_what_it_counts_in(category, split):
     )
 
 
+def test_every_prompt():
+    every = shapes.every_prompt()
+    assert len(every) == len(set(every)) and set(every) == {p for pair in LISTS for p in shapes.prompts(*pair)}
+
+
 def test_lists_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="no prompts 'shape' 'unseen'"):
         shapes.prompts("shape", "unseen")

@@ -146,7 +146,7 @@ def save_siglip_preprocessing(path: pathlib.Path, size: int) -> None:
     (path / "preprocessor_config.json").write_text(json.dumps(values))
 
 
-def blip_config(**text) -> transformers.BlipConfig:
+def blip_config(vision: dict | None = None, **text) -> transformers.BlipConfig:
     """Three layers of text, two of vision, patches of 8; text and vision of one width, as question answering needs."""
     sizes = dict(hidden_size=48, intermediate_size=80, num_attention_heads=4)
     ids = dict(bos_token_id=len(BLIP_WORDS), sep_token_id=BLIP_WORDS.index("[SEP]"), eos_token_id=2)
@@ -155,14 +155,16 @@ def blip_config(**text) -> transformers.BlipConfig:
         | ids
         | dict(vocab_size=len(BLIP_WORDS) + 2, num_hidden_layers=3, max_position_embeddings=80)
         | text,
-        vision_config=sizes | dict(num_hidden_layers=2, image_size=32, patch_size=8),
+        vision_config=sizes | dict(num_hidden_layers=2, image_size=32, patch_size=8) | (vision or {}),
         image_text_hidden_size=20,
     )
 
 
-def blip(kind: type[transformers.PreTrainedModel], seed: int = 4, **text) -> transformers.PreTrainedModel:
+def blip(
+    kind: type[transformers.PreTrainedModel], seed: int = 4, vision: dict | None = None, **text
+) -> transformers.PreTrainedModel:
     """One of the three BLIPs. Its words are about equally likely: "yes" would else be certain, without a gradient."""
-    network = redraw(kind(blip_config(**text)), seed)
+    network = redraw(kind(blip_config(vision, **text)), seed)
     for name, p in network.named_parameters():
         if "predictions.transform.LayerNorm" in name:
             p.mul_(0.2)

@@ -1,0 +1,25 @@
+"""T2I-CompBench: one category's 300 prompts by ten images each, as one job, with Stable Diffusion 1.5 and CLIP L/14.
+
+    python -m referee_jax.run --config=configs/t2i_compbench.py --prompts=T2I-CompBench/examples/dataset/color_val.txt \
+        --workdir=runs/color
+    python -m referee_jax.evaluate --workdir=runs/color --benchmark=t2i_compbench --category=color
+
+The lists are those of https://github.com/Karine-Huang/T2I-CompBench; its protocol asks for the `_val` ones. The second line wants
+BLIP's VQA weights, see referee_jax/benchmarks/t2i_compbench.py; categories that UniDet judges are exported for it instead
+(`--export=t2i_compbench`).
+
+Hardware: accelerators with 40 GB each. 3000 images of 160 iterations.
+"""
+
+import pathlib
+
+import ml_collections
+
+from referee_jax import config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """configs/clip.py, ten images of each prompt."""
+    settings = config.read(pathlib.Path(__file__).with_name("clip.py"))
+    settings.samples = 10
+    return settings

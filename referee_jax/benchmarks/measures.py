@@ -1,0 +1,123 @@
+"""What an image of a prompt is measured by: a `Measure` is a name, the settings that its numbers depend on, and a function.
+
+`collect` runs one over many images, resumably: each image's scores are one line of a file, and what has a line is not
+measured again.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import tqdm
+
+from referee_jax import config, outputs, referees
+from referee_jax.benchmarks import layouts, noun_phrases, scoring, shapes, t2i_compbench
+
+Scores = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """One measure.
+
+    Attributes:
+        settings: all that its numbers depend on besides image and prompt.
+        build: loads what it needs; gives how many images it takes at once, and the function of images and their prompts.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    build: Callable[[], tuple[int, Callable[[Sequence[PIL.Image.Image], Sequence[str]], list[Scores]]]]
+
+    @property
+    def file_name(self) -> str:
+        """Of its scores; other settings have another."""
+        said = json.dumps(self.settings, sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}.jsonl"
+
+
+def ground_truth() -> Measure:
+    """`right` (0 or 1) and `quality` in dB of pictures of the shapes world, by its detector."""
+
+    def score(images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> list[Scores]:
+        pixels = [np.asarray(image, np.float32) / 255 for image in images]
+        right, quality = shapes.score(pixels, prompts)
+        return [{"right": float(r), "quality": float(q)} for r, q in zip(right, quality, strict=True)]
+
+    return Measure("shapes", {}, lambda: (64, score))
+
+
+def referee(checkpoint: str, *, name: str = "", batch_size: int = 16) -> Measure:
+    """All scores that a referee of the project gives the whole prompt; `name` as in config.referees, if it is not seen."""
+    name = name or referees.name_of(checkpoint)
+    build = functools.partial(_prompted, checkpoint, name, lambda prompt: prompt, batch_size, lambda scores: scores)
+    return Measure(name, {"checkpoint": checkpoint}, build)
+
+
+def clip_score(checkpoint: str, *, adjectives: bool = True, batch_size: int = 16) -> Measure:
+    """T2I-CompBench's CLIPScore: the cosine, of the prompt or of what is left of it without its adjectives."""
+    name = "clip" if adjectives else "clip_without_adjectives"
+    label, read = ("all", str) if adjectives else noun_phrases.default_stripper()
+    build = functools.partial(_prompted, checkpoint, "clip", read, batch_size, lambda scores: {name: scores["cosine"]})
+    return Measure(name, {"checkpoint": checkpoint, "words": label}, build)
+
+
+def blip_vqa(checkpoint: str, *, limit: int = noun_phrases.LIMIT, batch_size: int = 4) -> Measure:
+    """T2I-CompBench's BLIP-VQA, of at most `limit` noun phrases."""
+    label, source = noun_phrases.default_source()
+
+    def build():
+        scorer = scoring.Scorer(_judge(checkpoint, "blip_vqa"), texts=limit, batch_size=batch_size)
+
+        def score(images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> list[Scores]:
+            phrases = [noun_phrases.phrases(prompt, limit=limit, source=source) for prompt in prompts]
+            return t2i_compbench.blip_vqa(scorer, images, phrases)
+
+        return scorer.batch_size, score
+
+    return Measure("blip_vqa", {"checkpoint": checkpoint, "phrases": limit, "noun_phrases": label}, build)
+
+
+def _judge(checkpoint: str, name: str) -> referees.Judge:
+    return referees.load_referee(config.RefereeSpec(name=name, checkpoint=checkpoint, losses={}))
+
+
+def _prompted(
+    checkpoint: str, name: str, read: Callable[[str], str], batch_size: int, kept: Callable[[Scores], Scores]
+):
+    """A measure's function that asks a referee for one text made of the prompt."""
+    scorer = scoring.Scorer(_judge(checkpoint, name), batch_size=batch_size)
+
+    def score(images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> list[Scores]:
+        return [kept(own[0]) for own in scorer(images, [(read(prompt),) for prompt in prompts])]
+
+    return scorer.batch_size, score
+
+
+def collect(measure: Measure, entries: Sequence[layouts.Entry], out: Path) -> dict[str, Scores]:
+    """The scores of every entry, by the path of its file; `out` is the directory of the files of scores.
+
+    An image that was changed since is measured again.
+    """
+    file = out / measure.file_name
+    known = {(line.get("file"), line.get("modified")): line.get("scores") for line in outputs.read_lines(file)}
+    stamps = {entry: (str(entry.file), entry.file.stat().st_mtime_ns) for entry in entries}
+    todo = [entry for entry in entries if stamps[entry] not in known]
+    if todo:
+        size, score = measure.build()
+        with tqdm.tqdm(total=len(todo), desc=measure.name, unit="image", dynamic_ncols=True) as bar:
+            for start in range(0, len(todo), size):
+                share = todo[start : start + size]
+                images = [outputs.read_image(entry.file) for entry in share]
+                for entry, scores in zip(share, score(images, [entry.prompt for entry in share]), strict=True):
+                    path, modified = stamps[entry]
+                    known[path, modified] = scores
+                    outputs.append(file, {"file": path, "modified": modified, "prompt": entry.prompt, "scores": scores})
+                bar.update(len(share))
+    return {str(entry.file): known[stamps[entry]] for entry in entries}

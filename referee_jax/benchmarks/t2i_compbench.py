@@ -1,0 +1,77 @@
+"""T2I-CompBench's own measures (Huang et al. 2023, arXiv 2307.06350, section 4), as its official scorers compute them.
+
+    blip_vqa   for each noun phrase of the prompt, the probability that BLIP's answer to "<phrase>?" is yes; their product
+    clip       the cosine of the whole prompt, or of what is left of it without its adjectives
+    3_in_1     of a complex prompt, the mean of those parts that its kind has: `KINDS`
+
+The official checkpoint of BLIP-VQA is `model_base_vqa_capfilt_large.pth`, which reads 480 pixels: referee_jax.weights.lavis
+converts it. transformers' directory of the same weights reads 384, and its numbers are not comparable.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import PIL.Image
+
+from referee_jax.benchmarks import scoring
+
+DIGITS = 4  # to which the official scorers round
+# Category -> what its images are measured by here; of those that are not named the official measure is an external detector.
+MEASURES = {
+    **dict.fromkeys(("color", "shape", "texture"), ("blip_vqa",)),
+    "non_spatial": ("clip",),
+    "complex": ("blip_vqa", "clip_without_adjectives"),
+}
+CATEGORIES = (*MEASURES, "spatial", "3d_spatial", "numeracy")
+# What a complex prompt is about, as the official lists are called -> the parts of its 3-in-1.
+KINDS = {
+    "spatial": ("blip_vqa", "unidet_2d"),
+    "action": ("blip_vqa", "clip_without_adjectives"),
+    "spatialaction": ("blip_vqa", "unidet_2d", "clip_without_adjectives"),
+}
+
+
+def read_lists(directory: Path) -> dict[str, list[str]]:
+    """Prompt -> what it counts in ("color", "color, seen", "complex, action", ...), of the official `*_val*.txt` files.
+
+    ValueError where there are none.
+    """
+    found: dict[str, list[str]] = {}
+    for file in sorted(directory.glob("*_val*.txt")):
+        category, _, split = file.stem.partition("_val")
+        name = ", ".join(filter(None, (category, split.strip("_"))))
+        for prompt in file.read_text(encoding="utf-8").splitlines():
+            if prompt := prompt.strip():
+                parts = found.setdefault(prompt, [])
+                parts += [part for part in dict.fromkeys((category, name)) if part not in parts]
+    if not found:
+        raise ValueError(f"{directory} holds none of T2I-CompBench's *_val.txt files")
+    return found
+
+
+def is_measured(parts: Sequence[str], measure: str) -> bool:
+    """Whether images of a prompt that counts in `parts` are measured by it."""
+    return any(measure in MEASURES.get(part, ()) for part in parts)
+
+
+def blip_vqa(
+    scorer: scoring.Scorer, images: Sequence[PIL.Image.Image], phrases: Sequence[Sequence[str]]
+) -> list[dict[str, float]]:
+    """BLIP-VQA of images, each with the noun phrases of its prompt: `blip_vqa` and each question's probability.
+
+    An image whose prompt has no phrase scores 1, as in the official code: no question, no doubt.
+    """
+    asked = [list(own) or ["picture"] for own in phrases]
+    found = []
+    for own, scores in zip(phrases, scorer(images, asked), strict=True):
+        sure = {phrase: round(score["vqa_probability"], DIGITS) for phrase, score in zip(own, scores, strict=False)}
+        found.append({"blip_vqa": math.prod(sure[phrase] for phrase in own), "questions": sure})
+    return found
+
+
+def three_in_one(parts: Sequence[str], scores: Mapping[str, float]) -> float | None:
+    """The 3-in-1 of one image whose prompt counts in `parts`; None where the prompt is not complex, or a part is not there."""
+    kinds = [kind for kind in KINDS if f"complex, {kind}" in parts]
+    found = [scores.get(name) for kind in kinds for name in KINDS[kind]]
+    return None if not found or None in found else sum(found) / len(found)

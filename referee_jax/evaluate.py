@@ -1,0 +1,229 @@
+"""Scores a run directory, or a folder of images in a benchmark's own layout.
+
+    python -m referee_jax.evaluate --workdir=runs/mine --benchmark=shapes
+    python -m referee_jax.evaluate --workdir=runs/mine --benchmark=t2i_compbench --lists=T2I-CompBench/examples/dataset
+    python -m referee_jax.evaluate --workdir=runs/mine --referee=THUDM/ImageReward --referee=google/siglip2-base-patch16-224
+    python -m referee_jax.evaluate --workdir=runs/mine --export=t2i_compbench --out=exported
+    python -m referee_jax.evaluate --workdir=exported --benchmark=t2i_compbench --import_scores=exported
+
+Writes `evaluation/` in the directory, or `--out`: for each measure a file from which an interrupted evaluation continues,
+`images.jsonl` with all scores of each image, and `scores.json`, the table that is printed: means with 95 % intervals
+(bootstrap over prompts). Exit codes: 0 done, 2 the command cannot be carried out.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from referee_jax import outputs, prompts
+from referee_jax.benchmarks import layouts, measures, noun_phrases, shapes, statistics, t2i_compbench
+from referee_jax.weights import convert
+
+ALL = "all"
+
+
+def read(directory: Path) -> list[layouts.Entry]:
+    """The images of a run directory, or of a folder in T2I-CompBench's or GenEval's layout. ValueError where there are none."""
+    if (directory / "metadata.jsonl").is_file():
+        entries = layouts.read_run(directory)
+    elif (directory / "samples").is_dir():
+        entries = layouts.read_t2i_compbench(directory)
+    elif directory.is_dir() and any(directory.glob("*/metadata.jsonl")):
+        entries = layouts.read_geneval(directory)
+    else:
+        raise ValueError(f"{directory} is neither a run directory nor a folder in T2I-CompBench's or GenEval's layout")
+    if not entries:
+        raise ValueError(f"{directory} holds no finished image")
+    return entries
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The images, what each prompt counts in besides everything, and the scores of each file so far."""
+
+    entries: list[layouts.Entry]
+    parts: dict[str, list[str]]
+    scores: dict[str, measures.Scores]
+
+    @classmethod
+    def of(cls, entries: list[layouts.Entry], parts: Mapping[str, list[str]]) -> "Evaluation":
+        """Before any measure."""
+        return cls(entries, dict(parts), {str(entry.file): {} for entry in entries})
+
+    def add(self, scores: Mapping[str, measures.Scores]) -> None:
+        """Scores by file; ValueError for a file that is none of the images."""
+        if strange := sorted(scores.keys() - self.scores.keys()):
+            raise ValueError(f"scores of {strange[0]}, which is not among the images")
+        for file, own in scores.items():
+            self.scores[file] |= own
+
+    def summary(self) -> dict[str, dict[str, statistics.Mean]]:
+        """Part -> score -> mean over its images."""
+        found: dict[str, dict[str, list[tuple[str, float]]]] = {}
+        for entry in self.entries:
+            for part in (ALL, *self.parts.get(entry.prompt, ())):
+                for name, value in self.scores[str(entry.file)].items():
+                    if isinstance(value, int | float):
+                        found.setdefault(part, {}).setdefault(name, []).append((entry.prompt, value))
+        return {part: {name: statistics.mean(values) for name, values in own.items()} for part, own in found.items()}
+
+
+def table(found: Mapping[str, Mapping[str, statistics.Mean]]) -> str:
+    """A row per part, a column per score."""
+    names = list(dict.fromkeys(name for own in found.values() for name in own))
+    rows = {
+        part: [max(mean.images for mean in own.values()), *(own.get(name, "-") for name in names)]
+        for part, own in found.items()
+    }
+    return statistics.markdown(["", "images", *names], rows)
+
+
+def plan(
+    benchmark: str | None, evaluation: Evaluation, *, vqa: str, clip: str, noun_phrase_limit: int, judges: Sequence[str]
+) -> list[tuple[measures.Measure, list[layouts.Entry]]]:
+    """The measures that are wanted, each with the images it is for; a referee is for all of them."""
+    entries = evaluation.entries
+    wanted = [(measures.referee(checkpoint), entries) for checkpoint in judges]
+    if benchmark == "shapes":
+        wanted.append((measures.ground_truth(), entries))
+    elif benchmark == "t2i_compbench":
+        for measure in (
+            measures.blip_vqa(vqa, limit=noun_phrase_limit),
+            measures.clip_score(clip),
+            measures.clip_score(clip, adjectives=False),
+        ):
+            own = [
+                entry for entry in entries if t2i_compbench.is_measured(evaluation.parts[entry.prompt], measure.name)
+            ]
+            wanted += [(measure, own)] if own else []
+    return wanted
+
+
+def evaluate(args) -> str:
+    """What the command line says; returns what is to be printed. Raises ValueError for what cannot be done."""
+    directory = Path(args.workdir)
+    entries = read(directory)
+    if args.export:
+        return export(args.export, entries, Path(args.out or directory / args.export), args)
+    out = Path(args.out or directory / "evaluation")
+    out.mkdir(parents=True, exist_ok=True)
+    evaluation = Evaluation.of(entries, parts(args.benchmark, entries, args.lists, args.category))
+    wanted = plan(
+        args.benchmark,
+        evaluation,
+        vqa=args.vqa,
+        clip=args.clip,
+        noun_phrase_limit=args.noun_phrases,
+        judges=args.referee,
+    )
+    for measure, own in wanted:
+        evaluation.add(measures.collect(measure, own, out))
+    if args.import_scores:
+        imported(evaluation, args.benchmark, directory, args.import_scores)
+    if args.benchmark == "t2i_compbench":
+        for entry in entries:
+            own = evaluation.scores[str(entry.file)]
+            if (score := t2i_compbench.three_in_one(evaluation.parts[entry.prompt], own)) is not None:
+                own["3_in_1"] = score
+    found = evaluation.summary()
+    if not found:
+        raise ValueError("there is nothing to measure by: give --benchmark, --referee or --import_scores")
+    lines = [
+        {"file": str(entry.file), "prompt": entry.prompt, "sample": entry.sample, **evaluation.scores[str(entry.file)]}
+        for entry in entries
+    ]
+    outputs.write_atomic(out / "images.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    record = {
+        "measures": {measure.name: measure.settings for measure, _ in wanted},
+        "versions": outputs.versions(),
+        "scores": {part: {name: mean._asdict() for name, mean in own.items()} for part, own in found.items()},
+    }
+    outputs.write_atomic(out / "scores.json", json.dumps(outputs.finite(record), indent=2).encode() + b"\n")
+    return table(found)
+
+
+def parts(
+    benchmark: str | None, entries: Sequence[layouts.Entry], lists: str | None, category: str | None
+) -> dict[str, list[str]]:
+    """What each prompt counts in besides everything. ValueError where that cannot be said."""
+    texts = dict.fromkeys(entry.prompt for entry in entries)
+    if benchmark == "shapes":
+        return {text: shapes.parts(text) for text in texts}
+    if benchmark != "t2i_compbench":
+        return {text: [] for text in texts}
+    if category:
+        return {text: [category] for text in texts}
+    if not lists:
+        raise ValueError(
+            "--lists is missing: the directory of T2I-CompBench's *_val.txt files (examples/dataset of "
+            "https://github.com/Karine-Huang/T2I-CompBench), or --category, if all prompts are of one"
+        )
+    known = t2i_compbench.read_lists(Path(lists))
+    if strange := [text for text in texts if text not in known]:
+        raise ValueError(f"{len(strange)} prompts are in none of the lists of {lists}, {strange[0]!r} for one")
+    return {text: known[text] for text in texts}
+
+
+def imported(evaluation: Evaluation, benchmark: str | None, directory: Path, path: str) -> None:
+    """Adds what external scorers found of the images in an exported folder."""
+    if benchmark == "geneval":
+        found = layouts.import_geneval(path)
+        evaluation.add({str(directory / file): {"geneval": x} for own in found.values() for file, x in own.items()})
+        for tag, own in found.items():
+            evaluation.add({str(directory / file): {tag: x} for file, x in own.items()})
+    elif benchmark == "t2i_compbench":
+        for name, own in layouts.import_t2i_compbench(path).items():
+            evaluation.add({str(directory / "samples" / file): {name: x} for file, x in own.items()})
+    else:
+        raise ValueError("--import_scores is of --benchmark=t2i_compbench or geneval")
+
+
+def export(benchmark: str, entries: Sequence[layouts.Entry], out: Path, args) -> str:
+    """Writes the folder that the official scorers of a benchmark read."""
+    if benchmark == "geneval":
+        if not args.metadata:
+            raise ValueError("--metadata is missing: GenEval's evaluation_metadata.jsonl")
+        count = layouts.export_geneval(entries, out, args.metadata, per_prompt=args.per_prompt or 4)
+    else:
+        count = layouts.export_t2i_compbench(entries, out, per_prompt=args.per_prompt or 10)
+    return f"{count} images in {out}\n"
+
+
+def main(argv: list[str]) -> int:
+    """The command line."""
+    args = flags.FLAGS
+    if not args["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}")
+        if not args.workdir:
+            raise ValueError("--workdir is missing: a run directory, or a folder of images in a benchmark's layout")
+        print(evaluate(args), end="")
+    except (ValueError, OSError, prompts.PromptError, convert.WeightsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "run directory, or a folder of images in a benchmark's layout")
+    flags.DEFINE_enum("benchmark", None, ["shapes", "t2i_compbench", "geneval"], "what is measured")
+    flags.DEFINE_multi_string("referee", [], "checkpoint of a referee that scores each image; may be repeated")
+    flags.DEFINE_string("lists", None, "directory of T2I-CompBench's *_val.txt files")
+    flags.DEFINE_enum("category", None, list(t2i_compbench.CATEGORIES), "of all prompts, instead of --lists")
+    flags.DEFINE_string("vqa", "checkpoints/blip-vqa-480", "BLIP for BLIP-VQA, as weights.lavis converts it")
+    flags.DEFINE_string("clip", "openai/clip-vit-base-patch32", "CLIP for CLIPScore")
+    flags.DEFINE_integer("noun_phrases", noun_phrases.LIMIT, "at most so many; old papers took fewer", lower_bound=1)
+    flags.DEFINE_enum("export", None, ["t2i_compbench", "geneval"], "write the folder that its official scorers read")
+    flags.DEFINE_string("metadata", None, "GenEval's evaluation_metadata.jsonl, for --export=geneval")
+    flags.DEFINE_integer(
+        "per_prompt", None, "images of each prompt, for --export; default: the benchmark's", lower_bound=1
+    )
+    flags.DEFINE_string("import_scores", None, "exported folder with results, or GenEval's results.jsonl")
+    flags.DEFINE_string("out", None, "directory to write; default: within --workdir")
+    app.run(main)

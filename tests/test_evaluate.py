@@ -1,0 +1,149 @@
+"""Whole evaluations of small run directories, by the command's own function."""
+
+import json
+import types
+
+import numpy as np
+import PIL.Image
+import pytest
+import transformers
+
+from referee_jax import evaluate, outputs
+from referee_jax.benchmarks import layouts, measures, noun_phrases
+from referee_jax.shapes import world
+from tests.oracles import networks
+
+PROMPTS = ("a red circle and a blue square", "a green star above a pink ring", "three black crosses")
+
+
+def drawn(prompt: str, *, right: bool) -> PIL.Image.Image:
+    """A picture of the prompt, or of one object only."""
+    said = world.parse(prompt)
+    things = said.things * said.count
+    places = [(14, 14), (32, 50), (50, 14)][: len(things) if right else 1]
+    objects = [world.Object(t.shape, t.colour, x=x, y=y, radius=9) for t, (x, y) in zip(things, places, strict=False)]
+    pixels = world.draw(world.Scene(tuple(objects)))[0]
+    return PIL.Image.fromarray(np.round(pixels * 255).astype(np.uint8))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory: two samples of each prompt, the second wrong but for the first prompt."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    for n, prompt in enumerate(PROMPTS):
+        for sample in (0, 1):
+            name = f"images/{n}-{sample}.png"
+            drawn(prompt, right=sample == 0 or n == 0).save(tmp_path / name)
+            outputs.append(tmp_path / "metadata.jsonl", {"file_name": name, "text": prompt, "sample": sample})
+    return tmp_path
+
+
+def command(workdir, **given):
+    """The command's flags with their defaults."""
+    known = dict(
+        benchmark=None, referee=[], lists=None, category=None, vqa="", clip="", noun_phrases=noun_phrases.LIMIT,
+        export=None, metadata=None, import_scores=None, out=None, per_prompt=None,
+    )  # fmt: skip
+    return evaluate.evaluate(types.SimpleNamespace(workdir=str(workdir), **(known | given)))
+
+
+def test_shapes(run, monkeypatch):
+    printed = command(run, benchmark="shapes")
+    found = json.loads((run / "evaluation" / "scores.json").read_text())["scores"]
+    shares = {part: own["right"]["mean"] for part, own in found.items()}
+    assert shares == pytest.approx({
+        "all": 4 / 6, "colour": 1.0, "colour, seen": 1.0, "spatial": 0.5, "spatial, seen": 0.5,
+        "numeracy": 0.5, "numeracy, seen": 0.5,
+    })  # fmt: skip
+    assert found["all"]["right"]["prompts"] == 3 and found["all"]["right"]["images"] == 6
+    assert "| all | 6 | 0.667 (0.50..1.00) |" in printed
+    lines = outputs.read_lines(run / "evaluation" / "images.jsonl")
+    assert [line["right"] for line in lines] == [1.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+    assert [(line["prompt"], line["sample"]) for line in lines] == [(p, s) for p in PROMPTS for s in (0, 1)]
+    # Again: nothing is measured twice, but what has changed.
+    asked = []
+    score = measures.shapes.score
+    monkeypatch.setattr(
+        measures.shapes, "score", lambda images, texts: asked.append(len(texts)) or score(images, texts)
+    )
+    assert command(run, benchmark="shapes") == printed and asked == []
+    drawn(PROMPTS[1], right=True).save(run / "images" / "1-1.png")
+    assert "| all | 6 | 0.833" in command(run, benchmark="shapes") and asked == [1]
+
+
+def test_any_referee_scores(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip")
+    networks.save_clip(path)
+    printed = command(run, referee=[str(path)])
+    lines = outputs.read_lines(run / "evaluation" / "images.jsonl")
+    assert np.ptp([line["cosine"] for line in lines]) > 1e-3
+    mean = np.mean([line["cosine"] for line in lines])
+    assert f"| all | 6 | {mean:.3f} (" in printed
+
+
+def test_t2i_compbench_there_and_back(run, tmp_path_factory):
+    """Exported, read again, measured by BLIP-VQA and CLIP, merged with what official scorers would have left."""
+    root = tmp_path_factory.mktemp("t2i")
+    networks.save_clip(root / "clip")
+    networks.save_blip(networks.blip(transformers.BlipForQuestionAnswering), root / "vqa")
+    assert command(run, export="t2i_compbench", out=str(root / "out"), per_prompt=2) == f"6 images in {root / 'out'}\n"
+    for name, texts in {
+        "complex_val": PROMPTS,
+        "complex_val_action": PROMPTS[:1],
+        "complex_val_spatial": PROMPTS[1:],
+    }.items():
+        (root / f"{name}.txt").write_text("\n".join(texts))
+    folder = root / "out" / "labels" / "annotation_obj_detection_2d"
+    folder.mkdir(parents=True)
+    answers = [{"question_id": n, "answer": n / 10} for n in range(6)]
+    (folder / "vqa_result.json").write_text(json.dumps(answers))
+    given = {"vqa": str(root / "vqa"), "clip": str(root / "clip"), "lists": str(root)}
+    command(root / "out", benchmark="t2i_compbench", import_scores=str(root / "out"), **given)
+    lines = outputs.read_lines(root / "out" / "evaluation" / "images.jsonl")
+    assert [line["unidet_2d"] for line in lines] == [n / 10 for n in range(6)]
+    for n, line in enumerate(lines):
+        parts = ["blip_vqa", "clip_without_adjectives" if n < 2 else "unidet_2d"]
+        assert line["3_in_1"] == pytest.approx(np.mean([line[name] for name in parts]))
+    found = json.loads((root / "out" / "evaluation" / "scores.json").read_text())
+    assert found["scores"]["complex, spatial"]["3_in_1"]["images"] == 4
+    assert found["measures"]["blip_vqa"]["phrases"] == 8
+    assert found["measures"]["blip_vqa"]["noun_phrases"] == noun_phrases.default_source()[0]
+
+
+def test_geneval_there_and_back(run, tmp_path_factory):
+    root = tmp_path_factory.mktemp("geneval")
+    metadata = root / "metadata.jsonl"
+    metadata.write_text("".join(json.dumps({"tag": "colors", "prompt": prompt}) + "\n" for prompt in PROMPTS))
+    with pytest.raises(ValueError, match="--metadata is missing"):
+        command(run, export="geneval")
+    command(run, export="geneval", out=str(root / "out"), metadata=str(metadata), per_prompt=2)
+    results = [
+        {"filename": str(entry.file), "tag": "colors", "prompt": entry.prompt, "correct": n > 0}
+        for n, entry in enumerate(layouts.read_geneval(root / "out"))
+    ]
+    (root / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in results))
+    printed = command(root / "out", benchmark="geneval", import_scores=str(root / "results.jsonl"))
+    assert "| all | 6 | 0.833 (0.50..1.00) | 0.833" in printed
+
+
+def test_bad_input(run, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    for workdir, given, message in (
+        (empty, {}, "is neither a run directory nor a folder"),
+        (run, {}, "there is nothing to measure by"),
+        (run, {"benchmark": "t2i_compbench"}, "--lists is missing"),
+        (run, {"benchmark": "t2i_compbench", "lists": str(empty)}, "holds none of T2I-CompBench"),
+        (run, {"referee": [str(empty / "none")]}, "is not a directory"),
+        (run, {"import_scores": str(empty), "referee": []}, "--import_scores is of"),
+        (run, {"export": "t2i_compbench", "per_prompt": 10}, "3 of 3 prompts do not have samples 0 to 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            command(workdir, **given)
+    (empty / "t").mkdir()
+    (empty / "color_val.txt").write_text("another prompt")
+    with pytest.raises(ValueError, match="3 prompts are in none of the lists"):
+        command(run, benchmark="t2i_compbench", lists=str(empty))
+    outputs.append(run / "metadata.jsonl", {"file_name": "images/0-0.png", "text": "a dog", "sample": 0})
+    with pytest.raises(ValueError, match="not a caption of the shapes world: 'a dog'|not a thing"):
+        command(run, benchmark="shapes")
