@@ -171,6 +171,18 @@ def referees_gradient(
     return pullback(cotangent)[0], metrics
 
 
+def loss_names(plan: Plan) -> tuple[str, ...]:
+    """The losses that an iteration tells of: their weighted sum, then each; those of a second referee end in _1, and so on."""
+    own = [f"{name}_{n}" if n else name for n, looks in enumerate(plan.looks) for name, _ in looks.losses]
+    return "loss", *own
+
+
+def metric_names(plan: Plan) -> tuple[str, ...]:
+    """All that an iteration tells of, each a scalar."""
+    watched = ("held_out_loss",) if plan.held_out else ()
+    return *loss_names(plan), *watched, "prior_norm", "referee_norm", "ratio", "latent_std"
+
+
 def verdicts(networks: Networks, prompt: Prompt, plan: Plan, image: Array) -> Array:
     """Losses of the optimised and of the held-out referees on a decoded image as it is, weighted and added: float32 `[2]`."""
     totals = []
@@ -201,8 +213,7 @@ def step(
         )  # fmt: skip
     on = hyper.referee.is_on(i)
     judge = lambda z: referees_gradient(networks, prompt, hyper, plan, z, noise)  # noqa: E731
-    shapes = jax.eval_shape(judge, z)
-    unjudged = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes[1])
+    unjudged = dict.fromkeys(loss_names(plan), jnp.full((), jnp.nan))
     referee, metrics = jax.lax.cond(on, judge, lambda z: (jnp.zeros_like(z), unjudged), z)
     ratio = objective.balance(prior, referee, hyper.referee.balance_epsilon) if plan.use_balance else jnp.ones(())
     ratio = jnp.where(on, ratio, 0.0)

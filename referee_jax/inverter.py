@@ -394,9 +394,8 @@ def _chunk(networks, prompt, hyper, state, keys, start, *, plan: inversion.Plan,
 
     def body(state, i):
         run = lambda state: step(prompt, hyper, state, keys, i)  # noqa: E731
-        shapes = jax.eval_shape(run, state)[1]
         # The last chunk may reach past the end: those iterations do nothing.
-        rest = lambda state: (state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))  # noqa: E731
+        rest = lambda state: (state, dict.fromkeys(inversion.metric_names(plan), jnp.zeros(len(keys))))  # noqa: E731
         return jax.lax.cond(i < plan.steps, run, rest, state)
 
     return jax.lax.scan(body, state, start + jnp.arange(count))
