@@ -38,7 +38,9 @@ setuptools.setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "siglip": ["sentencepiece>=0.2", "protobuf>=4"],  # the tokenizer of SigLIP 1; that of SigLIP 2 needs neither
-        "eval": ["spacy>=3.8"],  # and its model, python -m spacy download en_core_web_sm: noun phrases as papers count them
+        "eval": [
+            "spacy>=3.8"
+        ],  # and its model, python -m spacy download en_core_web_sm: noun phrases as papers count them
         "train": ["torch>=2.13", "diffusers>=0.35"],
         "test": [
             "torch==2.13.0",
@@ -47,6 +49,7 @@ setuptools.setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6",
+            "matplotlib>=3.9",
             "ruff>=0.14",
             "sentencepiece>=0.2",
             "protobuf>=4",

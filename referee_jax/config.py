@@ -229,6 +229,20 @@ def from_config(config: Settings | ml_collections.ConfigDict | Mapping) -> Setti
     return settings
 
 
+def override(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """The settings with `changes`, names as on the command line ("sds.guidance") to values. Raises ConfigError."""
+    values = dataclasses.asdict(settings)
+    for key, value in changes.items():
+        *groups, name = key.split(".")
+        inner = values
+        for group in groups:
+            inner = inner.get(group)
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{key} is not a setting")
+        inner[name] = value
+    return from_config(values)
+
+
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 

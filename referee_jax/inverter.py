@@ -348,6 +348,26 @@ def make_hyper(settings: config.Settings) -> inversion.Hyper:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32), hyper)
 
 
+# Group of the settings -> the numbers of it that a compiled program takes as arguments.
+TRACED = {"sds": sds.Hyper, "referee": objective.Hyper, "optim": optim.Hyper, "views": augment.Settings}
+
+
+def structure(settings: config.Settings) -> config.Settings:
+    """The settings with all traced numbers at their defaults: where these are equal, one program serves both."""
+    groups = {}
+    for name, kind in TRACED.items():
+        group = getattr(settings, name)
+        fields = {field.name for field in dataclasses.fields(kind)} & {
+            field.name for field in dataclasses.fields(group)
+        }
+        if name == "sds" and not (group.weight or group.weight_final):
+            fields -= {"weight", "weight_final"}  # without score distillation it is another program
+        defaults = type(group)()
+        groups[name] = dataclasses.replace(group, **{field: getattr(defaults, field) for field in fields})
+    ema = config.Ema(alias=settings.ema.alias)
+    return dataclasses.replace(settings, **groups, ema=ema)
+
+
 # --- the compiled pieces, for one item (and, of the chunk, for the batch of one device) ----------------------------------
 
 

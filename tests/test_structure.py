@@ -61,7 +61,14 @@ def test_torch_only_in_training_and_conversion():
 
 def test_only_the_outermost_reads_flags_and_devices():
     flags = {str(file.relative_to(ROOT)) for file in FILES if uses(file, "absl.flags")}
-    programs = {"run.py", "score.py", "evaluate.py", "shapes/train.py", "benchmarks/methods.py", "benchmarks/referees.py"}
+    programs = {
+        "run.py",
+        "score.py",
+        "evaluate.py",
+        "shapes/train.py",
+        "benchmarks/methods.py",
+        "sweep.py",
+    }
     assert flags == programs
     devices = {
         str(f.relative_to(ROOT)) for f in FILES if "jax.devices(" in f.read_text() or "local_devices(" in f.read_text()

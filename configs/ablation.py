@@ -1,0 +1,56 @@
+"""What each part of the method is worth, and how much each number matters, in the shapes world.
+
+    python -m referee_jax.sweep --sweep=configs/ablation.py --samples=4 --workdir=runs/ablation
+
+96 prompts of two coloured shapes. Each picture begins with one sample of the prior, so that the referee cannot help by choosing.
+Hardware: an accelerator; on two CPU cores about eight minutes a row for each sample, and `--variant=NAME` for single rows.
+"""
+
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from referee_jax import config
+from referee_jax.benchmarks import shapes
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """configs/shapes.py without the choice of a start."""
+    settings = config.read(pathlib.Path(__file__).with_name("shapes.py"))
+    settings.prompts = (*shapes.prompts("colour", "seen"), *shapes.prompts("colour", "unseen"))
+    settings.samples, settings.batch_size, settings.init_candidates = 4, 16, 1
+    return settings
+
+
+PARTS = {
+    "as it is": {},
+    "without augmentation": {"views.augmentations": (), "views.noise": 0.0, "referee.noise": 0.0},
+    "with restarts of the average": {"ema.start": 10, "ema.every": 10},
+    "with one restart, late": {"ema.start": 30, "ema.every": 100},
+    "without balance": {"referee.balance": False},
+    "balanced as published": {"referee.balance_epsilon": 0.0},
+    "without SDS": {"sds.weight": 0.0, "sds.weight_final": 0.0, "referee.balance": False},
+    "without referee": {"referee.weight": 0.0, "referee.weight_final": 0.0},
+    "without latent noise": {"optim.noise": 0.0},
+    "referee late": {"referee.start": 20},
+    "referee early": {"referee.stop": 20},
+    "the hardest 4 of 8 views": {"views.count": 8},
+}
+# Setting -> other values than the config's.
+NUMBERS = {
+    "sds.guidance": (1.5, 7.5, 15.0, 30.0),
+    "sds.weight": (5.0, 80.0),
+    "referee.weight": (1.0, 9.0),
+    "referee.noise": (0.0, 0.2),
+    "optim.noise": (0.05, 0.2),
+    "optim.lr": (0.5, 2.0),
+}
+VIEWS = (1, 10, 20)
+
+
+def get_variants() -> dict[str, dict[str, Any]]:
+    """Parts out or otherwise; then one number at a time."""
+    views = {f"{count} views": {"views.count": count, "views.keep": count} for count in VIEWS}
+    numbers = {f"{key} = {value:g}": {key: value} for key, values in NUMBERS.items() for value in values}
+    return PARTS | views | numbers
