@@ -32,9 +32,8 @@ BERT = dict(
     vocab_size=len(tokens.WORDPIECES), hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
     max_position_embeddings=tokens.LENGTH, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
 )  # fmt: skip
-BLIP_VISION = dict(
-    hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=world.SIZE,
-    patch_size=batches.PATCH, initializer_range=0.02,
+BLIP_VISION = {name: x for name, x in VISION.items() if name != "projection_dim"} | dict(
+    num_hidden_layers=3, hidden_act="quick_gelu", layer_norm_eps=1e-5, initializer_range=0.02,
 )  # fmt: skip
 EFFICIENTNET = dict(
     width_coefficient=1.0, depth_coefficient=1.0, depth_divisor=8, image_size=world.SIZE, hidden_dim=64,
@@ -213,22 +212,35 @@ class Align(torch.nn.Module):
         )  # fmt: skip
 
 
-def share(text: torch.nn.Module, other: torch.nn.Module) -> None:
-    """Gives one of BLIP's BERTs all of the other but its attention to itself (arXiv 2201.12086, section 3.1)."""
-    text.embeddings = other.embeddings
-    for layer, theirs in zip(text.encoder.layer, other.encoder.layer, strict=False):
-        layer.crossattention, layer.intermediate, layer.output = (
-            theirs.crossattention,
-            theirs.intermediate,
-            theirs.output,
-        )
+def clip_eye(eye: torch.nn.Module, clip: transformers.CLIPModel, images: torch.Tensor) -> None:
+    """Begins BLIP's eye as the first layers of CLIP's.
+
+    CLIP normalises what goes into its first layer, BLIP does not: here the norm becomes part of the embeddings, with one
+    deviation for all patches, that of `images`.
+    """
+    theirs, norm = clip.vision_model, clip.vision_model.pre_layrnorm
+    scale = norm.weight / theirs.embeddings(images).std(-1).mean()
+    normed = lambda x: scale * (x - x.mean(-1, keepdim=True))  # noqa: E731
+    ours = eye.embeddings
+    kernel = theirs.embeddings.patch_embedding.weight
+    state = {
+        "class_embedding": normed(theirs.embeddings.class_embedding)[None, None],
+        "position_embedding": normed(theirs.embeddings.position_embedding.weight)[None] + norm.bias,
+        "patch_embedding.weight": normed(kernel.movedim(0, -1)).movedim(-1, 0),
+        "patch_embedding.bias": torch.zeros_like(ours.patch_embedding.bias),
+    }
+    ours.load_state_dict(state)
+    for layer, other in zip(eye.encoder.layers, theirs.encoder.layers, strict=False):
+        taken = {name: x for name, x in other.state_dict().items() if not name.startswith("self_attn.")}
+        for kind in ("weight", "bias"):
+            parts = [getattr(getattr(other.self_attn, f"{part}_proj"), kind) for part in "qkv"]
+            taken[f"self_attn.qkv.{kind}"] = torch.cat(parts)
+            taken[f"self_attn.projection.{kind}"] = getattr(other.self_attn.out_proj, kind)
+        layer.load_state_dict(taken)
 
 
 class Blip(torch.nn.Module):
-    """BLIP's three: matching and contrast, captions, answers to questions.
-
-    They share the eye, and what reads it, that they are trained with: what captions teach soon, matching knows, too.
-    """
+    """BLIP's three: matching and contrast, captions, answers to questions; they share one eye, which begins as CLIP's."""
 
     steps, rate, batch = 3000, 1e-3, staticmethod(batches.blip_batch)
     places = ("blip_itm", "blip_caption", "blip_vqa")
@@ -240,20 +252,22 @@ class Blip(torch.nn.Module):
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
-        ids = dict(bos_token_id=DEC, sep_token_id=SEP, eos_token_id=SEP)
-        text, parts = BERT | ids | dict(encoder_hidden_size=BERT["hidden_size"]), {}
+        width, parts = BLIP_VISION["hidden_size"], {}
+        text = BERT | dict(bos_token_id=DEC, sep_token_id=SEP, eos_token_id=SEP, encoder_hidden_size=width)
+        # It has two towers of text, one of which reads the other: their width is the eye's.
+        vqa = dict(num_hidden_layers=2, hidden_size=width, intermediate_size=2 * width)
+        own = {"itm": {}, "caption": dict(num_hidden_layers=2), "vqa": vqa}
         for name, kind in self.classes.items():
-            layers = {"num_hidden_layers": 2} if name == "vqa" else {}  # it has two of them
             config = transformers.BlipConfig(
-                text_config=text | layers, vision_config=BLIP_VISION, image_text_hidden_size=BERT["hidden_size"]
+                text_config=text | own[name], vision_config=BLIP_VISION, image_text_hidden_size=BERT["hidden_size"]
             )
             config._attn_implementation = "eager"
             parts[name] = kind(config)
             parts[name].vision_model = parts["itm"].vision_model
-        words = parts["itm"].text_encoder.embeddings.word_embeddings.weight
-        share(parts["vqa"].text_encoder, parts["itm"].text_encoder)
-        share(parts["caption"].text_decoder.bert, parts["itm"].text_encoder)
-        parts["caption"].text_decoder.cls.predictions.decoder.weight = words
+        pictures = torch.from_numpy(self.batch(np.random.default_rng(0))["image"])
+        clip = transformers.CLIPModel.from_pretrained(out / Clip.places[0], dtype=torch.float32)
+        with torch.no_grad():
+            clip_eye(parts["itm"].vision_model, clip, seen(pictures))
         parts["what"] = torch.nn.Linear(BLIP_VISION["hidden_size"], len(batches.KINDS))
         self.trained = torch.nn.ModuleDict(parts)
         self.trained.register_parameter("scale", torch.nn.Parameter(torch.tensor(2.66)))
@@ -310,7 +324,8 @@ class Blip2(torch.nn.Module):
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
-        qformer = BERT | dict(num_hidden_layers=4, cross_attention_frequency=2, use_qformer_text_input=True)
+        own = dict(num_hidden_layers=4, intermediate_size=256)
+        qformer = BERT | own | dict(cross_attention_frequency=2, use_qformer_text_input=True)
         config = transformers.Blip2Config(
             vision_config=BLIP_VISION,
             qformer_config=qformer | dict(encoder_hidden_size=BLIP_VISION["hidden_size"]),

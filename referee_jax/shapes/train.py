@@ -5,7 +5,7 @@ whose checkpoints the package reads: what is committed is a true Hugging Face ch
 On a CPU with bfloat16 matrix units it is several times faster than XLA besides.
 
 Training is seeded and resumable: what is random in step n depends on (seed, n) alone, the state is kept in `--workdir`.
-The order is vae, clip, unet (which reads the two others from `--out`), and blip before blip2. Each network comes with a
+The order is vae, clip, then unet and blip (which read them from `--out`), and blip before blip2. Each network comes with a
 card of its data, steps and final figures.
 """
 

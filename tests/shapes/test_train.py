@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from referee_jax import config, referees
 from referee_jax.shapes import batches, recipes_generator, recipes_referees, tokens, train, world
 from referee_jax.weights import load
-from tests.conftest import relative_l2
+from tests.conftest import cosine, relative_l2
 
 
 def test_tokenizer_is_the_one_of_training(tmp_path):
@@ -160,7 +161,7 @@ def saved(tmp_path_factory):
     """Every recipe of a referee with BERT's words, untrained, as it is saved and as torch has it, both of half precision."""
     torch.manual_seed(5)
     out, recipes = tmp_path_factory.mktemp("referees"), {}
-    for name in ("blip", "blip2", "align"):
+    for name in ("clip", "blip", "blip2", "align"):
         recipes[name] = train.NETWORKS[name](out)
         with torch.no_grad():
             for parameter in recipes[name].trained.parameters():
@@ -197,6 +198,19 @@ def as_torch() -> torch.Tensor:
 def one_by_one(loss) -> list[float]:
     with torch.no_grad():
         return [float(loss(slice(i, i + 1))) for i in range(PICTURES)]
+
+
+def test_blips_eye_begins_as_clips():
+    """After three layers it says what CLIP's says after as many, up to the norm that it has not."""
+    batch = train.Steps(lambda rng: batches.pair_batch(rng, 6), seed=0)[0]
+    images = 2 * batch["image"] - 1
+    with torch.no_grad():
+        clip = transformers.CLIPModel.from_pretrained(config.ASSETS / "clip", dtype=torch.float32)
+        eye = recipes_referees.Blip(config.ASSETS).trained["itm"].vision_model
+        wanted = clip.vision_model(images, output_hidden_states=True).hidden_states[3]
+        found = eye.encoder(eye.embeddings(images)).last_hidden_state
+    assert cosine(found, wanted) > 0.85
+    assert cosine(found, wanted.flip(0)) < 0.75
 
 
 def test_blip_is_asked_as_it_was_taught(saved):
