@@ -87,7 +87,7 @@ def plan(
 ) -> list[tuple[measures.Measure, list[layouts.Entry]]]:
     """The measures that are wanted, each with the images it is for; a referee is for all of them."""
     entries = evaluation.entries
-    wanted = [(measures.referee(checkpoint), entries) for checkpoint in judges]
+    wanted = []
     if benchmark == "shapes":
         wanted.append((measures.ground_truth(), entries))
     elif benchmark == "t2i_compbench":
@@ -100,7 +100,7 @@ def plan(
                 entry for entry in entries if t2i_compbench.is_measured(evaluation.parts[entry.prompt], measure.name)
             ]
             wanted += [(measure, own)] if own else []
-    return wanted
+    return wanted + [(measure, entries) for measure in measures.by_referees(judges)]
 
 
 def evaluate(args) -> str:

@@ -183,8 +183,10 @@ def figure(found: Mapping[str, Mapping[str, statistics.Mean]], score: str, file:
     axes = canvas.figure.subplots()
     middle = [mean.mean for mean in shown.values()]
     spread = [[mean.mean - mean.low for mean in shown.values()], [mean.high - mean.mean for mean in shown.values()]]
-    axes.errorbar(middle, list(shown), xerr=spread, fmt="o", capsize=3)
-    axes.invert_yaxis()
+    places = range(len(shown))
+    axes.errorbar(middle, places, xerr=spread, fmt="o", capsize=3)
+    axes.set_yticks(places, labels=list(shown))
+    axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlabel(f"{score}, mean and 95 % interval over prompts")
     axes.grid(axis="x", alpha=0.3)
     stream = io.BytesIO()

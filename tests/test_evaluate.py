@@ -73,13 +73,19 @@ def test_shapes(run, monkeypatch):
 
 
 def test_any_referee_scores(run, tmp_path_factory):
-    path = tmp_path_factory.mktemp("clip")
-    networks.save_clip(path)
-    printed = command(run, referee=[str(path)])
-    lines = outputs.read_lines(run / "evaluation" / "images.jsonl")
-    assert np.ptp([line["cosine"] for line in lines]) > 1e-3
-    mean = np.mean([line["cosine"] for line in lines])
-    assert f"| all | 6 | {mean:.3f} (" in printed
+    """Two of one kind are told apart by their checkpoints."""
+    root = tmp_path_factory.mktemp("referees")
+    checkpoints = [str(root / "a"), str(root / "b")]
+    for seed, path in enumerate(checkpoints):
+        networks.save_clip(root / path, seed=seed)
+    for given, names in ((checkpoints[:1], ["clip_cosine"]), (checkpoints, [f"{path}_cosine" for path in checkpoints])):
+        printed = command(run, referee=given)
+        lines = outputs.read_lines(run / "evaluation" / "images.jsonl")
+        means = [np.mean([line[name] for line in lines]) for name in names]
+        assert np.ptp([line[names[0]] for line in lines]) > 1e-3 and len({f"{mean:.3f}" for mean in means}) == len(
+            names
+        )
+        assert all(f"{mean:.3f} (" in printed for mean in means) and all(name in printed for name in names)
 
 
 def test_t2i_compbench_there_and_back(run, tmp_path_factory):

@@ -53,11 +53,18 @@ def ground_truth() -> Measure:
     return Measure("shapes", {}, lambda: (64, score))
 
 
-def referee(checkpoint: str, *, name: str = "", batch_size: int = 16) -> Measure:
-    """All scores that a referee of the project gives the whole prompt; `name` as in config.referees, if it is not seen."""
-    name = name or referees.name_of(checkpoint)
-    build = functools.partial(_prompted, checkpoint, name, lambda prompt: prompt, batch_size, lambda scores: scores)
-    return Measure(name, {"checkpoint": checkpoint}, build)
+def by_referees(checkpoints: Sequence[str], *, batch_size: int = 16) -> list[Measure]:
+    """All scores that referees give the whole prompt, named after the referee, or the checkpoint if several are of a kind."""
+    kinds, made = [referees.name_of(checkpoint) for checkpoint in checkpoints], []
+    for kind, checkpoint in zip(kinds, checkpoints, strict=True):
+        label = kind if kinds.count(kind) == 1 else checkpoint
+        build = functools.partial(_prompted, checkpoint, kind, str, batch_size, functools.partial(_labelled, label))
+        made.append(Measure(kind, {"checkpoint": checkpoint, "label": label}, build))
+    return made
+
+
+def _labelled(label: str, scores: Scores) -> Scores:
+    return {f"{label}_{name}": value for name, value in scores.items()}
 
 
 def clip_score(checkpoint: str, *, adjectives: bool = True, batch_size: int = 16) -> Measure:
