@@ -1,8 +1,10 @@
 """The shapes world, judged by ALIGN, which looks by convolutions alone.
 
+    python -m referee_jax.shapes.train --network=align --out=referee_jax/shapes/assets
     python -m referee_jax.run --config=configs/shapes_align.py
 
-Eight 64x64 images on any CPU, as configs/shapes.py.
+Its networks are not part of the package yet: training them takes an hour or two each, once. Eight 64x64 images on any CPU, as
+configs/shapes.py.
 """
 
 import pathlib

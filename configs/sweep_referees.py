@@ -2,6 +2,7 @@
 
     python -m referee_jax.sweep --sweep=configs/sweep_referees.py --workdir=runs/referees
 
+ALIGN, BLIP and BLIP-2 are not part of the package yet, see configs/shapes_ensemble.py; `--variant=CLIP` runs without them.
 96 prompts of two coloured shapes by two samples for each row. Hardware: any CPU, about a quarter of an hour a row on two cores.
 """
 
