@@ -38,9 +38,8 @@ setuptools.setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "siglip": ["sentencepiece>=0.2", "protobuf>=4"],  # the tokenizer of SigLIP 1; that of SigLIP 2 needs neither
-        "eval": [
-            "spacy>=3.8"
-        ],  # and its model, python -m spacy download en_core_web_sm: noun phrases as papers count them
+        # Figures, and noun phrases as papers count them (besides: python -m spacy download en_core_web_sm).
+        "eval": ["matplotlib>=3.9", "spacy>=3.8"],
         "train": ["torch>=2.13", "diffusers>=0.35"],
         "test": [
             "torch==2.13.0",

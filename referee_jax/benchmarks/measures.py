@@ -113,6 +113,7 @@ def collect(measure: Measure, entries: Sequence[layouts.Entry], out: Path) -> di
     An image that was changed since is measured again.
     """
     file = out / measure.file_name
+    outputs.mend(file)
     known = {(line.get("file"), line.get("modified")): line.get("scores") for line in outputs.read_lines(file)}
     stamps = {entry: (str(entry.file), entry.file.stat().st_mtime_ns) for entry in entries}
     todo = [entry for entry in entries if stamps[entry] not in known]

@@ -12,7 +12,7 @@ interrupted run continues.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import app, flags, logging
@@ -55,8 +55,7 @@ def _begun(made: inverter.Inverter, prompts: Sequence[str], samples: int, seed: 
     return made.sample(prompts, samples=samples, seed=seed, **start)
 
 
-def inverted(made: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
-    """The method."""
+def _inverted(made: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
     return made(prompts, samples=samples, seed=seed)
 
 
@@ -69,11 +68,11 @@ def _unchosen(settings: config.Settings) -> config.Settings:
 
 
 ROWS: dict[str, tuple[Callable[[config.Settings], config.Settings], Make]] = {
-    "SDS alone": (_alone, inverted),
+    "SDS alone": (_alone, _inverted),
     "DDIM sampling": (_as_it_is, _sampled),
     "its start": (_as_it_is, _begun),
-    "one sample, referee + SDS": (_unchosen, inverted),
-    "referee + SDS": (_as_it_is, inverted),
+    "one sample, referee + SDS": (_unchosen, _inverted),
+    "referee + SDS": (_as_it_is, _inverted),
 }
 OF_SAMPLES = ("its start", "one sample, referee + SDS")  # rows of a config that begins with samples
 
@@ -145,39 +144,28 @@ def table(measured: dict[tuple[str, str], list[dict]]) -> str:
     return statistics.markdown(["method", *SPLITS, "both", "quality, dB", "held-out referee"], rows)
 
 
-def run(rows: dict[str, tuple[config.Settings, Make]], out: pathlib.Path, *, limit: int | None = None) -> None:
-    """Measures, writes and prints the table of `rows`: name -> (settings, how pictures are made)."""
-    out.mkdir(parents=True, exist_ok=True)
-    engines = Engines()
-    measured = {
-        (row, split): measure(row, split, settings, make, out, engines, limit=limit)
-        for row, (settings, make) in rows.items()
-        for split in SPLITS
-    }
-    (out / "table.md").write_text(table(measured))
-    print(table(measured))
-
-
 def main(argv: list[str]) -> None:
     """The command line."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     args = flags.FLAGS
     settings = dataclasses.replace(config.from_config(args.config), samples=args.samples)
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     rows = args.rows or [row for row in ROWS if settings.init == "sample" or row not in OF_SAMPLES]
-    changed = {row: (ROWS[row][0](settings), ROWS[row][1]) for row in rows}
-    run(changed, pathlib.Path(args.out), limit=args.limit)
-
-
-def define_flags(rows: Iterable[str], out: str) -> None:
-    """The flags of a table of such rows."""
-    config_flags.DEFINE_config_file("config", "configs/shapes.py", "file of settings")
-    flags.DEFINE_integer("samples", 2, "pictures per prompt", lower_bound=1)
-    flags.DEFINE_integer("limit", None, "only the first so many prompts of each list", lower_bound=1)
-    flags.DEFINE_multi_enum("rows", None, list(rows), "only these rows")
-    flags.DEFINE_string("out", out, "directory of records and pictures")
+    engines, measured = Engines(), {}
+    for row in rows:
+        change, make = ROWS[row]
+        for split in SPLITS:
+            measured[row, split] = measure(row, split, change(settings), make, out, engines, limit=args.limit)
+    (out / "table.md").write_text(table(measured))
+    print(table(measured))
 
 
 if __name__ == "__main__":
-    define_flags(ROWS, "runs/methods")
+    config_flags.DEFINE_config_file("config", "configs/shapes.py", "file of settings")
+    flags.DEFINE_integer("samples", 2, "pictures per prompt", lower_bound=1)
+    flags.DEFINE_integer("limit", None, "only the first so many prompts of each list", lower_bound=1)
+    flags.DEFINE_multi_enum("rows", None, list(ROWS), "only these rows")
+    flags.DEFINE_string("out", "runs/methods", "directory of records and pictures")
     app.run(main)
