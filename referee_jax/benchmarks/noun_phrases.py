@@ -226,21 +226,24 @@ def _tags(words: list[str]) -> str:
     return tags
 
 
+def _tagged(prompt: str) -> tuple[list[re.Match], str]:
+    """The words and marks of a prompt, and their tags."""
+    found = list(WORD.finditer(prompt))
+    return found, _tags([" ".join(word.group().lower().split()) for word in found])
+
+
 def chunk(prompt: str) -> list[str]:
     """The base noun phrases of a prompt in their order, pronouns among them, each a span of the prompt.
 
     They neither overlap nor contain relative clauses or prepositional phrases.
     """
-    found = list(WORD.finditer(prompt))
-    tags = _tags([" ".join(word.group().lower().split()) for word in found])
+    found, tags = _tagged(prompt)
     return [prompt[found[span.start()].start() : found[span.end() - 1].end()] for span in PHRASE.finditer(tags)]
 
 
 def without_adjectives(prompt: str) -> str:
     """The words and marks of a prompt that are no adjectives, with spaces between, as CLIPScore reads complex prompts."""
-    found = [word.group() for word in WORD.finditer(prompt)]
-    tags = _tags([" ".join(word.lower().split()) for word in found])
-    return " ".join(word for word, tag in zip(found, tags, strict=True) if tag != "J")
+    return " ".join(word.group() for word, tag in zip(*_tagged(prompt), strict=True) if tag != "J")
 
 
 def _spacy() -> Any:
