@@ -3,27 +3,34 @@
     python -m referee_jax.evaluate --workdir=runs/mine --benchmark=shapes
     python -m referee_jax.evaluate --workdir=runs/mine --benchmark=t2i_compbench --lists=T2I-CompBench/examples/dataset
     python -m referee_jax.evaluate --workdir=runs/mine --referee=THUDM/ImageReward --referee=google/siglip2-base-patch16-224
+    python -m referee_jax.evaluate --workdir=runs/mine --benchmark=shapes --vqa=shapes/blip_vqa --referee=shapes/clip
     python -m referee_jax.evaluate --workdir=runs/mine --export=t2i_compbench --out=exported
     python -m referee_jax.evaluate --workdir=exported --benchmark=t2i_compbench --import_scores=exported
 
 Writes `evaluation/` in the directory, or `--out`: for each measure a file from which an interrupted evaluation continues,
 `images.jsonl` with all scores of each image, and `scores.json`, the table that is printed: means with 95 % intervals
-(bootstrap over prompts). Exit codes: 0 done, 2 the command cannot be carried out.
+(bootstrap over prompts). In the shapes world, where it is known which pictures are right, a second table says how far the other
+scores agree with that, and `fooled.png` shows the wrong pictures that each of them likes best. Exit codes: 0 done, 2 the
+command cannot be carried out.
 """
 
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
 from referee_jax import outputs, prompts
-from referee_jax.benchmarks import layouts, measures, noun_phrases, shapes, statistics, t2i_compbench
+from referee_jax.benchmarks import agreement, layouts, measures, noun_phrases, shapes, statistics, t2i_compbench
 from referee_jax.weights import convert
 
 ALL = "all"
+VQA = "checkpoints/blip-vqa-480"
+FOOLED = 8  # wrong pictures that are shown for each score
 
 
 def read(directory: Path) -> list[layouts.Entry]:
@@ -83,16 +90,23 @@ def table(found: Mapping[str, Mapping[str, statistics.Mean]]) -> str:
 
 
 def plan(
-    benchmark: str | None, evaluation: Evaluation, *, vqa: str, clip: str, noun_phrase_limit: int, judges: Sequence[str]
+    benchmark: str | None,
+    evaluation: Evaluation,
+    *,
+    vqa: str | None,
+    clip: str,
+    noun_phrase_limit: int,
+    judges: Sequence[str],
 ) -> list[tuple[measures.Measure, list[layouts.Entry]]]:
     """The measures that are wanted, each with the images it is for; a referee is for all of them."""
     entries = evaluation.entries
     wanted = []
     if benchmark == "shapes":
         wanted.append((measures.ground_truth(), entries))
+        wanted += [(measures.blip_vqa(vqa, limit=noun_phrase_limit), entries)] if vqa else []
     elif benchmark == "t2i_compbench":
         for measure in (
-            measures.blip_vqa(vqa, limit=noun_phrase_limit),
+            measures.blip_vqa(vqa or VQA, limit=noun_phrase_limit),
             measures.clip_score(clip),
             measures.clip_score(clip, adjectives=False),
         ):
@@ -142,8 +156,32 @@ def evaluate(args) -> str:
         "versions": outputs.versions(),
         "scores": {part: {name: mean._asdict() for name, mean in own.items()} for part, own in found.items()},
     }
+    agreed = agreements(lines, out)
+    if agreed:
+        record["agreement"] = {name: own._asdict() for name, own in agreed.items()}
     outputs.write_atomic(out / "scores.json", json.dumps(outputs.finite(record), indent=2).encode() + b"\n")
-    return table(found)
+    return table(found) + ("\n" + agreement.table(agreed) if agreed else "")
+
+
+def agreements(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, agreement.Agreement]:
+    """How far each score of all images agrees with `right`, where that is known; draws fooled.png."""
+    numbers = [
+        name for name, value in lines[0].items() if isinstance(value, float) and name not in ("right", "quality")
+    ]
+    if "right" not in lines[0] or not numbers:
+        return {}
+    right, prompted = [line["right"] == 1 for line in lines], [line["prompt"] for line in lines]
+    found, shown = {}, []
+    for name in numbers:
+        scores = [line[name] for line in lines]
+        found[name] = agreement.measure(prompted, scores, right)
+        for row in agreement.fooled(scores, right, FOOLED):
+            shown.append((Path(lines[row]["file"]), lines[row]["prompt"], {name: scores[row]}))
+    if shown:
+        buffer = io.BytesIO()
+        outputs.draw_sheet(shown, title="wrong pictures with the highest scores").save(buffer, "PNG")
+        outputs.write_atomic(out / "fooled.png", buffer.getvalue())
+    return found
 
 
 def parts(
@@ -216,7 +254,9 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("referee", [], "checkpoint of a referee that scores each image; may be repeated")
     flags.DEFINE_string("lists", None, "directory of T2I-CompBench's *_val.txt files")
     flags.DEFINE_enum("category", None, list(t2i_compbench.CATEGORIES), "of all prompts, instead of --lists")
-    flags.DEFINE_string("vqa", "checkpoints/blip-vqa-480", "BLIP for BLIP-VQA, as weights.lavis converts it")
+    flags.DEFINE_string(
+        "vqa", None, f"BLIP for BLIP-VQA, as weights.lavis converts it; default: {VQA}, for shapes none"
+    )
     flags.DEFINE_string("clip", "openai/clip-vit-base-patch32", "CLIP for CLIPScore")
     flags.DEFINE_integer("noun_phrases", noun_phrases.LIMIT, "at most so many; old papers took fewer", lower_bound=1)
     flags.DEFINE_enum("export", None, ["t2i_compbench", "geneval"], "write the folder that its official scorers read")

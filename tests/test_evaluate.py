@@ -6,6 +6,7 @@ import types
 import numpy as np
 import PIL.Image
 import pytest
+import scipy.stats
 import transformers
 
 from referee_jax import evaluate, outputs
@@ -42,7 +43,7 @@ def run(tmp_path):
 def command(workdir, **given):
     """The command's flags with their defaults."""
     known = dict(
-        benchmark=None, referee=[], lists=None, category=None, vqa="", clip="", noun_phrases=noun_phrases.LIMIT,
+        benchmark=None, referee=[], lists=None, category=None, vqa=None, clip="", noun_phrases=noun_phrases.LIMIT,
         export=None, metadata=None, import_scores=None, out=None, per_prompt=None,
     )  # fmt: skip
     return evaluate.evaluate(types.SimpleNamespace(workdir=str(workdir), **(known | given)))
@@ -86,6 +87,24 @@ def test_any_referee_scores(run, tmp_path_factory):
             names
         )
         assert all(f"{mean:.3f} (" in printed for mean in means) and all(name in printed for name in names)
+
+
+def test_scores_are_compared_with_the_truth(run, tmp_path_factory):
+    """BLIP-VQA and a referee of the same pictures: how far they agree with the detector, and what they like in vain."""
+    root = tmp_path_factory.mktemp("referees")
+    networks.save_clip(root / "clip")
+    networks.save_blip(networks.blip(transformers.BlipForQuestionAnswering), root / "vqa")
+    printed = command(run, benchmark="shapes", vqa=str(root / "vqa"), referee=[str(root / "clip")])
+    lines = outputs.read_lines(run / "evaluation" / "images.jsonl")
+    found = json.loads((run / "evaluation" / "scores.json").read_text())["agreement"]
+    assert list(found) == ["blip_vqa", "clip_cosine"]
+    for name, own in found.items():
+        scores = [line[name] for line in lines]
+        expected = scipy.stats.spearmanr(scores, [line["right"] for line in lines])[0]
+        assert own["rank_correlation"] == pytest.approx(expected) and f"| {name} | {expected:.3f} (" in printed
+    with PIL.Image.open(run / "evaluation" / "fooled.png") as sheet:
+        assert sheet.width > 400
+    assert "rank correlation" not in command(run, benchmark="shapes")
 
 
 def test_t2i_compbench_there_and_back(run, tmp_path_factory):
