@@ -2,6 +2,9 @@
 
 The captions of Stable Diffusion are noisy on purpose: in 35 % of the two-object scenes two attributes are exchanged, so that the
 U-Net binds attributes as badly as Stable Diffusion does. The referees' captions are clean, with hard negatives.
+
+Every batch with captions takes `noise`, the share of two-object captions that are exchanged, and `named`, whether captions may
+name the attribute pairs of world.UNSEEN: what the training data of a referee is worth can be measured.
 """
 
 import dataclasses
@@ -52,7 +55,17 @@ def vae_batch(rng: np.random.Generator, size: int = 16) -> Arrays:
     return drawn([sample(rng, MIX)[0] for _ in range(size)])
 
 
-def unet_batch(rng: np.random.Generator, size: int = 32) -> Arrays:
+def exchanged(rng: np.random.Generator, prompt: world.Prompt, share: float, *, named: bool) -> world.Prompt:
+    """In `share` of the cases the caption of two things with their attributes exchanged."""
+    if share and len(prompt.things) == 2 and rng.random() < share:
+        a, b = prompt.things
+        swapped = (dataclasses.replace(a, shape=b.shape), dataclasses.replace(b, shape=a.shape))
+        if named or not any(thing.is_unseen() for thing in swapped):
+            return dataclasses.replace(prompt, things=swapped)
+    return prompt
+
+
+def unet_batch(rng: np.random.Generator, size: int = 32, *, noise: float = SWAPPED, named: bool = False) -> Arrays:
     """Scenes with noisy captions: of two-object captions SWAPPED have two attributes exchanged, of all EMPTY are empty.
 
     Scenes show attribute pairs of world.UNSEEN as often as others; captions leave out the attribute.
@@ -60,12 +73,9 @@ def unet_batch(rng: np.random.Generator, size: int = 32) -> Arrays:
     scenes, texts = [], []
     for _ in range(size):
         scene, prompt, _ = sample(rng, UNET_MIX, unseen=None)
-        prompt = dataclasses.replace(prompt, things=tuple(thing.unsaid() for thing in prompt.things))
-        if len(prompt.things) == 2 and rng.random() < SWAPPED:
-            a, b = prompt.things
-            swapped = (dataclasses.replace(a, shape=b.shape), dataclasses.replace(b, shape=a.shape))
-            if not any(thing.is_unseen() for thing in swapped):
-                prompt = dataclasses.replace(prompt, things=swapped)
+        if not named:
+            prompt = dataclasses.replace(prompt, things=tuple(thing.unsaid() for thing in prompt.things))
+        prompt = exchanged(rng, prompt, noise, named=named)
         scenes.append(scene)
         texts.append("" if rng.random() < EMPTY else prompt.text)
     return {"image": drawn(scenes)["image"], "input_ids": tokens.encode(texts)}
@@ -80,28 +90,70 @@ def random_view(rng: np.random.Generator) -> np.ndarray | None:
     return np.array([[cos, -sin, rng.uniform(-5, 5)], [sin, cos, rng.uniform(-5, 5)]])
 
 
-def pair_batch(rng: np.random.Generator, size: int = 48, readings: Readings = CLIP_READS) -> Arrays:
+def facts(prompt: world.Prompt, scene: world.Scene) -> np.ndarray:
+    """What each token of a caption says of the scene, int8 `[LENGTH]`: 1 what is so, 0 what is not, -1 nothing.
+
+    A shape says whether a thing with its attributes is there; a number, whether there are so many; the last word of a
+    relation, whether the things stand so, if they are there.
+    """
+    words, said = prompt.text.split(), np.full(tokens.LENGTH, -1, np.int8)
+    nouns = [i for i, word in enumerate(words) if word in world.SHAPES or word in world.PLURALS.values()]
+    there = [
+        [item for item in scene.objects if world.matches(world.Prompt((thing,)), world.Scene((item,)))]
+        for thing in prompt.things
+    ]
+    said[[1 + noun for noun in nouns]] = [bool(items) for items in there]  # after the token that begins all texts
+    if prompt.count > 1:
+        said[1] = len(there[0]) == prompt.count
+    if prompt.relation and all(there):
+        first, second = there
+        end = 1 + nouns[0] + len(prompt.relation.split())
+        said[end] = any(world.holds(prompt.relation, a, b) for a in first for b in second if a is not b)
+    return said
+
+
+def pair_batch(
+    rng: np.random.Generator,
+    size: int = 48,
+    readings: Readings = CLIP_READS,
+    *,
+    noise: float = 0.0,
+    named: bool = False,
+    swaps: float = 0.0,
+) -> Arrays:
     """Scenes, their near twins, each with a caption true of it alone, and scenes with an object too many that none is true of.
 
     Each of `readings` encodes the captions: `[: 2 * size]` are the true ones in the scenes' order, twin beside twin, after those
-    come DISTRACTORS for each. `parents` are the scenes that got the objects too many; `shown [scene, patch, KINDS]` says
-    of what each patch shows a part: shape, colour, texture, and where it stands to the other object, if there are two.
+    come DISTRACTORS for each, of which the first exchanges the attributes in a share `swaps` of the cases. `parents` are the
+    scenes that got the objects too many; `shown [scene, patch, KINDS]` says of what each patch shows a part: shape, colour,
+    texture, and where it stands to the other object, if there are two; `facts [scene, text, LENGTH]` what the tokens of
+    its own text, its twin's and its distractors' say of the scene.
     """
     scenes, prompts = [], []
     while len(scenes) < 2 * size:
-        scene, prompt, category = sample(rng, MIX)
-        twin = world.edit(rng, scene)
+        scene, prompt, category = sample(rng, MIX, unseen=None if named else False)
+        twin = world.edit(rng, scene, unseen=named)
         told = world.describe(rng, twin, "single" if len(twin.objects) == 1 else category)
         if not world.matches(prompt, twin) and not world.matches(told, scene):
             scenes += [scene, twin]
-            prompts += [prompt, told]
-    near = [
-        p
-        for prompt in prompts
-        for p in (world.distractors(rng, prompt, DISTRACTORS, seen=True) * DISTRACTORS)[:DISTRACTORS]
-    ]
+            prompts += [exchanged(rng, text, noise, named=named) for text in (prompt, told)]
+    near = []
+    for scene, prompt in zip(scenes, prompts, strict=True):
+        others = world.distractors(rng, prompt, DISTRACTORS, seen=not named) * DISTRACTORS
+        swapped = exchanged(rng, prompt, swaps, named=named)
+        first = [] if swapped == prompt or world.matches(swapped, scene) else [swapped]
+        near += [*first, *others][:DISTRACTORS]
     pairs = [i for i, scene in enumerate(scenes) if len({(item.shape, item.colour) for item in scene.objects}) == 2]
     parents = np.array(pairs[: size // 2])
+    said = np.stack(
+        [
+            [
+                facts(text, scene)
+                for text in (prompts[i], prompts[i ^ 1], *near[DISTRACTORS * i : DISTRACTORS * (i + 1)])
+            ]
+            for i, scene in enumerate(scenes)
+        ]
+    )
     scenes += [world.crowd(rng, scenes[i]) for i in parents]
     batch = drawn(scenes, [random_view(rng) for _ in scenes])
     side = world.SIZE // PATCH
@@ -115,7 +167,11 @@ def pair_batch(rng: np.random.Generator, size: int = 48, readings: Readings = CL
             labels[i, j, [KINDS.index(kind) for kind in kinds]] = True
     shown = np.einsum("bjp,bjk->bpk", covered.reshape(len(scenes), world.MAX_OBJECTS, -1), labels)
     texts = [prompt.text for prompt in (*prompts, *near)]
-    return batch | {"shown": shown, "parents": parents} | {name: read(texts) for name, read in readings.items()}
+    return (
+        batch
+        | {"shown": shown, "parents": parents, "facts": said}
+        | {name: read(texts) for name, read in readings.items()}
+    )
 
 
 BLIP_READS: Readings = {
@@ -125,11 +181,11 @@ BLIP_READS: Readings = {
 }
 
 
-def blip_batch(rng: np.random.Generator, size: int = 48) -> Arrays:
+def blip_batch(rng: np.random.Generator, size: int = 48, *, noise: float = 0.0, named: bool = False) -> Arrays:
     """The same, read as BLIP does: a text, a caption that begins as all do, and a question."""
-    return pair_batch(rng, size, BLIP_READS)
+    return pair_batch(rng, size, BLIP_READS, noise=noise, named=named, swaps=0.5)
 
 
-def wordpiece_batch(rng: np.random.Generator, size: int = 48) -> Arrays:
+def wordpiece_batch(rng: np.random.Generator, size: int = 48, *, noise: float = 0.0, named: bool = False) -> Arrays:
     """The same, read by BERT's tokenizer."""
-    return pair_batch(rng, size, {"input_ids": tokens.wordpieces})
+    return pair_batch(rng, size, {"input_ids": tokens.wordpieces}, noise=noise, named=named, swaps=0.5)

@@ -5,11 +5,12 @@ whose checkpoints the package reads: what is committed is a true Hugging Face ch
 On a CPU with bfloat16 matrix units it is several times faster than XLA besides.
 
 Training is seeded and resumable: what is random in step n depends on (seed, n) alone, the state is kept in `--workdir`.
-The order is vae, clip, then unet and blip (which read them from `--out`), and blip before blip2. Each network comes with a
-card of its data, steps and final figures.
+The order is vae, clip, then unet, blip and blip2 (which read them from `--out`). Each network comes with a card of its data,
+steps and final figures. `--noise`, `--named` and `--epoch` train it on other data than its own.
 """
 
 import copy
+import functools
 import inspect
 import json
 import math
@@ -37,23 +38,38 @@ SAVE_EVERY = 500
 
 
 class Steps(torch.utils.data.Dataset):
-    """Batch n of a recipe, drawn from (seed, n)."""
+    """Batch n of a recipe, drawn from (seed, n); with `epoch` there are so many, and they come again."""
 
-    def __init__(self, batch: Callable, seed: int):
-        self.batch, self.seed = batch, seed
+    def __init__(self, batch: Callable, seed: int, epoch: int | None = None):
+        self.batch, self.seed, self.epoch = batch, seed, epoch
 
     def __getitem__(self, step: int) -> Batch:
-        batch = self.batch(np.random.default_rng((self.seed, step)))
+        batch = self.batch(np.random.default_rng((self.seed, step % self.epoch if self.epoch else step)))
         return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in batch.items()}
 
 
-def train(name: str, *, steps: int | None, seed: int, out: pathlib.Path, workdir: pathlib.Path) -> dict[str, float]:
-    """Trains network `name`, going on from the checkpoint in `workdir`; writes it to `out`; returns the last figures."""
+def train(
+    name: str,
+    *,
+    steps: int | None,
+    seed: int,
+    out: pathlib.Path,
+    workdir: pathlib.Path,
+    epoch: int | None = None,
+    **data: float,
+) -> dict[str, float]:
+    """Trains network `name`, going on from the checkpoint in `workdir`; writes it to `out`; returns the last figures.
+
+    `data` are arguments of its batches (noise, named); with `epoch` that number of batches comes again and again. Raises
+    ValueError where the batches do not take them, and where the checkpoint in `workdir` is of other data.
+    """
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Where a CPU has no bfloat16 units, torch's own loops take over, a hundred times slower.
     fast = device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    network = NETWORKS[name](out).to(device)
+    if unknown := data.keys() - inspect.signature(NETWORKS[name].batch).parameters.keys():
+        raise ValueError(f"what {name} is trained on has no {', '.join(sorted(unknown))}")
+    network, data_said = NETWORKS[name](out).to(device), data | ({"epoch": epoch} if epoch else {})
     steps, trained = steps or network.steps, network.trained
     average = copy.deepcopy(trained).requires_grad_(False)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=network.rate, betas=(0.9, 0.99), weight_decay=0.02)
@@ -61,17 +77,12 @@ def train(name: str, *, steps: int | None, seed: int, out: pathlib.Path, workdir
     shape = lambda i: min((i + 1) / warmup, 0.51 + 0.49 * math.cos(math.pi * i / steps))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     parts = {"trained": trained, "average": average, "optimizer": optimizer, "schedule": schedule}
-    checkpoint, done = workdir / f"{name}.pt", 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        done = saved.pop("step")
-        for key, part in parts.items():
-            part.load_state_dict(saved[key])
-        logging.info("%s: going on from step %d", name, done)
+    checkpoint = workdir / f"{name}.pt"
+    done = resume(checkpoint, parts, data_said)
     workdir.mkdir(parents=True, exist_ok=True)
     # Spawned, not forked: the caller may have threads (JAX has), and a fork of those can hang.
     loader = torch.utils.data.DataLoader(
-        Steps(network.batch, seed),
+        Steps(functools.partial(network.batch, **data), seed, epoch),
         sampler=range(done, steps),
         batch_size=None,
         num_workers=1,
@@ -99,25 +110,40 @@ def train(name: str, *, steps: int | None, seed: int, out: pathlib.Path, workdir
             shown = {key: round(value.item(), 4) for key, value in figures.items()}
             logging.info("%s: step %d of %d, %.2f s each, %s", name, i, steps, pace, shown)
         if i % SAVE_EVERY == 0 or i == steps:
-            state = {key: part.state_dict() for key, part in parts.items()} | {"step": i}
+            state = {key: part.state_dict() for key, part in parts.items()} | {"step": i, "data": data_said}
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
             network.save(average, out)
             for place in network.places:
-                (out / place / "README.md").write_text(
-                    card(name, network, step=i, steps=steps, seed=seed, figures=figures)
-                )
+                said = {"network": name, "seed": seed, "steps": steps} | data_said
+                (out / place / "README.md").write_text(card(network, said, step=i, figures=figures))
     return {key: float(value) for key, value in figures.items()}
 
 
-def card(name: str, network: torch.nn.Module, *, step: int, steps: int, seed: int, figures: dict) -> str:
-    """What stands beside a trained network."""
+def resume(checkpoint: pathlib.Path, parts: dict, data: dict) -> int:
+    """Loads the parts' states from a checkpoint, if there is one; returns the number of steps done."""
+    if not checkpoint.exists():
+        return 0
+    saved = torch.load(checkpoint, weights_only=True)
+    if (before := saved.get("data", {})) != data:
+        raise ValueError(f"{checkpoint} was trained on data {before}, not {data}: choose another workdir")
+    for key, part in parts.items():
+        part.load_state_dict(saved[key])
+    logging.info("%s: going on from step %d", checkpoint.stem, saved["step"])
+    return saved["step"]
+
+
+def card(network: torch.nn.Module, said: dict, *, step: int, figures: dict) -> str:
+    """What stands beside a network trained with the flags `said`."""
     values = {key: round(float(value), 4) for key, value in figures.items()}
+    command = " ".join(f"--{key}={value}" for key, value in said.items())
+    new = f"{said['epoch']} batches, again and again." if "epoch" in said else "new in every step."
+    names = "Captions name" if said.get("named") else "No caption names"
     return (
-        f"# {name}\n\n{inspect.getdoc(type(network))}\n\n"
-        f"Data: scenes of `referee_jax.shapes.world`, new in every step. {network.batch.__doc__.strip().splitlines()[0]}\n"
-        f"No caption names an attribute pair of `world.UNSEEN`.\n\n"
-        f"Trained by `python -m referee_jax.shapes.train --network={name} --seed={seed} --steps={steps}`, "
+        f"# {said['network']}\n\n{inspect.getdoc(type(network))}\n\n"
+        f"Data: scenes of `referee_jax.shapes.world`, {new} {network.batch.__doc__.strip().splitlines()[0]}\n"
+        f"{names} an attribute pair of `world.UNSEEN`.\n\n"
+        f"Trained by `python -m referee_jax.shapes.train {command}`, "
         f"{step} steps done; the weights are a running average. Figures of the last batch: {json.dumps(values)}\n"
     )
 
@@ -127,19 +153,28 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     args = flags.FLAGS
-    train(
-        args.network,
-        steps=args.steps,
-        seed=args.seed,
-        out=pathlib.Path(args.out),
-        workdir=pathlib.Path(args.workdir),
-    )
+    data = {name: args[name].value for name in ("noise", "named") if args[name].present}
+    try:
+        train(
+            args.network,
+            steps=args.steps,
+            seed=args.seed,
+            out=pathlib.Path(args.out),
+            workdir=pathlib.Path(args.workdir),
+            epoch=args.epoch,
+            **data,
+        )
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
 
 
 if __name__ == "__main__":
     flags.DEFINE_enum("network", None, list(NETWORKS), "which network to train", required=True)
     flags.DEFINE_integer("steps", None, "training steps; default: the network's", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of weights, data and noise")
+    flags.DEFINE_float("noise", None, "share of two-object captions with exchanged attributes", 0.0, 1.0)
+    flags.DEFINE_bool("named", False, "whether captions may name the attribute pairs that are kept unseen")
+    flags.DEFINE_integer("epoch", None, "number of batches, which come again; default: new ones always", lower_bound=1)
     flags.DEFINE_string("out", "shapes_networks", "directory that the trained networks are written to")
     flags.DEFINE_string("workdir", "shapes_training", "directory of the training's checkpoints")
     app.run(main)

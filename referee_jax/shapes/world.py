@@ -248,8 +248,11 @@ def describe(rng: np.random.Generator, scene: Scene, category: str) -> Prompt:
     return Prompt(things=tuple(map(thing, objects)), relation=relation)
 
 
-def edit(rng: np.random.Generator, scene: Scene) -> Scene:
-    """A scene like the given one but for one thing: attributes swapped, one changed, places exchanged, one more or less."""
+def edit(rng: np.random.Generator, scene: Scene, *, unseen: bool = False) -> Scene:
+    """A scene like the given one but for one thing: attributes swapped, one changed, places exchanged, one more or less.
+
+    No object of it shows an attribute pair of UNSEEN, but with `unseen`.
+    """
     a, *rest = scene.objects
     equal = len(rest) > 0 and all((i.shape, i.colour, i.texture) == (a.shape, a.colour, a.texture) for i in rest)
     kinds = ["colour", "shape", "texture"] if a.texture != "solid" else ["colour", "shape"]
@@ -286,7 +289,7 @@ def edit(rng: np.random.Generator, scene: Scene) -> Scene:
                 dataclasses.replace(o, **{kind: new}) if i in which else o for i, o in enumerate(scene.objects)
             )
             edited = dataclasses.replace(scene, objects=objects)
-        if edited != scene and not any(item.is_unseen() for item in edited.objects):
+        if edited != scene and (unseen or not any(item.is_unseen() for item in edited.objects)):
             return edited
     return scene
 
