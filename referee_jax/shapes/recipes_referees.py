@@ -1,8 +1,9 @@
 """The referees of the shapes world, as recipes_generator.py has the generator.
 
-All see pictures worsened on purpose (`degrade`), learn to tell near captions apart, and have one helper: each patch says what
-it shows a part of. The helper's head is dropped after training; it teaches in minutes what the contrast alone takes hours
-for: attributes, relations (seen from each of the two objects), and, as what stands in one place belongs together, binding.
+All see pictures worsened on purpose (`degrade`), learn to tell near captions apart, and have helpers. Each patch says what it
+shows a part of: attributes, relations (seen from each of the two objects), and, as what stands in one place belongs together,
+binding. Where text is read beside the picture, each of its words says whether it is true. The helpers' heads are dropped
+after training; they teach in minutes what the rest alone takes hours for.
 """
 
 import copy
@@ -99,6 +100,13 @@ def named(what: torch.nn.Linear, patches: torch.Tensor, shown: torch.Tensor) -> 
     return F.binary_cross_entropy_with_logits(what(patches).float(), shown.float())
 
 
+def true_words(told: torch.nn.Linear, read: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+    """The other helper's loss: whether what each token says is so, of texts `read [pair, token, width]` beside pictures."""
+    facts = facts[:, : read.shape[1]]
+    logits = told(read).float()[..., 0]
+    return F.binary_cross_entropy_with_logits(logits[facts >= 0], facts[facts >= 0].float())
+
+
 def save_preprocessing(directory: pathlib.Path, **settings) -> None:
     """Writes preprocessor_config.json of a processor that reads 64 px pictures as [-1, 1]."""
     size = {"height": world.SIZE, "width": world.SIZE}
@@ -115,6 +123,11 @@ def pairs(batch: Batch, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     pictures = torch.cat([own, own, own, n + torch.arange(crowds)])
     texts = torch.cat([own, own ^ 1, n + batches.DISTRACTORS * own, batch["parents"]])
     return pictures, texts, (torch.arange(len(texts)) < n).long()
+
+
+def stacked(facts: torch.Tensor) -> torch.Tensor:
+    """Of `facts [scene, text, token]` those of the pairs but the crowds', in their order."""
+    return facts[:, :3].transpose(0, 1).flatten(0, 1)
 
 
 def caption_loss(logits: torch.Tensor, ids: torch.Tensor, given: int) -> torch.Tensor:
@@ -212,13 +225,16 @@ class Align(torch.nn.Module):
         )  # fmt: skip
 
 
-def clip_eye(eye: torch.nn.Module, clip: transformers.CLIPModel, images: torch.Tensor) -> None:
-    """Begins BLIP's eye as the first layers of CLIP's.
+@torch.no_grad()
+def clip_eye(eye: torch.nn.Module, clip: pathlib.Path) -> None:
+    """Begins the eye of a BLIP or BLIP-2 as the first layers of a CLIP's.
 
     CLIP normalises what goes into its first layer, BLIP does not: here the norm becomes part of the embeddings, with one
-    deviation for all patches, that of `images`.
+    deviation for all patches, that of some pictures.
     """
-    theirs, norm = clip.vision_model, clip.vision_model.pre_layrnorm
+    images = seen(torch.from_numpy(batches.pair_batch(np.random.default_rng(0))["image"]))
+    theirs = transformers.CLIPModel.from_pretrained(clip, dtype=torch.float32).vision_model
+    norm = theirs.pre_layrnorm
     scale = norm.weight / theirs.embeddings(images).std(-1).mean()
     normed = lambda x: scale * (x - x.mean(-1, keepdim=True))  # noqa: E731
     ours = eye.embeddings
@@ -264,11 +280,9 @@ class Blip(torch.nn.Module):
             config._attn_implementation = "eager"
             parts[name] = kind(config)
             parts[name].vision_model = parts["itm"].vision_model
-        pictures = torch.from_numpy(self.batch(np.random.default_rng(0))["image"])
-        clip = transformers.CLIPModel.from_pretrained(out / Clip.places[0], dtype=torch.float32)
-        with torch.no_grad():
-            clip_eye(parts["itm"].vision_model, clip, seen(pictures))
+        clip_eye(parts["itm"].vision_model, out / Clip.places[0])
         parts["what"] = torch.nn.Linear(BLIP_VISION["hidden_size"], len(batches.KINDS))
+        parts |= {"told": torch.nn.Linear(BERT["hidden_size"], 1), "asked": torch.nn.Linear(width, 1)}
         self.trained = torch.nn.ModuleDict(parts)
         self.trained.register_parameter("scale", torch.nn.Parameter(torch.tensor(2.66)))
 
@@ -278,9 +292,9 @@ class Blip(torch.nn.Module):
         what = named(self.trained["what"], states[:, 1:], batch["shown"])
         contrasted, match, figures = self.matching(states, batch, n)
         caption = self.caption(states[:n], trim(batch["caption_ids"][:n], PAD))
-        answer = self.answer(states[:n], trim(batch["question_ids"], PAD))
-        figures |= {"caption": caption, "answer": answer, "what": what}
-        return contrasted + 2 * match + caption + answer + 3 * what, figures
+        answer, asked = self.answer(states[:n], trim(batch["question_ids"], PAD), batch["facts"])
+        figures |= {"caption": caption, "answer": answer, "asked": asked, "what": what}
+        return contrasted + match + caption + answer + 3 * asked + 3 * what, figures
 
     def matching(self, states: torch.Tensor, batch: Batch, n: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Losses of contrast and of the matching head."""
@@ -292,7 +306,8 @@ class Blip(torch.nn.Module):
         asked = begun(ids[texts], ENC)
         read = itm.text_encoder(asked, asked != PAD, encoder_hidden_states=states[pictures]).last_hidden_state
         match, right = matched(itm.itm_head(read[:, 0]).float(), truth)
-        return contrasted, match, {"contrast": contrasted, "match": match, "right": right}
+        told = true_words(self.trained["told"], read[: 3 * n], stacked(batch["facts"]))
+        return contrasted, 2 * match + 3 * told, {"contrast": contrasted, "match": match, "right": right, "told": told}
 
     def caption(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Loss of captions, after the words that begin all of them."""
@@ -300,14 +315,19 @@ class Blip(torch.nn.Module):
         logits = decoder(ids, (ids != PAD).long(), encoder_hidden_states=states).logits[:, :-1]
         return caption_loss(logits, ids, given=1 + len(tokens.BEGINNING.split()))
 
-    def answer(self, states: torch.Tensor, questions: torch.Tensor) -> torch.Tensor:
-        """Loss of "yes" to the true caption as a question, and of "no" to the twin's or a distractor."""
+    def answer(
+        self, states: torch.Tensor, questions: torch.Tensor, facts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of "yes" to the true caption as a question, and of "no" to the twin's or a distractor; that of the helper."""
         vqa, own = self.trained["vqa"], torch.arange(len(states))
         wrong = torch.where(own % 4 < 2, own ^ 1, len(states) + batches.DISTRACTORS * own + 1)
         asked = begun(questions[torch.cat([own, wrong])], ENC)
         read = vqa.text_encoder(asked, asked != PAD, encoder_hidden_states=states.repeat(2, 1, 1)).last_hidden_state
         logits = first_answer(vqa, read, asked != PAD)
-        return F.cross_entropy(logits.float(), torch.tensor([YES, NO]).repeat_interleave(len(states)))
+        helped = true_words(
+            self.trained["asked"], read, torch.cat([facts[:, 0], facts[own, torch.where(own % 4 < 2, 1, 3)]])
+        )
+        return F.cross_entropy(logits.float(), torch.tensor([YES, NO]).repeat_interleave(len(states))), helped
 
     def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
         """Each as a checkpoint of its own, with tokenizer and preprocessing."""
@@ -318,7 +338,7 @@ class Blip(torch.nn.Module):
 
 
 class Blip2(torch.nn.Module):
-    """BLIP-2's first stage: contrast, matching and captions of one Q-Former; its eye begins as BLIP's, and learns on."""
+    """BLIP-2's first stage: contrast, matching and captions of one Q-Former; its eye begins as CLIP's."""
 
     steps, rate, batch, places = 3000, 1e-3, staticmethod(batches.wordpiece_batch), ("blip2",)
 
@@ -334,15 +354,16 @@ class Blip2(torch.nn.Module):
         )
         config._attn_implementation = "eager"
         blip2 = transformers.Blip2ForImageTextRetrieval(config)
-        blip = transformers.BlipForImageTextRetrieval.from_pretrained(out / Blip.places[0])
-        blip2.vision_model.load_state_dict(blip.vision_model.float().state_dict())
+        clip_eye(blip2.vision_model, out / Clip.places[0])
         torch.nn.init.normal_(blip2.query_tokens, std=0.5)
         width = BERT["hidden_size"]
         parts = {"dense": torch.nn.Linear(width, width), "LayerNorm": torch.nn.LayerNorm(width, 1e-12)}
         head = torch.nn.ModuleDict(parts)
         head.register_parameter("bias", torch.nn.Parameter(torch.zeros(BERT["vocab_size"])))
         what = torch.nn.Linear(BLIP_VISION["hidden_size"], len(batches.KINDS))
-        self.trained = torch.nn.ModuleDict({"blip2": blip2, "head": head, "what": what})
+        self.trained = torch.nn.ModuleDict(
+            {"blip2": blip2, "head": head, "what": what, "told": torch.nn.Linear(width, 1)}
+        )
         self.trained.register_parameter("scale", torch.nn.Parameter(torch.tensor(2.66)))
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict]:
@@ -357,11 +378,20 @@ class Blip2(torch.nn.Module):
         contrasted, _ = contrast(scaled(cosines, self.trained.scale), n)
 
         pictures, texts, truth = pairs(batch, n)
-        match, right = matched(self.match(states[pictures], ids[texts]), truth)
+        logits, read = self.match(states[pictures], ids[texts])
+        match, right = matched(logits, truth)
+        told = true_words(self.trained["told"], read[: 3 * n], stacked(batch["facts"]))
         caption = self.caption(states[:n], begun(ids[:n], DEC))
         what = named(self.trained["what"], states[:, 1:], batch["shown"])
-        figures = {"contrast": contrasted, "match": match, "right": right, "caption": caption, "what": what}
-        return contrasted + 2 * match + caption + 3 * what, figures
+        figures = {
+            "contrast": contrasted,
+            "match": match,
+            "right": right,
+            "told": told,
+            "caption": caption,
+            "what": what,
+        }
+        return contrasted + 2 * match + 3 * told + caption + 3 * what, figures
 
     def together(self, states: torch.Tensor, ids: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
         """States of queries, then text; `sees` is who attends to whom."""
@@ -372,11 +402,12 @@ class Blip2(torch.nn.Module):
         found = blip2.qformer(both, query_length=queries.shape[1], attention_mask=mask, encoder_hidden_states=states)
         return found.last_hidden_state
 
-    def match(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Logits of (no, yes), the mean of the queries'; everybody sees everybody."""
+    def match(self, states: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of (no, yes), the mean of the queries', and states of the text; everybody sees everybody."""
         count = self.trained["blip2"].query_tokens.shape[1]
         sees = F.pad(ids != PAD, (count, 0), value=True)[:, None, None].expand(-1, 1, count + ids.shape[1], -1)
-        return self.trained["blip2"].itm_head(self.together(states, ids, sees)[:, :count]).float().mean(1)
+        found = self.together(states, ids, sees)
+        return self.trained["blip2"].itm_head(found[:, :count]).float().mean(1), found[:, count:]
 
     def caption(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Loss of captions: the queries see each other, text the queries and its own past."""

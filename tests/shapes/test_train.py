@@ -1,5 +1,7 @@
 """The trainer at a few steps: it learns, goes on where it stopped, and writes what the package loads."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,85 @@ def test_captions_never_name_unseen_pairs():
                 assert not any(thing.is_unseen() for thing in world.parse(text).things), text
                 swapped += 1
     assert swapped > 300
+
+
+def captions(batch, count: int) -> list[world.Prompt]:
+    pieces = {i: piece.removesuffix("</w>") for piece, i in tokens.VOCABULARY.items()}
+    rows = [[pieces[i] for i in row if i not in (tokens.START, tokens.END)] for row in batch["input_ids"][:count]]
+    return [world.parse(" ".join(row)) for row in rows]
+
+
+def test_noise_exchanges_attributes_of_captions():
+    """With all noise every caption of two things is of the exchanged ones, unless they name an unseen pair."""
+    changed = 0
+    for seed in range(60):
+        kept, said = (captions(batches.pair_batch(np.random.default_rng(seed), 1, noise=x), 1)[0] for x in (0.0, 1.0))
+        exchanged = kept.things
+        if len(kept.things) == 2:
+            a, b = kept.things
+            exchanged = (dataclasses.replace(a, shape=b.shape), dataclasses.replace(b, shape=a.shape))
+        if any(thing.is_unseen() for thing in exchanged):
+            exchanged = kept.things
+        assert said == dataclasses.replace(kept, things=exchanged)
+        changed += said != kept
+    assert changed > 20
+
+
+def test_captions_may_name_unseen_pairs():
+    prompts = captions(batches.pair_batch(np.random.default_rng(8), 60, named=True), 120)
+    assert 0.1 < np.mean([any(thing.is_unseen() for thing in prompt.things) for prompt in prompts]) < 0.5
+
+
+def test_an_epoch_comes_again():
+    """Less data: after so many batches the first one is drawn again."""
+    steps = train.Steps(lambda rng: batches.vae_batch(rng, 1), seed=2, epoch=3)
+    assert torch.equal(steps[0]["image"], steps[3]["image"]) and torch.equal(steps[2]["image"], steps[5]["image"])
+    assert not torch.equal(steps[0]["image"], steps[1]["image"])
+
+
+def test_words_say_what_is_so():
+    """By hand: shapes of things, the last word of a relation where both are there, numbers."""
+    red, blue = world.Object("circle", "red", x=16), world.Object("square", "blue", x=48)
+    scene, three = world.Scene((red, blue)), world.Scene((red, red, red))
+    said = {
+        "a red circle and a blue square": (scene, {"circle": 1, "square": 1}),
+        "a blue circle and a red square": (scene, {"circle": 0, "square": 0}),
+        "a circle on the left of a blue square": (scene, {"circle": 1, "of": 1, "square": 1}),
+        "a blue square above a red circle": (scene, {"square": 1, "above": 0, "circle": 1}),
+        "a red circle below a pink star": (scene, {"circle": 1, "star": 0}),
+        "two red circles": (three, {"two": 0, "circles": 1}),
+        "three red circles": (three, {"three": 1, "circles": 1}),
+    }
+    pieces = {i: piece for piece, i in tokens.WORDPIECES.items()}
+    for text, (shown, expected) in said.items():
+        facts = batches.facts(world.parse(text), shown)
+        words = [pieces[i] for i in tokens.wordpieces([text])[0]]
+        assert {words[i]: facts[i] for i in np.flatnonzero(facts >= 0)} == expected, text
+
+
+def test_first_distractors_exchange_attributes():
+    """All of them where that makes a false caption that names no unseen pair; none are true."""
+    batch = batches.pair_batch(np.random.default_rng(9), 30, swaps=1.0)
+    said = captions(batch, 60 * (1 + batches.DISTRACTORS))
+    exchanged = 0
+    for own, near, facts in zip(said[:60], said[60::2], batch["facts"], strict=True):
+        assert (facts[0] != 0).all()
+        if len(own.things) == 2:
+            things = {thing.shape for thing in own.things}, {thing.shape for thing in near.things}
+            exchanged += things[0] == things[1] and near.relation == own.relation and (facts[2] == 0).any()
+    assert exchanged > 20
+
+
+def test_training_on_other_data(out, tmp_path):
+    """The card says which; a checkpoint of other data is refused, and so is noise where there are no captions."""
+    settings = dict(steps=1, seed=0, out=tmp_path, workdir=tmp_path / "work")
+    train.train("clip", **settings, noise=0.3, epoch=2)
+    card = (tmp_path / "clip/README.md").read_text()
+    assert "--network=clip --seed=0 --steps=1 --noise=0.3 --epoch=2" in card and "2 batches, again and again" in card
+    with pytest.raises(ValueError, match=r"trained on data .*0\.3.*, not \{\}: choose another workdir"):
+        train.train("clip", **settings)
+    with pytest.raises(ValueError, match="what vae is trained on has no noise"):
+        train.train("vae", **settings, noise=0.1)
 
 
 def test_unet_sees_what_captions_leave_out(monkeypatch):
@@ -241,7 +322,7 @@ def test_blip2_is_asked_as_it_was_taught(saved):
     ids = torch.from_numpy(tokens.wordpieces(list(TEXTS))).long()
     with torch.no_grad():
         states = recipe.trained["blip2"].vision_model(pixel_values=as_torch()).last_hidden_state
-        match = -recipe.match(states, ids).log_softmax(1)[:, 1]
+        match = -recipe.match(states, ids)[0].log_softmax(1)[:, 1]
     captions = ids.index_fill(1, torch.tensor([0]), tokens.WORDPIECES["[DEC]"])
     ours = losses(out / "blip2", "blip2", "itm", "itg")
     assert relative_l2(ours["itm"], match) < 1e-4
