@@ -1,10 +1,8 @@
 """The shapes world, judged by ALIGN, which looks by convolutions alone.
 
-    python -m referee_jax.shapes.train --network=align --out=referee_jax/shapes/assets
     python -m referee_jax.run --config=configs/shapes_align.py
 
-Its networks are not part of the package yet: training them takes an hour or two each, once. Eight 64x64 images on any CPU, as
-configs/shapes.py.
+Eight 64x64 images on any CPU, as configs/shapes.py.
 """
 
 import pathlib

@@ -1,10 +1,8 @@
 """The shapes world, judged by BLIP: does the text match, and how likely is it as the picture's caption.
 
-    python -m referee_jax.shapes.train --network=blip --out=referee_jax/shapes/assets
     python -m referee_jax.run --config=configs/shapes_blip.py
 
-Its networks are not part of the package yet: training them takes an hour or two each, once. Eight 64x64 images on any CPU, as
-configs/shapes.py.
+Eight 64x64 images on any CPU, as configs/shapes.py.
 """
 
 import pathlib

@@ -1,12 +1,8 @@
 """The shapes world, judged by four referees at once: CLIP, ALIGN, BLIP and BLIP-2.
 
-    python -m referee_jax.shapes.train --network=align --out=referee_jax/shapes/assets
-    python -m referee_jax.shapes.train --network=blip --out=referee_jax/shapes/assets
-    python -m referee_jax.shapes.train --network=blip2 --out=referee_jax/shapes/assets
     python -m referee_jax.run --config=configs/shapes_ensemble.py
 
-Its networks are not part of the package yet: training them takes an hour or two each, once. Eight 64x64 images on any CPU, as
-configs/shapes.py.
+Eight 64x64 images on any CPU, as configs/shapes.py.
 """
 
 import pathlib

@@ -1,0 +1,54 @@
+"""What is a referee's training data worth? CLIPs trained on noisy captions, on less data, and with the unseen pairs named.
+
+    python configs/training_data.py | sh      # trains them, half an hour to an hour each on one CPU core; resumable
+    python -m referee_jax.sweep --sweep=configs/training_data.py --workdir=runs/training_data
+
+Each referee judges the same 96 prompts of two coloured shapes, one picture each, begun from its favourite of four samples.
+"""
+
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from referee_jax import config
+from referee_jax.benchmarks import shapes
+
+PLACE = "runs/training_data/networks"
+# Name -> what the training is told. A batch is 96 scenes and their captions, so an epoch of 100 is some 10,000 pictures.
+DATA = {
+    "clean": "",
+    "10 % noise": "--noise=0.1",
+    "30 % noise": "--noise=0.3",
+    "all pairs named": "--named",
+    "100 batches": "--epoch=100",
+    "20 batches": "--epoch=20",
+}
+STEPS = 2000
+
+
+def directory(name: str) -> str:
+    """Where the networks of that training are."""
+    return f"{PLACE}/{name.replace(' %', '').replace(' ', '-')}"
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """configs/shapes.py over the fixed colour prompts."""
+    settings = config.read(pathlib.Path(__file__).with_name("shapes.py"))
+    settings.prompts = (*shapes.prompts("colour", "seen"), *shapes.prompts("colour", "unseen"))
+    settings.batch_size, settings.init_candidates = 16, 4
+    return settings
+
+
+def get_variants() -> dict[str, dict[str, Any]]:
+    """The same method, asked of each of those CLIPs."""
+    clip, held_out = get_config().referees
+    return {name: {"referees": (clip.to_dict() | {"checkpoint": f"{directory(name)}/clip"}, held_out)} for name in DATA}
+
+
+if __name__ == "__main__":
+    for name, said in DATA.items():
+        place = directory(name)
+        print(
+            f"python -m referee_jax.shapes.train --network=clip --steps={STEPS} {said} --out={place} --workdir={place}/work"
+        )
