@@ -21,6 +21,7 @@ from jax import Array
 from referee_jax import (
     augment,
     config,
+    cost,
     inversion,
     objective,
     optim,
@@ -193,6 +194,12 @@ class Inverter:
         self.compiled = True
         stopped = self.plan.patience and np.asarray(inversion.is_stopped(state, self.plan))[: len(batch.items)].all()
         return dataclasses.replace(batch, step=self.steps if stopped else batch.step + done, state=state), metrics
+
+    def flops(self, batch: Batch) -> float:
+        """Floating-point operations of one image in an iteration with all that there is to do; nothing is compiled."""
+        args = self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(0)
+        traced = self._program("chunk", self._is_swept(batch)).trace(*args)
+        return cost.count(traced.jaxpr.jaxpr) / (self.chunk * self.batch_size // self.mesh.size)
 
     def preview(self, batch: Batch) -> np.ndarray:
         """The images as they are, uint8 `[item, H, W, 3]`."""

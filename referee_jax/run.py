@@ -295,6 +295,10 @@ def generate(engine: Any, run: outputs.RunDirectory, items: Sequence[queue.Item]
             if not engine.compiled:
                 say(f"compiling for {engine.devices}, {engine.batch_size} images at once (this takes a while, once)")
             batch = engine.begin(wanted, run.settings.seed)
+            if not engine.compiled:
+                each = engine.flops(batch)
+                say(f"{each / 1e12:.3g} TFLOP for an iteration of an image, {each * engine.steps / 1e12:.3g} for all")
+                run.log("cost", flops=each)
             frames = []
             while batch.step < engine.steps:
                 before = batch.step

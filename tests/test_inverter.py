@@ -75,6 +75,17 @@ def test_result(inverter, straight):
     assert min(relative_l2(flat[i], flat[j]) for i in range(8) for j in range(i)) > 0.5
 
 
+def test_flops_are_of_one_image(checkpoints, inverter):
+    """Whatever the batch, the chunk and the devices; more views cost more."""
+    items = queue.items(PROMPTS, 1)
+    each = inverter.flops(inverter.begin(items, 0))
+    assert each > 1e6
+    spread = build(checkpoints, devices=2, batch_size=2, chunk=2)
+    assert spread.flops(spread.begin(items[:3], 0)) == pytest.approx(each)
+    more = build(checkpoints, views={"count": 6, "keep": 4})
+    assert more.flops(more.begin(items, 0)) > each
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_batch_independence(checkpoints, straight, size):
     small = build(checkpoints, batch_size=size)

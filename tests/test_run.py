@@ -52,6 +52,9 @@ class FakeInverter:
     def check(self, prompt):
         return "99 tokens, the prior reads 77" if "too long" in prompt else None
 
+    def flops(self, batch):
+        return 1.5e9
+
     def begin(self, items, seed):
         self.begun.append(tuple(items))
         return Batch(tuple(items), seed)
@@ -147,9 +150,10 @@ def test_a_run(tmp_path, capsys):
     told = out.splitlines()
     assert told[1] == "compiling for fake x 1, 3 images at once (this takes a while, once)"
     assert sum("compiling" in line for line in told) == 1
-    assert told[2].startswith("3/4 images, 25/50 steps")
+    assert told[2] == "0.0015 TFLOP for an iteration of an image, 0.0375 for all"
+    assert told[3].startswith("3/4 images, 25/50 steps")
     assert told[-1].startswith("4 images done, 0 prompts skipped, 0 s; see ") and told[-1].endswith("contact_sheet.png")
-    assert len(told) == 5 and not err
+    assert len(told) == 6 and not err
 
 
 def test_done_is_done(tmp_path, capsys):
