@@ -190,7 +190,7 @@ class HeldOutClip(Clip):
 class Align(torch.nn.Module):
     """ALIGN, contrastive as CLIP; its pictures are read by convolutions alone."""
 
-    steps, rate, batch, places = 4000, 1e-3, staticmethod(batches.wordpiece_batch), ("align",)
+    steps, rate, batch, places = 5000, 1e-3, staticmethod(batches.wordpiece_batch), ("align",)
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
@@ -258,7 +258,7 @@ def clip_eye(eye: torch.nn.Module, clip: pathlib.Path) -> None:
 class Blip(torch.nn.Module):
     """BLIP's three: matching and contrast, captions, answers to questions; they share one eye, which begins as CLIP's."""
 
-    steps, rate, batch = 3000, 1e-3, staticmethod(batches.blip_batch)
+    steps, rate, batch = 2000, 1e-3, staticmethod(batches.blip_batch)
     places = ("blip_itm", "blip_caption", "blip_vqa")
     classes = {
         "itm": transformers.BlipForImageTextRetrieval,
@@ -340,7 +340,7 @@ class Blip(torch.nn.Module):
 class Blip2(torch.nn.Module):
     """BLIP-2's first stage: contrast, matching and captions of one Q-Former; its eye begins as CLIP's."""
 
-    steps, rate, batch, places = 3000, 1e-3, staticmethod(batches.wordpiece_batch), ("blip2",)
+    steps, rate, batch, places = 4500, 1e-3, staticmethod(batches.wordpiece_batch), ("blip2",)
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
@@ -391,7 +391,7 @@ class Blip2(torch.nn.Module):
             "caption": caption,
             "what": what,
         }
-        return contrasted + 2 * match + 3 * told + caption + 3 * what, figures
+        return contrasted + 2 * match + 3 * told + 3 * caption + 3 * what, figures
 
     def together(self, states: torch.Tensor, ids: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
         """States of queries, then text; `sees` is who attends to whom."""

@@ -21,6 +21,8 @@ EMBEDDED = {
     "blip_itm": (transformers.BlipForImageTextRetrieval, "itm", 0.97, 0.97),
     "blip_caption": (transformers.BlipForConditionalGeneration, "caption", 0.97, 0.97),
     "blip_vqa": (transformers.BlipForQuestionAnswering, "vqa", 0.97, 0.97),
+    "blip2": (transformers.Blip2ForImageTextRetrieval, "itm", 0.97, 0.97),
+    "align": (transformers.AlignModel, "cosine", 0.88, 0.91),
 }
 
 
