@@ -12,7 +12,6 @@ from typing import Any
 import ml_collections
 
 from referee_jax import config
-from referee_jax.benchmarks import shapes
 
 PLACE = "runs/training_data/networks"
 # Name -> what the training is told. A batch is 96 scenes and their captions, so an epoch of 100 is some 10,000 pictures.
@@ -33,11 +32,8 @@ def directory(name: str) -> str:
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """configs/shapes.py over the fixed colour prompts."""
-    settings = config.read(pathlib.Path(__file__).with_name("shapes.py"))
-    settings.prompts = (*shapes.prompts("colour", "seen"), *shapes.prompts("colour", "unseen"))
-    settings.batch_size, settings.init_candidates = 16, 4
-    return settings
+    """That of the sweep over referees: the same prompts, begun in the same way."""
+    return config.read(pathlib.Path(__file__).with_name("sweep_referees.py"))
 
 
 def get_variants() -> dict[str, dict[str, Any]]:

@@ -58,10 +58,9 @@ def vae_batch(rng: np.random.Generator, size: int = 16) -> Arrays:
 def exchanged(rng: np.random.Generator, prompt: world.Prompt, share: float, *, named: bool) -> world.Prompt:
     """In `share` of the cases the caption of two things with their attributes exchanged."""
     if share and len(prompt.things) == 2 and rng.random() < share:
-        a, b = prompt.things
-        swapped = (dataclasses.replace(a, shape=b.shape), dataclasses.replace(b, shape=a.shape))
-        if named or not any(thing.is_unseen() for thing in swapped):
-            return dataclasses.replace(prompt, things=swapped)
+        swapped = prompt.swapped()
+        if named or not any(thing.is_unseen() for thing in swapped.things):
+            return swapped
     return prompt
 
 
@@ -98,10 +97,7 @@ def facts(prompt: world.Prompt, scene: world.Scene) -> np.ndarray:
     """
     words, said = prompt.text.split(), np.full(tokens.LENGTH, -1, np.int8)
     nouns = [i for i, word in enumerate(words) if word in world.SHAPES or word in world.PLURALS.values()]
-    there = [
-        [item for item in scene.objects if world.matches(world.Prompt((thing,)), world.Scene((item,)))]
-        for thing in prompt.things
-    ]
+    there = [[item for item in scene.objects if thing.fits(item)] for thing in prompt.things]
     said[[1 + noun for noun in nouns]] = [bool(items) for items in there]  # after the token that begins all texts
     if prompt.count > 1:
         said[1] = len(there[0]) == prompt.count

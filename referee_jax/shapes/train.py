@@ -114,8 +114,8 @@ def train(
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
             network.save(average, out)
+            said = {"network": name, "seed": seed, "steps": steps} | data_said
             for place in network.places:
-                said = {"network": name, "seed": seed, "steps": steps} | data_said
                 (out / place / "README.md").write_text(card(network, said, step=i, figures=figures))
     return {key: float(value) for key, value in figures.items()}
 

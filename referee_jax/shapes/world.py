@@ -82,6 +82,10 @@ class Thing:
         """Texture, colour, shape: "striped red circle"."""
         return " ".join(word for word in (self.texture, self.colour, self.shape) if word)
 
+    def fits(self, item: Object) -> bool:
+        """Whether the object is all that is said."""
+        return all(said is None or said == getattr(item, kind) for kind, said in dataclasses.asdict(self).items())
+
     def is_unseen(self) -> bool:
         """Whether it names an attribute pair that no training caption does."""
         return (self.colour, self.shape) in UNSEEN or (self.texture, self.shape) in UNSEEN
@@ -109,6 +113,12 @@ class Prompt:
             return f"{number} {dataclasses.replace(thing, shape=PLURALS[thing.shape]).text}"
         joint = f" {self.relation or 'and'} "
         return joint.join(f"{'an' if thing.text[0] in 'aeiou' else 'a'} {thing.text}" for thing in self.things)
+
+    def swapped(self) -> "Prompt":
+        """The same of two things with their shapes exchanged, and so all their attributes."""
+        a, b = self.things
+        things = (dataclasses.replace(a, shape=b.shape), dataclasses.replace(b, shape=a.shape))
+        return dataclasses.replace(self, things=things)
 
 
 def _thing(words: str) -> Thing:
@@ -151,20 +161,14 @@ def holds(relation: str, first: Object, second: Object) -> bool:
 
 def matches(prompt: Prompt, scene: Scene) -> bool:
     """Whether the scene shows every named object with its attributes, relation and count, and nothing else."""
-
-    def fits(thing: Thing, item: Object) -> bool:
-        return all(said is None or said == getattr(item, kind) for kind, said in dataclasses.asdict(thing).items())
-
     if prompt.count > 1:
-        return len(scene.objects) == prompt.count and all(fits(prompt.things[0], item) for item in scene.objects)
+        return len(scene.objects) == prompt.count and all(map(prompt.things[0].fits, scene.objects))
     if len(scene.objects) != len(prompt.things):
         return False
     if len(prompt.things) == 1:
-        return fits(prompt.things[0], scene.objects[0])
+        return prompt.things[0].fits(scene.objects[0])
     return any(
-        fits(prompt.things[0], a)
-        and fits(prompt.things[1], b)
-        and (not prompt.relation or holds(prompt.relation, a, b))
+        prompt.things[0].fits(a) and prompt.things[1].fits(b) and (not prompt.relation or holds(prompt.relation, a, b))
         for a, b in (scene.objects, scene.objects[::-1])
     )
 
@@ -338,8 +342,7 @@ def distractors(rng: np.random.Generator, prompt: Prompt, count: int, *, seen: b
                 changed = tuple(dataclasses.replace(t, **{move: new}) if j == i else t for j, t in enumerate(things))
                 near = dataclasses.replace(prompt, things=changed)
         elif move == "swap":
-            shapes = tuple(dataclasses.replace(t, shape=u.shape) for t, u in zip(things, things[::-1], strict=True))
-            near = dataclasses.replace(prompt, things=shapes)
+            near = prompt.swapped()
         elif move == "drop":
             near = Prompt(things=(things[i],))
         elif move == "relation":

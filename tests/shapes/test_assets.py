@@ -1,7 +1,5 @@
 """The trained networks that are part of the package: they are what their directories say, and know what they were taught."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,14 +24,6 @@ EMBEDDED = {
 }
 
 
-def swapped(prompt: world.Prompt) -> world.Prompt:
-    """The prompt with the shapes of its two things exchanged."""
-    a, b = prompt.things
-    return dataclasses.replace(
-        prompt, things=(dataclasses.replace(a, shape=b.shape), dataclasses.replace(b, shape=a.shape))
-    )
-
-
 def judge(name: str, dtype=jnp.float32) -> referees.Judge:
     spec = config.RefereeSpec(name=referees.name_of(f"shapes/{name}"), checkpoint=f"shapes/{name}", losses={})
     return referees.load_referee(spec, dtype=dtype)
@@ -45,7 +35,7 @@ def scenes(count: int, *, unseen: bool) -> list[tuple[np.ndarray, world.Prompt]]
     while len(found) < count:
         scene = world.sample_scene(rng, "colour", unseen=unseen)
         prompt = world.describe(rng, scene, "colour")
-        if not world.matches(swapped(prompt), scene):
+        if not world.matches(prompt.swapped(), scene):
             found.append((world.draw(scene)[0].astype(np.float32), prompt))
     return found
 
@@ -67,7 +57,7 @@ def test_attribute_swaps(name):
     for unseen, share in zip((False, True), shares, strict=True):
         pictures, prompts = zip(*scenes(48, unseen=unseen), strict=True)
         losses = []
-        for texts in (prompts, map(swapped, prompts)):
+        for texts in (prompts, map(world.Prompt.swapped, prompts)):
             tokens = jax.tree.map(lambda *x: np.stack(x), *[who.tokenize(prompt.text) for prompt in texts])
             losses.append(np.asarray(ask(jnp.asarray(np.stack(pictures)), tokens)))
         assert (losses[0] < losses[1]).mean() >= share
@@ -85,7 +75,7 @@ def test_bfloat16_gradients(name):
 
 def gradients(who: referees.Judge, loss: str, pictures: np.ndarray, prompts) -> np.ndarray:
     """With respect to each picture, of the loss of its prompt with shapes exchanged."""
-    tokens = jax.tree.map(lambda *x: np.stack(x), *[who.tokenize(swapped(prompt).text) for prompt in prompts])
+    tokens = jax.tree.map(lambda *x: np.stack(x), *[who.tokenize(prompt.swapped().text) for prompt in prompts])
     ask = jax.grad(lambda view, tokens: who.referee.views_losses(view[None], who.referee.encode(tokens))[loss][0])
     return np.asarray(jax.jit(jax.vmap(ask))(jnp.asarray(pictures, jnp.float32), tokens))
 
