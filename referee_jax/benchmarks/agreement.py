@@ -36,9 +36,9 @@ def measure(prompts: Sequence[Hashable], scores: Sequence[float], right: Sequenc
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)
     own = [np.array(x) for x in rows.values()]
-    rng, drawn = np.random.default_rng(0), []
-    for _ in range(statistics.DRAWS):
-        picked = np.concatenate([own[i] for i in rng.integers(len(own), size=len(own))])
+    drawn = []
+    for numbers in statistics.resamples(len(own)):
+        picked = np.concatenate([own[i] for i in numbers])
         drawn.append(_correlation(scores[picked], right[picked]))
     low, high = np.nanpercentile(drawn, [2.5, 97.5]) if np.isfinite(drawn).any() else (np.nan, np.nan)
     within = np.array([_pairs(scores[x], right[x]) for x in own]).sum(0)

@@ -32,9 +32,14 @@ def mean(values: Iterable[tuple[Hashable, float]]) -> Mean:
     if not by_prompt:
         return Mean(np.nan, np.nan, np.nan, 0, 0)
     sums, counts = (np.array([kind(own) for own in by_prompt.values()], float) for kind in (sum, len))
-    picked = np.random.default_rng(0).integers(len(sums), size=(DRAWS, len(sums)))
+    picked = resamples(len(sums))
     low, high = np.percentile(sums[picked].sum(1) / counts[picked].sum(1), [2.5, 97.5])
     return Mean(float(sums.sum() / counts.sum()), float(low), float(high), len(sums), int(counts.sum()))
+
+
+def resamples(count: int) -> np.ndarray:
+    """The bootstrap's draws with replacement of `count` things, int `[DRAWS, count]`; always the same ones."""
+    return np.random.default_rng(0).integers(count, size=(DRAWS, count))
 
 
 def markdown(columns: Sequence[str], rows: Mapping[str, Sequence[object]]) -> str:
