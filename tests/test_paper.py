@@ -38,8 +38,9 @@ def test_one_step():
     rng = np.random.default_rng(0)
     settings = config.load("configs/paper.py")
     settings = dataclasses.replace(settings, chunk=1, batch_size=1)
+    text = clip.TextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
     prior = load.StableDiffusion(
-        text_encoder=at_random(rng, lambda: clip.TextModel(clip.TextConfig(), rngs=nnx.Rngs(0))),
+        text_encoder=at_random(rng, lambda: clip.TextModel(text, rngs=nnx.Rngs(0))),
         unet=at_random(rng, lambda: unet.UNet(unet.Config(), rngs=nnx.Rngs(0))),
         vae=at_random(rng, lambda: vae.AutoencoderKL(vae.Config(), encoder=False, rngs=nnx.Rngs(0))),
         alphas_cumprod=jnp.asarray(networks.scheduler().alphas_cumprod.numpy()),

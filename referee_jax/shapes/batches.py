@@ -8,7 +8,6 @@ name the attribute pairs of world.UNSEEN: what the training data of a referee is
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -29,8 +28,6 @@ DISTRACTORS = 2
 PATCH = 8  # side in pixels of the squares that say what they show
 KINDS = (*world.SHAPES, *world.COLOURS, *world.TEXTURES, *world.RELATIONS)
 Arrays = dict[str, np.ndarray]
-Readings = Mapping[str, Callable[[list[str]], np.ndarray]]
-CLIP_READS: Readings = {"input_ids": tokens.encode}
 
 
 def sample(
@@ -108,23 +105,22 @@ def facts(prompt: world.Prompt, scene: world.Scene) -> np.ndarray:
     return said
 
 
-def pair_batch(
-    rng: np.random.Generator,
-    size: int = 48,
-    readings: Readings = CLIP_READS,
-    *,
-    noise: float = 0.0,
-    named: bool = False,
-    swaps: float = 0.0,
-) -> Arrays:
-    """Scenes, their near twins, each with a caption true of it alone, and scenes with an object too many that none is true of.
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """Scenes, twin beside twin, each with a caption true of it alone and DISTRACTORS captions near to it."""
 
-    Each of `readings` encodes the captions: `[: 2 * size]` are the true ones in the scenes' order, twin beside twin, after those
-    come DISTRACTORS for each, of which the first exchanges the attributes in a share `swaps` of the cases. `parents` are the
-    scenes that got the objects too many; `shown [scene, patch, KINDS]` says of what each patch shows a part: shape, colour,
-    texture, and where it stands to the other object, if there are two; `facts [scene, text, LENGTH]` what the tokens of
-    its own text, its twin's and its distractors' say of the scene.
-    """
+    scenes: list[world.Scene]
+    prompts: list[world.Prompt]
+    near: list[list[world.Prompt]]
+
+    @property
+    def texts(self) -> list[str]:
+        """The true captions in the scenes' order, after those each scene's distractors."""
+        return [prompt.text for prompt in (*self.prompts, *(prompt for own in self.near for prompt in own))]
+
+
+def tell(rng: np.random.Generator, size: int, *, noise: float, named: bool, swaps: float = 0.0) -> Told:
+    """`size` scenes and their twins; the first distractor exchanges the attributes in a share `swaps` of the cases."""
     scenes, prompts = [], []
     while len(scenes) < 2 * size:
         scene, prompt, category = sample(rng, MIX, unseen=None if named else False)
@@ -138,19 +134,19 @@ def pair_batch(
         others = world.distractors(rng, prompt, DISTRACTORS, seen=not named) * DISTRACTORS
         swapped = exchanged(rng, prompt, swaps, named=named)
         first = [] if swapped == prompt or world.matches(swapped, scene) else [swapped]
-        near += [*first, *others][:DISTRACTORS]
-    pairs = [i for i, scene in enumerate(scenes) if len({(item.shape, item.colour) for item in scene.objects}) == 2]
-    parents = np.array(pairs[: size // 2])
-    said = np.stack(
-        [
-            [
-                facts(text, scene)
-                for text in (prompts[i], prompts[i ^ 1], *near[DISTRACTORS * i : DISTRACTORS * (i + 1)])
-            ]
-            for i, scene in enumerate(scenes)
-        ]
-    )
-    scenes += [world.crowd(rng, scenes[i]) for i in parents]
+        near.append([*first, *others][:DISTRACTORS])
+    return Told(scenes, prompts, near)
+
+
+def pictures(rng: np.random.Generator, told: Told) -> Arrays:
+    """The scenes' pictures, and after them scenes with an object too many, that no caption is true of.
+
+    `parents` are the scenes that got the objects too many; `shown [scene, patch, KINDS]` says of what each patch shows a
+    part: shape, colour, texture, and where it stands to the other object, if there are two.
+    """
+    pairs = [i for i, scene in enumerate(told.scenes) if len({(item.shape, item.colour) for item in scene.objects}) == 2]
+    parents = np.array(pairs[: len(told.scenes) // 4])
+    scenes = [*told.scenes, *(world.crowd(rng, told.scenes[i]) for i in parents)]
     batch = drawn(scenes, [random_view(rng) for _ in scenes])
     side = world.SIZE // PATCH
     covered = batch.pop("cover").reshape(len(scenes), -1, side, PATCH, side, PATCH).mean((3, 5)) > 0.08
@@ -162,26 +158,59 @@ def pair_batch(
                 kinds += [relation for relation in world.RELATIONS if world.holds(relation, item, scene.objects[1 - j])]
             labels[i, j, [KINDS.index(kind) for kind in kinds]] = True
     shown = np.einsum("bjp,bjk->bpk", covered.reshape(len(scenes), world.MAX_OBJECTS, -1), labels)
-    texts = [prompt.text for prompt in (*prompts, *near)]
-    return (
-        batch
-        | {"shown": shown, "parents": parents, "facts": said}
-        | {name: read(texts) for name, read in readings.items()}
-    )
+    return batch | {"shown": shown, "parents": parents}
 
 
-BLIP_READS: Readings = {
-    "input_ids": tokens.wordpieces,
-    "caption_ids": lambda texts: tokens.wordpieces([f"{tokens.BEGINNING} {text}" for text in texts], first="[DEC]"),
-    "question_ids": lambda texts: tokens.wordpieces([f"{text} ?" for text in texts]),
-}
+def true_words(told: Told) -> np.ndarray:
+    """`[scene, text, LENGTH]`: what the tokens of its own text, its twin's and its distractors' say of the scene."""
+    prompts = told.prompts
+    own = [(prompts[i], prompts[i ^ 1], *near) for i, near in enumerate(told.near)]
+    return np.stack([[facts(text, scene) for text in texts] for texts, scene in zip(own, told.scenes, strict=True)])
 
 
-def blip_batch(rng: np.random.Generator, size: int = 48, *, noise: float = 0.0, named: bool = False) -> Arrays:
-    """The same, read as BLIP does: a text, a caption that begins as all do, and a question."""
-    return pair_batch(rng, size, BLIP_READS, noise=noise, named=named, swaps=0.5)
+def pair_batch(rng: np.random.Generator, size: int = 48, *, noise: float = 0.0, named: bool = False) -> Arrays:
+    """Scenes, their near twins, each with a caption true of it alone, and scenes with an object too many that none is true of."""
+    told = tell(rng, size, noise=noise, named=named)
+    return pictures(rng, told) | {"input_ids": tokens.encode(told.texts)}
 
 
 def wordpiece_batch(rng: np.random.Generator, size: int = 48, *, noise: float = 0.0, named: bool = False) -> Arrays:
-    """The same, read by BERT's tokenizer."""
-    return pair_batch(rng, size, {"input_ids": tokens.wordpieces}, noise=noise, named=named, swaps=0.5)
+    """The same, read by BERT's tokenizer, with captions whose attributes are exchanged among the false ones."""
+    told = tell(rng, size, noise=noise, named=named, swaps=0.5)
+    return pictures(rng, told) | {"input_ids": tokens.wordpieces(told.texts), "facts": true_words(told)}
+
+
+def read_captions(texts: list[str]) -> np.ndarray:
+    """Token ids of captions that begin as all of BLIP's do."""
+    return tokens.wordpieces([f"{tokens.BEGINNING} {text}" for text in texts], first="[DEC]")
+
+
+def read_questions(texts: list[str]) -> np.ndarray:
+    """Token ids of texts as questions."""
+    return tokens.wordpieces([f"{text} ?" for text in texts])
+
+
+def questions(rng: np.random.Generator, told: Told) -> Arrays:
+    """Two questions for each scene, the second ones after all the first: is what the caption says there, and what a false one says?
+
+    Half of those about two things ask for one of them, as T2I-CompBench's questions do: for one that is not there, if the
+    caption is false. `answers [question]` is whether all that is asked for is there, `asked [question, LENGTH]` is facts'.
+    """
+    false = [told.prompts[i ^ 1] if i % 4 < 2 else near[1] for i, near in enumerate(told.near)]
+    texts, asked = [], []
+    for prompts in (told.prompts, false):
+        for scene, prompt in zip(told.scenes, prompts, strict=True):
+            if len(prompt.things) == 2 and rng.random() < 0.5:
+                missing = [thing for thing in prompt.things if not any(map(thing.fits, scene.objects))]
+                prompt = world.Prompt(things=(world.pick(rng, missing or prompt.things),))
+            texts.append(prompt.text)
+            asked.append(facts(prompt, scene))
+    asked = np.stack(asked)
+    return {"question_ids": read_questions(texts), "asked": asked, "answers": (asked != 0).all(1)}
+
+
+def blip_batch(rng: np.random.Generator, size: int = 48, *, noise: float = 0.0, named: bool = False) -> Arrays:
+    """The same, and as BLIP reads them, captions that begin as all do, and questions whether things are there."""
+    told = tell(rng, size, noise=noise, named=named, swaps=0.5)
+    texts = {"input_ids": tokens.wordpieces(told.texts), "caption_ids": read_captions(told.texts)}
+    return pictures(rng, told) | texts | {"facts": true_words(told)} | questions(rng, told)

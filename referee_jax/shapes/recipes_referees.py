@@ -292,7 +292,7 @@ class Blip(torch.nn.Module):
         what = named(self.trained["what"], states[:, 1:], batch["shown"])
         contrasted, match, figures = self.matching(states, batch, n)
         caption = self.caption(states[:n], trim(batch["caption_ids"][:n], PAD))
-        answer, asked = self.answer(states[:n], trim(batch["question_ids"], PAD), batch["facts"])
+        answer, asked = self.answer(states[:n], begun(trim(batch["question_ids"], PAD), ENC), batch)
         figures |= {"caption": caption, "answer": answer, "asked": asked, "what": what}
         return contrasted + match + caption + answer + 3 * asked + 3 * what, figures
 
@@ -315,19 +315,13 @@ class Blip(torch.nn.Module):
         logits = decoder(ids, (ids != PAD).long(), encoder_hidden_states=states).logits[:, :-1]
         return caption_loss(logits, ids, given=1 + len(tokens.BEGINNING.split()))
 
-    def answer(
-        self, states: torch.Tensor, questions: torch.Tensor, facts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of "yes" to the true caption as a question, and of "no" to the twin's or a distractor; that of the helper."""
-        vqa, own = self.trained["vqa"], torch.arange(len(states))
-        wrong = torch.where(own % 4 < 2, own ^ 1, len(states) + batches.DISTRACTORS * own + 1)
-        asked = begun(questions[torch.cat([own, wrong])], ENC)
-        read = vqa.text_encoder(asked, asked != PAD, encoder_hidden_states=states.repeat(2, 1, 1)).last_hidden_state
-        logits = first_answer(vqa, read, asked != PAD)
-        helped = true_words(
-            self.trained["asked"], read, torch.cat([facts[:, 0], facts[own, torch.where(own % 4 < 2, 1, 3)]])
-        )
-        return F.cross_entropy(logits.float(), torch.tensor([YES, NO]).repeat_interleave(len(states))), helped
+    def answer(self, states: torch.Tensor, ids: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of "yes" and "no" to the questions, of which each picture has two; that of the helper."""
+        vqa = self.trained["vqa"]
+        read = vqa.text_encoder(ids, ids != PAD, encoder_hidden_states=states.repeat(2, 1, 1)).last_hidden_state
+        logits = first_answer(vqa, read, ids != PAD)
+        loss = F.cross_entropy(logits.float(), torch.where(batch["answers"], YES, NO))
+        return loss, true_words(self.trained["asked"], read, batch["asked"])
 
     def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
         """Each as a checkpoint of its own, with tokenizer and preprocessing."""

@@ -131,15 +131,37 @@ def test_words_say_what_is_so():
 
 def test_first_distractors_exchange_attributes():
     """All of them where that makes a false caption that names no unseen pair; none are true."""
-    batch = batches.pair_batch(np.random.default_rng(9), 30, swaps=1.0)
-    said = captions(batch, 60 * (1 + batches.DISTRACTORS))
+    told = batches.tell(np.random.default_rng(9), 30, noise=0.0, named=False, swaps=1.0)
     exchanged = 0
-    for own, near, facts in zip(said[:60], said[60::2], batch["facts"], strict=True):
+    for own, (near, _), facts in zip(told.prompts, told.near, batches.true_words(told), strict=True):
+        assert not any(thing.is_unseen() for thing in near.things)
         assert (facts[0] != 0).all()
         if len(own.things) == 2:
             things = {thing.shape for thing in own.things}, {thing.shape for thing in near.things}
             exchanged += things[0] == things[1] and near.relation == own.relation and (facts[2] == 0).any()
     assert exchanged > 20
+
+
+def test_questions_ask_what_is_there():
+    """About as many are true as false; half of those about two things name one, and of a false caption one that is missing."""
+    rng = np.random.default_rng(10)
+    told = batches.tell(rng, 60, noise=0.0, named=False)
+    asked = batches.questions(rng, told)
+    pieces = {i: piece for piece, i in tokens.WORDPIECES.items()}
+    said = [[pieces[i] for i in row if i not in (tokens.WORDPIECES["[SEP]"], 0)] for row in asked["question_ids"]]
+    assert all(row[-1] == "?" for row in said)
+    parsed = [world.parse(" ".join(row[1:-1])) for row in said]
+    pairs, shorter = 0, 0
+    for i, prompt in enumerate(parsed):
+        scene = told.scenes[i % 120]
+        there = [any(map(thing.fits, scene.objects)) for thing in prompt.things]
+        if prompt.count == 1 and not prompt.relation:
+            assert asked["answers"][i] == all(there), (prompt.text, scene)
+        if len(told.prompts[i % 120].things) == 2:
+            pairs, shorter = pairs + 1, shorter + (len(prompt.things) == 1)
+    assert asked["answers"][:120].all()
+    assert 0.5 < asked["answers"].mean() < 0.65
+    assert 0.35 < shorter / pairs < 0.65
 
 
 def test_training_on_other_data(out, tmp_path):
@@ -297,7 +319,8 @@ def test_blips_eye_begins_as_clips():
 def test_blip_is_asked_as_it_was_taught(saved):
     """The losses of training are those of the referee: same words, same first tokens, same masks."""
     out, recipe = saved[0], saved[1]["blip"]
-    ids, captions, questions = (torch.from_numpy(read(list(TEXTS))).long() for read in batches.BLIP_READS.values())
+    readings = (tokens.wordpieces, batches.read_captions, batches.read_questions)
+    ids, captions, questions = (torch.from_numpy(read(list(TEXTS))).long() for read in readings)
     with torch.no_grad():
         states = recipe.trained["itm"].vision_model(as_torch()).last_hidden_state
     ours = losses(out / "blip_itm", "blip_itm", "itm", "itc")
