@@ -41,7 +41,9 @@ LOSSES = {
 }
 
 # What decides which images are made, how they are stored or how fast, but not what any one of them looks like.
-_NOT_OF_THE_IMAGE = ("prompts", "samples", "workdir", "batch_size", "chunk", "outputs.trajectory")
+_NOT_OF_THE_IMAGE = (
+    "prompts", "samples", "workdir", "batch_size", "chunk", "checkpoint_seconds", "outputs.trajectory",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -167,6 +169,7 @@ class Settings:
     precision: str = _field("float32", allowed=("float32", "bfloat16"))
     batch_size: int = _field(8, low=1)  # items per device
     chunk: int = _field(10, low=1)  # iterations between two looks at the clock, the log and the stop request
+    checkpoint_seconds: float = _field(60.0, above=0.0)  # between two checkpoints of what is in flight
     seed: int = _field(0, low=0, high=2**32 - 1)
     samples: int = _field(1, low=1)  # images per prompt
     workdir: str = ""  # the run directory; empty: runs/<config>-<fingerprint>

@@ -7,6 +7,7 @@ A batch is a fixed number of items (prompt, sample) at the same iteration; a sho
 chunk of iterations, and `finish` are the pieces of the loop, for who wants to look or stop in between.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -166,21 +167,63 @@ class Inverter:
         hypers: Sequence[inversion.Hyper] | None = None,
     ) -> Batch:
         """`begin` from a `start` of its own."""
-        items = tuple(items)
+        prompt, hyper, keys = self._ready(items, seed, hypers)
+        program = self._starter(start._replace(guidance=0.0), hypers is not None)  # which is traced
+        state = program(self.networks, prompt, hyper, keys, jnp.float32(start.guidance))
+        return Batch(tuple(items), 0, prompt, hyper, state, keys)
+
+    def _ready(
+        self, items: Sequence[queue.Item], seed: int, hypers: Sequence[inversion.Hyper] | None = None
+    ) -> tuple[inversion.Prompt, inversion.Hyper, Array]:
+        """What a batch is given, padded and on the devices: encoded prompts, numbers, keys."""
         if not 0 < len(items) <= self.batch_size:
             raise ValueError(f"{len(items)} items for a batch of 1 to {self.batch_size}")
-        padded = items + items[-1:] * (self.batch_size - len(items))
+        padded = self._padded(list(items))
         tokens = jax.tree.map(lambda *x: np.stack(x), *[self._tokenize(item.prompt) for item in padded])
         place = functools.partial(parallel.place, mesh=self.mesh, batched=True)
         prompt = place(self._encode(self.networks, self.text_encoder, tokens))
         keys = place(jnp.stack([item_key(seed, item) for item in padded]))
-        hyper = self.hyper
-        if hypers is not None:
-            hypers = [*hypers, *[hypers[-1]] * (self.batch_size - len(items))]
-            hyper = place(jax.tree.map(lambda *x: jnp.stack(x), *hypers))
-        program = self._starter(start._replace(guidance=0.0), hypers is not None)  # which is traced
-        state = program(self.networks, prompt, hyper, keys, jnp.float32(start.guidance))
-        return Batch(items, 0, prompt, hyper, state, keys)
+        if hypers is None:
+            return prompt, self.hyper, keys
+        return prompt, place(jax.tree.map(lambda *x: jnp.stack(x), *self._padded(list(hypers)))), keys
+
+    def _padded(self, rows: list) -> list:
+        """To the batch size, with the last one again and again."""
+        return rows + rows[-1:] * (self.batch_size - len(rows))
+
+    def snapshot(self, batch: Batch) -> queue.Part:
+        """A batch between two chunks as arrays of its items, to be saved."""
+        leaves = jax.tree_util.tree_leaves_with_path(batch.state)
+        state = {jax.tree_util.keystr(path): np.asarray(x)[: len(batch.items)] for path, x in leaves}
+        return queue.Part(batch.items, batch.step, state)
+
+    def resume(self, part: queue.Part, seed: int) -> Batch:
+        """The batch of a part that `snapshot` gave, of this or another batch. ValueError for a state of other settings."""
+        prompt, hyper, keys = self._ready(part.items, seed)
+        state = jax.eval_shape(jax.vmap(lambda x: _begun(x, self.plan, hyper, bool(self.held_out))), self._latents())
+        paths, structure = jax.tree_util.tree_flatten_with_path(state)
+        wanted = {jax.tree_util.keystr(path): x for path, x in paths}
+        saved = part.state or {}
+        if {name: (x.shape[1:], x.dtype) for name, x in wanted.items()} != {
+            name: (x.shape[1:], x.dtype) for name, x in saved.items()
+        }:
+            raise ValueError("the saved state is not one of these settings")
+        leaves = [np.stack(self._padded(list(saved[name]))) for name in wanted]
+        placed = parallel.place(jax.tree.unflatten(structure, leaves), self.mesh, batched=True)
+        return Batch(part.items, part.step, prompt, hyper, placed, keys)
+
+    def _latents(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.batch_size, *self.plan.latent), jnp.float32)
+
+    def halved(self) -> "Inverter | None":
+        """The same with half as many items at once, where that is possible."""
+        if self.settings.batch_size == 1:
+            return None
+        smaller = copy.copy(self)
+        smaller.settings = dataclasses.replace(self.settings, batch_size=self.settings.batch_size // 2)
+        smaller.batch_size = smaller.settings.batch_size * self.mesh.size
+        smaller.compiled = False
+        return smaller
 
     def advance(self, batch: Batch) -> tuple[Batch, dict[str, np.ndarray]]:
         """One chunk of iterations; the metrics of each, `[item, iteration]`. Donates the batch: go on with the result.
@@ -387,6 +430,10 @@ def _encode(networks: inversion.Networks, text_encoder: Any, tokens: dict[str, A
         texts=judged(networks.referees, "referees"),
         held_out=judged(networks.held_out, "held_out"),
     )
+
+
+def _begun(latents: Array, plan: inversion.Plan, hyper: inversion.Hyper, is_watched: bool) -> inversion.InversionState:
+    return inversion.init(latents, plan, hyper, watch.begin(latents, jnp.zeros(2)) if is_watched else None)
 
 
 def _start(networks, prompt, hyper, key, guidance: Array, *, plan: inversion.Plan, start: Start):

@@ -4,11 +4,13 @@
 program contains no collective; a test reads it.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "prompt"
@@ -33,3 +35,15 @@ def across_devices(fn: Callable, mesh: Mesh, batched: Sequence[bool], *, joined:
 def place(tree: Any, mesh: Mesh, *, batched: bool) -> Any:
     """Puts a pytree on the mesh: split along its leaves' first axis, or whole on every device."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(AXIS) if batched else PartitionSpec()))
+
+
+def join(index: int, count: int, *, timeout: int = 300) -> tuple[int, int]:
+    """Joins the other processes of a job by jax.distributed; which one of how many this is. They share nothing afterwards.
+
+    On a TPU slice and under Slurm, GKE or Open MPI JAX finds them itself; elsewhere `index` and `count` say who this is, and
+    JAX_COORDINATOR_ADDRESS where process 0 listens. Raises RuntimeError after `timeout` seconds, which names who is missing.
+    """
+    given = {"process_id": index, "num_processes": count} if "JAX_COORDINATOR_ADDRESS" in os.environ else {}
+    jax.distributed.initialize(**given, initialization_timeout=timeout)
+    ocp.multihost.sync_global_processes("start", timeout=timeout)
+    return jax.process_index(), jax.process_count()

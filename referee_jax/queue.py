@@ -1,12 +1,23 @@
-"""Work: one item is one image to be made, named by its prompt and the number of the sample, never by who makes it."""
+"""Work: one item is one image to be made, named by its prompt and the number of the sample, never by who makes it.
 
+Several processes share a run in one of two ways: each has a fixed `share` of the items, or, in a pool of workers that come
+and go, each takes what nobody has yet (`Claims`). `Work` hands them out batch by batch, those first that are begun already.
+"""
+
+import collections
 import dataclasses
 import hashlib
+import os
 import re
+import socket
+import time
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 STEM = 60  # characters of the prompt in an item's id
+WAIT = 1.0  # seconds between two looks at what others have claimed
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -40,7 +51,182 @@ def missing(wanted: Sequence[Item], done: Collection[str]) -> list[Item]:
     return [item for item in wanted if item.id not in done]
 
 
+def share(wanted: Sequence[Item], index: int, count: int) -> list[Item]:
+    """What process `index` of `count` makes of all that is wanted, done or not: every `count`-th item."""
+    return list(wanted[index::count])
+
+
 def batches(wanted: Sequence[Item], size: int) -> Iterator[list[Item]]:
     """Consecutive batches of `size`, the last perhaps shorter."""
     for start in range(0, len(wanted), size):
         yield list(wanted[start : start + size])
+
+
+def name_process() -> str:
+    """A name that no other process has or will have."""
+    return f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A batch that is to be made: from the start, or from iteration `step` on with the `state` that was saved then.
+
+    `state` has arrays `[item, ...]` by name.
+    """
+
+    items: tuple[Item, ...]
+    step: int = 0
+    state: dict[str, Any] | None = None
+
+    def only(self, kept: Collection[Item]) -> "Part":
+        """The part of it with these items."""
+        rows = [row for row, item in enumerate(self.items) if item in kept]
+        state = self.state and {name: x[rows] for name, x in self.state.items()}
+        return Part(tuple(self.items[row] for row in rows), self.step, state)
+
+    def split(self, size: int) -> list["Part"]:
+        """In pieces of at most `size` items."""
+        return [self.only(piece) for piece in batches(self.items, size)]
+
+
+class Claims:
+    """Who makes what, in a pool of workers that come and go: a file for each item, made by who takes it first.
+
+    A claim that its owner has not refreshed for `expiry` seconds may be taken over. Ages are told by the clock of the file
+    system, which is one for all. Where two take over the same claim at the same instant, both may make the item: the images are
+    the same, and the journal counts it once.
+    """
+
+    def __init__(self, directory: Path, expiry: float):
+        self.directory, self.expiry, self.owner = directory, expiry, name_process()
+        self.held: dict[str, Path] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def take(self, item: Item) -> bool:
+        """Whether the item is ours now: nobody had it, or who had it is gone."""
+        path = self.directory / f"{item.id}.claim"
+        for _ in range(2):
+            try:
+                with open(path, "x") as file:
+                    file.write(self.owner)
+            except FileExistsError:
+                if not self._expired(path):
+                    return False
+            else:
+                self.held[item.id] = path
+                return True
+        return False
+
+    def refresh(self) -> None:
+        """Says that we are still at work on what we hold."""
+        for path in self.held.values():
+            try:
+                os.utime(path)
+            except FileNotFoundError:
+                pass  # we were so slow that it was taken over
+
+    def release(self, ids: Collection[str]) -> None:
+        """Gives items back, done or not."""
+        for name in ids:
+            path = self.held.pop(name, None)
+            if path and _read(path) == self.owner:
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Gives everything back."""
+        self.release(list(self.held))
+
+    def _now(self) -> float:
+        probe = self.directory / f".{self.owner}.now"
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        return now
+
+    def _expired(self, path: Path) -> bool:
+        """Takes away a claim that has expired; whether there is none now."""
+        try:
+            if self._now() - path.stat().st_mtime <= self.expiry:
+                return False
+            taken = path.with_name(f".{path.name}.{self.owner}")
+            os.rename(path, taken)
+        except FileNotFoundError:
+            return True
+        if self._now() - taken.stat().st_mtime <= self.expiry:
+            # Another was quicker, and what was taken away is its new claim.
+            try:
+                os.link(taken, path)
+            except FileExistsError:
+                pass
+            taken.unlink()
+            return False
+        taken.unlink()
+        return True
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None
+
+
+class Work:
+    """What is left to do for this process, handed out batch by batch.
+
+    `begun` are batches that an earlier process has left in the middle; of those only what is wanted counts. With `claims`
+    every item is asked for before it is handed out, and the last ones are waited for: `done()` says which ids are.
+    """
+
+    def __init__(
+        self,
+        wanted: Sequence[Item],
+        begun: Sequence[Part] = (),
+        *,
+        claims: Claims | None = None,
+        done: Callable[[], Collection[str]] = frozenset,
+    ):
+        self.claims, self.done, self.begun = claims, done, []
+        left = dict.fromkeys(wanted)
+        for part in sorted(begun, key=lambda part: -part.step):
+            part = part.only(left.keys())
+            if part.items:
+                self.begun.append(part)
+            for item in part.items:
+                del left[item]
+        self.fresh = collections.deque(left)
+
+    def take(self, size: int, *, stopped: Callable[[], bool] = lambda: False) -> Part | None:
+        """The next at most `size` items, or None where nothing is left, or `stopped()` while the last ones are waited for."""
+        while (self.begun or self.fresh) and not stopped():
+            part = self._next(size)
+            if not self.claims:
+                return part
+            finished = self.done()  # also what others did between our last look and the claim
+            self.claims.release({item.id for item in part.items} & set(finished))
+            self.fresh = collections.deque(missing(self.fresh, finished))
+            if not part.items:
+                time.sleep(WAIT if self.fresh else 0)
+            elif left := missing(part.items, finished):
+                return part.only(left)
+        return None
+
+    def _next(self, size: int) -> Part:
+        """Begun ones first; in a pool those that can be had, perhaps none."""
+        is_ours = self.claims.take if self.claims else lambda item: True
+        if self.begun:
+            part, *rest = self.begun.pop(0).split(size)
+            self.begun[:0] = rest
+            ours = [item for item in part.items if is_ours(item)]
+            self.fresh.extend(item for item in part.items if item not in ours)
+            return part.only(ours)
+        taken, passed = [], []
+        while self.fresh and len(taken) < size:
+            item = self.fresh.popleft()
+            (taken if is_ours(item) else passed).append(item)
+        self.fresh.extendleft(reversed(passed))
+        return Part(tuple(taken))
+
+    def put_back(self, part: Part) -> None:
+        """A part that was not made; it is begun anew, and first."""
+        self.fresh.extendleft(reversed(part.items))

@@ -246,3 +246,43 @@ def test_a_prompt_is_counted_as_each_referee_reads_it(inverter, tmp_path, monkey
     assert inverter.check("red " * 30) is None
     assert inverter.check("red " * 31) == "33 tokens, blip2 reads 32"
     assert inverter.check("(...)") == "nothing in it that blip2 reads"
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_batch_goes_on_from_a_snapshot(checkpoints, inverter, straight, watched):
+    """All of it to the bit; some of its items, in other rows, as in any batch. A state of other settings is refused."""
+    if watched:
+        clip = str(checkpoints[1])
+        specs = inverter.settings.referees[0], {"checkpoint": clip, "role": "held_out", "losses": {"cosine": 1.0}}
+        inverter = build(checkpoints, referees=specs, look_every=2, output="best_held_out")
+        straight = inverter(PROMPTS, seed=3)
+    items = queue.items(PROMPTS, 1)
+    batch, _ = inverter.advance(inverter.begin(items, 3))
+    part = inverter.snapshot(batch)
+    assert part.step == 4 and part.items == tuple(items)
+    for kept in (items, items[5:1:-2]):
+        resumed = inverter.resume(part.only(kept), 3)
+        resumed, metrics = inverter.advance(resumed)
+        assert resumed.step == 6 and metrics["loss"].shape == (len(kept), 2)
+        rows = [n for n, item in enumerate(items) if item in kept]
+        latents = np.stack([picture.latents for picture in inverter.finish(resumed)])
+        if kept is items:
+            np.testing.assert_array_equal(latents, straight.latents)
+        else:
+            assert relative_l2(latents, straight.latents[rows]) < TOLERANCE
+    if watched:
+        with pytest.raises(ValueError, match="not one of these settings"):
+            build(checkpoints).resume(part, 3)
+
+
+def test_halved(checkpoints, straight):
+    """Smaller batches of the same images, down to one at once."""
+    engine, sizes = build(checkpoints), []
+    while engine:
+        sizes.append(engine.batch_size)
+        engine, smaller = engine.halved(), engine
+    assert sizes == [8, 4, 2, 1]
+    part = inverter_lib.Inverter.halved(build(checkpoints)).begin(queue.items(PROMPTS[:4], 1), 3)
+    assert part.state.latents.shape[0] == 4
+    found = smaller(PROMPTS[:2], seed=3)
+    assert relative_l2(found.latents, straight.latents[:2]) < TOLERANCE

@@ -1,7 +1,11 @@
 """Items: ids that are file names for any text, and work that is neither lost nor done twice."""
 
+import concurrent.futures
+import os
 import re
+import time
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,3 +49,100 @@ def test_what_is_missing_is_done_once(prompts, samples, size, data):
     batches = list(queue.batches(queue.missing(wanted, done), size))
     assert all(len(batch) == size for batch in batches[:-1]) and all(batches)
     assert [item for batch in batches for item in batch] == [item for item in wanted if item.id not in done]
+
+
+@given(st.integers(0, 40), st.integers(1, 7))
+def test_shares_are_a_partition(count, processes):
+    wanted = queue.items(list(map(str, range(count))), 1)
+    shares = [queue.share(wanted, index, processes) for index in range(processes)]
+    assert sorted(item for own in shares for item in own) == sorted(wanted)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+ITEMS = queue.items(list("abcdef"), 1)
+
+
+def begun(items, step):
+    return queue.Part(tuple(items), step, {"x": np.array([item.prompt_id for item in items])})
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.sampled_from(ITEMS), unique=True, max_size=6), st.integers(1, 50)), max_size=4),
+    st.lists(st.sampled_from(ITEMS), unique=True),
+    st.integers(1, 4),
+)
+def test_work_hands_out_each_item_once(parts, wanted, size):
+    """From the furthest of the states that there are of it, with its own row."""
+    work, given_out = queue.Work(wanted, [begun(*part) for part in parts]), []
+    while part := work.take(size):
+        assert 0 < len(part.items) <= size
+        if part.state:
+            assert part.state["x"].tolist() == [item.prompt_id for item in part.items]
+        given_out += [(item, part.step) for item in part.items]
+    furthest = {item: max([step for items, step in parts if item in items], default=0) for item in wanted}
+    assert dict(given_out) == furthest and len(given_out) == len(wanted)
+
+
+def test_what_is_put_back_comes_first_and_anew():
+    work = queue.Work(ITEMS, [begun(ITEMS[3:5], 7)])
+    part = work.take(2)
+    assert part.items == tuple(ITEMS[3:5]) and part.step == 7
+    work.put_back(part)
+    assert work.take(3) == queue.Part((*ITEMS[3:5], ITEMS[0]))
+
+
+def test_claims(tmp_path):
+    """One owner; given back, or silent for longer than the expiry, it may be taken by another."""
+    one, two = (queue.Claims(tmp_path, 60) for _ in range(2))
+    item, other = ITEMS[:2]
+    assert one.take(item) and not two.take(item) and two.take(other)
+    one.release([item.id])
+    assert two.take(item)
+    path = tmp_path / f"{item.id}.claim"
+    os.utime(path, (time.time() - 59, time.time() - 59))
+    assert not one.take(item)
+    os.utime(path, (time.time() - 61, time.time() - 61))
+    two.refresh()
+    assert not one.take(item)
+    os.utime(path, (time.time() - 61, time.time() - 61))
+    assert one.take(item) and path.read_text() == one.owner
+    two.close()  # what was taken over is left to its new owner
+    assert path.read_text() == one.owner and not (tmp_path / f"{other.id}.claim").exists()
+    one.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_expired_claim_is_taken_over_once(tmp_path):
+    """Many at the same instant: one has it."""
+    item = ITEMS[0]
+    for _ in range(30):
+        old = queue.Claims(tmp_path, 60)
+        assert old.take(item)
+        os.utime(tmp_path / f"{item.id}.claim", (0, 0))
+        rivals = [queue.Claims(tmp_path, 60) for _ in range(8)]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(lambda rival: rival.take(item), rivals)) == 1
+        for rival in rivals:
+            rival.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pool_makes_each_item_once(tmp_path, monkeypatch):
+    """Also where one worker dies with a batch in its hands."""
+    monkeypatch.setattr(queue, "WAIT", 0.01)
+    items, done, made = queue.items([str(n) for n in range(40)], 1), set(), []
+
+    def worker(number):
+        claims = queue.Claims(tmp_path, 1.0)
+        work = queue.Work(items, claims=claims, done=lambda: set(done))
+        while part := work.take(3):
+            if number == 0 and len(made) > 6:
+                return  # dead: its claims stay
+            time.sleep(0.002)
+            made.extend(part.items)
+            done.update(item.id for item in part.items)
+            claims.release([item.id for item in part.items])
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(worker, range(4)))
+    assert sorted(made) == sorted(items)

@@ -16,7 +16,8 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from referee_jax import config, outputs, queue, run
+from referee_jax import command as commands
+from referee_jax import config, generation, outputs, queue, run
 from referee_jax.weights import convert
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -28,6 +29,7 @@ class Batch:
     items: tuple
     seed: int
     step: int = 0
+    begun: np.ndarray = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class FakeInverter:
 
     def __init__(self, settings, failures=()):
         self.settings, self.steps, self.chunk, self.batch_size = settings, settings.steps, settings.chunk, 3
-        self.failures, self.compiled, self.calls, self.begun = dict(failures), False, 0, []
+        self.failures, self.compiled, self.calls, self.begun, self.resumed = dict(failures), False, 0, [], []
 
     def check(self, prompt):
         return "99 tokens, the prior reads 77" if "too long" in prompt else None
@@ -59,11 +61,29 @@ class FakeInverter:
         self.begun.append(tuple(items))
         return Batch(tuple(items), seed)
 
+    def snapshot(self, batch):
+        return queue.Part(batch.items, batch.step, {"prompt": np.array([item.prompt_id for item in batch.items])})
+
+    def resume(self, part, seed):
+        assert part.state["prompt"].tolist() == [item.prompt_id for item in part.items]
+        self.resumed.append((part.items, part.step))
+        return Batch(part.items, seed, part.step)
+
+    def halved(self):
+        if self.batch_size == 1:
+            return None
+        self.batch_size //= 2
+        self.settings = dataclasses.replace(self.settings, batch_size=self.batch_size)
+        return self
+
     def advance(self, batch):
         self.calls += 1
         self.compiled = True
-        if self.calls in self.failures:
-            raise self.failures[self.calls]
+        if failure := self.failures.get(self.calls):
+            if callable(failure) and not isinstance(failure, type):
+                failure()
+            else:
+                raise failure
         count = min(self.chunk, self.steps - batch.step)
         loss = np.tile(np.arange(batch.step, batch.step + count, dtype=np.float32), (len(batch.items), 1))
         return dataclasses.replace(batch, step=batch.step + count), {"loss": loss, "norm": np.full_like(loss, np.nan)}
@@ -85,10 +105,10 @@ class FakeInverter:
 def command(*arguments, path=CONFIG):
     argv = ["run", f"--config={path}", *map(str, arguments)]
     values = flags.FlagValues()
-    return run.read_command(values, run.parse_flags(argv, values)[1:])
+    return commands.read_command(values, commands.parse_flags(argv, values)[1:])
 
 
-def execute(*arguments, failures=()):
+def execute(*arguments, failures=(), stop=None):
     """Exit code and engine (None where it was not loaded)."""
     engines = []
 
@@ -96,7 +116,7 @@ def execute(*arguments, failures=()):
         engines.append(FakeInverter(settings, failures))
         return engines[-1]
 
-    code = run.main(command("--config.steps=25", *arguments), load=load)
+    code = run.main(command("--config.steps=25", *arguments), load=load, stop=stop)
     return code, engines[0] if engines else None
 
 
@@ -127,7 +147,7 @@ def test_a_chunk_is_the_mean_of_what_there_is(tmp_path):
     run_directory = outputs.RunDirectory.open(tmp_path, config.from_config({}))
     nan = float("nan")
     looked = np.array([[nan, 1.0, nan, 2.0], [nan, nan, nan, nan]], np.float32)
-    run.log_chunk(run_directory, 0, queue.items(["one", "two"], 1), 4, {"held_out_loss": looked})
+    generation.log_chunk(run_directory, queue.items(["one", "two"], 1), 4, {"held_out_loss": looked})
     assert lines(tmp_path / "log.jsonl")[-1]["metrics"] == {"held_out_loss": [1.5, None]}
 
 
@@ -143,7 +163,7 @@ def test_a_run(tmp_path, capsys):
     assert all((work / x["file_name"]).is_file() for x in records)
     assert (work / "contact_sheet.png").is_file()
     chunks = [x for x in lines(work / "log.jsonl") if x["event"] == "chunk"]
-    assert [(x["batch"], x["step"]) for x in chunks] == [(0, 10), (0, 20), (0, 25), (1, 10), (1, 20), (1, 25)]
+    assert [(len(x["items"]), x["step"]) for x in chunks] == [(3, 10), (3, 20), (3, 25), (1, 10), (1, 20), (1, 25)]
     assert chunks[2]["metrics"] == {"loss": [22.0] * 3, "norm": [None] * 3}
     assert chunks[3]["items"] == [queue.Item("two", 1).id]
     out, err = capsys.readouterr()
@@ -151,7 +171,7 @@ def test_a_run(tmp_path, capsys):
     assert told[1] == "compiling for fake x 1, 3 images at once (this takes a while, once)"
     assert sum("compiling" in line for line in told) == 1
     assert told[2] == "0.0015 TFLOP for an iteration of an image, 0.0375 for all"
-    assert told[3].startswith("3/4 images, 25/50 steps")
+    assert told[3].startswith("3/4 images, 75/100 steps")
     assert told[-1].startswith("4 images done, 0 prompts skipped, 0 s; see ") and told[-1].endswith("contact_sheet.png")
     assert len(told) == 6 and not err
 
@@ -169,14 +189,14 @@ def test_done_is_done(tmp_path, capsys):
     assert before.items() <= pixels(tmp_path).items() and len(pixels(tmp_path)) == 6
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, run.Terminated, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])
 @pytest.mark.parametrize("call", [1, 4, 6])
 def test_interrupted_and_continued(tmp_path, capsys, failure, call):
     arguments = "--prompt=one", "--prompt=two", "--samples=2"
     execute(*arguments, f"--workdir={tmp_path / 'whole'}")
     work = tmp_path / "cut"
     code, _ = execute(*arguments, f"--workdir={work}", failures={call: failure})
-    assert code == {KeyboardInterrupt: 130, run.Terminated: 143}.get(failure, 1)
+    assert code == (130 if failure is KeyboardInterrupt else 1)
     err = capsys.readouterr().err
     assert err.endswith(f"the finished images are in {work}, and the same command continues\n") and err.count("\n") == 1
     assert len(pixels(work)) == len(lines(work / "metadata.jsonl") if call > 3 else []) == (3 if call > 3 else 0)
@@ -236,13 +256,90 @@ def test_weights_that_cannot_be_loaded(tmp_path, capsys):
     assert capsys.readouterr().err == "error: x/config.json is missing\n"
 
 
+MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+BUG = jax.errors.JaxRuntimeError("INTERNAL: bug")
+
+
 def test_too_little_memory(tmp_path, capsys):
-    failure = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
-    code, _ = execute("--prompt=one", f"--workdir={tmp_path}", failures={1: failure})
-    assert code == 1
-    assert "memory is too small for --config.batch_size=8; try a smaller one" in capsys.readouterr().err
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        execute("--prompt=one", f"--workdir={tmp_path}", failures={1: jax.errors.JaxRuntimeError("INTERNAL: bug")})
+    """Halved once for each size, and told; nothing is lost. With one image at once it is the end."""
+    prompts = [f"--prompt={n}" for n in range(4)]
+    code, engine = execute(*prompts, f"--workdir={tmp_path / 'cut'}", failures={2: MEMORY})
+    assert code == 0 and [len(items) for items in engine.begun] == [3, 1, 1, 1, 1]
+    assert capsys.readouterr().out.count("memory is too small, going on with --config.batch_size=1") == 1
+    execute(*prompts, f"--workdir={tmp_path / 'whole'}")
+    assert colours(tmp_path / "cut") == colours(tmp_path / "whole")
+    code, engine = execute("--prompt=one", f"--workdir={tmp_path / 'small'}", failures={1: MEMORY, 2: MEMORY})
+    assert code == 1 and len(engine.begun) == 2
+    assert "memory is too small even for --config.batch_size=1; the finished images" in capsys.readouterr().err
+
+
+def test_a_device_that_fails(tmp_path, capsys):
+    """A batch is tried once more, a second failure at the same images ends the run; another batch has its own second try."""
+    prompts = [f"--prompt={n}" for n in range(4)]
+    code, engine = execute(*prompts, f"--workdir={tmp_path}", failures={2: BUG, 6: BUG})
+    assert code == 0 and [len(items) for items in engine.begun] == [3, 3, 1, 1]
+    assert [len(x["items"]) for x in lines(tmp_path / "log.jsonl") if x["event"] == "retry"] == [3, 1]
+    assert "the device failed (INTERNAL: bug); its 3 images are tried once more" in capsys.readouterr().out
+    code, engine = execute("--prompt=5", f"--workdir={tmp_path}", failures={1: BUG, 2: BUG})
+    assert code == 1 and len(engine.begun) == 2
+    assert "failed twice at the same images: INTERNAL: bug; the finished images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_a_stop_is_obeyed_after_the_chunk(tmp_path, capsys, call):
+    """What is in flight is saved, and goes on in the middle; only a batch that is at its end is finished first."""
+    arguments = [f"--prompt={n}" for n in range(4)]
+    stop = generation.Stop()
+    end = lambda: setattr(stop, "number", signal.SIGTERM)  # noqa: E731
+    code, engine = execute(*arguments, f"--workdir={tmp_path / 'cut'}", failures={call: end}, stop=stop)
+    assert code == 143 and engine.calls == call
+    assert capsys.readouterr().err.endswith("and the same command continues\n")
+    assert len(pixels(tmp_path / "cut")) == (3 if call > 2 else 0)
+    code, engine = execute(*arguments, f"--workdir={tmp_path / 'cut'}")
+    names = [queue.Item(str(n), 0) for n in range(4)]
+    resumed = {1: [(tuple(names[:3]), 10)], 2: [(tuple(names[:3]), 20)], 3: [], 4: [(tuple(names[3:]), 10)]}[call]
+    assert code == 0 and engine.resumed == resumed
+    assert sum(map(len, engine.begun)) == 4 - (3 if call > 2 else 0) - sum(len(items) for items, _ in resumed)
+    execute(*arguments, f"--workdir={tmp_path / 'whole'}")
+    assert colours(tmp_path / "cut") == colours(tmp_path / "whole")
+    assert not (tmp_path / "cut" / "checkpoints").exists()
+
+
+def test_checkpoints_of_another_number_of_processes_go_on(tmp_path):
+    """Each process takes the rows that are its own; what all have done is forgotten."""
+    arguments = [f"--prompt={n}" for n in range(3)]
+    stop = generation.Stop()
+    end = lambda: setattr(stop, "number", signal.SIGTERM)  # noqa: E731
+    execute(*arguments, f"--workdir={tmp_path}", failures={1: end}, stop=stop)
+    items = [queue.Item(str(n), 0) for n in range(3)]
+    for index, own in enumerate([(items[0], items[2]), (items[1],)]):
+        code, engine = execute(*arguments, f"--workdir={tmp_path}", f"--shard_index={index}", "--shard_count=2")
+        assert code == 0 and engine.resumed == [(own, 10)] and not engine.begun
+        assert (tmp_path / "checkpoints").exists() == (index == 0)
+    assert len(pixels(tmp_path)) == 3
+
+
+def test_workers_that_come_and_go(tmp_path, monkeypatch):
+    """What another worker holds is waited for; what its silence gives up is taken over."""
+    monkeypatch.setattr(queue, "WAIT", 0.05)
+    execute("--prompt=3", f"--workdir={tmp_path}")
+    other = queue.Claims(tmp_path / "claims", 900)
+    item = queue.Item("1", 0)
+    assert other.take(item)
+    begun = time.time()
+    os.utime(tmp_path / "claims" / f"{item.id}.claim", (begun - 2, begun - 2))
+    arguments = [f"--prompt={n}" for n in range(3)]
+    code, engine = execute(*arguments, f"--workdir={tmp_path}", "--claim", "--claim_expiry=3")
+    assert code == 0 and engine.begun == [(queue.Item("0", 0), queue.Item("2", 0)), (item,)]
+    assert time.time() - begun > 0.9
+    assert list((tmp_path / "claims").iterdir()) == []
+    other.close()
+
+
+@pytest.mark.parametrize("arguments", [["--shard_index=2", "--shard_count=2"], ["--claim", "--shard_count=2"]])
+def test_impossible_shares(arguments):
+    with pytest.raises(commands.CommandError, match="shard_(index|count)"):
+        command("--prompt=one", *arguments)
 
 
 def test_trajectories(tmp_path):
@@ -300,8 +397,8 @@ def test_mistakes_in_the_command(arguments, message):
 
 def test_a_config_is_needed():
     values = flags.FlagValues()
-    with pytest.raises(run.CommandError, match="--config is missing, for example --config=configs/shapes.py"):
-        run.parse_flags(["run", "--prompt=a"], values)
+    with pytest.raises(commands.CommandError, match="--config is missing, for example --config=configs/shapes.py"):
+        commands.parse_flags(["run", "--prompt=a"], values)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +419,7 @@ def test_mistakes_in_the_config_file(tmp_path, text, message):
     if text is not None:
         body = f"    settings = config.default()\n    {text}\n    return settings\n"
         file.write_text(f"from referee_jax import config\n\ndef get_config():\n{body}")
-    with pytest.raises(run.CommandError) as caught:
+    with pytest.raises(commands.CommandError) as caught:
         command("--prompt=a", path=file)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
@@ -373,11 +470,12 @@ def test_signals(tmp_path, sent, code):
         # A shell's background job starts with Ctrl-C ignored, and so would its children.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tests import test_run\n"
-        "from referee_jax import run\n"
+        "from referee_jax import generation, run\n"
         "advance = test_run.FakeInverter.advance\n"
         "test_run.FakeInverter.advance = lambda *x: time.sleep(0.1) or advance(*x)\n"
-        "run.catch_signals()\n"
-        f"sys.exit(test_run.execute('--workdir={tmp_path / 'cut'}', *{arguments})[0])\n"
+        "stop = generation.Stop()\n"
+        "run.catch_signals(stop)\n"
+        f"sys.exit(test_run.execute('--workdir={tmp_path / 'cut'}', *{arguments}, stop=stop)[0])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     journal, end = tmp_path / "cut" / "metadata.jsonl", time.monotonic() + 200

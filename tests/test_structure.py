@@ -62,6 +62,7 @@ def test_torch_only_in_training_and_conversion():
 def test_only_the_outermost_reads_flags_and_devices():
     flags = {str(file.relative_to(ROOT)) for file in FILES if uses(file, "absl.flags")}
     programs = {
+        "command.py",
         "run.py",
         "score.py",
         "evaluate.py",

@@ -144,7 +144,9 @@ def pictures(rng: np.random.Generator, told: Told) -> Arrays:
     `parents` are the scenes that got the objects too many; `shown [scene, patch, KINDS]` says of what each patch shows a
     part: shape, colour, texture, and where it stands to the other object, if there are two.
     """
-    pairs = [i for i, scene in enumerate(told.scenes) if len({(item.shape, item.colour) for item in scene.objects}) == 2]
+    pairs = [
+        i for i, scene in enumerate(told.scenes) if len({(item.shape, item.colour) for item in scene.objects}) == 2
+    ]
     parents = np.array(pairs[: len(told.scenes) // 4])
     scenes = [*told.scenes, *(world.crowd(rng, told.scenes[i]) for i in parents)]
     batch = drawn(scenes, [random_view(rng) for _ in scenes])
@@ -191,7 +193,7 @@ def read_questions(texts: list[str]) -> np.ndarray:
 
 
 def questions(rng: np.random.Generator, told: Told) -> Arrays:
-    """Two questions for each scene, the second ones after all the first: is what the caption says there, and what a false one says?
+    """Two questions for each scene, the second ones after all the first: is there what its caption says, or a false one?
 
     Half of those about two things ask for one of them, as T2I-CompBench's questions do: for one that is not there, if the
     caption is false. `answers [question]` is whether all that is asked for is there, `asked [question, LENGTH]` is facts'.

@@ -1,0 +1,155 @@
+"""The loop of a run: batch after batch, and between two chunks progress, the log, checkpoints and the wish to stop."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from referee_jax import checkpoint, outputs, progress, queue
+
+
+class Stopped(Exception):
+    """The run was asked to end, by this signal, and has saved what it was at."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(number.name)
+        self.number = number
+
+
+@dataclasses.dataclass
+class Stop:
+    """The wish to end the run: the signal that came, or none yet."""
+
+    number: signal.Signals | None = None
+
+    def __call__(self) -> bool:
+        return self.number is not None
+
+
+@dataclasses.dataclass
+class Made:
+    """How many images were written, and how many of them are not finite."""
+
+    images: int = 0
+    nonfinite: int = 0
+
+
+class Generator:
+    """Makes images with an engine and writes them to a run; `made` counts.
+
+    `checkpoints` are saved every `save_every` seconds and when a stop comes.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        run: outputs.RunDirectory,
+        checkpoints: checkpoint.Checkpoints,
+        bar: progress.Progress,
+        *,
+        stop: Stop,
+        save_every: float,
+    ):
+        self.engine, self.run, self.checkpoints, self.bar = engine, run, checkpoints, bar
+        self.stop, self.save_every, self.made = stop, save_every, Made()
+
+    def work(self, work: queue.Work) -> None:
+        """Makes all that `work` hands out.
+
+        Where the device's memory is too small the batch is halved, once for each size; another error of the device is met by
+        trying its batch once more. Raises Stopped, and what is not mended so.
+        """
+        tried: set[queue.Item] = set()
+        while part := work.take(self.engine.batch_size, stopped=self.stop):
+            try:
+                self.make(part, work.claims)
+            except jax.errors.JaxRuntimeError as error:
+                if is_memory(error):
+                    self.halve(error)
+                elif tried.issuperset(part.items):
+                    raise
+                else:
+                    why = str(error).strip().splitlines()[0][:200]
+                    progress.say(f"the device failed ({why}); its {len(part.items)} images are tried once more")
+                    self.run.log("retry", items=[item.id for item in part.items], error=why)
+                    tried |= set(part.items)
+                work.put_back(part)
+        self.check()
+
+    def make(self, part: queue.Part, claims: queue.Claims | None = None) -> None:
+        """Makes one batch, from its start or from where it was left, and writes its images. Raises Stopped."""
+        self.check()
+        engine, begun = self.engine, time.monotonic()
+        saved = begun
+        if not engine.compiled:
+            progress.say(
+                f"compiling for {engine.devices}, {engine.batch_size} images at once (this takes a while, once)"
+            )
+        seed = self.run.settings.seed
+        batch = engine.resume(part, seed) if part.state else engine.begin(part.items, seed)
+        if not engine.compiled:
+            tell_cost(engine, self.run, batch)
+        self.bar.skip(part.step * len(part.items))
+        frames = []
+        while batch.step < engine.steps:
+            before = batch.step
+            batch, metrics = engine.advance(batch)
+            log_chunk(self.run, part.items, batch.step, metrics)
+            self.bar.advance((batch.step - before) * len(part.items), metrics)
+            if claims:
+                claims.refresh()
+            if self.run.settings.outputs.trajectory:
+                frames.append(engine.preview(batch))
+            if batch.step < engine.steps and (self.stop() or time.monotonic() - saved > self.save_every):
+                self.checkpoints.save(engine.snapshot(batch), self.run.fingerprint)
+                saved = time.monotonic()
+                self.check()
+        for n, picture in enumerate(engine.finish(batch)):
+            status = self.run.write(picture, seconds=(time.monotonic() - begun) / len(part.items))
+            self.made.nonfinite += status != "done"
+            if frames:
+                self.run.trajectory(picture.item.id, [frame[n] for frame in frames])
+        self.checkpoints.clear()
+        if claims:
+            claims.release([item.id for item in part.items])
+        self.made.images += len(part.items)
+        self.bar.finished(len(part.items))
+
+    def halve(self, error: jax.errors.JaxRuntimeError) -> None:
+        """Goes on with batches half as large; raises `error` where they are of one already."""
+        smaller = self.engine.halved()
+        if smaller is None:
+            raise error
+        self.engine = smaller
+        size = smaller.settings.batch_size
+        progress.say(f"the device's memory is too small, going on with --config.batch_size={size}")
+        self.run.log("halved", batch_size=size)
+
+    def check(self) -> None:
+        """Raises Stopped if a stop was asked for."""
+        if self.stop.number is not None:
+            raise Stopped(self.stop.number)
+
+
+def is_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether it says that memory was too small."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def tell_cost(engine: Any, run: outputs.RunDirectory, batch: Any) -> None:
+    """Says and notes what an iteration costs."""
+    each = engine.flops(batch)
+    progress.say(f"{each / 1e12:.3g} TFLOP for an iteration of an image, {each * engine.steps / 1e12:.3g} for all")
+    run.log("cost", flops=each)
+
+
+def log_chunk(
+    run: outputs.RunDirectory, items: Sequence[queue.Item], step: int, metrics: dict[str, np.ndarray]
+) -> None:
+    """Notes the mean of each metric `[item, iteration]` over those of a chunk's iterations in which there is one."""
+    means = {name: progress.mean(x) for name, x in metrics.items()}
+    run.log("chunk", step=step, items=[item.id for item in items], metrics=means)

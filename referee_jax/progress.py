@@ -1,0 +1,104 @@
+"""What a run tells while it works: lines, and a bar where it is a terminal that reads them."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import TextIO
+
+import numpy as np
+import tqdm
+
+SECONDS_BETWEEN_LINES = 30  # of progress, where it is not a terminal that reads it
+SHOWN_METRICS = 4
+
+
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Prints a line; where nobody reads any more (`| head`), the work goes on silently."""
+    file = file or sys.stdout
+    try:
+        tqdm.tqdm.write(text, file=file)
+        file.flush()
+    except BrokenPipeError:
+        # What is still in the buffer would raise again at exit.
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, file.fileno())
+            os.close(null)
+
+
+class Progress:
+    """Iterations of all images: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, images: int, steps: int):
+        self.images, self.total, self.steps = images, images * steps, 0
+        self.done, self.bar = 0, None
+        self.is_terminal = sys.stderr.isatty()
+        self.counted_from = self.said = time.monotonic()
+        self.uncounted = 0
+
+    def advance(self, steps: int, metrics: dict[str, np.ndarray]) -> None:
+        """After a chunk of so many iterations, each image's counted, with its metrics."""
+        self.steps += steps
+        # What is not measured in every iteration is shown where it was.
+        means = {name: mean(np.ravel(x)) for name, x in metrics.items()}
+        there = [f"{name} {value:.3g}" for name, value in means.items() if not np.isnan(value)]
+        losses = " ".join(there[:SHOWN_METRICS])
+        if not self.uncounted:
+            # The first chunk is compiled: its time says nothing about the others.
+            self.counted_from, self.uncounted = time.monotonic(), self.steps
+        if self.is_terminal:
+            if self.bar is None:
+                self.bar = tqdm.tqdm(total=self.total, initial=self.steps, unit="step", dynamic_ncols=True)
+            self.bar.update(self.steps - self.bar.n)
+            self.bar.set_postfix_str(losses, refresh=False)
+            self._describe()
+        elif time.monotonic() - self.said > SECONDS_BETWEEN_LINES:
+            self._line(losses)
+
+    def skip(self, steps: int) -> None:
+        """So many iterations have been done before."""
+        self.total -= steps
+
+    def finished(self, images: int) -> None:
+        """After a batch: so many images more."""
+        self.done += images
+        if self.is_terminal:
+            self._describe()
+        else:
+            self._line("")
+
+    def close(self) -> None:
+        """Leaves the bar as it is and the cursor below it."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _describe(self) -> None:
+        if self.bar is not None:
+            self.bar.set_description_str(f"{self.done}/{self.images} images")
+
+    def _line(self, losses: str) -> None:
+        self.said = time.monotonic()
+        rate = (self.steps - self.uncounted) / max(self.said - self.counted_from, 1e-9)
+        parts = [f"{self.done}/{self.images} images", f"{self.steps}/{self.total} steps"]
+        if rate > 0:
+            parts += [f"{rate:.2f} steps/s", f"{(self.total - self.steps) / rate:.0f} s left"]
+        say(", ".join([*parts, losses] if losses else parts))
+
+
+@contextlib.contextmanager
+def shown(images: int, steps: int) -> Iterator[Progress]:
+    """A Progress that is closed at the end, whatever happens."""
+    bar = Progress(images, steps)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def mean(metric: np.ndarray) -> np.ndarray:
+    """Over the last axis, of what is not NaN; NaN where that is nothing."""
+    there = ~np.isnan(metric)
+    with np.errstate(all="ignore"):
+        return np.where(there, metric, 0).sum(-1, dtype=np.float64) / there.sum(-1)

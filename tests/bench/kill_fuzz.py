@@ -1,0 +1,111 @@
+"""Kills a run again and again, at random moments, and looks whether anything is lost, doubled or changed.
+
+    python tests/bench/kill_fuzz.py --kills=50 --seed=0
+
+Runs of the shapes world, by one to three processes (another number after each kill), end by SIGTERM or SIGKILL; the last one may
+finish. Asked then: is every image there, once, to the byte what an uninterrupted run makes, and is nothing else left behind?
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[2]
+PROMPTS = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "star", "ring")]
+SETTINGS = {
+    "init": "noise", "steps": 24, "chunk": 2, "batch_size": 4, "checkpoint_seconds": 0.5, "views.count": 2, "views.keep": 2,
+}  # fmt: skip
+TERMINATED = (128 + signal.SIGTERM, -signal.SIGKILL)
+
+
+def start(workdir: pathlib.Path, cache: pathlib.Path, index: int = 0, count: int = 1) -> subprocess.Popen:
+    """One process of a run."""
+    command = [sys.executable, "-m", "referee_jax.run", "--config=configs/shapes.py", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in SETTINGS.items()] + [f"--prompt={x}" for x in PROMPTS]
+    command += [f"--shard_index={index}", f"--shard_count={count}"]
+    # Many processes on few cores: one thread each, and what is compiled once is not compiled again.
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    with open(workdir.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def images(workdir: pathlib.Path) -> dict[str, bytes]:
+    """File name -> its bytes."""
+    return {file.name: file.read_bytes() for file in (workdir / "images").glob("*")}
+
+
+def problems(workdir: pathlib.Path, reference: pathlib.Path) -> list[str]:
+    """What is wrong with a finished run, compared with an uninterrupted one."""
+    found, wanted = images(workdir), images(reference)
+    wrong = [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    wrong += [f"{name} should not be there" for name in found.keys() - wanted.keys()]
+    wrong += [f"{name} is another image" for name in found.keys() & wanted.keys() if found[name] != wanted[name]]
+    journal = [json.loads(line) for file in workdir.glob("metadata*.jsonl") for line in file.read_text().splitlines()]
+    names = [record["file_name"].removeprefix("images/") for record in journal]
+    wrong += [f"{name} is {names.count(name)} times in the journal" for name in wanted if names.count(name) != 1]
+    expected = {file.name for file in reference.iterdir()}
+    wrong += [f"{file.name} was left behind" for file in workdir.iterdir() if file.name not in expected]
+    return wrong
+
+
+def fuzz(kills: int, seed: int, workdir: pathlib.Path) -> list[str]:
+    """Runs it all in `workdir`; what is wrong in the end."""
+    rng, cut, whole, cache = random.Random(seed), workdir / "cut", workdir / "whole", workdir / "cache"
+    began = time.monotonic()
+    if start(whole, cache).wait():
+        return [f"the uninterrupted run fails: {whole.with_suffix('.log').read_text()[-2000:]}"]
+    lasted = time.monotonic() - began
+    wrong, codes, killed = [], [], 0
+    while killed < kills:
+        count = rng.randint(1, 3)
+        running = [start(cut, cache, index, count) for index in range(count)]
+        # Together they need no more than one alone, and start several times as slowly: kills fall on all they do.
+        for process in rng.sample(running, count):
+            time.sleep(rng.uniform(0, lasted * (1 + count) / 2 / count))
+            if process.poll() is None and killed < kills:
+                process.send_signal(rng.choice([signal.SIGTERM, signal.SIGKILL]))
+                killed += 1
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        codes += [process.wait() for process in running]
+        wrong += [f"it took {took:.0f} s to end"] if (took := time.monotonic() - begun) > 10 else []
+        if len(images(cut) if (cut / "images").exists() else ()) == len(PROMPTS):
+            for file in (cut / "images").iterdir():  # all done before the last kill: half of it is to be made again
+                if rng.random() < 0.5:
+                    file.unlink()
+        print(f"{killed} kills, {len(images(cut)) if (cut / 'images').exists() else 0} images", flush=True)
+    last = [start(cut, cache, index, 2) for index in range(2)]
+    codes_of_last = [process.wait() for process in last]
+    wrong += [f"a process ended with {code}" for code in codes if code not in (0, *TERMINATED)]
+    wrong += [f"the last run ended with {code}" for code in codes_of_last if code]
+    start(cut, cache).wait()  # alone: it finds all done, and joins the journals
+    return wrong + problems(cut, whole)
+
+
+def main() -> int:
+    """The command line; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workdir", type=pathlib.Path, help="a new directory; default: a temporary one")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        wrong = fuzz(args.kills, args.seed, args.workdir or pathlib.Path(temporary))
+    print("\n".join(wrong) or f"nothing lost, doubled or changed by {args.kills} kills")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

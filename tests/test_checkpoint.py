@@ -1,0 +1,73 @@
+"""Checkpoints: what is saved comes back to the bit, damage is seen, and only whole ones count."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from referee_jax import checkpoint, queue
+
+ITEMS = tuple(queue.items(["a cat", "\udcff <b>", "ünï"], 1))
+
+
+def part(step, rng=None):
+    rng = np.random.default_rng(step)
+    state = {".latents": rng.normal(size=(3, 4, 4, 2)).astype(np.float32), ".optimizer[0].count": np.arange(3)}
+    return queue.Part(ITEMS, step, state | {".frozen": np.array([True, False, True])})
+
+
+def assert_same(a, b):
+    assert (a.items, a.step) == (b.items, b.step) and a.state.keys() == b.state.keys()
+    for name in a.state:
+        np.testing.assert_array_equal(a.state[name], b.state[name])
+        assert a.state[name].dtype == b.state[name].dtype
+
+
+def test_the_newest_comes_back(tmp_path):
+    one = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    assert one.begun("print") == []
+    for step in (10, 20, 30):
+        one.save(part(step), "print")
+    (found,) = checkpoint.Checkpoints(tmp_path / "checkpoints").begun("print")
+    assert_same(found, part(30))
+    assert sorted(x.name for x in one.own.iterdir() if x.name.isdigit()) == ["2", "3"]
+    assert checkpoint.Checkpoints(tmp_path / "checkpoints").begun("other settings") == []
+    one.clear()
+    assert one.begun("print") == []
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
+def test_a_damaged_one_is_passed_over(tmp_path, damage, caplog):
+    """Every file of the newest in turn: what comes back is that one whole, or the one before; never anything else."""
+    one = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    for step in (10, 20):
+        one.save(part(step), "print")
+    fallen = 0
+    for file in [x for x in (one.own / "2").rglob("*") if x.is_file() and x.stat().st_size]:
+        data = file.read_bytes()
+        middle = len(data) // 2
+        broken = {"flip": data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :], "cut": data[:middle]}
+        if damage == "lose":
+            file.unlink()
+        else:
+            file.write_bytes(broken[damage])
+        with caplog.at_level(logging.WARNING, logger="absl"):
+            caplog.clear()
+            (found,) = one.begun("print")
+        assert_same(found, part(found.step))
+        assert found.step == 20 or "cannot be read, the one before is taken" in caplog.text
+        fallen += found.step == 10
+        file.write_bytes(data)
+    assert fallen >= 2
+    assert_same(one.begun("print")[0], part(20))
+
+
+def test_forgotten_when_all_is_done(tmp_path):
+    one, two = (checkpoint.Checkpoints(tmp_path / "checkpoints") for _ in range(2))
+    one.save(part(10), "print")
+    two.save(queue.Part(ITEMS[:1], 5, {"x": np.zeros(1)}), "print")
+    assert len(one.begun("print")) == 2
+    one.forget({ITEMS[0].id})
+    assert [found.step for found in one.begun("print")] == [10]
+    one.forget({item.id for item in ITEMS})
+    assert not (tmp_path / "checkpoints").exists()
