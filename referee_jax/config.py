@@ -42,7 +42,7 @@ LOSSES = {
 
 # What decides which images are made, how they are stored or how fast, but not what any one of them looks like.
 _NOT_OF_THE_IMAGE = (
-    "prompts", "samples", "workdir", "batch_size", "chunk", "checkpoint_seconds", "outputs.trajectory",
+    "prompts", "samples", "workdir", "batch_size", "mesh", "chunk", "checkpoint_seconds", "outputs.trajectory",
 )  # fmt: skip
 
 
@@ -161,13 +161,22 @@ class Outputs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """How the devices of a process share the work: groups that make prompts of their own, and within each split weights."""
+
+    prompt: int = _field(0, low=0)  # groups; 0: as many as there are devices for
+    model: int = _field(1, low=1)  # devices of a group, for networks that are too large for one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that can be chosen."""
 
     steps: int = _field(160, low=1)
     image_size: int = _field(512, low=8)
     precision: str = _field("float32", allowed=("float32", "bfloat16"))
-    batch_size: int = _field(8, low=1)  # items per device
+    batch_size: int = _field(8, low=1)  # items per device (or group of them)
+    mesh: Mesh = _group(Mesh)
     chunk: int = _field(10, low=1)  # iterations between two looks at the clock, the log and the stop request
     checkpoint_seconds: float = _field(60.0, above=0.0)  # between two checkpoints of what is in flight
     seed: int = _field(0, low=0, high=2**32 - 1)

@@ -97,9 +97,10 @@ class Inverter:
         devices: Sequence[jax.Device] | None = None,
     ):
         self.settings, self.tokenizer = settings, prior.tokenizer
-        self.mesh = parallel.prompt_mesh(devices)
+        self.mesh = make_mesh(settings, devices)
         self.steps, self.chunk = settings.steps, settings.chunk
-        self.batch_size = settings.batch_size * self.mesh.size
+        self.groups = self.mesh.shape[parallel.AXIS]
+        self.batch_size = settings.batch_size * self.groups
         self.judges = [judge for judge in judges if judge.spec.role == "optimise"]
         self.held_out = [judge for judge in judges if judge.spec.role == "held_out"]
         networks = inversion.Networks(
@@ -221,7 +222,7 @@ class Inverter:
             return None
         smaller = copy.copy(self)
         smaller.settings = dataclasses.replace(self.settings, batch_size=self.settings.batch_size // 2)
-        smaller.batch_size = smaller.settings.batch_size * self.mesh.size
+        smaller.batch_size = smaller.settings.batch_size * self.groups
         smaller.compiled = False
         return smaller
 
@@ -242,7 +243,7 @@ class Inverter:
         """Floating-point operations of one image in an iteration with all that there is to do; nothing is compiled."""
         args = self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(0)
         traced = self._program("chunk", self._is_swept(batch)).trace(*args)
-        return cost.count(traced.jaxpr.jaxpr) / (self.chunk * self.batch_size // self.mesh.size)
+        return cost.count(traced.jaxpr.jaxpr) / (self.chunk * self.batch_size // self.groups)
 
     def preview(self, batch: Batch) -> np.ndarray:
         """The images as they are, uint8 `[item, H, W, 3]`."""
@@ -346,6 +347,14 @@ def _result(pictures: Sequence[Picture], history: dict[str, np.ndarray]) -> Resu
 def item_key(seed: int, item: queue.Item) -> Array:
     """The key of all that is random for one item: of the seed, the prompt's text and the sample's number, nothing else."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), item.prompt_id), item.sample)
+
+
+def make_mesh(settings: config.Settings, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh that the settings ask for. Raises ConfigError where the devices do not make one."""
+    try:
+        return parallel.prompt_mesh(devices, prompt=settings.mesh.prompt, model=settings.mesh.model)
+    except ValueError as error:
+        raise config.ConfigError(f"mesh: {error}") from error
 
 
 def make_looks(settings: config.Settings, spec: config.RefereeSpec) -> objective.Looks:

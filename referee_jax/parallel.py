@@ -1,7 +1,9 @@
 """Devices: a mesh, and a function of a batch run on all of them without a word between them.
 
 `jax.shard_map` over the mesh axis `prompt` is the successor that `jax.pmap` names. Prompts are independent, so the compiled
-program contains no collective; a test reads it.
+program contains no collective; a test reads it. Where weights are too large for one device, a second axis, `model`, spreads them
+over the devices of a group, which then work on the same prompts: there the compiler divides the work, and the only collectives
+are within a group.
 """
 
 import os
@@ -13,12 +15,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXIS = "prompt"
+AXIS, MODEL = "prompt", "model"
+LARGE = 2**16  # elements; smaller weights are whole on every device
 
 
-def prompt_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of this process's devices along the axis `prompt`."""
-    return Mesh(np.array(devices or jax.local_devices()), (AXIS,))
+def prompt_mesh(devices: Sequence[jax.Device] | None = None, *, prompt: int = 0, model: int = 1) -> Mesh:
+    """A mesh of this process's devices: `prompt` groups (0: as many as there are) of `model` devices each.
+
+    Raises ValueError where there are too few devices, or, without `prompt`, some would be left over.
+    """
+    devices = list(devices or jax.local_devices())
+    groups = prompt or len(devices) // model
+    if not 0 < groups * model <= len(devices) or (not prompt and groups * model < len(devices)):
+        raise ValueError(f"{len(devices)} devices do not make {prompt or 'whole'} groups of {model}")
+    return Mesh(np.array(devices[: groups * model]).reshape(groups, model), (AXIS, MODEL))
 
 
 def across_devices(fn: Callable, mesh: Mesh, batched: Sequence[bool], *, joined: int | tuple[int, ...] = 0) -> Callable:
@@ -29,12 +39,26 @@ def across_devices(fn: Callable, mesh: Mesh, batched: Sequence[bool], *, joined:
     """
     specs = tuple(PartitionSpec(AXIS) if is_batched else PartitionSpec() for is_batched in batched)
     out = jax.tree.map(lambda axis: PartitionSpec(*[None] * axis, AXIS), joined)
-    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, axis_names={AXIS}, check_vma=False)
 
 
 def place(tree: Any, mesh: Mesh, *, batched: bool) -> Any:
-    """Puts a pytree on the mesh: split along its leaves' first axis, or whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(AXIS) if batched else PartitionSpec()))
+    """Puts a pytree on the mesh: split along its leaves' first axis over the groups, or the same in every group.
+
+    Within a group, what is the same in all and LARGE is split along the longest axis that can be.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, _spec(x, mesh, batched))), tree)
+
+
+def _spec(x: Any, mesh: Mesh, batched: bool) -> PartitionSpec:
+    count = mesh.shape[MODEL]
+    if batched:
+        return PartitionSpec(AXIS)
+    axes = [axis for axis, length in enumerate(x.shape) if length % count == 0]
+    if count == 1 or x.size < LARGE or not axes:
+        return PartitionSpec()
+    longest = max(axes, key=lambda axis: x.shape[axis])
+    return PartitionSpec(*[None] * longest, MODEL)
 
 
 def join(index: int, count: int, *, timeout: int = 300) -> tuple[int, int]:

@@ -104,22 +104,48 @@ def test_samples_and_seed(inverter):
     assert relative_l2(other.latents[0], first.latents[2]) > 0.5
 
 
+COLLECTIVES = r"= \S+ (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)"
+
+
+def chunk_text(engine) -> str:
+    batch = engine.begin(queue.items(PROMPTS, 1), 0)
+    args = engine.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(0)
+    return engine._program("chunk", False).lower(*args).compile().as_text()
+
+
 def test_devices(checkpoints, straight):
-    """Eight devices with one prompt each, by shard_map."""
+    """Eight devices with one prompt each, by shard_map: without a word between them."""
     spread = build(checkpoints, devices=8, batch_size=1)
     assert spread.batch_size == 8
     result = spread(PROMPTS, seed=3)
     assert relative_l2(result.latents, straight.latents) < TOLERANCE
-    batch = spread.begin(queue.items(PROMPTS, 1), 0)
-    program = spread._program("chunk", False)
-    text = (
-        program.lower(spread.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(0))
-        .compile()
-        .as_text()
-    )
+    text = chunk_text(spread)
     assert "fusion" in text  # it is the program
-    collectives = r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)\b"
-    assert re.findall(collectives, text) == []
+    assert re.findall(COLLECTIVES, text) == []
+
+
+def test_weights_split_within_groups(checkpoints, straight, monkeypatch):
+    """Four groups of two devices: each holds half of the large weights, and speaks to its neighbour alone."""
+    monkeypatch.setattr(parallel, "LARGE", 256)
+    split = build(checkpoints, devices=8, batch_size=2, mesh={"model": 2})
+    assert split.batch_size == 8
+    weights = jax.tree.leaves(split.networks)
+    held, whole = sum(x.addressable_shards[0].data.size for x in weights), sum(x.size for x in weights)
+    assert 0.5 <= held / whole < 0.6
+    assert relative_l2(split(PROMPTS, seed=3).latents, straight.latents) < TOLERANCE
+    found = re.findall(COLLECTIVES + r".*", chunk_text(split))
+    assert found
+    for line in found:
+        said = re.search(r"(?:replica_groups|source_target_pairs)=(\S+)", line)[1]
+        pairs = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)\}", said)]
+        # Neighbours, written out or as "four groups of two, counted through".
+        assert said.startswith("[4,2]<=[8]") or pairs and all(a // 2 == b // 2 for a, b in pairs), line
+
+
+def test_impossible_mesh(checkpoints):
+    for mesh in ({"model": 3}, {"prompt": 5, "model": 2}):
+        with pytest.raises(config.ConfigError, match="mesh: 8 devices do not make"):
+            build(checkpoints, devices=8, mesh=mesh)
 
 
 def test_transformations(inverter):

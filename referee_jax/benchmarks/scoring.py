@@ -21,7 +21,7 @@ class Scorer:
         devices: Sequence[jax.Device] | None = None,
     ):
         self.judge, self.texts, self.mesh = judge, texts, parallel.prompt_mesh(devices)
-        self.batch_size = batch_size * self.mesh.size
+        self.batch_size = batch_size * self.mesh.shape[parallel.AXIS]
         self.look = judge.preprocessing()
         self.referee = parallel.place(judge.referee, self.mesh, batched=False)
         batched = parallel.across_devices(jax.vmap(_scores, in_axes=(None, 0, 0)), self.mesh, (False, True, True))
