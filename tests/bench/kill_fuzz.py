@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,13 +59,20 @@ def problems(workdir: pathlib.Path, reference: pathlib.Path) -> list[str]:
     return wrong
 
 
-def fuzz(kills: int, seed: int, workdir: pathlib.Path) -> list[str]:
-    """Runs it all in `workdir`; what is wrong in the end."""
+def uninterrupted(workdir: pathlib.Path) -> float:
+    """Makes `workdir / "whole"`, and `workdir / "cache"` of compiled programs; how many seconds it took with those."""
+    whole, cache = workdir / "whole", workdir / "cache"
+    for _ in range(2):
+        shutil.rmtree(whole, ignore_errors=True)
+        began = time.monotonic()
+        if start(whole, cache).wait():
+            raise RuntimeError(f"the uninterrupted run fails: {whole.with_suffix('.log').read_text()[-2000:]}")
+    return time.monotonic() - began
+
+
+def fuzz(kills: int, seed: int, workdir: pathlib.Path, lasted: float) -> list[str]:
+    """Kills a run in `workdir / "cut"`, which alone would last `lasted` seconds; what is wrong in the end."""
     rng, cut, whole, cache = random.Random(seed), workdir / "cut", workdir / "whole", workdir / "cache"
-    began = time.monotonic()
-    if start(whole, cache).wait():
-        return [f"the uninterrupted run fails: {whole.with_suffix('.log').read_text()[-2000:]}"]
-    lasted = time.monotonic() - began
     wrong, codes, killed = [], [], 0
     while killed < kills:
         count = rng.randint(1, 3)
@@ -81,11 +89,11 @@ def fuzz(kills: int, seed: int, workdir: pathlib.Path) -> list[str]:
         begun = time.monotonic()
         codes += [process.wait() for process in running]
         wrong += [f"it took {took:.0f} s to end"] if (took := time.monotonic() - begun) > 10 else []
-        if len(images(cut) if (cut / "images").exists() else ()) == len(PROMPTS):
-            for file in (cut / "images").iterdir():  # all done before the last kill: half of it is to be made again
+        print(f"{killed} kills, {len(images(cut))} images", flush=True)
+        if len(images(cut)) == len(PROMPTS):
+            for name in images(cut):  # all is done before the last kill: half of it is to be made again
                 if rng.random() < 0.5:
-                    file.unlink()
-        print(f"{killed} kills, {len(images(cut)) if (cut / 'images').exists() else 0} images", flush=True)
+                    (cut / "images" / name).unlink()
     last = [start(cut, cache, index, 2) for index in range(2)]
     codes_of_last = [process.wait() for process in last]
     wrong += [f"a process ended with {code}" for code in codes if code not in (0, *TERMINATED)]
@@ -102,7 +110,8 @@ def main() -> int:
     parser.add_argument("--workdir", type=pathlib.Path, help="a new directory; default: a temporary one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        wrong = fuzz(args.kills, args.seed, args.workdir or pathlib.Path(temporary))
+        workdir = args.workdir or pathlib.Path(temporary)
+        wrong = fuzz(args.kills, args.seed, workdir, uninterrupted(workdir))
     print("\n".join(wrong) or f"nothing lost, doubled or changed by {args.kills} kills")
     return bool(wrong)
 

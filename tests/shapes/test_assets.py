@@ -67,7 +67,9 @@ def test_attribute_swaps(name):
 def test_questions_about_one_thing(unseen):
     """T2I-CompBench's: yes to each thing of a picture of two, no to the things of its swap."""
     who, asked = judge("blip_vqa"), {True: [], False: []}
-    ask = jax.jit(jax.vmap(lambda view, tokens: who.referee.scores(view, who.referee.encode(tokens))["vqa_probability"]))
+    ask = jax.jit(
+        jax.vmap(lambda view, tokens: who.referee.scores(view, who.referee.encode(tokens))["vqa_probability"])
+    )
     for view, prompt in scenes(48, unseen=unseen):
         for is_there, things in ((True, prompt.things), (False, prompt.swapped().things)):
             asked[is_there] += [(view, world.Prompt(things=(thing,)).text) for thing in things]
