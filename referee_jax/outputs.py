@@ -5,6 +5,7 @@
     metadata.jsonl      the journal: one line per finished image, with `file_name`
     log.jsonl           starts, skipped prompts, metrics of every chunk
     contact_sheet.png   all of it at a glance
+    gallery.html        all of it to sort, filter and compare (gallery.py)
     trajectories/<id>.webp
 
 It is a Hugging Face ImageFolder: `load_dataset("imagefolder", data_files=["RUN/metadata.jsonl", "RUN/images/*"])`. An

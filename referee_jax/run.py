@@ -24,7 +24,7 @@ import tqdm
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from referee_jax import config, outputs, prompts, queue
+from referee_jax import config, gallery, outputs, prompts, queue
 from referee_jax.weights import convert
 
 SECONDS_BETWEEN_LINES = 30  # of progress, where it is not a terminal that reads it
@@ -259,7 +259,7 @@ def execute(command: Command, *, load: Callable[[config.Settings], Any] = load_i
         if not missing and not run.done():
             raise CommandError(f"no prompt can be used; {unfit[0]}")
         made, nonfinite = generate(engine, run, missing)
-    sheet = run.contact_sheet()
+    sheet, page = run.contact_sheet(), gallery.write(run)
     finished = run.finished()
     hacked = [record["id"] for record in finished if record.get("hacked")]
     if hacked:
@@ -270,8 +270,9 @@ def execute(command: Command, *, load: Callable[[config.Settings], Any] = load_i
         )
     seconds = time.monotonic() - start
     run.log("end", hacked=hacked, images=made, skipped=len(rejected), nonfinite=nonfinite, seconds=round(seconds, 1))
+    see = f"{sheet} and {page.name}" if sheet and page else run.path
     broken = f" ({nonfinite} of them not finite)" if nonfinite else ""
-    say(f"{made} images done{broken}, {len(rejected)} prompts skipped, {seconds:.0f} s; see {sheet or run.path}")
+    say(f"{made} images done{broken}, {len(rejected)} prompts skipped, {seconds:.0f} s; see {see}")
     return 0
 
 
