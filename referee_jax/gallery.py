@@ -23,7 +23,7 @@ from urllib.parse import quote
 import jinja2
 from absl import app
 
-from referee_jax import config, outputs
+from referee_jax import config, outputs, prompts
 
 EMBEDDED = 300  # pictures; of 512 px they make a page of about 5 MB
 THUMBNAIL = 256  # pixels at most, of a picture in the page
@@ -106,9 +106,9 @@ def main(argv: list[str]) -> int:
         file = write(read(Path(argv[1])))
         if file is None:
             raise ValueError(f"{argv[1]} holds no finished image")
-        print(file)
+        print(prompts.printable(str(file), sys.stdout.encoding))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(prompts.printable(f"error: {error}", sys.stderr.encoding), file=sys.stderr)
         return 2
     return 0
 
