@@ -17,6 +17,7 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["referee_jax", "referee_jax.*"]),
     package_data={
+        "referee_jax": ["gallery.html"],
         "referee_jax.shapes": ["assets/**/*"],
         "referee_jax.benchmarks": ["*.txt", "*.json", "*.jsonl"],
     },
@@ -25,6 +26,7 @@ setuptools.setup(
         "flax>=0.12",
         "huggingface_hub>=1.0",
         "jax>=0.10",
+        "jinja2>=3.1",
         "ml_collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.5",

@@ -5,16 +5,19 @@
     metadata.jsonl      the journal: one line per finished image, with `file_name`
     log.jsonl           starts, skipped prompts, metrics of every chunk
     contact_sheet.png   all of it at a glance
+    gallery.html        all of it to sort, filter and compare (gallery.py)
     trajectories/<id>.webp
 
 It is a Hugging Face ImageFolder: `load_dataset("imagefolder", data_files=["RUN/metadata.jsonl", "RUN/images/*"])`. An
 image is on disk before its line is in the journal, so an item is done if both are there, whatever happened in between.
 """
 
+import bisect
 import contextlib
 import datetime
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -330,7 +333,7 @@ def read_settings(png: str | os.PathLike) -> dict[str, Any]:
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, *, lines: int) -> list[str]:
     """`text` in at most `lines` lines of `width` pixels; a word that is too long is broken, a text cut with "..."."""
-    wrapped = list(_wrapped(text, font, width))
+    wrapped = list(itertools.islice(_wrapped(text, font, width), lines + 1))
     if len(wrapped) > lines:
         last = wrapped[lines - 1]
         while last and font.getlength(last + "...") > width:
@@ -349,7 +352,8 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> Iterator[
             yield line
         line = word
         while font.getlength(line) > width and len(line) > 1:
-            fits = max(n for n in range(1, len(line)) if n == 1 or font.getlength(line[:n]) <= width)
+            # By halves: a word of 2000 letters would take minutes to measure at every length.
+            fits = bisect.bisect_right(range(1, len(line)), width, key=lambda n: font.getlength(line[:n])) or 1
             yield line[:fits]
             line = line[fits:]
     if line:

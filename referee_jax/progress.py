@@ -10,15 +10,17 @@ from typing import TextIO
 import numpy as np
 import tqdm
 
+from referee_jax import prompts
+
 SECONDS_BETWEEN_LINES = 30  # of progress, where it is not a terminal that reads it
 SHOWN_METRICS = 4
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:
-    """Prints a line; where nobody reads any more (`| head`), the work goes on silently."""
+    """Prints a line, without what would steer a terminal; where nobody reads any more (`| head`), the work goes on silently."""
     file = file or sys.stdout
     try:
-        tqdm.tqdm.write(text, file=file)
+        tqdm.tqdm.write(prompts.printable(text, file.encoding), file=file)
         file.flush()
     except BrokenPipeError:
         # What is still in the buffer would raise again at exit.

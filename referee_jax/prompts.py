@@ -96,6 +96,13 @@ def sift(entries: Iterable[Entry]) -> tuple[list[str], list[Rejected]]:
     return list(kept), rejected
 
 
+def printable(text: str, encoding: str | None = None) -> str:
+    """`text` for a terminal: what would steer it, or has no place in its encoding, as an escape; lines stay lines."""
+    encoding = encoding or "utf-8"
+    plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return plain.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def token_count(tokenizer: Any, text: str) -> int:
     """Tokens of `text` with both ends, by a transformers tokenizer."""
     return len(tokenizer(text, verbose=False)["input_ids"])

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from referee_jax import checkpoint, config, generation, outputs, parallel, progress, prompts, queue
+from referee_jax import checkpoint, config, gallery, generation, outputs, parallel, progress, prompts, queue
 from referee_jax.command import Command, CommandError, parse_flags, read_command
 from referee_jax.progress import say
 from referee_jax.weights import convert
@@ -100,8 +100,8 @@ def generate(
 
 
 def finish(run: outputs.RunDirectory, made: generation.Made, skipped: int, seconds: float) -> None:
-    """Draws the contact sheet and tells what was done."""
-    sheet = run.contact_sheet()
+    """Draws the contact sheet and the gallery, and tells what was done."""
+    sheet, page = run.contact_sheet(), gallery.write(run)
     finished = run.finished()
     hacked = [record["id"] for record in finished if record.get("hacked")]
     if hacked:
@@ -113,8 +113,9 @@ def finish(run: outputs.RunDirectory, made: generation.Made, skipped: int, secon
     run.log(
         "end", hacked=hacked, images=made.images, skipped=skipped, nonfinite=made.nonfinite, seconds=round(seconds, 1)
     )
+    see = f"{sheet} and {page.name}" if sheet and page else run.path
     broken = f" ({made.nonfinite} of them not finite)" if made.nonfinite else ""
-    say(f"{made.images} images done{broken}, {skipped} prompts skipped, {seconds:.0f} s; see {sheet or run.path}")
+    say(f"{made.images} images done{broken}, {skipped} prompts skipped, {seconds:.0f} s; see {see}")
 
 
 def report_rejected(run: outputs.RunDirectory, rejected: Sequence[prompts.Rejected]) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def test_a_run(tmp_path, capsys):
         ("one", 0, 5), ("one", 1, 5), ("two", 0, 5), ("two", 1, 5),
     ]  # fmt: skip
     assert all((work / x["file_name"]).is_file() for x in records)
-    assert (work / "contact_sheet.png").is_file()
+    assert (work / "contact_sheet.png").is_file() and (work / "gallery.html").is_file()
     chunks = [x for x in lines(work / "log.jsonl") if x["event"] == "chunk"]
     assert [(len(x["items"]), x["step"]) for x in chunks] == [(3, 10), (3, 20), (3, 25), (1, 10), (1, 20), (1, 25)]
     assert chunks[2]["metrics"] == {"loss": [22.0] * 3, "norm": [None] * 3}
@@ -172,7 +173,7 @@ def test_a_run(tmp_path, capsys):
     assert sum("compiling" in line for line in told) == 1
     assert told[2] == "0.0015 TFLOP for an iteration of an image, 0.0375 for all"
     assert told[3].startswith("3/4 images, 75/100 steps")
-    assert told[-1].startswith("4 images done, 0 prompts skipped, 0 s; see ") and told[-1].endswith("contact_sheet.png")
+    assert re.match(r"4 images done, 0 prompts skipped, \d s; see .*contact_sheet\.png and gallery\.html$", told[-1])
     assert len(told) == 6 and not err
 
 

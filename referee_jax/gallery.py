@@ -1,0 +1,117 @@
+"""gallery.html: a run's images on a page to sort, filter and compare them, with their trajectories.
+
+    python -m referee_jax.gallery RUN
+
+writes it for a run in progress; at the end of a run it is written anyway. The page is one file that asks no network for
+anything. Up to EMBEDDED pictures are part of it, so that it can be sent to somebody by itself; of more than these a page
+would grow too large to open, and it shows the files beside it. Prompts are other people's words: they are in the page as
+data (JSON), become text there and never markup, and the page's policy runs no script but its own.
+
+Exit codes: 0 done, 2 there is no such run directory, or nothing in it yet.
+"""
+
+import base64
+import io
+import json
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+from absl import app
+
+from referee_jax import config, outputs, prompts
+
+EMBEDDED = 300  # pictures; of 512 px they make a page of about 5 MB
+THUMBNAIL = 256  # pixels at most, of a picture in the page
+SMALL = 128  # pixels; pictures up to this are kept without loss and shown with their pixels
+
+
+def write(run: outputs.RunDirectory) -> Path | None:
+    """Writes gallery.html of the images that are finished; None where there are none."""
+    records = run.finished()
+    if not records:
+        return None
+    path = run.path / "gallery.html"
+    # A text may hold half a character (a lone surrogate), which no file can.
+    outputs.write_atomic(path, page(run, records).encode("utf-8", "replace"))
+    return path
+
+
+def page(run: outputs.RunDirectory, records: list[dict[str, Any]]) -> str:
+    """The page of these lines of the journal."""
+    trajectories = {file.stem for file in (run.path / "trajectories").glob("*.webp")}
+    is_embedded = len(records) <= EMBEDDED
+    begun = json.loads((run.path / "config.json").read_bytes())
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("gallery.html").render(
+        title=run.path.resolve().name,
+        nonce=secrets.token_urlsafe(16),  # drawn after the prompts were written: none of them can know it
+        records=[_shown(x, run.path, x["id"] in trajectories, is_embedded) for x in records],
+        scores=list(dict.fromkeys(name for x in records for name in x["scores"])),
+        statuses=list(dict.fromkeys(x["status"] for x in records)),
+        prompts=len({x["text"] for x in records}),
+        hacked=sum(bool(x.get("hacked")) for x in records),
+        is_small=run.settings.image_size <= SMALL,
+        about={key: begun.get(key) for key in ("created", "device", "fingerprint", "versions")},
+        settings=json.dumps(config.image_settings(run.settings), indent=2, ensure_ascii=False),
+    )
+
+
+def _shown(record: Mapping[str, Any], path: Path, has_trajectory: bool, is_embedded: bool) -> dict[str, Any]:
+    """What the page has of a line of the journal."""
+    kept = ("text", "sample", "seed", "scores", "status", "losses", "hacked", "seconds")
+    shown = {key: outputs.finite(record[key]) for key in kept if key in record}
+    shown["image"] = _link(record["file_name"])
+    shown["thumbnail"] = thumbnail(path / record["file_name"]) if is_embedded else shown["image"]
+    if has_trajectory:
+        shown["trajectory"] = _link(f"trajectories/{record['id']}.webp")
+    return shown
+
+
+def _link(name: str) -> str:
+    # With the dot it is a path below the page, whatever the name: not "javascript:", not "//elsewhere".
+    return "./" + quote(name, errors="replace")
+
+
+def thumbnail(file: Path) -> str:
+    """A data URI of an image, no wider or higher than THUMBNAIL; ValueError where it cannot be read."""
+    image = outputs.read_image(file)
+    is_small = max(image.size) <= SMALL
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=is_small, quality=85)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def read(path: Path) -> outputs.RunDirectory:
+    """A run directory as it is, in which nothing is begun. RunError or ConfigError where it is none, or not of this version."""
+    try:
+        settings = json.loads((path / "config.json").read_bytes())["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise outputs.RunError(f"{path} is not a run directory (no config.json that can be read)") from error
+    return outputs.RunDirectory(path, config.from_config(settings))
+
+
+def main(argv: list[str]) -> int:
+    """The command line."""
+    try:
+        if len(argv) != 2:
+            raise ValueError("name one run directory: python -m referee_jax.gallery RUN")
+        file = write(read(Path(argv[1])))
+        if file is None:
+            raise ValueError(f"{argv[1]} holds no finished image")
+        print(prompts.printable(str(file), sys.stdout.encoding))
+    except (ValueError, OSError) as error:
+        print(prompts.printable(f"error: {error}", sys.stderr.encoding), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

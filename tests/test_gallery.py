@@ -1,0 +1,171 @@
+"""The page of a run: all that there is, from its own data alone, whatever a prompt says."""
+
+import base64
+import dataclasses
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from referee_jax import config, gallery, outputs, queue
+from tests import pages
+from tests.test_outputs import SETTINGS, picture
+
+MARKUP = [
+    "</script>",
+    "<script>",
+    "<!--",
+    "</textarea>",
+    "</pre>",
+    "</title>",
+    "<img src=x onerror=y>",
+    '"',
+    "'",
+    ">",
+    "&lt;",
+    "{{",
+]
+# Lone surrogates and control characters too, and what a page is made of.
+ANY_TEXT = st.one_of(
+    st.text(st.characters(exclude_categories=()), max_size=200),
+    st.lists(st.one_of(st.sampled_from(MARKUP), st.text(max_size=3)), max_size=8).map("".join),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory with one image."""
+    directory = outputs.RunDirectory.open(tmp_path_factory.mktemp("run") / "mine", SETTINGS, device="cpu x 1")
+    directory.write(picture(), seconds=1.5)
+    return directory
+
+
+def read(run):
+    return pages.Page((run.path / "gallery.html").read_text(encoding="utf-8"))
+
+
+def open_image(uri):
+    return Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/webp;base64,"))))
+
+
+def test_what_the_page_shows(tmp_path):
+    run = outputs.RunDirectory.open(tmp_path / "mine", SETTINGS, device="cpu x 1")
+    run.write(picture(), seconds=1.5)
+    losses = {"referee": (2.0, 1.0), "held_out": (0.5, 0.75)}
+    other = dataclasses.replace(picture("a blue ring", 2, losses=losses), scores={"cosine": float("nan"), "itm": 0.25})
+    run.write(other, seconds=2)
+    run.trajectory(other.item.id, [np.zeros((16, 16, 3), np.uint8)] * 2)
+    assert gallery.write(run) == run.path / "gallery.html"
+    page = read(run)
+    first, second = page.data["records"]
+    thumbnail = first.pop("thumbnail")
+    assert first == {
+        "text": "a red circle", "sample": 0, "seed": 7, "scores": {"cosine": 0.125, "held_out": 0.5}, "status": "done",
+        "seconds": 1.5, "image": f"./images/{queue.Item('a red circle', 0).id}.png",
+    }  # fmt: skip
+    # Small pictures are there to the pixel.
+    original = Image.open(run.image_file(queue.Item("a red circle", 0).id))
+    np.testing.assert_array_equal(open_image(thumbnail).convert("RGB"), original)
+    assert (second["scores"], second["status"], second["hacked"]) == ({"cosine": None, "itm": 0.25}, "nonfinite", True)
+    assert second["losses"] == {"referee": [2.0, 1.0], "held_out": [0.5, 0.75]}
+    assert second["trajectory"] == f"./trajectories/{other.item.id}.webp"
+    assert page.data["scores"] == ["cosine", "held_out", "itm"]
+    assert json.loads(page.texts["pre"]) == config.image_settings(SETTINGS)
+    assert (page.texts["title"], page.texts["h1"]) == ("mine", "mine")
+    chosen = [attributes["value"] for tag, attributes, _ in page.elements if tag == "option" and "value" in attributes]
+    assert chosen.count("scores.itm") == 2 and "hacked" in chosen  # to sort by, and to filter by
+    assert ("body", {"class": "small"}) in page.skeleton
+
+
+def test_nothing_is_asked_of_a_network(run):
+    gallery.write(run)
+    page = read(run)
+    named = [
+        x for _, attributes, _ in page.elements for name, x in attributes.items() if name in ("src", "href", "action")
+    ]
+    assert named == []  # what is loaded is in the page, or beside it and in its data
+    assert not re.search(r"https?:|//\w", page.texts["script"] + page.texts["style"])
+    (policy,) = [x["content"] for _, x, _ in page.elements if x.get("http-equiv") == "Content-Security-Policy"]
+    nonces = {nonce for tag, _, nonce in page.elements if tag in ("script", "style")}
+    assert len(nonces) == 1 and f"script-src 'nonce-{nonces.pop()}'" in policy and "default-src 'none'" in policy
+    assert "unsafe" not in policy and "http" not in policy
+    # Every element that the script names is there.
+    ids = {attributes["id"] for _, attributes, _ in page.elements if "id" in attributes}
+    assert set(re.findall(r'\$\("(\w+)"\)', page.texts["script"])) <= ids
+
+
+def test_many_pictures_are_beside_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "EMBEDDED", 2)
+    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    for sample in range(3):
+        run.write(picture(sample=sample), seconds=1)
+        gallery.write(run)
+        records = read(run).data["records"]
+        assert all(x["thumbnail"].startswith("data:") for x in records) == (sample < 2)
+    assert all(x["thumbnail"] == x["image"] for x in records)
+    # An image that is lost is not shown, and nothing temporary is left.
+    run.image_file(queue.Item("a red circle", 0).id).unlink()
+    gallery.write(run)
+    assert [x["sample"] for x in read(run).data["records"]] == [1, 2]
+    assert not list(run.path.glob(".*"))
+
+
+def test_large_pictures_are_shrunk(tmp_path):
+    file = tmp_path / "a.png"
+    Image.fromarray(np.full((200, 400, 3), 128, np.uint8)).save(file)
+    assert open_image(gallery.thumbnail(file)).size == (256, 128)
+
+
+@pytest.mark.parametrize(
+    "name", ["javascript:alert(1)", "//evil.example/a", "data:text/html,x", 'a" onerror="x', "%2e"]
+)
+def test_a_link_stays_below_the_page(name):
+    link = gallery._link(name)
+    assert re.fullmatch(r"\./[A-Za-z0-9_.~/%-]*", link)
+
+
+@given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
+@settings(deadline=None, max_examples=100)
+def test_no_text_is_markup(run, text, score, status):
+    """The page of any text has the elements and attributes of the page of a harmless one, and the text is in its data."""
+    (record,) = run.finished()
+    hostile = record | {"text": text, "scores": {score: 0.5}, "status": status}
+    page = pages.Page(gallery.page(run, [hostile]).encode("utf-8", "replace").decode())
+    harmless = pages.Page(gallery.page(run, [record | {"scores": {"cosine": 0.5}}]))
+    assert [tag for tag, _ in page.skeleton] == [tag for tag, _ in harmless.skeleton]
+    assert [x.keys() for _, x in page.skeleton] == [x.keys() for _, x in harmless.skeleton]
+    assert page.texts["script"] == harmless.texts["script"] and page.texts["style"] == harmless.texts["style"]
+    (shown,) = page.data["records"]
+    assert (shown["text"], shown["scores"], shown["status"]) == (text, {score: 0.5}, status)
+
+
+def test_the_command(run, tmp_path, capsys):
+    (run.path / "gallery.html").unlink(missing_ok=True)
+    before = run.log_file.read_bytes()
+    assert gallery.main(["gallery", str(run.path)]) == 0
+    assert capsys.readouterr().out == f"{run.path / 'gallery.html'}\n"
+    assert read(run).data["records"][0]["text"] == "a red circle"
+    assert run.log_file.read_bytes() == before  # nothing is begun: another process may be at work
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (None, "{} is not a run directory (no config.json that can be read)"),
+        ("[]", "{} is not a run directory (no config.json that can be read)"),
+        ('{"settings": {"stepz": 3}}', "stepz is not a setting; did you mean steps?"),
+        (json.dumps({"settings": config.to_dict(SETTINGS)}), "{} holds no finished image"),
+    ],
+)
+def test_mistakes(tmp_path, capsys, made, message):
+    if made is not None:
+        (tmp_path / "config.json").write_text(made)
+    assert gallery.main(["gallery", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {message.format(tmp_path)}\n"
+    assert gallery.main(["gallery"]) == 2
+    assert capsys.readouterr().err.startswith("error: name one run directory")
