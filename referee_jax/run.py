@@ -24,7 +24,7 @@ import tqdm
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from referee_jax import config, outputs, prompts, queue
+from referee_jax import compile_cache, config, outputs, parallel, prompts, queue
 from referee_jax.weights import convert
 
 SECONDS_BETWEEN_LINES = 30  # of progress, where it is not a terminal that reads it
@@ -62,6 +62,13 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_integer("samples", None, "images per prompt; default: config.samples", flag_values=values)
     flags.DEFINE_integer("seed", None, "default: config.seed", flag_values=values)
     flags.DEFINE_string("workdir", None, "run directory; default: runs/<config>-<fingerprint>", flag_values=values)
+    flags.DEFINE_enum(
+        "device",
+        "auto",
+        parallel.KINDS,
+        "what to compute on; auto: an accelerator where there is one",
+        flag_values=values,
+    )
 
 
 def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
@@ -381,8 +388,11 @@ def _absl_main(argv: list[str]) -> int:
     catch_signals()
     try:
         command = read_command(flags.FLAGS, argv[1:])
-    except (CommandError, config.ConfigError, prompts.PromptError) as error:
+        device = parallel.choose(flags.FLAGS.device)
+    except (CommandError, config.ConfigError, prompts.PromptError, parallel.DeviceError) as error:
         return _fail(2, str(error))
+    if trouble := compile_cache.use(device):
+        say(f"warning: {trouble}", file=sys.stderr)
     return main(command)
 
 
