@@ -150,7 +150,7 @@ def load(
             module, tensors, dtype=dtype, renames=row.renames, ignore=(*row.ignore, *row.ties), float32=row.float32
         )
     except WeightsError as error:
-        raise WeightsError(f"{directory}: {error}") from error
+        raise WeightsError(f"{tensors.source}: {error}") from error
 
 
 def optional_parts(row: Kind, names: Iterable[str]) -> dict[str, bool]:
@@ -294,14 +294,18 @@ def _patterns(stem: str, subfolder: str) -> list[str]:
 class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a directory's safetensors file or shards, each read when asked for.
 
-    A file is opened for each tensor anew: of one that stays open, all pages that were read stay in memory.
+    A file is opened for each tensor anew: of one that stays open, all pages that were read stay in memory. `source` is the
+    file, or the index of the shards.
 
     Raises WeightsError naming the file that is missing, damaged, or not what the index says.
     """
 
     def __init__(self, directory: Path, stem: str):
         self._files: dict[str, Path] = {}
-        for file, promised in _shards(directory, stem).items():
+        shards = _shards(directory, stem)
+        single = directory / f"{stem}.safetensors"
+        self.source = single if single in shards else directory / f"{stem}.safetensors.index.json"
+        for file, promised in shards.items():
             try:
                 with safetensors.safe_open(file, framework="numpy") as opened:
                     names = set(opened.keys())
