@@ -23,8 +23,9 @@ setuptools.setup(
     },
     install_requires=[
         "absl-py>=2.1",
+        "filelock>=3.10",
         "flax>=0.12",
-        "huggingface_hub>=1.0",
+        "huggingface_hub>=2.4",
         "jax>=0.10",
         "jinja2>=3.1",
         "ml_collections>=1.0",

@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from referee_jax import config, prompts
+from referee_jax import config, devices, prompts
 
 
 class CommandError(ValueError):
@@ -51,6 +51,13 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "claim_expiry", 900.0, "seconds after which a silent worker's images are taken over; more than a chunk or a "
         "compilation lasts", lower_bound=1.0, flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_enum(
+        "device",
+        "auto",
+        devices.KINDS,
+        "what to compute on; auto: an accelerator where there is one",
+        flag_values=values,
+    )
     flags.DEFINE_bool(
         "distributed", False, "join the other processes of a TPU slice, Slurm or GKE job by jax.distributed, which says who "
         "this one is", flag_values=values,

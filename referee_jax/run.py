@@ -21,7 +21,19 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from referee_jax import checkpoint, config, gallery, generation, outputs, parallel, progress, prompts, queue
+from referee_jax import (
+    checkpoint,
+    compile_cache,
+    config,
+    devices,
+    gallery,
+    generation,
+    outputs,
+    parallel,
+    progress,
+    prompts,
+    queue,
+)
 from referee_jax.command import Command, CommandError, parse_flags, read_command
 from referee_jax.progress import say
 from referee_jax.weights import convert
@@ -49,9 +61,6 @@ def execute(
     texts, rejected = prompts.sift(command.entries)
     if not texts:
         raise CommandError(f"no prompt can be used; {rejected[0]}")
-    if command.distributed:
-        index, count = parallel.join(command.shard_index, command.shard_count)
-        command = dataclasses.replace(command, shard_index=index, shard_count=count)
     device = f"{jax.local_devices()[0].device_kind} x {jax.local_device_count()}"
     run = outputs.RunDirectory.open(command.workdir, settings, device=device)
     report_rejected(run, rejected)
@@ -200,8 +209,14 @@ def _absl_main(argv: list[str]) -> int:
     catch_signals(stop)
     try:
         command = read_command(flags.FLAGS, argv[1:])
-    except (CommandError, config.ConfigError, prompts.PromptError) as error:
+        if command.distributed:  # which must come before any device is looked at
+            index, count = parallel.join(command.shard_index, command.shard_count)
+            command = dataclasses.replace(command, shard_index=index, shard_count=count)
+        device = devices.choose(flags.FLAGS.device)
+    except (CommandError, config.ConfigError, prompts.PromptError, devices.DeviceError) as error:
         return _fail(2, str(error))
+    if trouble := compile_cache.use(device):
+        say(f"warning: {trouble}", file=sys.stderr)
     return main(command, stop=stop)
 
 

@@ -7,6 +7,7 @@ judge.score([PIL.Image.open("a.png")], ["a red book"])  # [[{"itm_probability": 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -99,7 +100,7 @@ class Family:
     """One kind of referee.
 
     Attributes:
-        load: `(spec, path or hub id, tokenizer, dtype) -> referee`.
+        load: `(spec, directory, tokenizer, dtype) -> referee`.
         tokenize: the host's half of it, from its own file.
         texts: all that is read for a prompt, templates included, as `tokenize` reads it.
         clean: what is done to the prompt before it is put into the template.
@@ -110,7 +111,7 @@ class Family:
         is_converted: whether the published files have to go through weights.lavis first.
     """
 
-    load: Callable[[config.RefereeSpec, str, Any, Any], base.Referee]
+    load: Callable[[config.RefereeSpec, Path, Any, Any], base.Referee]
     tokenize: base.Tokenize
     texts: Callable[[Judge, str], list[str]] = lambda judge, prompt: [judge.text(prompt)]
     clean: Callable[[str], str] = str
@@ -121,42 +122,41 @@ class Family:
     is_converted: bool = False
 
 
-def _preprocessing(spec: config.RefereeSpec, path: str) -> dict[str, Any]:
-    directory = load.resolve(path, spec.revision or None, ["preprocessor_config.json"])
-    return configs.read_json(directory / "preprocessor_config.json")
+def _preprocessing(path: Path) -> dict[str, Any]:
+    return configs.read_json(path / "preprocessor_config.json")
 
 
 def _load_clip(
-    kind: str, reading: clip.Reading, spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any
+    kind: str, reading: clip.Reading, spec: config.RefereeSpec, path: Path, tokenizer: Any, dtype: Any
 ) -> base.Referee:
-    network = load.load(kind, path, revision=spec.revision or None, dtype=dtype)
-    return clip.from_checkpoint(network, _preprocessing(spec, path), reading)
+    network = load.load(kind, path, dtype=dtype)
+    return clip.from_checkpoint(network, _preprocessing(path), reading)
 
 
 def _load_blip(
-    kind: type[blip.BlipReferee], spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any
+    kind: type[blip.BlipReferee], spec: config.RefereeSpec, path: Path, tokenizer: Any, dtype: Any
 ) -> base.Referee:
     own = {"answers": blip.answer_tokens(tokenizer)} if kind is blip.Vqa else {}
-    network = load.load(spec.name, path, revision=spec.revision or None, dtype=dtype)
+    network = load.load(spec.name, path, dtype=dtype)
     first = None
     if spec.first_token == "[ENC]":
         # The authors' tokenizer adds [DEC], then [ENC]; the published directories have BERT's, without either.
         first = tokenizer.get_vocab().get("[ENC]", network.config.text_config.bos_token_id + 1)
-    preprocessing = _preprocessing(spec, path)
+    preprocessing = _preprocessing(path)
     return blip.from_checkpoint(kind, network, preprocessing, image_size=spec.image_size, first_token=first, **own)
 
 
-def _load_blip2(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
-    network = load.load_blip2(path, revision=spec.revision or None, dtype=dtype)
+def _load_blip2(spec: config.RefereeSpec, path: Path, tokenizer: Any, dtype: Any) -> base.Referee:
+    network = load.load_blip2(path, dtype=dtype)
     # The word that begins a caption: LAVIS' tokenizer has it as bos_token, BERT's own has none.
     return blip2.from_checkpoint(
-        network, _preprocessing(spec, path), image_size=spec.image_size, dec_token_id=tokenizer.bos_token_id
+        network, _preprocessing(path), image_size=spec.image_size, dec_token_id=tokenizer.bos_token_id
     )
 
 
-def _load_image_reward(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
-    network = load.load("image_reward", path, revision=spec.revision or None, dtype=dtype)
-    preprocessing = _preprocessing(spec, path)
+def _load_image_reward(spec: config.RefereeSpec, path: Path, tokenizer: Any, dtype: Any) -> base.Referee:
+    network = load.load("image_reward", path, dtype=dtype)
+    preprocessing = _preprocessing(path)
     return blip.from_checkpoint(image_reward.Reward, network, preprocessing, image_size=spec.image_size)
 
 
@@ -164,9 +164,9 @@ def _clip(kind: str, reading: clip.Reading, **other: Any) -> Family:
     return Family(load=functools.partial(_load_clip, kind, reading), tokenize=clip.tokenize, texts=clip.texts, **other)
 
 
-def _load_align(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
-    network = load.load_align(path, revision=spec.revision or None, dtype=dtype)
-    return align.from_checkpoint(network, _preprocessing(spec, path), image_size=spec.image_size)
+def _load_align(spec: config.RefereeSpec, path: Path, tokenizer: Any, dtype: Any) -> base.Referee:
+    network = load.load_align(path, dtype=dtype)
+    return align.from_checkpoint(network, _preprocessing(path), image_size=spec.image_size)
 
 
 # BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
@@ -262,7 +262,7 @@ def name_of(path_or_id: str, revision: str | None = None) -> str:
     for name, family in REFEREES.items():
         if path_or_id in family.published:
             return name
-    directory = load.resolve(config.checkpoint_path(path_or_id), revision, ["config.json"])
+    directory = load.fetch_referee(config.checkpoint_path(path_or_id), revision=revision)
     said = configs.read_json(directory / "config.json").get("architectures") or ["none"]
     for name, family in REFEREES.items():
         if family.architecture == said[0]:
@@ -276,8 +276,8 @@ def load_referee(spec: config.RefereeSpec, *, dtype: jax.typing.DTypeLike = jnp.
     Raises ValueError for a loss that it does not have, before any weight is read where the name alone tells.
     """
     _check_losses(spec, config.LOSSES[spec.name])
-    path = config.checkpoint_path(spec.checkpoint)
-    tokenizer = load.load_tokenizer(path, revision=spec.revision or None)
+    path = load.fetch_referee(config.checkpoint_path(spec.checkpoint), revision=spec.revision or None)
+    tokenizer = load.load_tokenizer(path)
     referee = REFEREES[spec.name].load(spec, path, tokenizer, dtype)
     _check_losses(spec, referee.losses)
     if spec.image_size not in (0, referee.image_size):

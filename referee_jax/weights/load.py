@@ -8,26 +8,24 @@ import dataclasses
 import fnmatch
 import json
 import os
-import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
-from huggingface_hub import errors as hub_errors
 
 from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
-from referee_jax.weights import configs, convert
+from referee_jax.weights import configs, convert, hub
 from referee_jax.weights.convert import WeightsError
 
 TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"  # what the two libraries call a file of weights
 _PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5")
+_TOKENIZER = ("config.json", "*token*.json", "vocab.*", "merges.txt", "spiece.model")
+_IMAGE_PROCESSOR = "preprocessor_config.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +139,7 @@ def load(
     WeightsError naming the file, tensors or key that is wrong.
     """
     row = KINDS[kind]
-    directory = resolve(path_or_id, revision, _patterns(row.stem, subfolder)) / subfolder
+    directory = hub.resolve(path_or_id, revision, _patterns(row.stem, subfolder)) / subfolder
     config = row.config(configs.read_json(directory / "config.json"), where=str(directory / "config.json"))
     tensors = Tensors(directory, row.stem)
     config = dataclasses.replace(config, **optional_parts(row, tensors))
@@ -152,7 +150,7 @@ def load(
             module, tensors, dtype=dtype, renames=row.renames, ignore=(*row.ignore, *row.ties), float32=row.float32
         )
     except WeightsError as error:
-        raise WeightsError(f"{directory}: {error}") from error
+        raise WeightsError(f"{tensors.source}: {error}") from error
 
 
 def optional_parts(row: Kind, names: Iterable[str]) -> dict[str, bool]:
@@ -196,29 +194,36 @@ def load_align(
     return load("align", path_or_id, revision=revision, dtype=dtype)
 
 
+def fetch_referee(path_or_id: str | Path, *, revision: str | None = None) -> Path:
+    """Returns the local directory of a transformers checkpoint with all that is read of it: weights, tokenizer, image processor.
+
+    Raises WeightsError where it cannot be had, with one command for all of it.
+    """
+    return hub.resolve(path_or_id, revision, [*_patterns(TRANSFORMERS, ""), *_TOKENIZER[1:], _IMAGE_PROCESSOR])
+
+
 def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, subfolder: str = ""):
     """Returns the transformers tokenizer of a local directory or a hub id; no code of the checkpoint is run."""
     import transformers  # slow to import, and not needed by those who bring their own token ids
 
-    names = ("config.json", "*token*.json", "vocab.*", "merges.txt", "spiece.model")
-    patterns = [str(Path(subfolder, name)) for name in names]
-    directory = resolve(path_or_id, revision, patterns) / subfolder
+    patterns = [str(Path(subfolder, name)) for name in _TOKENIZER]
+    directory = hub.resolve(path_or_id, revision, patterns) / subfolder
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more special
-        raise WeightsError(f"{directory}: no tokenizer can be read here ({_first_line(error)})") from error
+        raise WeightsError(f"{directory}: no tokenizer can be read here ({hub.first_line(error)})") from error
 
 
 def load_image_processor(path_or_id: str | Path, *, revision: str | None = None):
     """Returns the transformers image processor (PIL's resizing) of a local directory or a hub id; runs no code of theirs."""
     import transformers  # as above
 
-    directory = resolve(path_or_id, revision, ["preprocessor_config.json"])
+    directory = hub.resolve(path_or_id, revision, [_IMAGE_PROCESSOR])
     options = dict(local_files_only=True, trust_remote_code=False, backend="pil")
     try:
         return transformers.AutoImageProcessor.from_pretrained(directory, **options)
     except Exception as error:  # it raises whatever the configuration makes it
-        raise WeightsError(f"{directory}: no image processor can be read here ({_first_line(error)})") from error
+        raise WeightsError(f"{directory}: no image processor can be read here ({hub.first_line(error)})") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -257,7 +262,7 @@ def load_stable_diffusion(
         *_patterns(DIFFUSERS, "unet"),
         *_patterns(DIFFUSERS, "vae"),
     ]
-    directory = resolve(path_or_id, revision, patterns)
+    directory = hub.resolve(path_or_id, revision, patterns)
     file = directory / "scheduler" / "scheduler_config.json"
     schedule = configs.config_from_json(configs.Schedule, configs.read_json(file), where=str(file))
     parts = StableDiffusion(
@@ -286,45 +291,21 @@ def _patterns(stem: str, subfolder: str) -> list[str]:
     return [str(Path(subfolder, name)) for name in names]
 
 
-def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Returns the local directory of `path_or_id`: itself, or where the hub's files that match `patterns` are cached.
-
-    Respects HF_HUB_OFFLINE. Raises WeightsError with the command that would get the files.
-    """
-    name, path = str(path_or_id), Path(path_or_id).expanduser()
-    if name and path.is_dir():
-        return path
-    if name and path.exists():
-        raise WeightsError(f"{name} is not a directory")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise WeightsError(f"{name!r} is not a directory, nor the id of a repository on the hub")
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except (OSError, hub_errors.HFValidationError) as error:
-        command = ["hf", "download", name, *(["--revision", revision] if revision else [])]
-        for pattern in patterns:
-            command += ["--include", pattern]
-        raise WeightsError(
-            f"{name} is not a local directory, and getting it from the Hugging Face hub failed ({_first_line(error)}); "
-            f"where there is a network, run: {shlex.join(command)}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a directory's safetensors file or shards, each read when asked for.
 
-    A file is opened for each tensor anew: of one that stays open, all pages that were read stay in memory.
+    A file is opened for each tensor anew: of one that stays open, all pages that were read stay in memory. `source` is the
+    file, or the index of the shards.
 
     Raises WeightsError naming the file that is missing, damaged, or not what the index says.
     """
 
     def __init__(self, directory: Path, stem: str):
         self._files: dict[str, Path] = {}
-        for file, promised in _shards(directory, stem).items():
+        shards = _shards(directory, stem)
+        single = directory / f"{stem}.safetensors"
+        self.source = single if single in shards else directory / f"{stem}.safetensors.index.json"
+        for file, promised in shards.items():
             try:
                 with safetensors.safe_open(file, framework="numpy") as opened:
                     names = set(opened.keys())

@@ -173,12 +173,12 @@ def test_parts_are_written_for_their_library(part, published, tmp_path):
 
 def test_dropped_tensor(directory):
     edit_tensors(directory / "model.safetensors", lambda t: t.pop("text_model.final_layer_norm.bias"))
-    fails(directory, r"clip: parameters without a tensor: text_model\.final_layer_norm\.bias$")
+    fails(directory, r"clip/model\.safetensors: parameters without a tensor: text_model\.final_layer_norm\.bias$")
 
 
 def test_added_tensor(directory):
     edit_tensors(directory / "model.safetensors", lambda t: t.update(classifier=np.zeros(2)))
-    fails(directory, r"clip: tensors that no parameter takes: classifier$")
+    fails(directory, r"clip/model\.safetensors: tensors that no parameter takes: classifier$")
 
 
 def test_old_buffers_are_no_weights(directory, published):
@@ -213,9 +213,65 @@ def test_truncated_file(directory, keep):
     fails(directory, r"model\.safetensors is damaged or not a safetensors file")
 
 
-def test_garbage_file(directory):
-    (directory / "model.safetensors").write_bytes(b"\x80\x04garbage" * 100)
+OTHER_KINDS = {
+    "pickle": b"\x80\x04garbage" * 100,
+    "zip": b"PK\x03\x04" + bytes(500),
+    "page": b"<!DOCTYPE html>\n<html><body>Please log in</body></html>",
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 598641023\n",
+    "zeros": bytes(1000),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_file_of_another_kind(directory, kind):
+    (directory / "model.safetensors").write_bytes(OTHER_KINDS[kind])
     fails(directory, r"model\.safetensors is damaged or not a safetensors file")
+
+
+def test_flipped_bits_of_the_header(directory, published):
+    """Each is told, or changes nothing (a blank between two entries)."""
+    file, rng = directory / "model.safetensors", np.random.default_rng(0)
+    whole, exact = file.read_bytes(), load.load_clip(published[1])
+    length = 8 + int.from_bytes(whole[:8], "little")
+    told = 0
+    for at in (*range(8), *rng.integers(8, length, 60)):
+        spoilt = bytearray(whole)
+        spoilt[at] ^= 1 << int(rng.integers(8))
+        file.write_bytes(spoilt)
+        try:
+            network = load.load_clip(directory)
+        except load.WeightsError as error:
+            told += str(file) in str(error) and "\n" not in str(error)
+        else:
+            same(network, exact)
+            told += 1
+    assert told == 68
+
+
+def test_floats_that_became_integers(directory):
+    """One bit of the header; sizes and names are all as they were."""
+    file = directory / "model.safetensors"
+    name = "visual_projection.weight"
+    at = file.read_bytes().index(name.encode())
+    head, tail = file.read_bytes()[:at], file.read_bytes()[at:]
+    file.write_bytes(head + tail.replace(b'"dtype":"F32"', b'"dtype":"I32"', 1))
+    fails(directory, r"model\.safetensors: visual_projection\.weight holds int32, which are no weights$")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers(directory, dtype, value):
+    name = "text_model.final_layer_norm.bias"
+    spoilt = np.zeros(32, dtype)
+    spoilt[-1] = value
+    edit_tensors(directory / "model.safetensors", lambda t: t.update({name: spoilt}))
+    fails(directory, r"model\.safetensors: text_model\.final_layer_norm\.bias holds NaN or infinity$")
+
+
+def test_the_largest_number_is_one(directory):
+    largest = np.full(32, np.finfo(np.float16).max, np.float16)
+    edit_tensors(directory / "model.safetensors", lambda t: t.update({"text_model.final_layer_norm.bias": largest}))
+    assert load.load_clip(directory).text_model.final_layer_norm.bias[0] == 65504
 
 
 def test_missing_file(directory):

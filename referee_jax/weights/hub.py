@@ -1,0 +1,165 @@
+"""Where a checkpoint's files are: a local directory, or the Hugging Face hub's cache, which is filled with patience.
+
+Of the processes of a host one downloads, the others wait for it. A hub that fails, is silent or sends away for a while is
+asked again, a few times; then what is in the cache has to do, or the user is told what to run where there is a network.
+"""
+
+import contextlib
+import email.utils
+import random
+import re
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import huggingface_hub
+from absl import logging
+from huggingface_hub import constants
+from huggingface_hub import errors as hub_errors
+
+from referee_jax.weights.convert import WeightsError
+
+TRIES = 4
+FIRST_WAIT = 2.0  # seconds, twice as long each time
+LONGEST_WAIT = 300.0  # the window of the hub's rate limits: whoever asks for more than that is not waited for
+_PASSING = (408, 429, 500, 502, 503, 504)
+
+
+def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Returns the local directory of `path_or_id`: itself, or where the hub's files that match `patterns` are cached.
+
+    Respects HF_HUB_OFFLINE. Raises WeightsError with the command that would get the files.
+    """
+    name, path = str(path_or_id), Path(path_or_id).expanduser()
+    if name and path.is_dir():
+        return path
+    if name and path.exists():
+        raise WeightsError(f"{name} is not a directory")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise WeightsError(f"{name!r} is not a directory, nor the id of a repository on the hub")
+    try:
+        with _one_at_a_time(name), _bounded_silence():
+            directory = _download(name, revision, patterns)
+    except (OSError, hub_errors.HTTPError, hub_errors.HFValidationError) as error:
+        raise WeightsError(
+            f"{name} is not a local directory, and getting it from the Hugging Face hub failed ({first_line(error)}); "
+            f"where there is a network, run: {download_command(name, revision, patterns)}"
+        ) from error
+    _check_sizes(directory, name, revision)
+    return directory
+
+
+def download_command(name: str, revision: str | None, patterns: Sequence[str], *options: str) -> str:
+    """The shell command that puts the files of `resolve` into the cache."""
+    command = ["hf", "download", name, *(["--revision", revision] if revision else [])]
+    for pattern in patterns:
+        command += ["--include", pattern]
+    return shlex.join([*command, *options])
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The snapshot in the cache. Where the hub cannot be asked, huggingface_hub takes one that is cached and complete."""
+    for tries in range(1, TRIES + 1):
+        try:
+            return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        except (OSError, hub_errors.HTTPError) as error:
+            wait = _wait(error, tries)
+            if wait is None or tries == TRIES:
+                raise
+            logging.warning("%s (try %d of %d); again in %.0f s", first_line(error), tries, TRIES, wait)
+        time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def _wait(error: BaseException, tries: int) -> float | None:
+    """Seconds after which it is worth to ask again; None where it is not.
+
+    A part of it is by chance: those that were sent away together should not come back together.
+    """
+    causes = list(_causes(error))
+    answers = [e.response for e in causes if getattr(e, "response", None) is not None]
+    is_silent = any(isinstance(e, hub_errors.HTTPError) for e in causes)
+    if answers and answers[0].status_code not in _PASSING or not (answers or is_silent):
+        return None
+    wait = FIRST_WAIT * 2 ** (tries - 1)
+    asked = _asked_wait(answers[0].headers) if answers else 0.0
+    return None if asked > LONGEST_WAIT else max(asked, wait) + random.uniform(0, wait / 2)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _asked_wait(headers: Mapping[str, str]) -> float:
+    """Seconds that the server asks to wait: Retry-After (seconds or a date), or the reset of the hub's RateLimit."""
+    after = headers.get("retry-after", "").strip()
+    if after.isdigit():
+        return float(after)
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
+    reset = re.search(r"\br=0\b.*\bt=(\d+)", headers.get("ratelimit", ""))
+    return float(reset[1]) if reset else 0.0
+
+
+@contextlib.contextmanager
+def _one_at_a_time(name: str) -> Iterator[None]:
+    """Of all processes that share the cache, only one is in here for a repository.
+
+    Where no lock can be made there is none: a cache that cannot be written can still be read, and huggingface_hub takes
+    care that a file which two download at once is whole.
+    """
+    file = Path(constants.HF_HUB_CACHE, ".locks", f"referee_jax--{name.replace('/', '--')}.lock")
+    with contextlib.ExitStack() as held:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(file, mode=0o664)
+            try:
+                held.enter_context(lock.acquire(timeout=0))
+            except filelock.Timeout:
+                logging.warning("another process is getting %s; waiting for it", name)
+                held.enter_context(lock.acquire())
+        except (OSError, NotImplementedError) as error:
+            logging.info("no lock on %s: %s", file, error)
+        yield
+
+
+@contextlib.contextmanager
+def _bounded_silence() -> Iterator[None]:
+    """Bounds how long a request waits for the hub to say something: huggingface_hub lists files without a limit."""
+
+    def bound(request: Any) -> None:
+        limits = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {
+            phase: limits.get(phase) or constants.HF_HUB_DOWNLOAD_TIMEOUT
+            for phase in ("connect", "read", "write", "pool")
+        }
+
+    hooks = huggingface_hub.get_session().event_hooks["request"]
+    hooks.append(bound)
+    try:
+        yield
+    finally:
+        hooks.remove(bound)
+
+
+def _check_sizes(directory: Path, name: str, revision: str | None) -> None:
+    """Raises WeightsError for a cached file that is not as long as the hub says, where it has said so."""
+    try:
+        files = huggingface_hub.get_cached_repo_tree(name, revision=directory.name)
+    except hub_errors.CachedRepoTreeNotFoundError:
+        return
+    for file in files:
+        cached = directory / file.path
+        if cached.exists() and (size := cached.stat().st_size) != file.size:
+            again = download_command(name, revision, [file.path], "--force-download")
+            raise WeightsError(f"{cached} is damaged: {size} bytes, on the hub {file.size}; run: {again}")

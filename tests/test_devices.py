@@ -1,0 +1,129 @@
+"""Which devices are computed on: an accelerator that is there and cannot be used is not passed over in silence."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from referee_jax import devices
+
+ROOT = pathlib.Path(devices.__file__).parents[1]
+
+
+@pytest.fixture
+def platforms():
+    """Sets JAX_PLATFORMS as JAX has read it."""
+    before = jax.config.jax_platforms
+    yield lambda value: jax.config.update("jax_platforms", value)
+    jax.config.update("jax_platforms", before)
+
+
+def machine(root, *files, **texts):
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    for name, (vendor, device) in texts.items():
+        place = root / "sys/bus/pci/devices" / name
+        place.mkdir(parents=True)
+        (place / "vendor").write_text(vendor + "\n")
+        (place / "device").write_text(device + "\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "buses", "found"),
+    [
+        ((), {}, {}),
+        (("dev/null", "dev/nvidiactl", "usr/bin/nvidia-smi", "dev/accel/accel0", "dev/vfio/vfio"), {}, {}),
+        (("dev/nvidia1", "dev/nvidia0", "dev/nvidiactl"), {}, {"gpu": "dev/nvidia0"}),
+        (("dev/dxg",), {}, {}),
+        (("dev/dxg", "usr/lib/wsl/lib/nvidia-smi"), {}, {"gpu": "usr/lib/wsl/lib/nvidia-smi"}),
+        (("dev/accel0", "dev/accel1"), {}, {"tpu": "dev/accel0"}),
+        (("dev/vfio/0",), {"a": ("0x1ae0", "0x0063")}, {"tpu": "sys/bus/pci/devices/a"}),
+        ((), {"a": ("0x1ae0", "0x0042"), "b": ("0x8086", "0x0063")}, {}),  # Google's network card, and somebody else's
+    ],
+)
+def test_accelerators_of_a_machine(files, buses, found, tmp_path):
+    root = machine(tmp_path, *files, **buses)
+    assert devices.accelerators(root) == {kind: str(root / sign) for kind, sign in found.items()}
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cpu"])
+def test_a_bare_machine_computes_on_its_cpu(wanted, tmp_path, platforms):
+    platforms(None)
+    assert devices.choose(wanted, root=tmp_path) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("nvidia0", r'has an NVIDIA GPU \(.*/dev/nvidia0\), but .* pip install -e "\.\[cuda\]"; or .* --device=cpu$'),
+        (
+            "accel0",
+            r'has a TPU \(.*/dev/accel0\), but JAX does not use it .* pip install -e "\.\[tpu\]"; or .* --device=cpu$',
+        ),
+    ],
+)
+def test_an_accelerator_that_jax_does_not_use(file, message, tmp_path, platforms, monkeypatch):
+    monkeypatch.setattr(devices, "_has_plugin", lambda kind: False)
+    root = machine(tmp_path, f"dev/{file}")
+    platforms(None)
+    with pytest.raises(devices.DeviceError, match=message):
+        devices.choose("auto", root=root)
+    assert devices.choose("cpu", root=root) == "cpu"
+    assert jax.config.jax_platforms == "cpu"  # which also holds for an accelerator that could be used
+    monkeypatch.setattr(devices, "_has_plugin", lambda kind: True)
+    platforms(None)
+    with pytest.raises(
+        devices.DeviceError, match=r"""is installed: python -c "import jax; jax\.devices\('(cuda|tpu)'\)" tells"""
+    ):
+        devices.choose("auto", root=root)
+
+
+def test_jax_platforms_is_a_wish_too(tmp_path, platforms):
+    root = machine(tmp_path, "dev/nvidia0")
+    platforms("cpu")
+    assert devices.choose("auto", root=root) == "cpu"
+    with pytest.raises(devices.DeviceError, match="because of JAX_PLATFORMS=cpu: unset it"):
+        devices.choose("gpu", root=root)
+
+
+@pytest.mark.parametrize("wanted", ["gpu", "tpu"])
+def test_asked_for_what_is_not_there(wanted, tmp_path, platforms):
+    platforms(None)
+    with pytest.raises(
+        devices.DeviceError, match=f"--device={wanted} asks for a device that this machine does not have"
+    ):
+        devices.choose(wanted, root=tmp_path)
+
+
+def test_the_plugins_that_are_installed():
+    assert not devices._has_plugin("gpu") and not devices._has_plugin("tpu")  # of the extras, [test] needs none
+
+
+RUN = [sys.executable, "-m", "referee_jax.run", "--config=configs/shapes.py"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "platforms", "message"),
+    [
+        (["--device=gpu"], "cpu", "error: --device=gpu asks for a device|error: this machine has a"),
+        ([], "nonsense", "error: JAX has no device to compute on \\(JAX_PLATFORMS=nonsense\\): Unable to initialize"),
+    ],
+)
+def test_the_command_says_so_at_once(arguments, platforms, message, tmp_path):
+    env = os.environ | {"JAX_PLATFORMS": platforms}
+    done = subprocess.run(
+        [*RUN, *arguments, f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert re.search(message, done.stderr) and done.stderr.count("\n") == 1
