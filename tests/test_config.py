@@ -94,7 +94,10 @@ def test_config_dict_is_locked_and_typed():
     [
         ({"stepz": 3}, "stepz is not a setting; did you mean steps?"),
         ({"sds": {"guidanse": 3}}, "sds.guidanse is not a setting; did you mean sds.guidance?"),
-        ({"outputs": {"zzz": 3}}, "outputs.zzz is not a setting; there are stretch, trajectory"),
+        (
+            {"outputs": {"zzz": 3}},
+            "outputs.zzz is not a setting; there are format, shard_images, shard_size, stretch, trajectory",
+        ),
         ({"steps": 0}, "steps = 0 is not possible: it must be at least 1"),
         ({"steps": 2.5}, "steps = 2.5 is not possible: it must be a whole number"),
         ({"steps": True}, "steps = True is not possible: it must be a whole number"),

@@ -17,7 +17,7 @@ from absl import flags
 from PIL import Image
 
 from referee_jax import command as commands
-from referee_jax import config, generation, outputs, queue, run
+from referee_jax import config, formats, generation, outputs, queue, run
 from referee_jax.weights import convert
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -497,4 +497,4 @@ def test_outputs_are_what_the_engine_gave(tmp_path):
     execute("--prompt=one", "--seed=5", f"--workdir={tmp_path}")
     name = queue.Item("one", 0).id
     assert colours(tmp_path)[f"{name}.png"] == tuple(hashlib.sha256(b"one 0 5").digest()[:3])
-    assert outputs.read_settings(tmp_path / "images" / f"{name}.png")["settings"]["steps"] == 25
+    assert formats.read_settings(tmp_path / "images" / f"{name}.png")["settings"]["steps"] == 25
