@@ -185,6 +185,7 @@ def mend(path: Path) -> None:
     if not path.exists():
         return
     with open(path, "rb+") as file:
+        lock(file)  # who adds a line this moment comes to its end
         data = file.read()
         start = data.rfind(b"\n") + 1
         if start == len(data):

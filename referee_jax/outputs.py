@@ -12,8 +12,8 @@ It is a Hugging Face ImageFolder: `load_dataset("imagefolder", data_files=["RUN/
 `load_dataset("webdataset", data_files="RUN/shards/*.tar")`. An image, or its shard, is on disk before its line is in the
 journal, so an item is done if both are there, whatever happened in between.
 
-Several processes may write to one directory: all but number 0 have metadata-<number>.jsonl and log-<number>.jsonl of their
-own, and the lines of the former come into metadata.jsonl by and by (`RunDirectory.merge`).
+Several processes may write to one directory: all but number 0 have a metadata-<number>.jsonl of their own, whose lines come into
+metadata.jsonl by and by (`RunDirectory.merge`).
 """
 
 import contextlib
@@ -79,16 +79,12 @@ def _listing(folder: Path) -> list[str]:
 
 
 class RunDirectory:
-    """A run directory that is written to, by this process and perhaps others; each writes to journal and log of its own."""
+    """A run directory that is written to, by this process and perhaps others; each has a journal of its own."""
 
     def __init__(self, path: Path, settings: config.Settings, *, process: int = 0):
         self.path, self.settings, self.process = path, settings, process
-        own = f"-{process}" if process else ""
-        self.images, self.journal, self.log_file = (
-            path / "images",
-            path / f"metadata{own}.jsonl",
-            path / f"log{own}.jsonl",
-        )
+        journal = f"metadata-{process}.jsonl" if process else "metadata.jsonl"
+        self.images, self.journal, self.log_file = path / "images", path / journal, path / "log.jsonl"
         self.fingerprint = config.fingerprint(settings)
 
     @classmethod

@@ -70,8 +70,8 @@ class Pool:
         self._raise()
 
     def _raise(self) -> None:
-        error, self._error = self._error, None
-        if error:
+        if error := self._error:
+            self._error = None
             raise error
 
 

@@ -203,7 +203,7 @@ def test_each_process_has_a_journal_and_all_read_all(tmp_path):
         [1],
         [2],
     ]
-    assert sorted(x.name for x in tmp_path.glob("log*")) == ["log-1.jsonl", "log-2.jsonl", "log.jsonl"]
+    assert [x["event"] for x in lines(tmp_path / "log.jsonl")] == ["start"] * 3
     for run in runs:
         assert run.done() == {queue.Item("a red circle", n).id for n in range(3)}
         assert [x["sample"] for x in run.finished()] == [0, 1, 2]
@@ -279,7 +279,7 @@ def test_several_begin_at_once(tmp_path):
         for thread in threads:
             thread.join()
     assert not failures
-    assert len([x for x in (tmp_path / "run").glob("log*.jsonl")]) == 4
+    assert len(lines(tmp_path / "run" / "log.jsonl")) == 4
 
 
 # --- large outputs ----------------------------------------------------------------------------------------------------
