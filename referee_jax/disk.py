@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -57,7 +58,9 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def open_temporary(path: Path) -> BinaryIO:
     """Opens, empty and locked, the temporary file of what is to be `path`; its name is the file's `name`."""
-    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
+    temporary = path.with_name(
+        f".{path.name}.{HOST}.{threading.get_native_id()}.tmp"
+    )  # one for each thread of each process
     while True:
         file = open(temporary, "wb", buffering=0)
         lock(file)

@@ -196,7 +196,13 @@ class Work:
                 del left[item]
         self.fresh = collections.deque(left)
 
-    def take(self, size: int, *, stopped: Callable[[], bool] = lambda: False) -> Part | None:
+    def take(
+        self,
+        size: int,
+        *,
+        stopped: Callable[[], bool] = lambda: False,
+        before_waiting: Callable[[], None] = lambda: None,
+    ) -> Part | None:
         """The next at most `size` items, or None where nothing is left, or `stopped()` while the last ones are waited for."""
         while (self.begun or self.fresh) and not stopped():
             part = self._next(size)
@@ -206,6 +212,7 @@ class Work:
             self.claims.release({item.id for item in part.items} & set(finished))
             self.fresh = collections.deque(missing(self.fresh, finished))
             if not part.items:
+                before_waiting()
                 time.sleep(WAIT if self.fresh else 0)
             elif left := missing(part.items, finished):
                 return part.only(left)

@@ -106,12 +106,14 @@ class Writer:
         self._pool.submit(lambda: self._make(picture, chunk, frames), lambda data: self._commit(line, chunk, data))
         return record["status"]
 
-    def flush(self) -> list[str]:
+    def flush(self, *, commit: bool = False) -> list[str]:
         """Waits until all that was given is on disk; the ids that came into the journal since this was last asked.
 
-        Those in a shard that is not full come later.
+        Those in a shard that is not full come later, unless it is to be committed now.
         """
         self._pool.flush()
+        if commit:
+            self._commit_shard()
         return [self._listed.get() for _ in range(self._listed.qsize())]
 
     def close(self) -> None:

@@ -169,7 +169,9 @@ def test_flush(tmp_path):
         for n in range(3):
             writer.write(picture(n), seconds=1)
         assert writer.flush() == ids(range(2)) and run.done() == set(ids(range(2)))
-    assert run.done() == set(ids(range(3)))
+        assert writer.flush(commit=True) == ids([2]) and run.done() == set(ids(range(3)))
+        writer.write(picture(3), seconds=1)
+    assert run.done() == set(ids(range(4)))
 
 
 def test_interrupted(tmp_path):

@@ -24,7 +24,7 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from referee_jax import config, inverter, outputs, prompts, queue, run  # noqa: E402
+from referee_jax import command, config, inverter, outputs, prompts, queue, run  # noqa: E402
 
 LIMIT = 1.05
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -120,7 +120,7 @@ def measure(
     entries = tuple(prompts.Entry(text, f"line {n}") for n, text in enumerate(texts, 1))
     with Memory(items) as memory:
         start = time.monotonic()
-        code = run.main(run.Command(settings, entries, workdir), load=lambda settings: memory.count(make(settings)))
+        code = run.main(command.Command(settings, entries, workdir), load=lambda settings: memory.count(make(settings)))
         seconds = time.monotonic() - start
     size = sum(file.stat().st_size for folder in outputs.FOLDERS for file in (workdir / folder).glob("*"))
     start = time.monotonic()
