@@ -55,6 +55,7 @@ setuptools.setup(
             "ruff>=0.14",
             "sentencepiece>=0.2",
             "protobuf>=4",
+            "webdataset>=1.0",
         ],
     },
     classifiers=[

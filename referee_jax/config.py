@@ -40,9 +40,12 @@ LOSSES = {
     "align": ("cosine", "contrastive"),
 }
 
+WEBP_SIDE = 16383  # pixels; the format has no larger images
+
 # What decides which images are made, how they are stored or how fast, but not what any one of them looks like.
 _NOT_OF_THE_IMAGE = (
     "prompts", "samples", "workdir", "batch_size", "mesh", "chunk", "checkpoint_seconds", "outputs.trajectory",
+    "outputs.format", "outputs.shard_size", "outputs.shard_images",
 )  # fmt: skip
 
 
@@ -154,8 +157,11 @@ class Views(augment.Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """What is written besides images, scores and log."""
+    """How images are written, and what besides them, scores and log; see outputs.py."""
 
+    format: str = _field("png", allowed=("png", "webp", "webdataset"))  # files, lossless both, or shards of many
+    shard_size: int = _field(10000, low=1)  # images in a shard
+    shard_images: str = _field("png", allowed=("png", "webp"))  # what they are there
     trajectory: bool = False  # an animated WebP of each item
     stretch: bool = False  # spread each image's values over the whole range, as the authors do
 
@@ -342,6 +348,9 @@ def _check(settings: Settings) -> None:
     """What fields must fulfil together, and the ranges that hold for all fields of a kind."""
     if settings.image_size % 8:
         raise _wrong("image_size", settings.image_size, "a multiple of 8")
+    is_webp = "webp" in (settings.outputs.format, settings.outputs.shard_images) or settings.outputs.trajectory
+    if is_webp and settings.image_size > WEBP_SIDE:
+        raise _wrong("image_size", settings.image_size, f"at most {WEBP_SIDE}, as WebP files are asked for")
     # The last timestep drawn is t_max - 2.
     for key in ("t_max", "t_max_final"):
         if getattr(settings.sds, key) < settings.sds.t_min + 2:

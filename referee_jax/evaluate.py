@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from referee_jax import outputs, prompts
+from referee_jax import disk, outputs, prompts
 from referee_jax.benchmarks import agreement, layouts, measures, noun_phrases, shapes, statistics, t2i_compbench
 from referee_jax.weights import convert
 
@@ -35,7 +35,7 @@ FOOLED = 8  # wrong pictures that are shown for each score
 
 def read(directory: Path) -> list[layouts.Entry]:
     """The images of a run directory, or of a folder in T2I-CompBench's or GenEval's layout. ValueError where there are none."""
-    if (directory / "metadata.jsonl").is_file():
+    if any(directory.glob("metadata*.jsonl")):
         entries = layouts.read_run(directory)
     elif (directory / "samples").is_dir():
         entries = layouts.read_t2i_compbench(directory)
@@ -150,7 +150,7 @@ def evaluate(args) -> str:
         {"file": str(entry.file), "prompt": entry.prompt, "sample": entry.sample, **evaluation.scores[str(entry.file)]}
         for entry in entries
     ]
-    outputs.write_atomic(out / "images.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    disk.write_atomic(out / "images.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     record = {
         "measures": {measure.name: measure.settings for measure, _ in wanted},
         "versions": outputs.versions(),
@@ -159,7 +159,7 @@ def evaluate(args) -> str:
     agreed = agreements(lines, out)
     if agreed:
         record["agreement"] = {name: own._asdict() for name, own in agreed.items()}
-    outputs.write_atomic(out / "scores.json", json.dumps(outputs.finite(record), indent=2).encode() + b"\n")
+    disk.write_atomic(out / "scores.json", json.dumps(disk.finite(record), indent=2).encode() + b"\n")
     return table(found) + ("\n" + agreement.table(agreed) if agreed else "")
 
 
@@ -180,7 +180,7 @@ def agreements(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, agree
     if shown:
         buffer = io.BytesIO()
         outputs.draw_sheet(shown, title="wrong pictures with the highest scores").save(buffer, "PNG")
-        outputs.write_atomic(out / "fooled.png", buffer.getvalue())
+        disk.write_atomic(out / "fooled.png", buffer.getvalue())
     return found
 
 

@@ -4,8 +4,9 @@
 
 writes it for a run in progress; at the end of a run it is written anyway. The page is one file that asks no network for
 anything. Up to EMBEDDED pictures are part of it, so that it can be sent to somebody by itself; of more than these a page
-would grow too large to open, and it shows the files beside it. Prompts are other people's words: they are in the page as
-data (JSON), become text there and never markup, and the page's policy runs no script but its own.
+would grow too large to open, and it shows the files beside it; of images in shards, which no page can show, the first EMBEDDED.
+Prompts are other people's words: they are in the page as data (JSON), become text there and never markup, and the page's
+policy runs no script but its own.
 
 Exit codes: 0 done, 2 there is no such run directory, or nothing in it yet.
 """
@@ -23,7 +24,7 @@ from urllib.parse import quote
 import jinja2
 from absl import app
 
-from referee_jax import config, outputs, prompts
+from referee_jax import config, disk, formats, outputs, prompts
 
 EMBEDDED = 300  # pictures; of 512 px they make a page of about 5 MB
 THUMBNAIL = 256  # pixels at most, of a picture in the page
@@ -37,13 +38,15 @@ def write(run: outputs.RunDirectory) -> Path | None:
         return None
     path = run.path / "gallery.html"
     # A text may hold half a character (a lone surrogate), which no file can.
-    outputs.write_atomic(path, page(run, records).encode("utf-8", "replace"))
+    disk.write_atomic(path, page(run, records).encode("utf-8", "replace"))
     return path
 
 
 def page(run: outputs.RunDirectory, records: list[dict[str, Any]]) -> str:
     """The page of these lines of the journal."""
     trajectories = {file.stem for file in (run.path / "trajectories").glob("*.webp")}
+    count, is_sharded = len(records), any(x["file_name"].startswith("shards/") for x in records)
+    records = records[:EMBEDDED] if is_sharded else records
     is_embedded = len(records) <= EMBEDDED
     begun = json.loads((run.path / "config.json").read_bytes())
     environment = jinja2.Environment(
@@ -53,6 +56,7 @@ def page(run: outputs.RunDirectory, records: list[dict[str, Any]]) -> str:
         title=run.path.resolve().name,
         nonce=secrets.token_urlsafe(16),  # drawn after the prompts were written: none of them can know it
         records=[_shown(x, run.path, x["id"] in trajectories, is_embedded) for x in records],
+        left_out=count - len(records),
         scores=list(dict.fromkeys(name for x in records for name in x["scores"])),
         statuses=list(dict.fromkeys(x["status"] for x in records)),
         prompts=len({x["text"] for x in records}),
@@ -66,9 +70,10 @@ def page(run: outputs.RunDirectory, records: list[dict[str, Any]]) -> str:
 def _shown(record: Mapping[str, Any], path: Path, has_trajectory: bool, is_embedded: bool) -> dict[str, Any]:
     """What the page has of a line of the journal."""
     kept = ("text", "sample", "seed", "scores", "status", "losses", "hacked", "seconds")
-    shown = {key: outputs.finite(record[key]) for key in kept if key in record}
-    shown["image"] = _link(record["file_name"])
-    shown["thumbnail"] = thumbnail(path / record["file_name"]) if is_embedded else shown["image"]
+    shown = {key: disk.finite(record[key]) for key in kept if key in record}
+    name = record["file_name"]
+    shown["image"] = _link(name.rpartition("/")[0] if ".tar/" in name else name)  # a browser opens no file in a shard
+    shown["thumbnail"] = thumbnail(path / name) if is_embedded else shown["image"]
     if has_trajectory:
         shown["trajectory"] = _link(f"trajectories/{record['id']}.webp")
     return shown
@@ -81,7 +86,7 @@ def _link(name: str) -> str:
 
 def thumbnail(file: Path) -> str:
     """A data URI of an image, no wider or higher than THUMBNAIL; ValueError where it cannot be read."""
-    image = outputs.read_image(file)
+    image = formats.read_image(file)
     is_small = max(image.size) <= SMALL
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from referee_jax import checkpoint, outputs, progress, queue
+from referee_jax import checkpoint, outputs, progress, queue, writers
 
 
 class Stopped(Exception):
@@ -39,7 +39,7 @@ class Made:
 
 
 class Generator:
-    """Makes images with an engine and writes them to a run; `made` counts.
+    """Makes images with an engine and writes them to a run with `writer`, beside the next ones; `made` counts.
 
     `checkpoints` are saved every `save_every` seconds and when a stop comes.
     """
@@ -48,13 +48,14 @@ class Generator:
         self,
         engine: Any,
         run: outputs.RunDirectory,
+        writer: writers.Writer,
         checkpoints: checkpoint.Checkpoints,
         bar: progress.Progress,
         *,
         stop: Stop,
         save_every: float,
     ):
-        self.engine, self.run, self.checkpoints, self.bar = engine, run, checkpoints, bar
+        self.engine, self.run, self.writer, self.checkpoints, self.bar = engine, run, writer, checkpoints, bar
         self.stop, self.save_every, self.made = stop, save_every, Made()
 
     def work(self, work: queue.Work) -> None:
@@ -64,7 +65,9 @@ class Generator:
         trying its batch once more. Raises Stopped, and what is not mended so.
         """
         tried: set[queue.Item] = set()
-        while part := work.take(self.engine.batch_size, stopped=self.stop):
+        # Others may wait for what is in our open shard, while we wait for theirs.
+        commit = lambda: self.settle(work.claims, commit=True)  # noqa: E731
+        while part := work.take(self.engine.batch_size, stopped=self.stop, before_waiting=commit):
             try:
                 self.make(part, work.claims)
             except jax.errors.JaxRuntimeError as error:
@@ -78,6 +81,7 @@ class Generator:
                     self.run.log("retry", items=[item.id for item in part.items], error=why)
                     tried |= set(part.items)
                 work.put_back(part)
+        self.settle(work.claims)
         self.check()
 
     def make(self, part: queue.Part, claims: queue.Claims | None = None) -> None:
@@ -94,7 +98,7 @@ class Generator:
         if not engine.compiled:
             tell_cost(engine, self.run, batch)
         self.bar.skip(part.step * len(part.items))
-        frames = []
+        frames, is_first = [], True
         while batch.step < engine.steps:
             before = batch.step
             batch, metrics = engine.advance(batch)
@@ -102,6 +106,9 @@ class Generator:
             self.bar.advance((batch.step - before) * len(part.items), metrics)
             if claims:
                 claims.refresh()
+            if is_first:
+                self.settle(claims)  # those of the batch before, which had the time of a chunk
+                is_first = False
             if self.run.settings.outputs.trajectory:
                 frames.append(engine.preview(batch))
             if batch.step < engine.steps and (self.stop() or time.monotonic() - saved > self.save_every):
@@ -109,15 +116,18 @@ class Generator:
                 saved = time.monotonic()
                 self.check()
         for n, picture in enumerate(engine.finish(batch)):
-            status = self.run.write(picture, seconds=(time.monotonic() - begun) / len(part.items))
+            seconds = (time.monotonic() - begun) / len(part.items)
+            status = self.writer.write(picture, seconds=seconds, frames=[frame[n] for frame in frames])
             self.made.nonfinite += status != "done"
-            if frames:
-                self.run.trajectory(picture.item.id, [frame[n] for frame in frames])
-        self.checkpoints.clear()
-        if claims:
-            claims.release([item.id for item in part.items])
         self.made.images += len(part.items)
         self.bar.finished(len(part.items))
+
+    def settle(self, claims: queue.Claims | None, *, commit: bool = False) -> None:
+        """Waits for the images written so far, and gives up their checkpoint and claims; see writers.Writer.flush."""
+        written = self.writer.flush(commit=commit)
+        self.checkpoints.clear()
+        if claims:
+            claims.release(written)
 
     def halve(self, error: jax.errors.JaxRuntimeError) -> None:
         """Goes on with batches half as large; raises `error` where they are of one already."""

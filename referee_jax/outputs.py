@@ -1,20 +1,25 @@
 """A run directory: images, their journal, the log, and what was asked for. Nothing in it is ever half written.
 
     config.json         settings, fingerprint, versions, device
-    images/<id>.png     one per item, with its prompt, scores and settings in a text chunk (`read_settings`)
+    images/<id>.png     one per item, with its prompt, scores and settings in it (formats.py); or .webp
+    shards/<name>.tar   instead, many images each, where `outputs.format` is webdataset (shards.py)
     metadata.jsonl      the journal: one line per finished image, with `file_name`
     log.jsonl           starts, skipped prompts, metrics of every chunk
     contact_sheet.png   all of it at a glance
     gallery.html        all of it to sort, filter and compare (gallery.py)
     trajectories/<id>.webp
 
-It is a Hugging Face ImageFolder: `load_dataset("imagefolder", data_files=["RUN/metadata.jsonl", "RUN/images/*"])`. An
-image is on disk before its line is in the journal, so an item is done if both are there, whatever happened in between.
+It is a Hugging Face ImageFolder: `load_dataset("imagefolder", data_files=["RUN/metadata.jsonl", "RUN/images/*"])`, or with shards
+`load_dataset("webdataset", data_files="RUN/shards/*.tar")`. An image, or its shard, is on disk before its line is in the
+journal, so an item is done if both are there, whatever happened in between.
+
+Several processes may write to one directory: all but number 0 have a metadata-<number>.jsonl of their own, whose lines come into
+metadata.jsonl by and by (`RunDirectory.merge`).
 """
 
 import bisect
 import contextlib
-import datetime
+import functools
 import importlib.metadata
 import io
 import itertools
@@ -22,37 +27,27 @@ import json
 import math
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+import tqdm
+from PIL import Image, ImageDraw, ImageFont
 
-from referee_jax import config, queue, watch
+from referee_jax import config, disk, formats, shards, writers
 
-CHUNK = "referee_jax"  # keyword of the PNG text chunk
 PACKAGES = ("referee_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "pillow")
+FOLDERS = ("images", "shards")
 SHEET_PICTURES = 200
+# For the space on disk: a compressed image by what it is raw, at most; and what is written besides, in bytes.
+SHARE = {"png": 0.9, "webp": 0.75, "frame": 0.25}
+OVERHEAD = 16384
 
 
 class RunError(ValueError):
     """A run directory that cannot be used; one sentence, perhaps with a list."""
-
-
-class Picture(Protocol):
-    """What is written: see inverter.Picture. `image` is float32 `[H, W, 3]` in [0, 1]."""
-
-    item: queue.Item
-    image: np.ndarray
-    scores: Mapping[str, float]
-    status: str
-    losses: Mapping[str, Sequence[float]] | None
-
-
-def now() -> str:
-    """UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def versions() -> dict[str, str]:
@@ -64,108 +59,47 @@ def versions() -> dict[str, str]:
     return found
 
 
-def finite(value: Any) -> Any:
-    """`value` as JSON has it: NumPy numbers and arrays as Python's, NaN and infinities as None."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(x) for x in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return finite(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run directory's journals, of all processes, whose images are there; each image once."""
+    # These first: `merge` moves lines to the main one, where they may be seen again but must not be missed.
+    others = [line for file in sorted(path.glob("metadata-*.jsonl")) for line in disk.read_lines(file)]
+    return _there(path, disk.read_lines(path / "metadata.jsonl") + others)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all, also after a loss of power. OSError as from the system."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
+def _there(path: Path, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Those of images that are there. The folders are listed: to ask for each file is slow on a network's disk."""
+    names = {f"{folder}/{name}" for folder in FOLDERS for name in _listing(path / folder)}
+    kept = {}
+    for record in records:
+        name = record.get("file_name")
+        if isinstance(name, str) and (name in names or name.rpartition("/")[0] in names):  # a file, or in a shard
+            kept[str(record.get("id", name))] = record
+    return list(kept.values())
 
 
-def _sync_directory(path: Path) -> None:
-    # The rename itself lives in the directory. Some file systems cannot sync one: only the promise is lost there.
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds one line of JSON (ASCII: no reader splits it elsewhere) to a file, on disk when this returns."""
-    line = json.dumps(finite(record), allow_nan=False).encode() + b"\n"
-    with open(path, "ab") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; lines that are not one (half written, say) are left out."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in data.split(b"\n"):
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
-    return records
-
-
-def read_image(file: str | Path) -> Image.Image:
-    """The image in a file, in RGB; ValueError where there is none."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {getattr(error, 'strerror', None) or error}") from error
-
-
-def mend(path: Path) -> None:
-    """Ends a file of JSON lines that a crash cut short: a whole last line gets its end, half a one is taken away."""
-    if not path.exists():
-        return
-    with open(path, "rb+") as file:
-        data = file.read()
-        start = data.rfind(b"\n") + 1
-        if start == len(data):
-            return
-        try:
-            json.loads(data[start:])
-            file.write(b"\n")
-        except ValueError:
-            file.truncate(start)
-        file.flush()
-        os.fsync(file.fileno())
+def _listing(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
 
 
 class RunDirectory:
-    """A run directory that is written to."""
+    """A run directory that is written to, by this process and perhaps others; each has a journal of its own."""
 
-    def __init__(self, path: Path, settings: config.Settings):
-        self.path, self.settings = path, settings
-        self.images, self.journal, self.log_file = path / "images", path / "metadata.jsonl", path / "log.jsonl"
+    def __init__(self, path: Path, settings: config.Settings, *, process: int = 0):
+        self.path, self.settings, self.process = path, settings, process
+        journal = f"metadata-{process}.jsonl" if process else "metadata.jsonl"
+        self.images, self.journal, self.log_file = path / "images", path / journal, path / "log.jsonl"
         self.fingerprint = config.fingerprint(settings)
 
     @classmethod
-    def open(cls, path: str | os.PathLike, settings: config.Settings, *, device: str = "") -> "RunDirectory":
+    def open(
+        cls, path: str | os.PathLike, settings: config.Settings, *, device: str = "", process: int = 0
+    ) -> "RunDirectory":
         """Begins a run directory or continues one; `device` is noted in it.
 
+        `process` is this process's number among those that write to the directory at the same time; 0 if it is the only one.
         Raises RunError where it cannot be written, holds something else, or was begun for other images.
         """
-        run = cls(Path(path).expanduser(), settings)
+        run = cls(Path(path).expanduser(), settings, process=process)
         try:
             run._begin(device)
         except OSError as error:
@@ -175,9 +109,11 @@ class RunDirectory:
     def _begin(self, device: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "config.json"
+        # Listed before config.json is looked for, which another process that begins the run writes first.
+        is_empty = all(x.name.startswith(".") for x in self.path.iterdir())
         if file.exists():
             self._compare(file)
-        elif any(not x.name.startswith(".") for x in self.path.iterdir()):
+        elif not is_empty:
             raise RunError(
                 f"{self.path} is not empty and not a run directory (no config.json); choose another --workdir"
             )
@@ -187,17 +123,28 @@ class RunDirectory:
                 "settings": config.to_dict(self.settings),
                 "versions": versions(),
                 "device": device,
-                "created": now(),
+                "created": disk.now(),
             }
-            write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
+            disk.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
+        # One process after the other, so that what a crash left is taken up by one, and the next sees it done.
+        with disk.locked(file):
+            self._take_up(device)
+
+    def _take_up(self, device: str) -> None:
+        """Brings a directory that was left at any moment into order, whoever else is at work in it."""
         self.images.mkdir(exist_ok=True)
-        for left in self.images.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
         for lines in (self.journal, self.log_file):
-            mend(lines)
-        self._forget_lost()
-        # Also the proof that the directory can be written to.
+            disk.mend(lines)
+        # Also the proof that the directory can be written to, and the time by the clock of its file system.
         self.log("start", device=device, versions=versions())
+        clock = self.log_file.stat().st_mtime
+        shards.recover(self.path / "shards", self.journal, clock)
+        for folder in ("", *FOLDERS, "trajectories"):
+            disk.remove_abandoned(self.path / folder, clock)
+        if self.process:
+            self._gather([])
+        else:
+            self.merge()
 
     def _compare(self, file: Path) -> None:
         try:
@@ -211,70 +158,65 @@ class RunDirectory:
                 f"{self.path} was begun with other settings; choose another --workdir, or take back:\n{changes}"
             )
 
-    def _forget_lost(self) -> None:
-        """Takes the lines of images that are no longer there out of the journal: they will be made again."""
-        records = read_lines(self.journal)
-        kept = {x["file_name"]: x for x in records if "file_name" in x and (self.path / x["file_name"]).is_file()}
-        if len(kept) < len(records):
-            write_atomic(self.journal, b"".join(json.dumps(x).encode() + b"\n" for x in kept.values()))
+    def merge(self) -> None:
+        """Takes the lines of the other processes' journals into metadata.jsonl; for process 0, at any time.
+
+        A line that another process adds meanwhile stays in, or comes into, a journal of its own.
+        """
+        self._gather(sorted(self.path.glob("metadata-*.jsonl")))
+
+    def _gather(self, others: Sequence[Path]) -> None:
+        """The lines of other journals into ours; images that are no longer there lose theirs: they will be made again."""
+        self.journal.touch()
+        with contextlib.ExitStack() as stack:
+            for file in (self.journal, *others):
+                stack.enter_context(disk.locked(file))
+            records = [line for file in (self.journal, *others) for line in disk.read_lines(file)]
+            kept = _there(self.path, records)
+            if others or len(kept) < len(records):
+                disk.write_atomic(self.journal, disk.encode_lines(*kept))
+            for file in others:
+                file.unlink()
 
     def finished(self) -> list[dict[str, Any]]:
-        """The journal's lines whose images are there, each image once."""
-        return list(self._finished().values())
-
-    def _finished(self) -> dict[str, dict[str, Any]]:
-        records = {x["id"]: x for x in read_lines(self.journal) if isinstance(x.get("id"), str)}
-        return {name: x for name, x in records.items() if self.image_file(name).is_file()}
+        """The lines of all journals whose images are there, each image once."""
+        return read_journal(self.path)
 
     def done(self) -> set[str]:
-        """The ids of all items that are journalled and whose images are there."""
-        return set(self._finished())
+        """The ids of all items that are journalled, by any process, and whose images are there."""
+        return {record["id"] for record in self.finished() if isinstance(record.get("id"), str)}
 
     def image_file(self, name: str) -> Path:
-        """Where the image of an item's id is."""
-        return self.images / f"{name}.png"
+        """Where the image of an item's id is written, if it is a file by itself."""
+        return self.images / f"{name}.{writers.ending(self.settings.outputs)}"
 
-    def write(self, picture: Picture, *, seconds: float) -> str:
-        """Writes an image and then its line; `seconds` is what it took. Returns the status in the journal.
+    def check_space(self, items: int) -> None:
+        """RunError if the disk has no room for so many more images."""
+        needed, free = items * bytes_per_item(self.settings), shutil.disk_usage(self.path).free
+        if needed > free:
+            size = functools.partial(tqdm.tqdm.format_sizeof, suffix="B")
+            raise RunError(
+                f"{self.path} has {size(free)} free ({free:,} bytes), and {items} images need about {size(needed)} "
+                f"({needed:,} bytes); make room, or choose another --workdir"
+            )
 
-        It is the picture's ("done"), or "nonfinite" if a pixel or a score is not a finite number.
-        """
-        item, scores = picture.item, finite(dict(picture.scores))
-        is_finite = np.isfinite(picture.image).all() and None not in scores.values()
-        record = {
-            "file_name": f"images/{item.id}.png",
-            "text": item.prompt,
-            "id": item.id,
-            "sample": item.sample,
-            "seed": self.settings.seed,
-            "scores": scores,
-            "status": picture.status if is_finite else "nonfinite",
-            **_watched(picture.losses),
-            "seconds": round(seconds, 3),
-            "time": now(),
-        }
-        chunk = {key: x for key, x in record.items() if key not in ("file_name", "seconds")}
-        chunk |= {"fingerprint": self.fingerprint, "settings": config.image_settings(self.settings)}
-        write_atomic(
-            self.image_file(item.id), encode_png(to_uint8(picture.image, stretch=self.settings.outputs.stretch), chunk)
-        )
-        append(self.journal, record)
-        return record["status"]
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[writers.Writer]:
+        """What images are written with. At the end, also that by an exception, all that it was given is on disk."""
+        writer = writers.Writer(self.path, self.journal, self.settings, process=self.process)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+    def write(self, picture: writers.Picture, *, seconds: float, frames: Sequence[np.ndarray] = ()) -> str:
+        """Writes one image by itself, in a shard of its own if shards are asked for; see writers.Writer.write."""
+        with self.writing() as writer:
+            return writer.write(picture, seconds=seconds, frames=frames)
 
     def log(self, event: str, **values: Any) -> None:
         """Adds a line to log.jsonl."""
-        append(self.log_file, {"event": event, "time": now(), **values})
-
-    def trajectory(self, name: str, frames: Sequence[np.ndarray]) -> Path:
-        """Writes uint8 frames `[H, W, 3]` of the item with this id as an animation that rests on its last frame."""
-        path = self.path / "trajectories" / f"{name}.webp"
-        path.parent.mkdir(exist_ok=True)
-        first, *rest = [Image.fromarray(frame) for frame in frames]
-        buffer = io.BytesIO()
-        durations = [100] * len(rest) + [1500]
-        first.save(buffer, "WEBP", save_all=True, append_images=rest, duration=durations, loop=0, quality=90)
-        write_atomic(path, buffer.getvalue())
-        return path
+        disk.append(self.log_file, {"event": event, "time": disk.now(), **values})
 
     def contact_sheet(self) -> Path | None:
         """Writes contact_sheet.png of the first SHEET_PICTURES images, prompt by prompt; None without images."""
@@ -292,40 +234,16 @@ class RunDirectory:
         buffer = io.BytesIO()
         draw_sheet(shown, title=title).save(buffer, "PNG")
         path = self.path / "contact_sheet.png"
-        write_atomic(path, buffer.getvalue())
+        disk.write_atomic(path, buffer.getvalue())
         return path
 
 
-def _watched(losses: Mapping[str, Sequence[float]] | None) -> dict[str, Any]:
-    """What the journal says of the watch (watch.py): first and last losses, and whether they look like reward hacking."""
-    return {"losses": finite(losses), "hacked": watch.is_hacked(losses)} if losses else {}
-
-
-def to_uint8(image: np.ndarray, *, stretch: bool = False) -> np.ndarray:
-    """An image in [0, 1] to uint8; what is not finite is black. `stretch` spreads its values over 0..255."""
-    image = np.nan_to_num(np.asarray(image, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    if stretch:
-        low, high = image.min(), image.max()
-        image = (image - low) / max(high - low, 1e-12)
-    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-
-
-def encode_png(image: np.ndarray, settings: Mapping[str, Any]) -> bytes:
-    """A PNG of uint8 `[H, W, 3]` with `settings` as JSON in its text chunk."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(CHUNK, json.dumps(finite(settings)))
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
-
-
-def read_settings(png: str | os.PathLike) -> dict[str, Any]:
-    """What an image was made from: prompt (`text`), sample, seed, scores, settings. ValueError if it does not say."""
-    with Image.open(png) as image:
-        text = getattr(image, "text", {}).get(CHUNK)
-    if text is None:
-        raise ValueError(f"{png} was not written by referee_jax: it has no text chunk {CHUNK!r}")
-    return json.loads(text)
+def bytes_per_item(settings: config.Settings) -> int:
+    """What an image takes on the disk, with all that is written beside it; rather more than less."""
+    asked, raw = settings.outputs, 3 * settings.image_size**2
+    said = 2 * len(config.to_json(settings)) + OVERHEAD  # in the image, in a shard again
+    frames = math.ceil(settings.steps / settings.chunk) if asked.trajectory else 0
+    return math.ceil(SHARE[writers.ending(asked)] * raw + said + frames * SHARE["frame"] * raw)
 
 
 # --- contact sheet ----------------------------------------------------------------------------------------------------
@@ -362,8 +280,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> Iterator[
 
 def _thumbnail(file: Path, width: int) -> Image.Image:
     """At least `width` wide by whole pixels, or shrunk to it."""
-    with Image.open(file) as opened:
-        image = opened.convert("RGB")
+    image = formats.read_image(file)
     if image.width < width:
         factor = -(-width // image.width)
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
@@ -373,7 +290,7 @@ def _thumbnail(file: Path, width: int) -> Image.Image:
 def draw_sheet(
     pictures: Sequence[tuple[Path, str, Mapping[str, float | None]]], *, title: str = "", width: int = 192
 ) -> Image.Image:
-    """A grid of image files with their texts and scores below."""
+    """A grid of images (files, or in shards) with their texts and scores below."""
     margin, size, lines = 12, 15, 4
     font, small = ImageFont.load_default(size), ImageFont.load_default(size - 2)
     images = [_thumbnail(file, width) for file, _, _ in pictures]

@@ -5,6 +5,7 @@ and go, each takes what nobody has yet (`Claims`). `Work` hands them out batch b
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -105,10 +106,13 @@ class Claims:
     def take(self, item: Item) -> bool:
         """Whether the item is ours now: nobody had it, or who had it is gone."""
         path = self.directory / f"{item.id}.claim"
-        for _ in range(2):
+        for _ in range(3):
             try:
+                self.directory.mkdir(exist_ok=True)  # who leaves last removes it
                 with open(path, "x") as file:
                     file.write(self.owner)
+            except FileNotFoundError:
+                continue
             except FileExistsError:
                 if not self._expired(path):
                     return False
@@ -133,8 +137,10 @@ class Claims:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Gives everything back."""
+        """Gives everything back, and removes the directory if nobody has anything."""
         self.release(list(self.held))
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
 
     def _now(self) -> float:
         probe = self.directory / f".{self.owner}.now"
@@ -196,7 +202,13 @@ class Work:
                 del left[item]
         self.fresh = collections.deque(left)
 
-    def take(self, size: int, *, stopped: Callable[[], bool] = lambda: False) -> Part | None:
+    def take(
+        self,
+        size: int,
+        *,
+        stopped: Callable[[], bool] = lambda: False,
+        before_waiting: Callable[[], None] = lambda: None,
+    ) -> Part | None:
         """The next at most `size` items, or None where nothing is left, or `stopped()` while the last ones are waited for."""
         while (self.begun or self.fresh) and not stopped():
             part = self._next(size)
@@ -206,6 +218,7 @@ class Work:
             self.claims.release({item.id for item in part.items} & set(finished))
             self.fresh = collections.deque(missing(self.fresh, finished))
             if not part.items:
+                before_waiting()
                 time.sleep(WAIT if self.fresh else 0)
             elif left := missing(part.items, finished):
                 return part.only(left)

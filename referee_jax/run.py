@@ -62,7 +62,7 @@ def execute(
     if not texts:
         raise CommandError(f"no prompt can be used; {rejected[0]}")
     device = f"{jax.local_devices()[0].device_kind} x {jax.local_device_count()}"
-    run = outputs.RunDirectory.open(command.workdir, settings, device=device)
+    run = outputs.RunDirectory.open(command.workdir, settings, device=device, process=command.shard_index)
     report_rejected(run, rejected)
     wanted = queue.items(texts, settings.samples)
     if not command.claim:
@@ -72,6 +72,7 @@ def execute(
         say(f"{len(wanted) - len(missing)} of {len(wanted)} images are there already")
     made = generation.Made()
     if missing:
+        run.check_space(len(missing))
         say(f"loading {settings.generator.checkpoint} and {len(settings.referees)} referees")
         engine = load(settings)
         refused = {item.prompt: engine.check(item.prompt) for item in missing}
@@ -96,20 +97,22 @@ def generate(
     if begun := sum(len(part.items) for part in work.begun):
         say(f"{begun} images go on where they were left")
     try:
-        with progress.shown(len(items), engine.steps) as bar:
+        with progress.shown(len(items), engine.steps) as bar, run.writing() as writer:
             generator = generation.Generator(
-                engine, run, checkpoints, bar, stop=stop, save_every=run.settings.checkpoint_seconds
+                engine, run, writer, checkpoints, bar, stop=stop, save_every=run.settings.checkpoint_seconds
             )
             generator.work(work)
     finally:
         if claims:
             claims.close()
-    checkpoints.forget(run.done())
     return generator.made
 
 
 def finish(run: outputs.RunDirectory, made: generation.Made, skipped: int, seconds: float) -> None:
-    """Draws the contact sheet and the gallery, and tells what was done."""
+    """Joins the journals, draws the contact sheet and the gallery, and tells what was done."""
+    checkpoint.Checkpoints(run.path / "checkpoints").forget(run.done())
+    if not run.process:
+        run.merge()
     sheet, page = run.contact_sheet(), gallery.write(run)
     finished = run.finished()
     hacked = [record["id"] for record in finished if record.get("hacked")]

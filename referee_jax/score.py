@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from referee_jax import config, outputs, prompts, referees
+from referee_jax import config, formats, prompts, referees
 from referee_jax.weights import convert
 
 
@@ -30,7 +30,7 @@ def score(referee: str, images: Sequence[str], texts: Sequence[str], *, name: st
     """Prints the scores. Raises ValueError, PromptError or WeightsError for what cannot be done."""
     if not images or not texts:
         raise ValueError("there is nothing to score; give --image=FILE and --text=TEXT, each as often as you like")
-    opened = [outputs.read_image(file) for file in images]
+    opened = [formats.read_image(file) for file in images]
     spec = config.RefereeSpec(
         name=name or referees.name_of(referee, revision or None), checkpoint=referee, revision=revision, losses={}
     )

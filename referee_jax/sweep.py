@@ -27,7 +27,7 @@ from typing import Any
 import tqdm
 from absl import app, flags, logging
 
-from referee_jax import config, inverter, outputs, prompts, queue
+from referee_jax import config, disk, formats, inverter, prompts, queue
 from referee_jax.benchmarks import shapes, statistics
 from referee_jax.weights import convert
 
@@ -74,8 +74,8 @@ def run(variants: Mapping[str, config.Settings], out: Path) -> list[dict[str, An
         raise config.ConfigError("variants have prompts, samples and seed in common")
     _keep(variants, out)
     journal = out / "scores.jsonl"
-    outputs.mend(journal)
-    records = outputs.read_lines(journal)
+    disk.mend(journal)
+    records = disk.read_lines(journal)
     done = {(record["variant"], record["prompt"], record["sample"]) for record in records}
     items = queue.items(first.prompts, first.samples)
     todo = [(name, item) for name in variants for item in items if (name, item.prompt, item.sample) not in done]
@@ -86,7 +86,7 @@ def run(variants: Mapping[str, config.Settings], out: Path) -> list[dict[str, An
             for share in queue.batches(own, engine.batch_size) if engine else ():
                 bar.set_description(share[0][0])
                 for record in _made(engine, share, variants, out):
-                    outputs.append(journal, record)
+                    disk.append(journal, record)
                     records.append(record)
                 bar.update(len(share))
     return records
@@ -102,7 +102,7 @@ def _keep(variants: Mapping[str, config.Settings], out: Path) -> None:
                 raise config.ConfigError(f"{out} has other results of {name!r}; choose another --workdir\n{difference}")
         said = before | said
     (out / "images").mkdir(parents=True, exist_ok=True)
-    outputs.write_atomic(file, json.dumps(said, indent=2).encode() + b"\n")
+    disk.write_atomic(file, json.dumps(said, indent=2).encode() + b"\n")
 
 
 def _made(
@@ -117,9 +117,9 @@ def _made(
     for (name, item), picture in zip(share, engine.finish(batch), strict=True):
         file = out / "images" / slug(name) / f"{item.id}.png"
         record = {"variant": name, "prompt": item.prompt, "sample": item.sample, "file": str(file.relative_to(out))}
-        record["scores"] = outputs.finite(picture.scores | truth(picture.image, item.prompt))
+        record["scores"] = disk.finite(picture.scores | truth(picture.image, item.prompt))
         file.parent.mkdir(parents=True, exist_ok=True)
-        outputs.write_atomic(file, outputs.encode_png(outputs.to_uint8(picture.image), record))
+        disk.write_atomic(file, formats.encode_png(formats.to_uint8(picture.image), record))
         records.append(record)
     return records
 
@@ -191,7 +191,7 @@ def figure(found: Mapping[str, Mapping[str, statistics.Mean]], score: str, file:
     axes.grid(axis="x", alpha=0.3)
     stream = io.BytesIO()
     canvas.print_png(stream)
-    outputs.write_atomic(file, stream.getvalue())
+    disk.write_atomic(file, stream.getvalue())
     return True
 
 
@@ -209,8 +209,8 @@ def sweep(
         raise config.ConfigError(f"there is no variant {unknown[0]!r}; there are {', '.join(variants)}")
     workdir.mkdir(parents=True, exist_ok=True)
     found = means(run({name: variants[name] for name in names or variants}, workdir))
-    outputs.write_atomic(workdir / "table.md", table(found).encode())
-    outputs.write_atomic(workdir / "table.csv", as_csv(found).encode())
+    disk.write_atomic(workdir / "table.md", table(found).encode())
+    disk.write_atomic(workdir / "table.csv", as_csv(found).encode())
     score = "right" if any("right" in own for own in found.values()) else next(iter(next(iter(found.values()))))
     if not figure(found, score, workdir / "figure.png"):
         logging.warning("no figure: matplotlib is not installed (pip install 'referee_jax[eval]')")

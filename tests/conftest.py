@@ -1,6 +1,10 @@
 """Set-up of every test, and the measures they share."""
 
+import errno
+import io
 import os
+import shutil
+import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing that a test compiles is of use to another run
@@ -13,6 +17,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+
+from referee_jax import disk
 
 torch.set_num_threads(1)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -64,3 +70,60 @@ def picture(seed=0, height=VIEW_SIZE, width=VIEW_SIZE):
     image[22:30, 5:14] = 0.0
     image[22:30, 20:33] = 1.0
     return image
+
+
+# What a script begins with that needs a module or two, without the package as a whole, which is slow to import.
+BARE = (
+    "import pathlib, sys, time, types\n"
+    "package = types.ModuleType('referee_jax')\n"
+    f"package.__path__ = [{os.path.dirname(disk.__file__)!r}]\n"
+    "sys.modules['referee_jax'] = package\n"
+)
+
+
+class Room:
+    """Of a disk: so many bytes can still be written."""
+
+    left = float("inf")
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """A disk that is full after `room.left` bytes, for what is written through disk.py."""
+    room = Room()
+
+    class File(io.FileIO):
+        def write(self, data):
+            if not room.left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken = super().write(data[: min(len(data), room.left)])
+            room.left -= taken
+            return taken
+
+    def opened(path, mode, buffering=-1):
+        return File(path, mode) if buffering == 0 else open(path, mode, buffering)
+
+    monkeypatch.setattr(disk, "open", opened, raising=False)
+    return room
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of so many kB in memory, and gives its directory."""
+    mounted = []
+
+    def make(size):
+        path = tmp_path / "disk"
+        path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", path]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        mounted.append(path)
+        return path
+
+    if not shutil.which("mount"):
+        pytest.skip("there is no mount command")
+    yield make
+    for path in mounted:
+        subprocess.run(["umount", path], check=True)

@@ -93,8 +93,20 @@ def test_config_dict_is_locked_and_typed():
     ("values", "message"),
     [
         ({"stepz": 3}, "stepz is not a setting; did you mean steps?"),
+        (
+            {"outputs": {"format": "gif"}},
+            "outputs.format = 'gif' is not possible: it must be one of 'png', 'webp', 'webdataset'",
+        ),
+        ({"outputs": {"shard_size": 0}}, "outputs.shard_size = 0 is not possible: it must be at least 1"),
+        (
+            {"outputs": {"format": "webp"}, "image_size": 16384},
+            "image_size = 16384 is not possible: it must be at most 16383, as WebP files are asked for",
+        ),
         ({"sds": {"guidanse": 3}}, "sds.guidanse is not a setting; did you mean sds.guidance?"),
-        ({"outputs": {"zzz": 3}}, "outputs.zzz is not a setting; there are stretch, trajectory"),
+        (
+            {"outputs": {"zzz": 3}},
+            "outputs.zzz is not a setting; there are format, shard_images, shard_size, stretch, trajectory",
+        ),
         ({"steps": 0}, "steps = 0 is not possible: it must be at least 1"),
         ({"steps": 2.5}, "steps = 2.5 is not possible: it must be a whole number"),
         ({"steps": True}, "steps = True is not possible: it must be a whole number"),
@@ -183,7 +195,7 @@ def test_fingerprint_is_of_what_changes_the_images():
         "workdir": "x",
         "batch_size": 1,
         "chunk": 7,
-        "outputs": {"trajectory": True},
+        "outputs": {"trajectory": True, "format": "webp", "shard_size": 9, "shard_images": "webp"},
     }
     for key, value in same.items():
         assert config.from_config({key: value}) != base

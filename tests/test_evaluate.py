@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 import transformers
 
-from referee_jax import evaluate, outputs
+from referee_jax import disk, evaluate
 from referee_jax.benchmarks import layouts, measures, noun_phrases
 from referee_jax.shapes import world
 from tests.oracles import networks
@@ -36,7 +36,7 @@ def run(tmp_path):
         for sample in (0, 1):
             name = f"images/{n}-{sample}.png"
             drawn(prompt, right=sample == 0 or n == 0).save(tmp_path / name)
-            outputs.append(tmp_path / "metadata.jsonl", {"file_name": name, "text": prompt, "sample": sample})
+            disk.append(tmp_path / "metadata.jsonl", {"file_name": name, "text": prompt, "sample": sample})
     return tmp_path
 
 
@@ -59,7 +59,7 @@ def test_shapes(run, monkeypatch):
     })  # fmt: skip
     assert found["all"]["right"]["prompts"] == 3 and found["all"]["right"]["images"] == 6
     assert "| all | 6 | 0.667 (0.50..1.00) |" in printed
-    lines = outputs.read_lines(run / "evaluation" / "images.jsonl")
+    lines = disk.read_lines(run / "evaluation" / "images.jsonl")
     assert [line["right"] for line in lines] == [1.0, 1.0, 1.0, 0.0, 1.0, 0.0]
     assert [(line["prompt"], line["sample"]) for line in lines] == [(p, s) for p in PROMPTS for s in (0, 1)]
     # Again: nothing is measured twice, but what has changed.
@@ -81,7 +81,7 @@ def test_any_referee_scores(run, tmp_path_factory):
         networks.save_clip(root / path, seed=seed)
     for given, names in ((checkpoints[:1], ["clip_cosine"]), (checkpoints, [f"{path}_cosine" for path in checkpoints])):
         printed = command(run, referee=given)
-        lines = outputs.read_lines(run / "evaluation" / "images.jsonl")
+        lines = disk.read_lines(run / "evaluation" / "images.jsonl")
         means = [np.mean([line[name] for line in lines]) for name in names]
         assert np.ptp([line[names[0]] for line in lines]) > 1e-3 and len({f"{mean:.3f}" for mean in means}) == len(
             names
@@ -95,7 +95,7 @@ def test_scores_are_compared_with_the_truth(run, tmp_path_factory):
     networks.save_clip(root / "clip")
     networks.save_blip(networks.blip(transformers.BlipForQuestionAnswering), root / "vqa")
     printed = command(run, benchmark="shapes", vqa=str(root / "vqa"), referee=[str(root / "clip")])
-    lines = outputs.read_lines(run / "evaluation" / "images.jsonl")
+    lines = disk.read_lines(run / "evaluation" / "images.jsonl")
     found = json.loads((run / "evaluation" / "scores.json").read_text())["agreement"]
     assert list(found) == ["blip_vqa", "clip_cosine"]
     for name, own in found.items():
@@ -125,7 +125,7 @@ def test_t2i_compbench_there_and_back(run, tmp_path_factory):
     (folder / "vqa_result.json").write_text(json.dumps(answers))
     given = {"vqa": str(root / "vqa"), "clip": str(root / "clip"), "lists": str(root)}
     command(root / "out", benchmark="t2i_compbench", import_scores=str(root / "out"), **given)
-    lines = outputs.read_lines(root / "out" / "evaluation" / "images.jsonl")
+    lines = disk.read_lines(root / "out" / "evaluation" / "images.jsonl")
     assert [line["unidet_2d"] for line in lines] == [n / 10 for n in range(6)]
     for n, line in enumerate(lines):
         parts = ["blip_vqa", "clip_without_adjectives" if n < 2 else "unidet_2d"]
@@ -169,6 +169,6 @@ def test_bad_input(run, tmp_path_factory):
     (empty / "color_val.txt").write_text("another prompt")
     with pytest.raises(ValueError, match="3 prompts are in none of the lists"):
         command(run, benchmark="t2i_compbench", lists=str(empty))
-    outputs.append(run / "metadata.jsonl", {"file_name": "images/0-0.png", "text": "a dog", "sample": 0})
+    disk.append(run / "metadata.jsonl", {"file_name": "images/0-0.png", "text": "a dog", "sample": 0})
     with pytest.raises(ValueError, match="not a caption of the shapes world: 'a dog'|not a thing"):
         command(run, benchmark="shapes")

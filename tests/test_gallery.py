@@ -58,8 +58,7 @@ def test_what_the_page_shows(tmp_path):
     run.write(picture(), seconds=1.5)
     losses = {"referee": (2.0, 1.0), "held_out": (0.5, 0.75)}
     other = dataclasses.replace(picture("a blue ring", 2, losses=losses), scores={"cosine": float("nan"), "itm": 0.25})
-    run.write(other, seconds=2)
-    run.trajectory(other.item.id, [np.zeros((16, 16, 3), np.uint8)] * 2)
+    run.write(other, seconds=2, frames=[np.zeros((16, 16, 3), np.uint8)] * 2)
     assert gallery.write(run) == run.path / "gallery.html"
     page = read(run)
     first, second = page.data["records"]
@@ -169,3 +168,21 @@ def test_mistakes(tmp_path, capsys, made, message):
     assert capsys.readouterr().err == f"error: {message.format(tmp_path)}\n"
     assert gallery.main(["gallery"]) == 2
     assert capsys.readouterr().err.startswith("error: name one run directory")
+
+
+def test_images_in_shards(tmp_path, monkeypatch):
+    """The first ones are in the page, which says how many more there are; links go to the shard."""
+    monkeypatch.setattr(gallery, "EMBEDDED", 2)
+    settings = dataclasses.replace(SETTINGS, outputs=config.Outputs(format="webdataset"))
+    directory = outputs.RunDirectory.open(tmp_path, settings)
+    with directory.writing() as writer:
+        for item in queue.items(["one", "two", "three"], 1):
+            writer.write(picture(item.prompt, item.sample), seconds=1.0)
+    gallery.write(directory)
+    assert "2 images of 2 prompts; 1 more are in the shards" in " ".join(
+        directory.path.joinpath("gallery.html").read_text().split()
+    )
+    (shard,) = (tmp_path / "shards").glob("*.tar")
+    records = read(directory).data["records"]
+    assert [record["image"] for record in records] == [f"./shards/{shard.name}"] * 2
+    assert all(record["thumbnail"].startswith("data:image/webp;base64,") for record in records)

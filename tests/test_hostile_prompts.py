@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ImageFont
 
-from referee_jax import outputs, prompts, queue, run
+from referee_jax import formats, outputs, prompts, queue, run
 from tests import pages
 from tests.test_run import execute, lines
 
@@ -101,7 +101,7 @@ def test_a_run_of_hostile_prompts(tmp_path, monkeypatch, capsys):
     assert {x for x in tree(tmp_path) - before if not x.startswith("a/b/run/")} == {"a", "a/b", "a/b/run"}
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for path in tree(work) for name in path.split("/"))
     assert len(tree(work / "images")) == len(records)
-    assert all(outputs.read_settings(work / x["file_name"])["text"] == x["text"] for x in records)
+    assert all(formats.read_settings(work / x["file_name"])["text"] == x["text"] for x in records)
     for journal in ("metadata.jsonl", "log.jsonl"):
         assert (work / journal).read_bytes().isascii()
     # Nothing steers the terminal, though it is told of them.

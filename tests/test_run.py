@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -18,7 +19,7 @@ from absl import flags
 from PIL import Image
 
 from referee_jax import command as commands
-from referee_jax import config, generation, outputs, queue, run
+from referee_jax import config, formats, generation, outputs, queue, run
 from referee_jax.weights import convert
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -173,7 +174,7 @@ def test_a_run(tmp_path, capsys):
     assert sum("compiling" in line for line in told) == 1
     assert told[2] == "0.0015 TFLOP for an iteration of an image, 0.0375 for all"
     assert told[3].startswith("3/4 images, 75/100 steps")
-    assert re.match(r"4 images done, 0 prompts skipped, \d s; see .*contact_sheet\.png and gallery\.html$", told[-1])
+    assert re.match(r"4 images done, 0 prompts skipped, \d+ s; see .*contact_sheet\.png and gallery\.html$", told[-1])
     assert len(told) == 6 and not err
 
 
@@ -333,7 +334,7 @@ def test_workers_that_come_and_go(tmp_path, monkeypatch):
     code, engine = execute(*arguments, f"--workdir={tmp_path}", "--claim", "--claim_expiry=3")
     assert code == 0 and engine.begun == [(queue.Item("0", 0), queue.Item("2", 0)), (item,)]
     assert time.time() - begun > 0.9
-    assert list((tmp_path / "claims").iterdir()) == []
+    assert not (tmp_path / "claims").exists()
     other.close()
 
 
@@ -341,6 +342,86 @@ def test_workers_that_come_and_go(tmp_path, monkeypatch):
 def test_impossible_shares(arguments):
     with pytest.raises(commands.CommandError, match="shard_(index|count)"):
         command("--prompt=one", *arguments)
+
+
+def shown(path):
+    """Id -> colour of all finished images, wherever they are."""
+    records = outputs.read_journal(path)
+    return {x["id"]: formats.read_image(path / x["file_name"]).getpixel((0, 0)) for x in records}
+
+
+@pytest.mark.parametrize("form", ["webp", "webdataset"])
+@pytest.mark.parametrize("call", [1, 4, 6])
+def test_other_formats_lose_nothing_either(tmp_path, form, call):
+    arguments = *(f"--prompt={n}" for n in range(5)), f"--config.outputs.format={form}", "--config.outputs.shard_size=2"
+    execute(*arguments, f"--workdir={tmp_path / 'whole'}")
+    work = tmp_path / "cut"
+    code, _ = execute(*arguments, f"--workdir={work}", failures={call: OSError(5, "Input/output error")})
+    assert code == 1 and len(shown(work)) == (3 if call > 3 else 0)
+    code, engine = execute(*arguments, f"--workdir={work}")
+    assert code == 0 and sum(map(len, engine.begun)) == (2 if call > 3 else 5)
+    assert len(shown(work)) == 5 and shown(work) == shown(tmp_path / "whole")
+    assert (work / "contact_sheet.png").is_file()
+    assert [x.name for x in (work / ("images" if form == "webdataset" else "shards")).glob("*")] == []
+
+
+@pytest.mark.parametrize("form", ["png", "webdataset"])
+def test_processes_share_a_directory(tmp_path, form):
+    """Each makes its share; the journals are joined by the first, at its end or its next start."""
+    arguments = *(f"--prompt={n}" for n in range(5)), f"--config.outputs.format={form}", f"--workdir={tmp_path}"
+    for index in (1, 0):
+        assert execute(*arguments, f"--shard_index={index}", "--shard_count=2")[0] == 0
+    assert len(shown(tmp_path)) == len(lines(tmp_path / "metadata.jsonl")) == 5
+    assert [x.name for x in tmp_path.glob("metadata*")] == ["metadata.jsonl"]
+    assert execute(*arguments) == (0, None)
+
+
+def test_workers_do_not_wait_for_what_is_in_each_others_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue, "WAIT", 0.05)
+    arguments = *(f"--prompt={n}" for n in range(9)), f"--workdir={tmp_path}", "--config.outputs.format=webdataset"
+    codes = []
+    workers = [threading.Thread(target=lambda: codes.append(execute(*arguments, "--claim")[0])) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert codes == [0, 0] and len(shown(tmp_path)) == 9
+    assert not (tmp_path / "claims").exists()
+
+
+def test_a_disk_without_room_is_refused_before_weights_are_loaded(small_disk, capsys):
+    work = small_disk(500) / "run"
+    code, engine = execute("--prompt=one", "--samples=500", f"--workdir={work}")
+    assert (code, engine) == (2, None)
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {work} has ") and "and 500 images need about" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", ["png", "webdataset"])
+def test_a_disk_that_fills_while_images_are_made(small_disk, capsys, form):
+    """It ends cleanly, tells the path, and goes on when there is room."""
+    path = small_disk(4000)
+    arguments = *(f"--prompt={n}" for n in range(5)), f"--workdir={path / 'run'}", f"--config.outputs.format={form}"
+    arguments += "--config.image_size=64", "--config.outputs.shard_size=2"
+
+    def fill():
+        with open(path / "other", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def filled():
+        with pytest.raises(OSError):
+            fill()
+
+    code, _ = execute(*arguments, failures={4: filled})
+    err = capsys.readouterr().err
+    assert code == 1 and f"No space left on device: '{path / 'run'}" in err and err.count("\n") == 1
+    assert err.endswith("the same command continues\n")
+    assert all(json.loads(line) for line in (path / "run" / "metadata.jsonl").read_text().splitlines())
+    (path / "other").unlink()
+    code, engine = execute(*arguments)
+    assert code == 0 and len(shown(path / "run")) == 5 == len(lines(path / "run" / "metadata.jsonl"))
+    assert [x for x in (path / "run").rglob("*") if x.name.startswith(".")] == []
 
 
 def test_trajectories(tmp_path):
@@ -498,4 +579,4 @@ def test_outputs_are_what_the_engine_gave(tmp_path):
     execute("--prompt=one", "--seed=5", f"--workdir={tmp_path}")
     name = queue.Item("one", 0).id
     assert colours(tmp_path)[f"{name}.png"] == tuple(hashlib.sha256(b"one 0 5").digest()[:3])
-    assert outputs.read_settings(tmp_path / "images" / f"{name}.png")["settings"]["steps"] == 25
+    assert formats.read_settings(tmp_path / "images" / f"{name}.png")["settings"]["steps"] == 25

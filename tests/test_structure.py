@@ -41,7 +41,12 @@ RULES = {
         "referee_jax.parallel", "referee_jax.shapes", "transformers", "absl",
     ],
     ("inverter.py",): ["referee_jax.run", "referee_jax.outputs", "referee_jax.shapes", "absl"],
-    ("config.py", "queue.py", "prompts.py", "outputs.py"): ["referee_jax.inverter", "referee_jax.run", "referee_jax.inversion"],
+    ("config.py", "queue.py", "prompts.py", "outputs.py", "writers.py", "formats.py"): [
+        "referee_jax.inverter", "referee_jax.run", "referee_jax.inversion",
+    ],
+    ("writers.py", "formats.py"): ["referee_jax.outputs"],
+    ("shards.py",): ["referee_jax.outputs", "referee_jax.writers", "referee_jax.formats", "referee_jax.config"],
+    ("disk.py",): ["referee_jax"],
 }  # fmt: skip
 
 

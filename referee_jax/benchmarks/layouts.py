@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from referee_jax import outputs
+from referee_jax import disk, formats, outputs
 
 LONGEST_NAME = 255  # bytes, of the usual file systems
 SHOWN = 5  # names in an error
@@ -38,7 +38,7 @@ RESULTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One image: sample number `sample` (0, 1, ...) of a prompt."""
+    """One image: sample number `sample` (0, 1, ...) of a prompt. The file may be in a shard (shards.py)."""
 
     file: Path
     prompt: str
@@ -53,12 +53,12 @@ def read_run(directory: str | os.PathLike) -> list[Entry]:
     path = Path(directory)
     if not (path / "config.json").is_file():
         raise outputs.RunError(f"{path} is not a run directory (no config.json)")
-    entries: dict[str, Entry] = {}
-    for line in outputs.read_lines(path / "metadata.jsonl"):
+    entries = []
+    for line in outputs.read_journal(path):
         match line:
-            case {"file_name": str(name), "text": str(prompt), "sample": int(sample)} if (path / name).is_file():
-                entries[name] = Entry(path / name, prompt, sample)
-    return list(entries.values())
+            case {"file_name": str(name), "text": str(prompt), "sample": int(sample)}:
+                entries.append(Entry(path / name, prompt, sample))
+    return entries
 
 
 # --- T2I-CompBench ----------------------------------------------------------------------------------------------------
@@ -314,12 +314,12 @@ def _write(out: Path, plan: Mapping[str, Path | bytes], there: Sequence[str]) ->
     for name in sorted(plan.keys() - set(there)):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         # Not beside its end: there a scorer takes all files for images, and a long name leaves no room for a longer one.
-        outputs.write_atomic(staged, _content(plan[name]))
+        disk.write_atomic(staged, _content(plan[name]))
         os.replace(staged, out / name)
 
 
 def _content(source: Path | bytes) -> bytes:
-    return source if isinstance(source, bytes) else source.read_bytes()
+    return source if isinstance(source, bytes) else formats.read_png(source)
 
 
 def _json(data: bytes, where: str) -> Any:

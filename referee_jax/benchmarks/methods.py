@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from referee_jax import config, inverter, outputs, queue
+from referee_jax import config, disk, formats, inverter, queue
 from referee_jax.benchmarks import shapes, statistics
 
 SPLITS = ("seen", "unseen")
@@ -124,7 +124,7 @@ def measure(
             record["scores"] = result.scores[n]
             path = out / "images" / name / f"{item.id}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            outputs.write_atomic(path, outputs.encode_png(outputs.to_uint8(result.images[n]), record))
+            disk.write_atomic(path, formats.encode_png(formats.to_uint8(result.images[n]), record))
             records.append(record | {"file": str(path.relative_to(out))})
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
         logging.info("%s, %s: %d of %d prompts", row, split, min(start + share, len(texts)), len(texts))

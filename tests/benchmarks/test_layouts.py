@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from referee_jax import config, outputs, queue
+from referee_jax import config, disk, outputs, queue
 from referee_jax.benchmarks import layouts
 
 PROMPTS = ["a red star and a blue circle", "a blue star. And a café", "3 stars"]
@@ -62,7 +62,7 @@ def test_a_run_directory_is_read_in_the_journals_order(tmp_path):
     for n, item in enumerate(lines):
         status = "nonfinite" if n == 1 else "done"
         record = {"file_name": f"images/{item.id}.png", "text": item.prompt, "sample": item.sample, "status": status}
-        outputs.append(run.journal, record)
+        disk.append(run.journal, record)
         if item.prompt != "lost":
             Image.new("RGB", (1, 1)).save(run.image_file(item.id))
     with open(run.journal, "a") as file:
@@ -206,7 +206,7 @@ def test_an_export_goes_on_where_it_was_cut_off(tmp_path, export, monkeypatch):
         content(entries)
     )
     # Once more, and there is nothing to do.
-    monkeypatch.setattr(outputs, "write_atomic", None)
+    monkeypatch.setattr(disk, "write_atomic", None)
     assert export(entries, out, per_prompt=2) == 6
 
 

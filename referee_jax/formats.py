@@ -1,0 +1,90 @@
+"""Pixels to files and back: PNG and lossless WebP that carry what they were made from, animations.
+
+A PNG has its settings in a text chunk, a WebP in the user comment of its EXIF; `read_settings` reads both, also from shards.
+"""
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin
+
+from referee_jax import disk, shards
+
+CHUNK = "referee_jax"  # keyword of the PNG text chunk; the software in the EXIF of a WebP
+COMMENT = b"ASCII\0\0\0"  # what an EXIF user comment begins with
+
+
+def to_uint8(image: np.ndarray, *, stretch: bool = False) -> np.ndarray:
+    """An image in [0, 1] to uint8; what is not finite is black. `stretch` spreads its values over 0..255."""
+    image = np.nan_to_num(np.asarray(image, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    if stretch:
+        low, high = image.min(), image.max()
+        image = (image - low) / max(high - low, 1e-12)
+    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def encode_png(image: np.ndarray, settings: Mapping[str, Any]) -> bytes:
+    """A PNG of uint8 `[H, W, 3]` with `settings` as JSON in its text chunk."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(CHUNK, json.dumps(disk.finite(settings)))
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def encode_webp(image: np.ndarray, settings: Mapping[str, Any]) -> bytes:
+    """A lossless WebP of uint8 `[H, W, 3]` with `settings` as JSON in its EXIF; sides up to 16383."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = CHUNK
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = COMMENT + json.dumps(disk.finite(settings)).encode()
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "WEBP", lossless=True, exif=exif)
+    return buffer.getvalue()
+
+
+ENCODERS = {"png": encode_png, "webp": encode_webp}  # by the ending of the file's name
+
+
+def encode_animation(frames: Sequence[np.ndarray]) -> bytes:
+    """A WebP of uint8 frames `[H, W, 3]` that rests on its last one."""
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    buffer = io.BytesIO()
+    durations = [100] * len(rest) + [1500]
+    first.save(buffer, "WEBP", save_all=True, append_images=rest, duration=durations, loop=0, quality=90)
+    return buffer.getvalue()
+
+
+def read_image(file: str | os.PathLike) -> Image.Image:
+    """The image in a file, or in a shard (shards.py), in RGB; ValueError where there is none."""
+    try:
+        with Image.open(io.BytesIO(shards.read_bytes(Path(file)))) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # What PIL says names the buffer, not the file.
+        why = getattr(error, "strerror", None) or str(error).partition(" <_io.")[0]
+        raise ValueError(f"{file} cannot be read as an image: {why}") from error
+
+
+def read_png(file: Path) -> bytes:
+    """The image in a file or shard as a PNG, whatever it is there, with its settings."""
+    data = shards.read_bytes(file)
+    if file.suffix != ".webp":
+        return data
+    return encode_png(np.asarray(read_image(file)), read_settings(file))
+
+
+def read_settings(file: str | os.PathLike) -> dict[str, Any]:
+    """What an image was made from: prompt (`text`), sample, seed, scores, settings. ValueError if it does not say."""
+    with Image.open(io.BytesIO(shards.read_bytes(Path(file)))) as image:
+        text = getattr(image, "text", {}).get(CHUNK)
+        exif = image.getexif() if image.format == "WEBP" else {}
+        if exif.get(ExifTags.Base.Software) == CHUNK:
+            text = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment].removeprefix(COMMENT)
+    if text is None:
+        raise ValueError(f"{file} was not written by referee_jax: it has no text chunk or comment {CHUNK!r}")
+    return json.loads(text)

@@ -1,0 +1,162 @@
+"""Files that are there whole or not at all, whoever dies and whoever else writes."""
+
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from referee_jax import disk
+from tests import conftest
+
+
+@given(st.lists(st.one_of(st.binary(max_size=30), st.just(b'{"id": "a"}'), st.just(b"[1]"), st.just(b"3")), max_size=8))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_reading_lines_of_anything(tmp_path, rows):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b"\n".join(rows))
+    assert disk.read_lines(file).count({"id": "a"}) == rows.count(b'{"id": "a"}')
+    disk.mend(file)
+    disk.append(file, {"id": "b"})
+    records = disk.read_lines(file)
+    assert records[-1] == {"id": "b"} and records.count({"id": "a"}) == rows.count(b'{"id": "a"}')
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    file = tmp_path / "x.png"
+    file.write_bytes(b"old")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        disk.write_atomic(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("left", [0, 1, 9])
+def test_lines_are_added_whole_or_not_at_all(tmp_path, room, left):
+    """A full disk takes a part of what is written; what is added when there is room again is not spoilt by it."""
+    file = tmp_path / "x.jsonl"
+    disk.append(file, {"n": 0})
+    before, room.left = file.read_bytes(), left
+    with pytest.raises(OSError, match=rf"No space left on device: '{file}'"):
+        disk.append(file, {"n": 1}, {"n": 2})
+    assert file.read_bytes() == before
+    room.left = 100
+    disk.append(file, {"n": 3})
+    assert disk.read_lines(file) == [{"n": 0}, {"n": 3}]
+
+
+def test_a_full_disk_is_named(tmp_path, room):
+    room.left = 3
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'x.png'}'"):
+        disk.write_atomic(tmp_path / "x.png", b"more than three")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_go_to_the_file_that_has_the_name(tmp_path, monkeypatch):
+    """Another process replaces a journal just when a line is to be added to it."""
+    file, lock = tmp_path / "x.jsonl", disk.lock
+    disk.append(file, {"n": 0})
+
+    def late(handle):
+        monkeypatch.setattr(disk, "lock", lock)
+        disk.write_atomic(file, disk.encode_lines({"n": 1}))
+        return lock(handle)
+
+    monkeypatch.setattr(disk, "lock", late)
+    disk.append(file, {"n": 2})
+    assert disk.read_lines(file) == [{"n": 1}, {"n": 2}]
+
+
+def holder(file):
+    """A process that holds a temporary file of `file` open, as a writer does; it says its name first."""
+    script = conftest.BARE + (
+        "from referee_jax import disk\n"
+        f"file = disk.open_temporary(pathlib.Path({str(file)!r}))\n"
+        "file.write(b'half')\n"
+        "print(file.name, flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    return process, pathlib.Path(process.stdout.readline().strip())
+
+
+def test_what_another_process_writes_is_left_alone_until_it_dies(tmp_path):
+    process, temporary = holder(tmp_path / "x.png")
+    try:
+        assert temporary.parent == tmp_path and temporary.name.startswith(".x.png.")
+        process.send_signal(signal.SIGSTOP)  # not even one that stands still for long loses its file
+        disk.remove_abandoned(tmp_path, time.time() + 10 * disk.STALE)
+        assert temporary.exists()
+        process.kill()
+        process.wait()
+        disk.remove_abandoned(tmp_path, time.time())
+        assert not temporary.exists()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_what_another_machine_writes_is_left_alone_for_a_while(tmp_path):
+    """Its lock may not be seen here."""
+    temporary = tmp_path / ".x.png.elsewhere.123.tmp"
+    temporary.write_bytes(b"half")
+    written = temporary.stat().st_mtime
+    disk.remove_abandoned(tmp_path, written + 0.9 * disk.STALE)
+    assert temporary.exists()
+    disk.remove_abandoned(tmp_path, written + 1.1 * disk.STALE)
+    assert not temporary.exists()
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    """There, age alone decides; writing works as ever."""
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    disk.write_atomic(tmp_path / "x", b"whole")
+    disk.append(tmp_path / "y", {"n": 1})
+    assert (tmp_path / "x").read_bytes() == b"whole" and disk.read_lines(tmp_path / "y") == [{"n": 1}]
+    temporary = tmp_path / f".x.{disk.HOST}.123.tmp"
+    temporary.write_bytes(b"half")
+    disk.remove_abandoned(tmp_path, time.time())
+    assert temporary.exists()
+    disk.remove_abandoned(tmp_path, time.time() + 1.1 * disk.STALE)
+    assert not temporary.exists()
+
+
+def test_nobody_waits_for_ever(tmp_path, monkeypatch):
+    """For a process that was stopped while it held a lock."""
+    monkeypatch.setattr(disk, "PATIENCE", 0.1)
+    disk.append(tmp_path / "x.jsonl", {"n": 0})
+    with disk.locked(tmp_path / "x.jsonl"):
+        with open(tmp_path / "x.jsonl") as file:
+            assert disk.lock(file, 0) is False
+        disk.append(tmp_path / "x.jsonl", {"n": 1})
+    assert len(disk.read_lines(tmp_path / "x.jsonl")) == 2
+
+
+def test_lines_of_several_processes_do_not_mix(tmp_path):
+    script = conftest.BARE + (
+        "from referee_jax import disk\n"
+        "for n in range(50):\n"
+        f"    disk.append(pathlib.Path({str(tmp_path / 'x.jsonl')!r}), {{'who': sys.argv[1], 'n': n, 'text': 'x' * 9000}})\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", script, who]) for who in "abc"]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    lines = (tmp_path / "x.jsonl").read_bytes().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert {who: [x["n"] for x in records if x["who"] == who] for who in "abc"} == dict.fromkeys("abc", [*range(50)])

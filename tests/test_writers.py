@@ -1,0 +1,242 @@
+"""Writing beside the device's work: bounded, in order, loud."""
+
+import dataclasses
+import functools
+import os
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from referee_jax import config, disk, formats, outputs, queue, writers
+
+FORMATS = "png", "webp", "webdataset"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    item: queue.Item
+    image: np.ndarray
+    scores: dict
+    status: str = "done"
+    losses: dict | None = None
+
+
+def picture(sample=0, prompt="a red circle"):
+    return Picture(queue.Item(prompt, sample), np.full((16, 16, 3), sample % 256 / 255, np.float32), {"cosine": 0.125})
+
+
+def ids(samples):
+    return [queue.Item("a red circle", n).id for n in samples]
+
+
+def directory(path, kind="png", **changes):
+    asked = {"image_size": 16, "outputs": {"format": kind, **changes}}
+    return outputs.RunDirectory.open(path, config.from_config(asked))
+
+
+@pytest.fixture
+def gate():
+    """An event; whoever waits for it is let go at the end."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_results_come_in_order():
+    pool, committed = writers.Pool(threads=4, pending=100), []
+    for n in range(100):
+        pool.submit(functools.partial(lambda n: time.sleep(n % 5 / 1000) or n, n), committed.append)
+    pool.close()
+    assert committed == [*range(100)]
+
+
+def test_tasks_are_made_at_once(gate):
+    """The second is made while the first is not done."""
+    pool, second = writers.Pool(threads=2, pending=3), threading.Event()
+    pool.submit(lambda: gate.wait(60), lambda _: None)
+    pool.submit(second.set, lambda _: None)
+    assert second.wait(60)
+    gate.set()
+    pool.close()
+
+
+def test_who_gives_too_much_waits(gate):
+    pool, given = writers.Pool(threads=2, pending=3), []
+
+    def give():
+        for n in range(5):
+            pool.submit(lambda: gate.wait(60), lambda _: None)
+            given.append(n)
+
+    thread = threading.Thread(target=give)
+    thread.start()
+    wait_until(lambda: len(given) == 3)
+    time.sleep(0.05)
+    assert given == [0, 1, 2]  # the fourth waits
+    gate.set()
+    thread.join(60)
+    assert given == [0, 1, 2, 3, 4]
+    pool.close()
+
+
+@pytest.mark.parametrize("half", ["make", "commit"])
+def test_an_error_is_raised_once_and_the_others_are_done(half):
+    pool, committed = writers.Pool(threads=2, pending=2), []
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    pool.submit(lambda: 0, committed.append)
+    pool.submit(*((fail, committed.append) if half == "make" else (lambda: 1, fail)))
+    pool.submit(lambda: 2, committed.append)
+    with pytest.raises(OSError, match="No space left"):
+        wait_until(lambda: pool.submit(lambda: 3, lambda _: None))  # never true: it goes on until it raises
+    pool.submit(lambda: 4, committed.append)
+    pool.close()
+    assert committed == [0, 2, 4]
+    for end in "flush", "close":
+        pool = writers.Pool()
+        pool.submit(fail, committed.append)
+        with pytest.raises(OSError, match="No space left"):
+            getattr(pool, end)()
+        pool.close()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_images_and_lines(tmp_path, kind):
+    run = directory(tmp_path, kind, shard_size=4, shard_images="webp")
+    with run.writing() as writer:
+        for n in range(10):
+            assert writer.write(picture(n), seconds=1) == "done"
+    records = disk.read_lines(run.journal)
+    assert [x["id"] for x in records] == ids(range(10)) and run.done() == set(ids(range(10)))
+    for n, record in enumerate(records):
+        file = tmp_path / record["file_name"]
+        assert np.asarray(formats.read_image(file)).tolist() == [[[n] * 3] * 16] * 16
+        said = formats.read_settings(file)
+        assert (said["text"], said["sample"], said["scores"]) == ("a red circle", n, {"cosine": 0.125})
+        assert said["settings"]["image_size"] == 16 and "time" not in said
+    endings = {"png": {".png"}, "webp": {".webp"}, "webdataset": {".tar"}}[kind]
+    folder = tmp_path / ("shards" if kind == "webdataset" else "images")
+    assert {x.suffix for x in folder.iterdir()} == endings
+    if kind == "webdataset":
+        sizes = []
+        for file in sorted(folder.iterdir(), key=lambda x: x.stat().st_mtime_ns):
+            with tarfile.open(file) as tar:
+                assert [x.rpartition(".")[2] for x in tar.getnames()[:2]] == ["webp", "json"]
+                sizes.append(len(tar.getnames()) // 2)
+        assert sizes == [4, 4, 2]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_image_is_there_before_its_line(tmp_path, monkeypatch, kind):
+    """At every moment a line is added to the journal, all of its images are there whole."""
+    run, append, seen = directory(tmp_path, kind, shard_size=3), disk.append, []
+
+    def looked(path, *records):
+        if path == run.journal:
+            seen.extend(formats.read_settings(tmp_path / x["file_name"])["sample"] for x in records)
+        append(path, *records)
+
+    monkeypatch.setattr(disk, "append", looked)
+    with run.writing() as writer:
+        for n in range(8):
+            writer.write(picture(n), seconds=1)
+    assert seen == [*range(8)]
+
+
+def test_flush(tmp_path):
+    """Says what is in the journal by now, which the images of an open shard are not."""
+    run = directory(tmp_path / "png")
+    with run.writing() as writer:
+        assert writer.flush() == []
+        for n in range(3):
+            writer.write(picture(n), seconds=1)
+        assert writer.flush() == ids(range(3)) and run.done() == set(ids(range(3)))
+        assert writer.flush() == []
+    run = directory(tmp_path / "webdataset", "webdataset", shard_size=2)
+    with run.writing() as writer:
+        for n in range(3):
+            writer.write(picture(n), seconds=1)
+        assert writer.flush() == ids(range(2)) and run.done() == set(ids(range(2)))
+        assert writer.flush(commit=True) == ids([2]) and run.done() == set(ids(range(3)))
+        writer.write(picture(3), seconds=1)
+    assert run.done() == set(ids(range(4)))
+
+
+def test_interrupted(tmp_path):
+    """What was given is written whatever ends the work, an open shard too."""
+    for kind in FORMATS:
+        run = directory(tmp_path / kind, kind)
+        with pytest.raises(KeyboardInterrupt), run.writing() as writer:
+            for n in range(3):
+                writer.write(picture(n), seconds=1)
+            raise KeyboardInterrupt
+        assert run.done() == set(ids(range(3)))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_full_disk(tmp_path, room, kind):
+    """The journal says what is there; nothing half written is; the same run goes on when there is room."""
+    run = directory(tmp_path, kind, shard_size=3)
+    room.left, given = 50_000, 0
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}"), run.writing() as writer:
+        for given in range(100):  # noqa: B007
+            writer.write(picture(given), seconds=1)
+    assert given < 99
+    room.left = float("inf")
+    run = directory(tmp_path, kind, shard_size=3)
+    assert [x for x in tmp_path.rglob("*") if x.name.startswith(".")] == []
+    done = [x["id"] for x in run.finished()]
+    assert 0 < len(done) < 100 and done == ids(range(len(done)))
+    for record in run.finished():
+        assert formats.read_settings(tmp_path / record["file_name"])["id"] == record["id"]
+    with run.writing() as writer:
+        for n in range(len(done), 100):
+            writer.write(picture(n), seconds=1)
+    assert [x["id"] for x in run.finished()] == ids(range(100))
+    assert len(disk.read_lines(run.journal)) == 100
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_disk_that_is_really_full(small_disk, kind):
+    path = small_disk(256)
+    run = directory(path / "run", kind, shard_size=8)
+    with pytest.raises(OSError, match="No space left on device: "), run.writing() as writer:
+        for n in range(1000):
+            writer.write(picture(n), seconds=1)
+    done = {x["id"]: x for x in run.finished()}
+    assert os.statvfs(path).f_bavail < 16 and len(done) > 8
+    for name, record in done.items():
+        assert formats.read_settings(path / "run" / record["file_name"])["id"] == name
+
+
+def test_making(tmp_path):
+    """The animation is there before the image's line is."""
+    run = directory(tmp_path)
+    frames = [np.full((16, 16, 3), value, np.uint8) for value in (0, 100)]
+    run.write(picture(1), seconds=1, frames=frames)
+    run.write(picture(2), seconds=1)
+    (file,) = (tmp_path / "trajectories").iterdir()
+    assert file.name == f"{ids([1])[0]}.webp" and file.read_bytes() == formats.encode_animation(frames)
+
+
+def test_the_same_image_has_the_same_bytes(tmp_path, monkeypatch):
+    """Whenever it was made, and however long it took."""
+    first, second = directory(tmp_path / "a"), directory(tmp_path / "b")
+    first.write(picture(), seconds=1)
+    monkeypatch.setattr(disk, "now", lambda: "another day")
+    second.write(picture(), seconds=2)
+    assert [x["time"] for x in second.finished()] == ["another day"]
+    name = ids([0])[0]
+    assert first.image_file(name).read_bytes() == second.image_file(name).read_bytes()
