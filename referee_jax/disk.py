@@ -57,10 +57,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def open_temporary(path: Path) -> BinaryIO:
-    """Opens, empty and locked, the temporary file of what is to be `path`; its name is the file's `name`."""
-    temporary = path.with_name(
-        f".{path.name}.{HOST}.{threading.get_native_id()}.tmp"
-    )  # one for each thread of each process
+    """Opens, empty and locked, this thread's temporary file of what is to be `path`; its name is the file's `name`."""
+    temporary = path.with_name(f".{path.name}.{HOST}.{threading.get_native_id()}.tmp")
     while True:
         file = open(temporary, "wb", buffering=0)
         lock(file)

@@ -56,7 +56,7 @@ class Generator:
         save_every: float,
     ):
         self.engine, self.run, self.writer, self.checkpoints, self.bar = engine, run, writer, checkpoints, bar
-        self.stop, self.save_every, self.made = stop, save_every, Made()
+        self.stop, self.save_every, self.made, self.is_settled = stop, save_every, Made(), True
 
     def work(self, work: queue.Work) -> None:
         """Makes all that `work` hands out.
@@ -98,7 +98,7 @@ class Generator:
         if not engine.compiled:
             tell_cost(engine, self.run, batch)
         self.bar.skip(part.step * len(part.items))
-        frames, is_first = [], True
+        frames = []
         while batch.step < engine.steps:
             before = batch.step
             batch, metrics = engine.advance(batch)
@@ -106,9 +106,8 @@ class Generator:
             self.bar.advance((batch.step - before) * len(part.items), metrics)
             if claims:
                 claims.refresh()
-            if is_first:
-                self.settle(claims)  # those of the batch before, which had the time of a chunk
-                is_first = False
+            if before == part.step:
+                self.settle(claims)  # the batch before, which had the time of a chunk
             if self.run.settings.outputs.trajectory:
                 frames.append(engine.preview(batch))
             if batch.step < engine.steps and (self.stop() or time.monotonic() - saved > self.save_every):
@@ -119,13 +118,16 @@ class Generator:
             seconds = (time.monotonic() - begun) / len(part.items)
             status = self.writer.write(picture, seconds=seconds, frames=[frame[n] for frame in frames])
             self.made.nonfinite += status != "done"
+        self.is_settled = False
         self.made.images += len(part.items)
         self.bar.finished(len(part.items))
 
     def settle(self, claims: queue.Claims | None, *, commit: bool = False) -> None:
         """Waits for the images written so far, and gives up their checkpoint and claims; see writers.Writer.flush."""
         written = self.writer.flush(commit=commit)
-        self.checkpoints.clear()
+        if not self.is_settled:
+            self.checkpoints.clear()
+            self.is_settled = True
         if claims:
             claims.release(written)
 
