@@ -62,6 +62,8 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_integer("samples", None, "images per prompt; default: config.samples", flag_values=values)
     flags.DEFINE_integer("seed", None, "default: config.seed", flag_values=values)
     flags.DEFINE_string("workdir", None, "run directory; default: runs/<config>-<fingerprint>", flag_values=values)
+    flags.DEFINE_bool("estimate", False, "say what the config costs, without any weights, and end", flag_values=values)
+    flags.DEFINE_bool("warmup", False, "compile what a run needs, fill the compile cache, and end", flag_values=values)
 
 
 def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
@@ -135,7 +137,7 @@ def read_command(values: flags.FlagValues, rest: Sequence[str]) -> Command:
         entries = prompts.read_prompts(values.prompts) + entries
     elif not entries:
         entries = [prompts.Entry(text, f"prompt {n} of the config") for n, text in enumerate(settings.prompts, 1)]
-    if not entries:
+    if not entries and not (values.estimate or values.warmup):
         raise CommandError("there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts")
     file = Path(config_flags.get_config_filename(values["config"]).partition(":")[0])
     workdir = settings.workdir or Path("runs", f"{file.stem}-{config.fingerprint(settings)[:8]}")
@@ -275,6 +277,27 @@ def execute(command: Command, *, load: Callable[[config.Settings], Any] = load_i
     return 0
 
 
+def estimate(command: Command, *, load: Callable[[config.Settings], Any] = load_inverter) -> int:
+    """Says what a command's config costs; loads and writes nothing."""
+    from referee_jax import cost  # slow to import, as above
+
+    say(cost.table(cost.estimate(command.settings), precision=command.settings.precision))
+    return 0
+
+
+def warm_up(command: Command, *, load: Callable[[config.Settings], Any] = load_inverter) -> int:
+    """Compiles what a run of the command needs, by the first chunk of one image; writes no run directory."""
+    engine = load(command.settings)
+    start = time.monotonic()
+    say(f"compiling for {engine.devices}, {engine.batch_size} images at once")
+    batch, _ = engine.advance(engine.begin(queue.items(["a photo"], 1), command.settings.seed))
+    engine.finish(batch)
+    where = jax.config.jax_compilation_cache_dir
+    kept = f"kept in {where}" if where else "not kept: JAX_COMPILATION_CACHE_DIR names no directory"
+    say(f"compiled in {time.monotonic() - start:.0f} s, one chunk of iterations included; {kept}")
+    return 0
+
+
 def report_rejected(run: outputs.RunDirectory, rejected: Sequence[prompts.Rejected]) -> None:
     """Notes the prompts that are left out in the log, and tells of the first ones."""
     for one in rejected:
@@ -340,11 +363,16 @@ def _fail(code: int, text: str) -> int:
     return code
 
 
-def main(command: Command, *, load: Callable[[config.Settings], Any] = load_inverter) -> int:
-    """Carries out a command; the exit code. What goes wrong is told in a sentence."""
+def main(
+    command: Command,
+    *,
+    load: Callable[[config.Settings], Any] = load_inverter,
+    work: Callable[..., int] = execute,
+) -> int:
+    """Carries out a command by `work`; the exit code. What goes wrong is told in a sentence."""
     keeps = f"the finished images are in {command.workdir}, and the same command continues"
     try:
-        return execute(command, load=load)
+        return work(command, load=load)
     except (CommandError, config.ConfigError, prompts.PromptError, outputs.RunError, convert.WeightsError) as error:
         return _fail(2, str(error))
     except KeyboardInterrupt as stop:
@@ -383,7 +411,8 @@ def _absl_main(argv: list[str]) -> int:
         command = read_command(flags.FLAGS, argv[1:])
     except (CommandError, config.ConfigError, prompts.PromptError) as error:
         return _fail(2, str(error))
-    return main(command)
+    work = estimate if flags.FLAGS.estimate else warm_up if flags.FLAGS.warmup else execute
+    return main(command, work=work)
 
 
 if __name__ == "__main__":

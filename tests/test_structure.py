@@ -41,6 +41,8 @@ RULES = {
         "referee_jax.parallel", "referee_jax.shapes", "transformers", "absl",
     ],
     ("inverter.py",): ["referee_jax.run", "referee_jax.outputs", "referee_jax.shapes", "absl"],
+    ("program.py", "memory.py"): ["referee_jax"],
+    ("cost.py", "sizes.py"): ["referee_jax.run", "referee_jax.outputs", "transformers", "absl"],
     ("config.py", "queue.py", "prompts.py", "outputs.py"): ["referee_jax.inverter", "referee_jax.run", "referee_jax.inversion"],
 }  # fmt: skip
 
@@ -68,6 +70,7 @@ def test_only_the_outermost_reads_flags_and_devices():
         "shapes/train.py",
         "benchmarks/methods.py",
         "sweep.py",
+        "bench.py",
     }
     assert flags == programs
     devices = {
