@@ -44,6 +44,8 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_integer("samples", None, "images per prompt; default: config.samples", flag_values=values)
     flags.DEFINE_integer("seed", None, "default: config.seed", flag_values=values)
     flags.DEFINE_string("workdir", None, "run directory; default: runs/<config>-<fingerprint>", flag_values=values)
+    flags.DEFINE_bool("estimate", False, "say what the config costs, without any weights, and end", flag_values=values)
+    flags.DEFINE_bool("warmup", False, "compile what a run needs, fill the compile cache, and end", flag_values=values)
     flags.DEFINE_integer("shard_index", 0, "which of the processes that share the run this is", flag_values=values)
     flags.DEFINE_integer("shard_count", 1, "how many processes share the run", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("claim", False, "take what no other worker has, instead of a fixed share", flag_values=values)
@@ -135,7 +137,7 @@ def read_command(values: flags.FlagValues, rest: Sequence[str]) -> Command:
         entries = prompts.read_prompts(values.prompts) + entries
     elif not entries:
         entries = [prompts.Entry(text, f"prompt {n} of the config") for n, text in enumerate(settings.prompts, 1)]
-    if not entries:
+    if not entries and not (values.estimate or values.warmup):
         raise CommandError("there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts")
     file = Path(config_flags.get_config_filename(values["config"]).partition(":")[0])
     workdir = settings.workdir or Path("runs", f"{file.stem}-{config.fingerprint(settings)[:8]}")

@@ -1,65 +1,285 @@
-"""What a function costs, counted from its program: no weights, no device, no compilation.
+"""What a config costs: operations, bytes and the least time on some chips, from the sizes of its networks alone.
 
-    cost.flops(lambda z: vae.decode(z), jax.ShapeDtypeStruct((1, 64, 64, 4), "float32"))
+    print(cost.table(cost.estimate(config.load("configs/paper.py"))))
 
-Products of matrices and convolutions are counted, a multiplication with its addition as two; the rest of a network is some
-per cent. Weights may be abstract (`nnx.eval_shape`). What a loop repeats counts as often, of a branch the dearer side.
+Operations are counted from the program of an iteration (program.py), what is computed twice to save memory twice; live memory
+is estimated from the same program (memory.py). No weights, no device, no compilation.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
-from jax.extend import core
+import jax.numpy as jnp
+from jax import Array
+
+from referee_jax import config, inversion, inverter, memory, program, sds, sizes, views, watch
+from referee_jax.benchmarks import statistics
 
 
-def flops(fn: Callable, *args: Any) -> float:
-    """Floating-point operations of `fn(*args)`; arguments are arrays or jax.ShapeDtypeStructs, in any pytrees."""
-    return count(jax.make_jaxpr(fn)(*args).jaxpr)
+class Chip(NamedTuple):
+    """`rate` of products of bfloat16 matrices in TFLOP/s, `memory` in GB."""
+
+    name: str
+    rate: float
+    memory: float
 
 
-def count(jaxpr: core.Jaxpr) -> float:
-    """Floating-point operations of a program; of one that is spread over devices, those of each.
+# Rates are the makers', but for the first, which was measured.
+CHIPS = (
+    Chip("H200", 790, 141), Chip("H100 SXM", 989, 80), Chip("A100", 312, 80), Chip("RTX 4090", 165, 24),
+    Chip("TPU v4", 275, 32), Chip("TPU v5e", 197, 16), Chip("TPU v5p", 459, 95), Chip("TPU v6e", 918, 32),
+    Chip("TPU7x", 2307, 192),
+)  # fmt: skip
+USABLE = 0.9  # of a chip's memory: the rest is the runtime's, and lost between buffers
 
-    Raises ValueError for a loop whose trips the program does not say.
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What an iteration of one image reads: arrays, or jax.ShapeDtypeStructs in their place."""
+
+    settings: config.Settings
+    networks: inversion.Networks
+    text_encoder: Any
+    prompt: inversion.Prompt
+    hyper: inversion.Hyper
+    plan: inversion.Plan
+    assumed: tuple[str, ...] = ()
+
+
+class Part(NamedTuple):
+    """A piece of an iteration of one image: `fn(networks, prompt, hyper, x, key)`, with `x` float32 of that `shape`."""
+
+    name: str
+    fn: Callable[..., Any]
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a config costs; operations are of one image, bytes are bytes.
+
+    Attributes:
+        parts: operations of each part of an iteration; a referee's "forward" is within its "forward + backward".
+        step: of an iteration with all parts; `tail` of one without referees, `look` of a look of the held-out referees.
+        image: of a whole image, with its start and its end.
+        weights: bytes of each network; `fixed` is what an iteration needs besides them whatever the batch, and `live` for each
+            image of a batch.
+        assumed: sentences on sizes that were taken from elsewhere.
     """
-    return sum(map(_equation, jaxpr.eqns))
+
+    parts: dict[str, float]
+    step: float
+    tail: float
+    look: float
+    image: float
+    weights: dict[str, int]
+    fixed: int
+    live: int
+    assumed: tuple[str, ...] = ()
+
+    def seconds(self, chip: Chip) -> float:
+        """The least that an image takes, if the chip did nothing but multiply."""
+        return self.image / (chip.rate * 1e12)
+
+    def fits(self, chip: Chip) -> int:
+        """Images of a batch on one chip."""
+        free = USABLE * chip.memory * 1e9 - sum(self.weights.values()) - self.fixed
+        return max(0, int(free // self.live))
 
 
-def _equation(eqn: core.JaxprEqn) -> float:
-    name = eqn.primitive.name
-    if name == "dot_general":
-        return _dot(eqn)
-    if name == "conv_general_dilated":
-        return _convolution(eqn)
-    inner = [count(jaxpr) for jaxpr in _inner(eqn.params)]
-    if name == "cond":
-        return max(inner)
-    if name == "while" and any(inner):
-        raise ValueError("a loop without a fixed number of trips cannot be counted")
-    return sum(inner) * (eqn.params["length"] if name == "scan" else 1)
+def abstract_step(settings: config.Settings) -> Step:
+    """An iteration of a config without weights. Raises what `sizes.abstract` does."""
+    return make_step(settings, sizes.abstract(settings))
 
 
-def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
-    """The programs within an equation: of a call, a loop, the sides of a branch."""
-    for value in params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(one, core.ClosedJaxpr):
-                yield one.jaxpr
-            elif isinstance(one, core.Jaxpr):
-                yield one
+def make_step(settings: config.Settings, sized: sizes.Sized) -> Step:
+    """An iteration over these networks; what depends on the text is abstract."""
+    judges = [judge for judge in sized.judges if judge.spec.role == "optimise"]
+    held_out = [judge for judge in sized.judges if judge.spec.role == "held_out"]
+    networks = inverter.make_networks(sized.prior, judges, held_out)
+    tokens = inverter.tokenize(settings, sized.prior.tokenizer, judges, held_out, "a")
+    prompt = jax.eval_shape(inverter.encode, networks, sized.prior.text_encoder, tokens)
+    plan = inverter.make_plan(settings, sized.prior, judges, held_out)
+    hyper = inverter.make_hyper(settings)
+    return Step(settings, networks, sized.prior.text_encoder, prompt, hyper, plan, sized.assumed)
 
 
-def _dot(eqn: core.JaxprEqn) -> float:
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+def parts(step: Step) -> list[Part]:
+    """The pieces of an iteration."""
+    plan = step.plan
+    side = step.settings.image_size
+    found = [
+        Part("U-Net", _unet, plan.latent),
+        Part("decoder", lambda networks, prompt, hyper, z, key: inversion.decode(networks, z, plan), plan.latent),
+        Part("decoder + pullback", _decoder(plan), plan.latent),
+    ]
+    specs = [spec for spec in step.settings.referees if spec.role == "optimise"]
+    for n, (spec, looks, referee) in enumerate(zip(specs, plan.looks, step.networks.referees, strict=True)):
+        name, size = spec.name if len(specs) == 1 else f"{spec.name} {n}", referee.image_size
+        found += [
+            Part(f"{name}: views + pullback", _views(looks, size, plan.shared_erase), (side, side, 3)),
+            Part(f"{name}: forward", _forward(n, looks), (looks.keep, size, size, 3)),
+            Part(f"{name}: forward + backward", _backward(n, looks), (looks.keep, size, size, 3)),
+        ]
+        if looks.keep < looks.count:
+            found.append(Part(f"{name}: choice of views", _forward(n, looks), (looks.count, size, size, 3)))
+    return found
 
 
-def _convolution(eqn: core.JaxprEqn) -> float:
-    """Zeros that dilate the input, as those of a gradient through a stride, are not worked on."""
-    kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
-    spec = eqn.params["dimension_numbers"].rhs_spec  # (out channels, in channels of a group, places ...)
-    each = math.prod(kernel[axis] for axis in spec[1:]) / math.prod(eqn.params["lhs_dilation"])
-    return 2.0 * math.prod(out) * each
+def _unet(networks, prompt, hyper, z: Array, key: Array) -> Array:
+    return sds.gradient(
+        networks.unet, z, t=jnp.int32(500), eps=z, cond=prompt.cond, uncond=prompt.uncond, hyper=hyper.prior, i=jnp.int32(0),
+        alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
+    )  # fmt: skip
+
+
+def _decoder(plan: inversion.Plan) -> Callable:
+    def decode(networks, prompt, hyper, z: Array, key: Array) -> Array:
+        image, pullback = jax.vjp(lambda z: inversion.decode(networks, z, plan), z)
+        return pullback(image)[0]
+
+    return decode
+
+
+def _views(looks: Any, size: int, shared_erase: bool) -> Callable:
+    def look(networks, prompt, hyper, image: Array, key: Array) -> Array:
+        names = looks.augmentations
+        drawn = views.sample(key, hyper.views, names=names, count=looks.keep, size=size, shared_erase=shared_erase)
+        shown, pullback = jax.vjp(lambda image: views.apply(image, drawn, size=size, names=names), image)
+        return pullback(shown)[0]
+
+    return look
+
+
+def _forward(n: int, looks: Any) -> Callable:
+    def forward(networks, prompt, hyper, shown: Array, key: Array) -> Array:
+        losses = networks.referees[n].views_losses(shown, prompt.texts[n])
+        return sum(weight * losses[name].mean() for name, weight in looks.losses)
+
+    return forward
+
+
+def _backward(n: int, looks: Any) -> Callable:
+    return lambda networks, prompt, hyper, shown, key: jax.value_and_grad(
+        lambda shown: _forward(n, looks)(networks, prompt, hyper, shown, key)
+    )(shown)
+
+
+def one_step(plan: inversion.Plan) -> Callable:
+    """`fn(networks, prompt, hyper, z, key)`: an iteration of one image with all that there is to do, from latents `z`."""
+
+    def run(networks, prompt, hyper, z: Array, key: Array) -> tuple[Any, dict[str, Array]]:
+        i = jnp.int32(0)
+        noise = inversion.draw(key, networks, plan, hyper, i)
+        watched = watch.begin(z, jnp.zeros(2)) if plan.held_out else None
+        return inversion.step(networks, prompt, hyper, plan, inversion.init(z, plan, hyper, watched), i, noise)
+
+    return run
+
+
+def batched(fn: Callable, step: Step, shape: Sequence[int], batch: int) -> tuple[Callable, tuple]:
+    """A part's or `one_step`'s function over a batch of images, and its arguments, abstract where the step's are."""
+    lead = lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype)  # noqa: E731
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    x = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+    args = step.networks, jax.tree.map(lead, step.prompt), step.hyper, x, keys
+    return jax.vmap(fn, in_axes=(None, 0, None, 0, 0)), args
+
+
+def estimate(settings: config.Settings) -> Estimate:
+    """What a config costs. Raises ConfigError, or WeightsError for a directory whose config.json is not understood."""
+    step = abstract_step(settings)
+    plan = step.plan
+
+    def asked(fn: Callable, shape: Sequence[int] = plan.latent) -> float:
+        fn, args = batched(fn, step, shape, 1)
+        return program.flops(fn, *args)
+
+    found = {part.name: asked(part.fn, part.shape) for part in parts(step)}
+    look = asked(_looked(plan, ("held_out",))) if plan.held_out else 0.0
+    whole, tail = asked(one_step(plan)) - look, found["U-Net"] if plan.use_sds else 0.0
+    one, two = (memory.peak(fn, *args) for fn, args in (batched(one_step(plan), step, plan.latent, n) for n in (1, 2)))
+    start, end = _ends(step, found["U-Net"], asked)
+    on = max(0, min(settings.referee.stop, settings.steps) - settings.referee.start) if plan.looks else 0
+    return Estimate(
+        parts=found,
+        step=whole,
+        tail=tail,
+        look=look,
+        image=start + on * whole + (settings.steps - on) * tail + settings.steps // plan.look_every * look + end,
+        weights=_weights(step),
+        fixed=max(0, 2 * one - two),
+        live=two - one,
+        assumed=step.assumed,
+    )
+
+
+def _looked(plan: inversion.Plan, who: Sequence[str]) -> Callable:
+    """A decoded image judged as it is by `referees` or `held_out` ones."""
+    fields = {"referees": "looks", "held_out": "held_out"}
+    kept = plan.replace(**{fields[name]: () for name in fields if name not in who})
+
+    def look(networks, prompt, hyper, z: Array, key: Array) -> Array:
+        networks = networks.replace(**{name: () for name in fields if name not in who})
+        prompt = prompt.replace(**{text: () for name, text in _TEXTS.items() if name not in who})
+        return inversion.verdicts(networks, prompt, kept, inversion.decode(networks, z, kept))
+
+    return look
+
+
+_TEXTS = {"referees": "texts", "held_out": "held_out"}
+
+
+def _ends(step: Step, unet: float, asked: Callable) -> tuple[float, float]:
+    """Operations of an image's start, the choice among candidates included, and of its last decoding and scoring."""
+    settings, plan = step.settings, step.plan
+    judged = asked(_looked(plan, ("referees", "held_out")))
+    start = settings.init_steps * unet if settings.init == "sample" else 0.0
+    if settings.init_candidates > 1 or plan.held_out:
+        start += judged
+    # All judges score the result; where some are held out, all look at it once more.
+    return settings.init_candidates * start, judged
+
+
+def _weights(step: Step) -> dict[str, int]:
+    networks = step.networks
+    named = {"text encoder": step.text_encoder, "U-Net": networks.unet, "decoder": networks.vae}
+    specs = [spec for role in ("optimise", "held_out") for spec in step.settings.referees if spec.role == role]
+    for n, (spec, referee) in enumerate(zip(specs, (*networks.referees, *networks.held_out), strict=True)):
+        held_out = " (held out)" if spec.role == "held_out" else ""
+        named[f"{spec.name} {n}{held_out}" if len(specs) > 1 else spec.name] = referee
+    return {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for name, tree in named.items()}
+
+
+def table(found: Estimate, *, precision: str = "") -> str:
+    """An estimate as Markdown, which a terminal shows as well."""
+    work = {name: x for name, x in found.parts.items() if x}
+    work |= {"**iteration**": found.step, "iteration without referees": found.tail}
+    work |= {"look of the held-out referees": found.look} if found.look else {}
+    work["**image**"] = found.image
+    kept = found.weights | {"**weights**": sum(found.weights.values()), "program": found.fixed}
+    kept["**each image at once**"] = found.live
+    chips = {
+        f"{chip.name} ({chip.rate:g}, {chip.memory:g})": [f"{found.seconds(chip):.3g}", str(found.fits(chip))]
+        for chip in CHIPS
+    }
+    return "\n".join(
+        [
+            *(f"({sentence})" for sentence in found.assumed),
+            _scaled("operations", "FLOP", work),
+            "A decoder or a forward pass alone is within the row that goes back as well.\n",
+            _scaled(f"memory, {precision}" if precision else "memory", "B", kept),
+            statistics.markdown(["chip (bfloat16 TFLOP/s, GB)", "least s/image", "images at once"], chips),
+        ]
+    )
+
+
+def _scaled(what: str, unit: str, values: dict[str, float]) -> str:
+    """A table of numbers in the largest unit in which the largest of them is at least 1."""
+    scale, prefix = max(((s, p) for s, p in _PREFIXES if max(values.values()) >= s), default=_PREFIXES[0])
+    return statistics.markdown([what, prefix + unit], {name: [f"{x / scale:.3g}"] for name, x in values.items()})
+
+
+_PREFIXES = ((1e6, "M"), (1e9, "G"), (1e12, "T"))

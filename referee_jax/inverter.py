@@ -22,11 +22,11 @@ from jax import Array
 from referee_jax import (
     augment,
     config,
-    cost,
     inversion,
     objective,
     optim,
     parallel,
+    program,
     prompts,
     queue,
     referees,
@@ -103,21 +103,12 @@ class Inverter:
         self.batch_size = settings.batch_size * self.groups
         self.judges = [judge for judge in judges if judge.spec.role == "optimise"]
         self.held_out = [judge for judge in judges if judge.spec.role == "held_out"]
-        networks = inversion.Networks(
-            unet=prior.unet,
-            vae=prior.vae,
-            alphas_cumprod=prior.alphas_cumprod,
-            prediction_type=prior.prediction_type,
-            referees=tuple(judge.referee for judge in self.judges),
-            held_out=tuple(judge.referee for judge in self.held_out),
-        )
-        self.networks = parallel.place(networks, self.mesh, batched=False)
+        self.networks = parallel.place(make_networks(prior, self.judges, self.held_out), self.mesh, batched=False)
         self.text_encoder = prior.text_encoder
         self.plan = make_plan(settings, prior, self.judges, self.held_out)
         self.hyper = make_hyper(settings)
-        self.is_guided = settings.sds.prompt != settings.sds.negative_prompt
         self.compiled = False
-        self._encode = jax.jit(jax.vmap(_encode, in_axes=(None, None, 0)))
+        self._encode = jax.jit(jax.vmap(encode, in_axes=(None, None, 0)))
 
     @classmethod
     def from_config(
@@ -243,7 +234,7 @@ class Inverter:
         """Floating-point operations of one image in an iteration with all that there is to do; nothing is compiled."""
         args = self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(0)
         traced = self._program("chunk", self._is_swept(batch)).trace(*args)
-        return cost.count(traced.jaxpr.jaxpr) / (self.chunk * self.batch_size // self.groups)
+        return program.count(traced.jaxpr.jaxpr) / (self.chunk * self.batch_size // self.groups)
 
     def preview(self, batch: Batch) -> np.ndarray:
         """The images as they are, uint8 `[item, H, W, 3]`."""
@@ -303,13 +294,7 @@ class Inverter:
         return _result(pictures, {})
 
     def _tokenize(self, prompt: str) -> dict[str, Any]:
-        template = self.settings.sds
-        texts = [template.prompt.replace("{}", prompt), template.negative_prompt][: 2 if self.is_guided else 1]
-        return {
-            "prior": prompts.tokenize(self.tokenizer, texts),
-            "referees": tuple(judge.tokenize(prompt) for judge in self.judges),
-            "held_out": tuple(judge.tokenize(prompt) for judge in self.held_out),
-        }
+        return tokenize(self.settings, self.tokenizer, self.judges, self.held_out, prompt)
 
     def _is_swept(self, batch: Batch) -> bool:
         return jax.tree.leaves(batch.hyper)[0].ndim > 0
@@ -363,6 +348,20 @@ def make_looks(settings: config.Settings, spec: config.RefereeSpec) -> objective
     keep = spec.keep or (count if spec.views else settings.views.keep)
     losses = tuple((name, spec.weight * weight) for name, weight in sorted(spec.losses.items()))
     return objective.Looks(losses, count, keep, tuple(settings.views.augmentations), share=spec.weight)
+
+
+def make_networks(
+    prior: load.StableDiffusion, judges: Sequence[referees.Judge], held_out: Sequence[referees.Judge] = ()
+) -> inversion.Networks:
+    """Everything with weights that an iteration asks."""
+    return inversion.Networks(
+        unet=prior.unet,
+        vae=prior.vae,
+        alphas_cumprod=prior.alphas_cumprod,
+        prediction_type=prior.prediction_type,
+        referees=tuple(judge.referee for judge in judges),
+        held_out=tuple(judge.referee for judge in held_out),
+    )
 
 
 def make_plan(
@@ -427,10 +426,29 @@ def structure(settings: config.Settings) -> config.Settings:
     return dataclasses.replace(settings, **groups, ema=ema)
 
 
+def tokenize(
+    settings: config.Settings,
+    tokenizer: Any,
+    judges: Sequence[referees.Judge],
+    held_out: Sequence[referees.Judge],
+    prompt: str,
+) -> dict[str, Any]:
+    """A prompt as `encode` reads it."""
+    template = settings.sds
+    is_guided = template.prompt != template.negative_prompt
+    texts = [template.prompt.replace("{}", prompt), template.negative_prompt][: 2 if is_guided else 1]
+    return {
+        "prior": prompts.tokenize(tokenizer, texts),
+        "referees": tuple(judge.tokenize(prompt) for judge in judges),
+        "held_out": tuple(judge.tokenize(prompt) for judge in held_out),
+    }
+
+
 # --- the compiled pieces, for one item (and, of the chunk, for the batch of one device) ----------------------------------
 
 
-def _encode(networks: inversion.Networks, text_encoder: Any, tokens: dict[str, Any]) -> inversion.Prompt:
+def encode(networks: inversion.Networks, text_encoder: Any, tokens: dict[str, Any]) -> inversion.Prompt:
+    """All that depends on the text alone, of `tokenize`'s tokens."""
     states = text_encoder(tokens["prior"]).astype(jnp.float32)
     judged = lambda referees, key: tuple(r.encode(t) for r, t in zip(referees, tokens[key], strict=True))  # noqa: E731
     return inversion.Prompt(

@@ -130,6 +130,27 @@ def finish(run: outputs.RunDirectory, made: generation.Made, skipped: int, secon
     say(f"{made.images} images done{broken}, {skipped} prompts skipped, {seconds:.0f} s; see {see}")
 
 
+def estimate(command: Command, **_: Any) -> int:
+    """Says what a command's config costs; loads and writes nothing."""
+    from referee_jax import cost  # slow to import, as above
+
+    say(cost.table(cost.estimate(command.settings), precision=command.settings.precision))
+    return 0
+
+
+def warm_up(command: Command, *, load: Callable[[config.Settings], Any] = load_inverter, **_: Any) -> int:
+    """Compiles what a run of the command needs, by the first chunk of one image; writes no run directory."""
+    engine = load(command.settings)
+    start = time.monotonic()
+    say(f"compiling for {engine.devices}, {engine.batch_size} images at once")
+    batch, _ = engine.advance(engine.begin(queue.items(["a photo"], 1), command.settings.seed))
+    engine.finish(batch)
+    where = jax.config.jax_compilation_cache_dir
+    kept = f"kept in {where}" if where else "not kept: JAX_COMPILATION_CACHE_DIR names no directory"
+    say(f"compiled in {time.monotonic() - start:.0f} s, one chunk of iterations included; {kept}")
+    return 0
+
+
 def report_rejected(run: outputs.RunDirectory, rejected: Sequence[prompts.Rejected]) -> None:
     """Notes the prompts that are left out in the log, and tells of the first ones."""
     for one in rejected:
@@ -153,11 +174,12 @@ def main(
     *,
     load: Callable[[config.Settings], Any] = load_inverter,
     stop: generation.Stop | None = None,
+    work: Callable[..., int] = execute,
 ) -> int:
-    """Carries out a command; the exit code. What goes wrong is told in a sentence."""
+    """Carries out a command by `work`; the exit code. What goes wrong is told in a sentence."""
     keeps = f"the finished images are in {command.workdir}, and the same command continues"
     try:
-        return execute(command, load=load, stop=stop)
+        return work(command, load=load, stop=stop)
     except (CommandError, config.ConfigError, prompts.PromptError, outputs.RunError, convert.WeightsError) as error:
         return _fail(2, str(error))
     except KeyboardInterrupt:
@@ -220,7 +242,8 @@ def _absl_main(argv: list[str]) -> int:
         return _fail(2, str(error))
     if trouble := compile_cache.use(device):
         say(f"warning: {trouble}", file=sys.stderr)
-    return main(command, stop=stop)
+    work = estimate if flags.FLAGS.estimate else warm_up if flags.FLAGS.warmup else execute
+    return main(command, stop=stop, work=work)
 
 
 if __name__ == "__main__":

@@ -580,3 +580,38 @@ def test_outputs_are_what_the_engine_gave(tmp_path):
     name = queue.Item("one", 0).id
     assert colours(tmp_path)[f"{name}.png"] == tuple(hashlib.sha256(b"one 0 5").digest()[:3])
     assert formats.read_settings(tmp_path / "images" / f"{name}.png")["settings"]["steps"] == 25
+
+
+def test_estimate_needs_no_prompts_weights_or_directory(tmp_path):
+    """The whole command in a process of its own, where there is neither a checkpoint nor a network."""
+    arguments = [
+        "-m",
+        "referee_jax.run",
+        f"--config={ROOT / 'configs' / 'shapes.py'}",
+        "--estimate",
+        "--config.prompts=()",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in ("U-Net", "clip: forward + backward", "each image at once", "TPU v5e"):
+        assert word in done.stdout
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_estimate_that_cannot_be_made_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    asked = command("--estimate", f"--config.referees[0].checkpoint={tmp_path}", f"--workdir={tmp_path / 'run'}")
+    assert run.main(asked, work=run.estimate) == 2
+    assert "preprocessor_config.json is missing" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_warmup_compiles_and_writes_nothing(tmp_path, capsys):
+    engines = []
+    load = lambda settings: engines.append(FakeInverter(settings)) or engines[-1]  # noqa: E731
+    asked = command("--warmup", "--seed=3", f"--workdir={tmp_path / 'run'}")
+    assert run.main(asked, load=load, work=run.warm_up) == 0
+    (engine,) = engines
+    assert engine.calls == 1 and len(engine.begun) == 1 and not (tmp_path / "run").exists()
+    out = capsys.readouterr().out
+    assert "compiled in 0 s" in out and "JAX_COMPILATION_CACHE_DIR names no directory" in out

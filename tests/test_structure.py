@@ -47,6 +47,8 @@ RULES = {
     ("writers.py", "formats.py"): ["referee_jax.outputs"],
     ("shards.py",): ["referee_jax.outputs", "referee_jax.writers", "referee_jax.formats", "referee_jax.config"],
     ("disk.py",): ["referee_jax"],
+    ("program.py", "memory.py"): ["referee_jax"],
+    ("cost.py", "sizes.py"): ["referee_jax.run", "referee_jax.outputs", "transformers", "absl"],
 }  # fmt: skip
 
 
@@ -74,6 +76,7 @@ def test_only_the_outermost_reads_flags_and_devices():
         "shapes/train.py",
         "benchmarks/methods.py",
         "sweep.py",
+        "bench.py",
     }
     assert flags == programs
     devices = {

@@ -6,8 +6,7 @@ judge.score([PIL.Image.open("a.png")], ["a red book"])  # [[{"itm_probability": 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,7 +99,8 @@ class Family:
     """One kind of referee.
 
     Attributes:
-        load: `(spec, directory, tokenizer, dtype) -> referee`.
+        kind: what network it is, of `load.KINDS`.
+        build: `(spec, network, preprocessor_config.json, tokenizer) -> referee`.
         tokenize: the host's half of it, from its own file.
         texts: all that is read for a prompt, templates included, as `tokenize` reads it.
         clean: what is done to the prompt before it is put into the template.
@@ -111,7 +111,8 @@ class Family:
         is_converted: whether the published files have to go through weights.lavis first.
     """
 
-    load: Callable[[config.RefereeSpec, Path, Any, Any], base.Referee]
+    kind: str
+    build: Callable[[config.RefereeSpec, Any, Mapping, Any], base.Referee]
     tokenize: base.Tokenize
     texts: Callable[[Judge, str], list[str]] = lambda judge, prompt: [judge.text(prompt)]
     clean: Callable[[str], str] = str
@@ -122,51 +123,43 @@ class Family:
     is_converted: bool = False
 
 
-def _preprocessing(path: Path) -> dict[str, Any]:
-    return configs.read_json(path / "preprocessor_config.json")
-
-
-def _load_clip(
-    kind: str, reading: clip.Reading, spec: config.RefereeSpec, path: Path, tokenizer: Any, dtype: Any
+def _clip_referee(
+    reading: clip.Reading, spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any
 ) -> base.Referee:
-    network = load.load(kind, path, dtype=dtype)
-    return clip.from_checkpoint(network, _preprocessing(path), reading)
+    return clip.from_checkpoint(network, preprocessing, reading)
 
 
-def _load_blip(
-    kind: type[blip.BlipReferee], spec: config.RefereeSpec, path: Path, tokenizer: Any, dtype: Any
+def _blip_referee(
+    kind: type[blip.BlipReferee], spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any
 ) -> base.Referee:
     own = {"answers": blip.answer_tokens(tokenizer)} if kind is blip.Vqa else {}
-    network = load.load(spec.name, path, dtype=dtype)
     first = None
     if spec.first_token == "[ENC]":
         # The authors' tokenizer adds [DEC], then [ENC]; the published directories have BERT's, without either.
         first = tokenizer.get_vocab().get("[ENC]", network.config.text_config.bos_token_id + 1)
-    preprocessing = _preprocessing(path)
     return blip.from_checkpoint(kind, network, preprocessing, image_size=spec.image_size, first_token=first, **own)
 
 
-def _load_blip2(spec: config.RefereeSpec, path: Path, tokenizer: Any, dtype: Any) -> base.Referee:
-    network = load.load_blip2(path, dtype=dtype)
+def _blip2_referee(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any) -> base.Referee:
     # The word that begins a caption: LAVIS' tokenizer has it as bos_token, BERT's own has none.
     return blip2.from_checkpoint(
-        network, _preprocessing(path), image_size=spec.image_size, dec_token_id=tokenizer.bos_token_id
+        network, preprocessing, image_size=spec.image_size, dec_token_id=tokenizer.bos_token_id
     )
 
 
-def _load_image_reward(spec: config.RefereeSpec, path: Path, tokenizer: Any, dtype: Any) -> base.Referee:
-    network = load.load("image_reward", path, dtype=dtype)
-    preprocessing = _preprocessing(path)
+def _image_reward_referee(
+    spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any
+) -> base.Referee:
     return blip.from_checkpoint(image_reward.Reward, network, preprocessing, image_size=spec.image_size)
 
 
+def _align_referee(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any) -> base.Referee:
+    return align.from_checkpoint(network, preprocessing, image_size=spec.image_size)
+
+
 def _clip(kind: str, reading: clip.Reading, **other: Any) -> Family:
-    return Family(load=functools.partial(_load_clip, kind, reading), tokenize=clip.tokenize, texts=clip.texts, **other)
-
-
-def _load_align(spec: config.RefereeSpec, path: Path, tokenizer: Any, dtype: Any) -> base.Referee:
-    network = load.load_align(path, dtype=dtype)
-    return align.from_checkpoint(network, _preprocessing(path), image_size=spec.image_size)
+    build = functools.partial(_clip_referee, reading)
+    return Family(kind=kind, build=build, tokenize=clip.tokenize, texts=clip.texts, **other)
 
 
 # BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
@@ -203,7 +196,8 @@ REFEREES = {
     "pickscore": _clip("clip", clip.PICKSCORE, published=("yuvalkirstain/PickScore_v1",)),
     "hps": _clip("clip", clip.HPS, published=("xswu/HPSv2",), is_converted=True),
     "blip_itm": _blip(
-        load=functools.partial(_load_blip, blip.Itm),
+        kind="blip_itm",
+        build=functools.partial(_blip_referee, blip.Itm),
         architecture="BlipForImageTextRetrieval",
         tokenize=blip.tokenize,
         published=(
@@ -214,14 +208,16 @@ REFEREES = {
         ),
     ),
     "blip_caption": _blip(
-        load=functools.partial(_load_blip, blip.Caption),
+        kind="blip_caption",
+        build=functools.partial(_blip_referee, blip.Caption),
         architecture="BlipForConditionalGeneration",
         tokenize=blip.tokenize_caption,
         template="a picture of {}",
         published=("Salesforce/blip-image-captioning-base", "Salesforce/blip-image-captioning-large"),
     ),
     "blip_vqa": _blip(
-        load=functools.partial(_load_blip, blip.Vqa),
+        kind="blip_vqa",
+        build=functools.partial(_blip_referee, blip.Vqa),
         architecture="BlipForQuestionAnswering",
         tokenize=blip.tokenize,
         clean=prompts.question,
@@ -229,7 +225,8 @@ REFEREES = {
         published=("Salesforce/blip-vqa-base", "Salesforce/blip-vqa-capfilt-large"),
     ),
     "blip2": Family(
-        load=_load_blip2,
+        kind="blip2",
+        build=_blip2_referee,
         architecture="Blip2ForImageTextRetrieval",
         tokenize=blip2.tokenize,
         clean=prompts.caption,
@@ -237,14 +234,16 @@ REFEREES = {
         published=("Salesforce/blip2-itm-vit-g", "Salesforce/blip2-itm-vit-g-coco"),
     ),
     "image_reward": Family(
-        load=_load_image_reward,
+        kind="image_reward",
+        build=_image_reward_referee,
         tokenize=blip.tokenize,
         length=image_reward.TOKENS,
         published=("THUDM/ImageReward",),
         is_converted=True,
     ),
     "align": Family(
-        load=_load_align,
+        kind="align",
+        build=_align_referee,
         architecture="AlignModel",
         tokenize=align.tokenize,
         texts=clip.texts,
@@ -262,7 +261,7 @@ def name_of(path_or_id: str, revision: str | None = None) -> str:
     for name, family in REFEREES.items():
         if path_or_id in family.published:
             return name
-    directory = load.fetch_referee(config.checkpoint_path(path_or_id), revision=revision)
+    directory = load.resolve(config.checkpoint_path(path_or_id), revision, ["config.json"])
     said = configs.read_json(directory / "config.json").get("architectures") or ["none"]
     for name, family in REFEREES.items():
         if family.architecture == said[0]:
@@ -276,9 +275,15 @@ def load_referee(spec: config.RefereeSpec, *, dtype: jax.typing.DTypeLike = jnp.
     Raises ValueError for a loss that it does not have, before any weight is read where the name alone tells.
     """
     _check_losses(spec, config.LOSSES[spec.name])
-    path = load.fetch_referee(config.checkpoint_path(spec.checkpoint), revision=spec.revision or None)
-    tokenizer = load.load_tokenizer(path)
-    referee = REFEREES[spec.name].load(spec, path, tokenizer, dtype)
+    directory = load.fetch_referee(config.checkpoint_path(spec.checkpoint), revision=spec.revision or None)
+    tokenizer = load.load_tokenizer(directory)
+    network = load.load(REFEREES[spec.name].kind, directory, dtype=dtype)
+    return build(spec, network, configs.read_json(directory / "preprocessor_config.json"), tokenizer)
+
+
+def build(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any) -> Judge:
+    """The referee of a network, real or abstract, and its preprocessor_config.json; ValueError where `spec` does not fit."""
+    referee = REFEREES[spec.name].build(spec, network, preprocessing, tokenizer)
     _check_losses(spec, referee.losses)
     if spec.image_size not in (0, referee.image_size):
         raise ValueError(f"referee {spec.name}: image_size = {spec.image_size}, but it reads {referee.image_size}")

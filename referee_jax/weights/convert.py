@@ -122,14 +122,23 @@ def fill(
     Raises WeightsError where a source tensor is left over, a parameter would stay empty, two tensors go to one
     parameter, a shape differs, or what should be a weight is no finite number: five checks, each naming the tensors.
     """
-    wanted, float32 = targets(module), tuple(float32)
+    wanted = targets(module)
     sources = _sources(tensors, {prefix + name for target in wanted for name in target.names}, renames, ignore)
-    exact = [target.shape == () or _matches(target.names[0], float32) for target in wanted]
-    filled = [
-        _read(tensors, sources, target, jnp.float32 if is_exact else dtype, prefix)
-        for target, is_exact in zip(wanted, exact, strict=True)
-    ]
+    kinds = _dtypes(wanted, dtype, float32)
+    filled = [_read(tensors, sources, target, kind, prefix) for target, kind in zip(wanted, kinds, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(module), filled)
+
+
+def cast(module: nnx.Module, *, dtype: jax.typing.DTypeLike, float32: Iterable[str] = ()) -> nnx.Module:
+    """The abstract `module` as `fill` would leave it, but without weights: every leaf has the dtype it would get."""
+    leaves, kinds = jax.tree.leaves(module), _dtypes(targets(module), dtype, float32)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, kind) for leaf, kind in zip(leaves, kinds, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(module), shapes)
+
+
+def _dtypes(wanted: Sequence[Target], dtype: jax.typing.DTypeLike, float32: Iterable[str]) -> list:
+    float32 = tuple(float32)
+    return [jnp.float32 if x.shape == () or _matches(x.names[0], float32) else dtype for x in wanted]
 
 
 def _sources(tensors: Mapping, wanted: set[str], renames: Iterable, ignore: Iterable) -> dict[str, str]:

@@ -153,6 +153,13 @@ def load(
         raise WeightsError(f"{tensors.source}: {error}") from error
 
 
+def abstract(kind: str, config: object, *, dtype: jax.typing.DTypeLike = jnp.float32) -> nnx.Module:
+    """Returns the network of `KINDS[kind]` and a config, as `load` does, but each leaf is a jax.ShapeDtypeStruct."""
+    row = KINDS[kind]
+    module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
+    return convert.cast(module, dtype=dtype, float32=row.float32)
+
+
 def optional_parts(row: Kind, names: Iterable[str]) -> dict[str, bool]:
     """The fields of `row.optional` whose tensors are there."""
     names = list(names)

@@ -1,0 +1,162 @@
+"""How fast a config is on one device: the whole iteration and each of its parts, over batch sizes.
+
+    python -m referee_jax.bench --config=configs/shapes.py --batches=1,8 --out=bench.json
+
+Networks have the config's sizes and random weights; nothing is downloaded. Rates are of the operations that cost.py counts, and
+are compared with those of one large product of matrices on the same device: bfloat16, or float32 on a CPU. Prints Markdown
+tables and, with --out, writes the same as JSON.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics as stats
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from referee_jax import config, cost, inverter, outputs, parallel, program, queue, sizes
+from referee_jax.benchmarks import statistics
+from referee_jax.weights import convert
+
+RUNS = 3  # at least; the median counts
+
+
+def seconds(call: Callable[[], Any], least: float) -> float:
+    """The median time of a call, run for `least` seconds or RUNS times; the first, which may compile, is not counted."""
+    jax.block_until_ready(call())
+    times, begun = [], time.monotonic()
+    while len(times) < RUNS or time.monotonic() - begun < least:
+        start = time.monotonic()
+        jax.block_until_ready(call())
+        times.append(time.monotonic() - start)
+    return stats.median(times)
+
+
+def matmul_rate(device: jax.Device, least: float) -> float:
+    """Operations per second of one large product of matrices: bfloat16, on a CPU float32."""
+    size, dtype = (1024, jnp.float32) if device.platform == "cpu" else (8192, jnp.bfloat16)
+    x = jax.device_put(jnp.ones((size, size), dtype), device)
+    multiply = jax.jit(lambda x: x @ x)
+    return 2 * size**3 / seconds(lambda: multiply(x), least)
+
+
+def part(step: cost.Step, piece: cost.Part, batch: int, least: float) -> dict[str, float]:
+    """One part of an iteration: `seconds` for the batch, `flops` of it, and the seconds to `compile` it."""
+    fn, args = cost.batched(piece.fn, step, piece.shape, batch)
+    networks, prompt, hyper, x, _ = args
+    counted = program.flops(fn, *args)
+    # What a text says decides nothing here, but all of it must be real, or means over nothing are NaN.
+    prompt = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), prompt)
+    keys = jax.random.split(jax.random.key(0), batch)
+    given = networks, prompt, hyper, jax.random.normal(jax.random.key(1), x.shape), keys
+    start = time.monotonic()
+    compiled = jax.jit(fn).lower(*given).compile()
+    compiling = time.monotonic() - start
+    return {"seconds": seconds(lambda: compiled(*given), least), "flops": counted, "compile": compiling}
+
+
+def whole(settings: config.Settings, sized: sizes.Sized, device: jax.Device, batch: int) -> dict[str, float]:
+    """An iteration as a run has it, in chunks: as `part`, and `warm`, the seconds to compile it again out of the cache."""
+    settings = dataclasses.replace(settings, batch_size=batch, init="noise", init_candidates=1)
+
+    def first() -> tuple[inverter.Inverter, inverter.Batch, float]:
+        engine = inverter.Inverter(settings, sized.prior, sized.judges, [device])
+        begun = engine.begin(queue.items(["a photo"], batch), 0)
+        start = time.monotonic()
+        begun, _ = engine.advance(begun)
+        return engine, begun, time.monotonic() - start
+
+    engine, state, cold = first()
+    times = []
+    for _ in range(RUNS):
+        start = time.monotonic()
+        state, _ = engine.advance(dataclasses.replace(state, step=0))
+        times.append(time.monotonic() - start)
+    again, chunk = stats.median(times), min(settings.chunk, settings.steps)
+    flops = engine.flops(dataclasses.replace(state, step=0)) * batch
+    jax.clear_caches()
+    warm = first()[2]
+    return {"seconds": again / chunk, "flops": flops, "compile": cold - again, "warm": max(0.0, warm - again)}
+
+
+def bench(settings: config.Settings, batches: Sequence[int], *, least: float) -> dict[str, Any]:
+    """All measurements, as they are written; what is not measured on this device is None."""
+    device = parallel.prompt_mesh().devices.flat[0]
+    sized = sizes.at_random(sizes.abstract(settings))
+    step = cost.make_step(settings, sized)
+    rows = []
+    for batch in batches:
+        for piece in cost.parts(step):
+            logging.info("%s, %d at once", piece.name, batch)
+            rows.append({"part": piece.name, "batch": batch} | part(step, piece, batch, least))
+        logging.info("iteration, %d at once", batch)
+        rows.append({"part": "iteration", "batch": batch} | whole(settings, sized, device, batch))
+        rows[-1]["peak"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        rows[-1]["images_per_hour"] = 3600 * batch / (settings.steps * rows[-1]["seconds"])
+    return {
+        "device": device.device_kind,
+        "precision": settings.precision,
+        "versions": outputs.versions(),
+        "matmul": matmul_rate(device, least),
+        "assumed": sized.assumed,
+        "rows": rows,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The measurements as Markdown."""
+    columns = ["part, images at once", "ms", "GFLOP", "GFLOP/s", "share of matmul rate", "compile, s"]
+    rows = {}
+    for row in found["rows"]:
+        rate = row["flops"] / row["seconds"]
+        rows[f"{row['part']}, {row['batch']}"] = [
+            f"{1e3 * row['seconds']:.3g}", f"{row['flops'] / 1e9:.4g}", f"{rate / 1e9:.4g}", f"{rate / found['matmul']:.0%}",
+            f"{row['compile']:.1f}",
+        ]  # fmt: skip
+    runs = {}
+    for row in (row for row in found["rows"] if row["part"] == "iteration"):
+        peak = "-" if row["peak"] is None else f"{row['peak'] / 1e9:.2f}"
+        runs[str(row["batch"])] = [
+            f"{row['batch'] / row['seconds']:.3g}", f"{row['images_per_hour']:.4g}", peak, f"{row['compile']:.1f}",
+            f"{row['warm']:.1f}",
+        ]  # fmt: skip
+    heads = ["images at once", "steps/s of an image", "images/hour", "peak memory, GB", "compile, s", "again, s"]
+    title = f"{found['device']}, {found['precision']}; product of matrices {found['matmul'] / 1e9:.4g} GFLOP/s\n"
+    return "\n".join([title, statistics.markdown(columns, rows), statistics.markdown(heads, runs)])
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    args = flags.FLAGS
+    if not args.batches or not all(x.isdigit() and int(x) for x in args.batches):
+        raise app.UsageError(f"--batches={','.join(args.batches)}: numbers of images are needed, at least 1")
+    try:
+        settings = config.from_config(args.config)
+        with tempfile.TemporaryDirectory() as cache:
+            # Nothing is compiled before: the first time is without, the second with what the cache holds.
+            jax.config.update("jax_compilation_cache_dir", cache)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+            found = bench(settings, list(map(int, args.batches)), least=args.seconds)
+    except (config.ConfigError, convert.WeightsError) as error:
+        sys.exit(f"error: {error}")
+    if args.out:
+        pathlib.Path(args.out).write_text(json.dumps(outputs.finite(found), indent=2) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", "configs/shapes.py", "file of settings")
+    flags.DEFINE_list("batches", ["1", "8"], "numbers of images at once")
+    flags.DEFINE_float("seconds", 1.0, "time each part for so long at least", lower_bound=0)
+    flags.DEFINE_string("out", None, "JSON file to write")
+    app.run(main)

@@ -1,0 +1,168 @@
+"""The memory that a program needs while it runs, estimated from its jaxpr: no device, no compilation.
+
+    memory.peak(lambda z: vae.decode(z), jax.ShapeDtypeStruct((1, 64, 64, 4), "float32"))
+
+Every value lives from the equation that makes it to the last one that reads it; the most bytes that live at once are the
+answer. Two things that XLA does are followed. Chains of elementwise operations are fused: what one such operation or sum alone
+reads is never stored, so that what it is made of lives on until then. And the result of an elementwise operation takes the
+place of an operand that dies with it. What a compiler decides by itself (order, padding, copies, scratch of convolutions) is
+not known here; tests compare with XLA's own account.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+# Made anew wherever they are read: only where bytes lie, or constants.
+_FREE = frozenset(
+    "broadcast_in_dim reshape squeeze expand_dims transpose convert_element_type iota copy slice reduce_precision rev "
+    "bitcast_convert_type".split()
+)
+# One element after the other, so that the one operation that reads the result can make it.
+_FUSED = _FREE | frozenset(
+    "add add_any sub mul neg max min select_n eq ne lt le gt ge and or not xor abs sign integer_pow square floor ceil round "
+    "clamp is_finite pad concatenate shift_left shift_right_logical shift_right_arithmetic rem nextafter exp exp2 log log1p "
+    "expm1 tanh logistic sin cos tan rsqrt sqrt div pow erf erf_inv cbrt atan2".split()
+)
+_SUMS = frozenset("reduce_sum reduce_max reduce_min reduce_and reduce_or reduce_prod argmax argmin".split())
+
+
+@dataclasses.dataclass
+class _Op:
+    """One equation of a program without calls; `inner` is what it needs besides operands and results."""
+
+    name: str
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    inner: int = 0
+
+
+@dataclasses.dataclass
+class _Flat:
+    """A program without calls: values are numbers, `size` their bytes."""
+
+    ops: list[_Op] = dataclasses.field(default_factory=list)
+    size: list[int] = dataclasses.field(default_factory=list)
+
+    def value(self, aval: Any) -> int:
+        """The number of a new value."""
+        self.size.append(size_of(aval))
+        return len(self.size) - 1
+
+
+def size_of(aval: Any) -> int:
+    """Bytes of an array, or of what stands for one."""
+    shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
+    # Keys of random numbers are two words each.
+    return math.prod(shape) * (8 if dtype is None or not isinstance(dtype, np.dtype) else dtype.itemsize)
+
+
+def peak(fn: Callable, *args: Any) -> int:
+    """Bytes that `fn(*args)` needs besides its arguments, its results among them; arguments as program.flops takes them."""
+    return _peak(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _peak(jaxpr: core.Jaxpr) -> int:
+    flat = _Flat()
+    arguments = [flat.value(var.aval) for var in (*jaxpr.constvars, *jaxpr.invars)]
+    results = _inline(jaxpr, arguments, flat)
+    return _sweep(flat, set(arguments), results)
+
+
+def _inline(jaxpr: core.Jaxpr, arguments: Sequence[int], flat: _Flat) -> list[int]:
+    """Adds a program's equations to `flat`, calls in their place; the numbers of its results."""
+    number = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
+
+    def read(atom: Any) -> int:
+        return flat.value(None) if isinstance(atom, core.Literal) else number[atom]
+
+    for eqn in jaxpr.eqns:
+        reads = [read(atom) for atom in eqn.invars]
+        name, called = eqn.primitive.name, _called(eqn)
+        if called is not None:
+            consts = [flat.value(var.aval) for var in called.constvars]
+            made = _inline(called, [*consts, *reads], flat)
+        elif name == "optimization_barrier":  # hands on what it reads
+            made = reads
+        else:
+            made = [flat.value(var.aval) for var in eqn.outvars]
+            flat.ops.append(_Op(name, tuple(reads), tuple(made), _within(eqn)))
+        number |= dict(zip(eqn.outvars, made, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _called(eqn: core.JaxprEqn) -> core.Jaxpr | None:
+    """The program of an equation that only calls one."""
+    if eqn.primitive.name in ("scan", "while", "cond"):
+        return None
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if name in eqn.params:
+            inner = eqn.params[name]
+            return inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
+    return None
+
+
+def _within(eqn: core.JaxprEqn) -> int:
+    """Bytes that the programs within an equation need."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":  # the slices that one turn reads are copies
+        body = params["jaxpr"].jaxpr
+        slices = body.invars[params["num_consts"] + params["num_carry"] :]
+        return _peak(body) + sum(size_of(var.aval) for var in slices)
+    if name == "while":
+        return _peak(params["body_jaxpr"].jaxpr)
+    if name == "cond":
+        return max(_peak(branch.jaxpr) for branch in params["branches"])
+    return 0
+
+
+def _sweep(flat: _Flat, arguments: set[int], results: Sequence[int]) -> int:
+    """The most bytes at once."""
+    readers: list[list[_Op]] = [[] for _ in flat.size]
+    for op in flat.ops:
+        for value in set(op.reads):
+            readers[value].append(op)
+    # What is read in the end of each value: itself where it is stored, else through what is fused with its reader.
+    behind: list[frozenset[int]] = [frozenset((n,)) for n in range(len(flat.size))]
+    last = dict.fromkeys(results, len(flat.ops))
+    stored = []
+    for at, op in enumerate(flat.ops):
+        read = frozenset().union(*(behind[value] for value in op.reads))
+        if len(op.makes) == 1 and _is_fused(op, readers[op.makes[0]], op.makes[0] in last):
+            behind[op.makes[0]] = read
+        else:
+            stored.append((at, op))
+            last |= {value: max(at, last.get(value, 0)) for value in read}
+    last |= {own: len(flat.ops) for value in results for own in behind[value]}
+    return _walk(stored, arguments, last, flat)
+
+
+def _is_fused(op: _Op, readers: Sequence[_Op], is_result: bool) -> bool:
+    """Whether an operation's result is made where it is read, and stored nowhere."""
+    if op.name in _FREE:
+        return True
+    return not is_result and op.name in _FUSED and len(readers) == 1 and readers[0].name in _FUSED | _SUMS
+
+
+def _walk(stored: Sequence[tuple[int, _Op]], arguments: set[int], last: dict[int, int], flat: _Flat) -> int:
+    """The most bytes at once, given where each value is read for the last time."""
+    ends: dict[int, list[int]] = {}
+    for value, at in last.items():
+        if value not in arguments:
+            ends.setdefault(at, []).append(value)
+    alive, now, most = set(), 0, 0
+    for at, op in stored:
+        dying = [flat.size[value] for value in ends.get(at, ()) if value in alive]
+        new = sum(flat.size[value] for value in op.makes)
+        # The result takes the place of what dies with it.
+        place = min(new, max(dying, default=0)) if op.name in _FUSED else 0
+        most = max(most, now + new - place + op.inner)
+        unread = sum(flat.size[value] for value in op.makes if value not in last)
+        alive.update(op.makes)
+        now += new - unread - sum(dying)
+    return most

@@ -1,0 +1,65 @@
+"""What a function works, counted from its program: no weights, no device, no compilation.
+
+    program.flops(lambda z: vae.decode(z), jax.ShapeDtypeStruct((1, 64, 64, 4), "float32"))
+
+Products of matrices and convolutions are counted, a multiplication with its addition as two; the rest of a network is some
+per cent. Weights may be abstract (`nnx.eval_shape`). What a loop repeats counts as often, of a branch the dearer side.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def flops(fn: Callable, *args: Any) -> float:
+    """Floating-point operations of `fn(*args)`; arguments are arrays or jax.ShapeDtypeStructs, in any pytrees."""
+    return count(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def count(jaxpr: core.Jaxpr) -> float:
+    """Floating-point operations of a program; of one that is spread over devices, those of each.
+
+    Raises ValueError for a loop whose trips the program does not say.
+    """
+    return sum(map(_equation, jaxpr.eqns))
+
+
+def _equation(eqn: core.JaxprEqn) -> float:
+    name = eqn.primitive.name
+    if name == "dot_general":
+        return _dot(eqn)
+    if name == "conv_general_dilated":
+        return _convolution(eqn)
+    inner = [count(jaxpr) for jaxpr in _inner(eqn.params)]
+    if name == "cond":
+        return max(inner)
+    if name == "while" and any(inner):
+        raise ValueError("a loop without a fixed number of trips cannot be counted")
+    return sum(inner) * (eqn.params["length"] if name == "scan" else 1)
+
+
+def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+    """The programs within an equation: of a call, a loop, the sides of a branch."""
+    for value in params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(one, core.ClosedJaxpr):
+                yield one.jaxpr
+            elif isinstance(one, core.Jaxpr):
+                yield one
+
+
+def _dot(eqn: core.JaxprEqn) -> float:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+
+
+def _convolution(eqn: core.JaxprEqn) -> float:
+    """Zeros that dilate the input, as those of a gradient through a stride, are not worked on."""
+    kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    spec = eqn.params["dimension_numbers"].rhs_spec  # (out channels, in channels of a group, places ...)
+    each = math.prod(kernel[axis] for axis in spec[1:]) / math.prod(eqn.params["lhs_dilation"])
+    return 2.0 * math.prod(out) * each

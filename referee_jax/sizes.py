@@ -1,0 +1,193 @@
+"""The networks of a config from their sizes alone: without weights, or with random ones; nothing is downloaded.
+
+Sizes are those of a checkpoint's config.json where it is a directory here, else of the table of published ones. Nor is there
+a tokenizer: of a text only its length in tokens matters for what a program costs, and that is the same for all.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from referee_jax import config, inverter, referees
+from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
+from referee_jax.weights import configs, load
+
+_SD = {
+    "clip_text": clip.TextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
+    "unet": unet.Config(),
+    "vae_decoder": vae.Config(),
+}
+_FOLDERS = {"clip_text": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
+
+
+def _tower(cls: type, width: int, layers: int, heads: int, hidden: int | None = None, **other: Any) -> Any:
+    return cls(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=hidden or 4 * width, **other
+    )  # fmt: skip
+
+
+def _clip(text: clip.TextConfig, image_size: int, width: int) -> clip.Config:
+    vision = _tower(clip.VisionConfig, 1024, 24, 16, image_size=image_size, patch_size=14)
+    return clip.Config(text_config=text, vision_config=vision, projection_dim=width)
+
+
+_CLIP_L = functools.partial(_clip, _tower(clip.TextConfig, 768, 12, 12), width=768)
+_CLIP_H = clip.Config(
+    text_config=_tower(clip.TextConfig, 1024, 24, 16, hidden_act="gelu"),
+    vision_config=_tower(clip.VisionConfig, 1280, 32, 16, patch_size=14, hidden_act="gelu"),
+    projection_dim=1024,
+)
+
+
+def _blip(width: int = 768, layers: int = 12, heads: int = 12) -> blip.Config:
+    vision = _tower(blip.VisionConfig, width, layers, heads, image_size=384)
+    return blip.Config(text_config=blip.TextConfig(num_attention_heads=12), vision_config=vision)
+
+
+_BLIP_L = _blip(1024, 24, 16)
+_SIGLIP_2 = siglip.TextConfig(vocab_size=256000)
+# Published checkpoint -> its sizes, as its own config.json or the paper says.
+PUBLISHED: dict[str, Any] = {
+    "openai/clip-vit-base-patch32": clip.Config(),
+    "openai/clip-vit-large-patch14": _CLIP_L(224),
+    "openai/clip-vit-large-patch14-336": _CLIP_L(336),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": _CLIP_H,
+    "yuvalkirstain/PickScore_v1": _CLIP_H,
+    "xswu/HPSv2": _CLIP_H,
+    "google/siglip-base-patch16-224": siglip.Config(),
+    "google/siglip2-base-patch16-224": siglip.Config(text_config=_SIGLIP_2),
+    "google/siglip2-so400m-patch14-384": siglip.Config(
+        text_config=_tower(siglip.TextConfig, 1152, 27, 16, 4304, vocab_size=256000),
+        vision_config=_tower(siglip.VisionConfig, 1152, 27, 16, 4304, image_size=384, patch_size=14),
+    ),
+    "Salesforce/blip-itm-base-coco": _blip(),
+    "Salesforce/blip-itm-large-coco": _BLIP_L,
+    "Salesforce/blip-itm-base-flickr": _blip(),
+    "Salesforce/blip-itm-large-flickr": _BLIP_L,
+    "Salesforce/blip-image-captioning-base": _blip(),
+    "Salesforce/blip-image-captioning-large": _BLIP_L,
+    "Salesforce/blip-vqa-base": _blip(),
+    "Salesforce/blip-vqa-capfilt-large": _blip(),
+    "Salesforce/blip2-itm-vit-g": blip2.Config(),
+    "Salesforce/blip2-itm-vit-g-coco": blip2.Config(),
+    "THUDM/ImageReward": image_reward.Config(),
+    "kakaobrain/align-base": align.Config(),
+}
+# What is read of a preprocessor_config.json, where there is none; only ALIGN's tells a size.
+_PREPROCESSING = {
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+    "do_center_crop": True,
+    "size": {"height": 346, "width": 346},
+    "crop_size": {"height": 289, "width": 289},
+}
+
+
+class Words:
+    """In a tokenizer's place: each word is one token, and they are all the same."""
+
+    pad_token_id, unk_token_id, bos_token_id = 0, None, None
+
+    def __init__(self, length: int):
+        self.model_max_length = length
+
+    def get_vocab(self) -> dict[str, int]:
+        """No words of its own."""
+        return {}
+
+    def __call__(
+        self, texts: str | Sequence[str], *, add_special_tokens: bool = True, max_length: int = 0, **_: Any
+    ) -> dict[str, list]:
+        """`input_ids` of a text or of several."""
+        if isinstance(texts, str):
+            return {"input_ids": [1] * (len(texts.split()) + 2 * add_special_tokens)}
+        rows = [self(text)["input_ids"] for text in texts]
+        return {"input_ids": [row + [self.pad_token_id] * (max_length - len(row)) for row in rows]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sized:
+    """What a config asks for, by its sizes: networks as `load` would give them, and what was taken from where."""
+
+    prior: load.StableDiffusion
+    judges: tuple[referees.Judge, ...]
+    assumed: tuple[str, ...]
+
+
+def abstract(settings: config.Settings) -> Sized:
+    """The networks of a config, each weight a jax.ShapeDtypeStruct of the dtype that it would have.
+
+    `assumed` says, a sentence each, where a checkpoint is neither here nor in the table, and what was taken instead. Raises
+    ConfigError or WeightsError for a directory that does not fit.
+    """
+    dtype, assumed = inverter.DTYPES[settings.precision], []
+    prior = _prior(settings.generator.checkpoint, dtype, assumed)
+    judges = tuple(_judge(spec, dtype, assumed) for spec in settings.referees)
+    return Sized(prior, judges, tuple(assumed))
+
+
+def at_random(sized: Sized) -> Sized:
+    """The same with weights drawn from a seed: norms at one, all others normal with standard deviation 0.02."""
+    rng, prior = np.random.default_rng(0), sized.prior
+    parts = {name: _drawn(rng, getattr(prior, name)) for name in ("text_encoder", "unet", "vae")}
+    judges = [dataclasses.replace(judge, referee=_drawn(rng, judge.referee)) for judge in sized.judges]
+    return dataclasses.replace(sized, prior=dataclasses.replace(prior, **parts), judges=tuple(judges))
+
+
+def _drawn(rng: np.random.Generator, tree: Any) -> Any:
+    def draw(path: Sequence, x: jax.ShapeDtypeStruct) -> jax.Array:
+        # Names of norms' factors, and the variances of batch norms.
+        if any(word in str(path) for word in ("scale", "running_var")):
+            return jnp.ones(x.shape, x.dtype)
+        return jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32), x.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+def _prior(checkpoint: str, dtype: Any, assumed: list[str]) -> load.StableDiffusion:
+    directory = Path(config.checkpoint_path(checkpoint)).expanduser()
+    schedule, sizes = configs.Schedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), _SD
+    if directory.is_dir():
+        sizes = {kind: _read(kind, directory / folder) for kind, folder in _FOLDERS.items()}
+        file = directory / "scheduler" / "scheduler_config.json"
+        schedule = configs.config_from_json(configs.Schedule, configs.read_json(file), where=str(file))
+    elif checkpoint != config.Generator().checkpoint:
+        assumed.append(f"{checkpoint} is not here: sizes are those of {config.Generator().checkpoint}")
+    networks = {kind: load.abstract(kind, sizes[kind], dtype=dtype) for kind in _FOLDERS}
+    return load.StableDiffusion(
+        text_encoder=networks["clip_text"],
+        unet=networks["unet"],
+        vae=networks["vae_decoder"],
+        alphas_cumprod=jnp.asarray(schedule.alphas_cumprod()),
+        prediction_type=schedule.prediction_type,
+        tokenizer=Words(sizes["clip_text"].max_position_embeddings),
+    )
+
+
+def _read(kind: str, directory: Path) -> Any:
+    file = directory / "config.json"
+    return load.KINDS[kind].config(configs.read_json(file), where=str(file))
+
+
+def _judge(spec: config.RefereeSpec, dtype: Any, assumed: list[str]) -> referees.Judge:
+    family, directory = referees.REFEREES[spec.name], Path(config.checkpoint_path(spec.checkpoint)).expanduser()
+    preprocessing = _PREPROCESSING
+    if directory.is_dir():
+        sizes = _read(family.kind, directory)
+        preprocessing = configs.read_json(directory / "preprocessor_config.json")
+    else:
+        taken = spec.checkpoint if spec.checkpoint in family.published else family.published[0]
+        if taken != spec.checkpoint:
+            assumed.append(f"{spec.checkpoint} is not here: sizes are those of {taken}")
+        sizes = PUBLISHED[taken]
+    if family.kind == "blip2":
+        sizes = dataclasses.replace(sizes, lm_head="itg" in spec.losses)
+    network = load.abstract(family.kind, sizes, dtype=dtype)
+    text = getattr(sizes, "text_config", None) or sizes.qformer_config
+    return referees.build(spec, network, preprocessing, Words(text.max_position_embeddings))

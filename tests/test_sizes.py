@@ -1,0 +1,84 @@
+"""Networks from sizes alone are those that loading gives, and a config without its checkpoints has a size too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from referee_jax import config, referees, sizes
+from referee_jax.weights import load
+from referee_jax.weights.convert import WeightsError
+
+SMALL = {"generator": {"checkpoint": "shapes/stable-diffusion"}, "precision": "bfloat16"}
+
+
+def shapes(tree) -> list:
+    return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+
+# The package's own checkpoints: referee -> loss.
+EMBEDDED = {
+    "clip": "cosine",
+    "align": "cosine",
+    "blip_itm": "itm",
+    "blip_caption": "caption",
+    "blip_vqa": "vqa",
+    "blip2": "itg",
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_referees_are_as_they_are_loaded(name):
+    spec = config.RefereeSpec(name=name, checkpoint=f"shapes/{name}", losses={EMBEDDED[name]: 1.0})
+    (judge,) = sizes.abstract(config.from_config(SMALL | {"referees": (spec,)})).judges
+    loaded = referees.load_referee(spec, dtype=jnp.bfloat16)
+    assert shapes(judge.referee) == shapes(loaded.referee)
+    assert judge.referee.image_size == loaded.referee.image_size and judge.length == loaded.length
+    # So are the tokens of a prompt, and thus what compiled programs are made for.
+    ours, theirs = (shapes(x.tokenize("a red circle")) for x in (judge, loaded))
+    assert ours == theirs
+
+
+def test_the_prior_is_as_it_is_loaded():
+    sized = sizes.abstract(config.from_config(SMALL))
+    loaded = load.load_stable_diffusion(config.checkpoint_path("shapes/stable-diffusion"), dtype=jnp.bfloat16)
+    for name in ("text_encoder", "unet", "vae"):
+        assert shapes(getattr(sized.prior, name)) == shapes(getattr(loaded, name)), name
+    np.testing.assert_array_equal(sized.prior.alphas_cumprod, loaded.alphas_cumprod)
+    assert sized.prior.prediction_type == loaded.prediction_type and not sized.assumed
+    assert sized.prior.tokenizer.model_max_length == loaded.tokenizer.model_max_length
+
+
+@pytest.mark.parametrize("name", referees.REFEREES)
+def test_every_published_checkpoint_has_a_size(name):
+    assert set(referees.REFEREES[name].published) <= set(sizes.PUBLISHED)
+
+
+def test_random_weights():
+    sized = sizes.abstract(config.load("configs/shapes_align.py"))
+    drawn = sizes.at_random(sized)
+    assert shapes(drawn.prior.unet) == shapes(sized.prior.unet)
+    again = jax.tree.leaves(sizes.at_random(sized).prior.unet)
+    for x, y in zip(jax.tree.leaves(drawn.prior.unet), again, strict=True):
+        np.testing.assert_array_equal(x, y)
+    norm, batch_norm = drawn.prior.unet.conv_norm_out, drawn.judges[0].referee.network.vision_model.embeddings.batchnorm
+    assert (norm.scale[...] == 1).all() and (batch_norm.running_var[...] == 1).all()
+    assert drawn.prior.unet.conv_in.kernel[...].std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_checkpoint_that_is_not_here():
+    """Its family's first is taken, and that is said; a directory that is not understood is an error."""
+    spec = config.referee(name="blip2", checkpoint="checkpoints/mine", losses={"itg": 1.0})
+    sized = sizes.abstract(config.from_config(SMALL | {"referees": (spec,)}))
+    assert sized.assumed == ("checkpoints/mine is not here: sizes are those of Salesforce/blip2-itm-vit-g",)
+    assert sized.judges[0].referee.losses == ("itm", "itc", "itg")
+    assert sum(x.size for x in jax.tree.leaves(sized.judges[0].referee.network.vision_model)) == pytest.approx(
+        986e6, rel=0.01
+    )
+
+
+def test_a_directory_that_is_not_understood(tmp_path):
+    (tmp_path / "config.json").write_text('{"unheard_of": 1}')
+    spec = config.referee(checkpoint=str(tmp_path))
+    with pytest.raises(WeightsError, match="unheard_of"):
+        sizes.abstract(config.from_config(SMALL | {"referees": (spec,)}))
