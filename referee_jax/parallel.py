@@ -31,5 +31,11 @@ def across_devices(fn: Callable, mesh: Mesh, batched: Sequence[bool], *, joined:
 
 
 def place(tree: Any, mesh: Mesh, *, batched: bool) -> Any:
-    """Puts a pytree on the mesh: split along its leaves' first axis, or whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(AXIS) if batched else PartitionSpec()))
+    """Puts a pytree on the mesh: split along its leaves' first axis, or whole on every device.
+
+    Of shapes (jax.ShapeDtypeStructs) nothing is put anywhere: each is told where it would be.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS) if batched else PartitionSpec())
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    return jax.device_put(tree, sharding)

@@ -16,7 +16,7 @@ import PIL.Image
 
 from referee_jax import config, prompts
 from referee_jax.referees import align, base, blip, blip2, clip, image_reward
-from referee_jax.weights import configs, load
+from referee_jax.weights import abstract, configs, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,8 @@ class Family:
     """One kind of referee.
 
     Attributes:
-        load: `(spec, path or hub id, tokenizer, dtype) -> referee`.
+        kind: of its network, in weights.load.KINDS.
+        build: `(spec, network, dictionary of preprocessor_config.json, tokenizer) -> referee`.
         tokenize: the host's half of it, from its own file.
         texts: all that is read for a prompt, templates included, as `tokenize` reads it.
         clean: what is done to the prompt before it is put into the template.
@@ -110,7 +111,8 @@ class Family:
         is_converted: whether the published files have to go through weights.lavis first.
     """
 
-    load: Callable[[config.RefereeSpec, str, Any, Any], base.Referee]
+    kind: str
+    build: Callable[[config.RefereeSpec, Any, dict[str, Any], Any], base.Referee]
     tokenize: base.Tokenize
     texts: Callable[[Judge, str], list[str]] = lambda judge, prompt: [judge.text(prompt)]
     clean: Callable[[str], str] = str
@@ -126,51 +128,48 @@ def _preprocessing(spec: config.RefereeSpec, path: str) -> dict[str, Any]:
     return configs.read_json(directory / "preprocessor_config.json")
 
 
-def _load_clip(
-    kind: str, reading: clip.Reading, spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any
+def _build_clip(
+    reading: clip.Reading, spec: config.RefereeSpec, network: Any, preprocessing: dict, _: Any
 ) -> base.Referee:
-    network = load.load(kind, path, revision=spec.revision or None, dtype=dtype)
-    return clip.from_checkpoint(network, _preprocessing(spec, path), reading)
+    return clip.from_checkpoint(network, preprocessing, reading)
 
 
-def _load_blip(
-    kind: type[blip.BlipReferee], spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any
+def _build_blip(
+    kind: type[blip.BlipReferee], spec: config.RefereeSpec, network: Any, preprocessing: dict, tokenizer: Any
 ) -> base.Referee:
     own = {"answers": blip.answer_tokens(tokenizer)} if kind is blip.Vqa else {}
-    network = load.load(spec.name, path, revision=spec.revision or None, dtype=dtype)
     first = None
     if spec.first_token == "[ENC]":
         # The authors' tokenizer adds [DEC], then [ENC]; the published directories have BERT's, without either.
         first = tokenizer.get_vocab().get("[ENC]", network.config.text_config.bos_token_id + 1)
-    preprocessing = _preprocessing(spec, path)
     return blip.from_checkpoint(kind, network, preprocessing, image_size=spec.image_size, first_token=first, **own)
 
 
-def _load_blip2(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
-    network = load.load_blip2(path, revision=spec.revision or None, dtype=dtype)
+def _build_blip2(spec: config.RefereeSpec, network: Any, preprocessing: dict, tokenizer: Any) -> base.Referee:
     # The word that begins a caption: LAVIS' tokenizer has it as bos_token, BERT's own has none.
     return blip2.from_checkpoint(
-        network, _preprocessing(spec, path), image_size=spec.image_size, dec_token_id=tokenizer.bos_token_id
+        network, preprocessing, image_size=spec.image_size, dec_token_id=tokenizer.bos_token_id
     )
 
 
-def _load_image_reward(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
-    network = load.load("image_reward", path, revision=spec.revision or None, dtype=dtype)
-    preprocessing = _preprocessing(spec, path)
+def _build_image_reward(spec: config.RefereeSpec, network: Any, preprocessing: dict, _: Any) -> base.Referee:
     return blip.from_checkpoint(image_reward.Reward, network, preprocessing, image_size=spec.image_size)
 
 
+def _build_align(spec: config.RefereeSpec, network: Any, preprocessing: dict, _: Any) -> base.Referee:
+    return align.from_checkpoint(network, preprocessing, image_size=spec.image_size)
+
+
 def _clip(kind: str, reading: clip.Reading, **other: Any) -> Family:
-    return Family(load=functools.partial(_load_clip, kind, reading), tokenize=clip.tokenize, texts=clip.texts, **other)
+    build = functools.partial(_build_clip, reading)
+    return Family(kind=kind, build=build, tokenize=clip.tokenize, texts=clip.texts, **other)
 
 
-def _load_align(spec: config.RefereeSpec, path: str, tokenizer: Any, dtype: Any) -> base.Referee:
-    network = load.load_align(path, revision=spec.revision or None, dtype=dtype)
-    return align.from_checkpoint(network, _preprocessing(spec, path), image_size=spec.image_size)
+def _blip(kind: str, referee: type[blip.BlipReferee], **other: Any) -> Family:
+    # BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
+    other = {"clean": prompts.caption} | other
+    return Family(kind=kind, build=functools.partial(_build_blip, referee), length=64, **other)
 
-
-# BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
-_blip = functools.partial(Family, length=64, clean=prompts.caption)
 
 # Name in the config -> what it is; its losses are in config.LOSSES. BLIP's captions were trained with this beginning; the
 # question is T2I-CompBench's.
@@ -203,7 +202,8 @@ REFEREES = {
     "pickscore": _clip("clip", clip.PICKSCORE, published=("yuvalkirstain/PickScore_v1",)),
     "hps": _clip("clip", clip.HPS, published=("xswu/HPSv2",), is_converted=True),
     "blip_itm": _blip(
-        load=functools.partial(_load_blip, blip.Itm),
+        "blip_itm",
+        blip.Itm,
         architecture="BlipForImageTextRetrieval",
         tokenize=blip.tokenize,
         published=(
@@ -214,14 +214,16 @@ REFEREES = {
         ),
     ),
     "blip_caption": _blip(
-        load=functools.partial(_load_blip, blip.Caption),
+        "blip_caption",
+        blip.Caption,
         architecture="BlipForConditionalGeneration",
         tokenize=blip.tokenize_caption,
         template="a picture of {}",
         published=("Salesforce/blip-image-captioning-base", "Salesforce/blip-image-captioning-large"),
     ),
     "blip_vqa": _blip(
-        load=functools.partial(_load_blip, blip.Vqa),
+        "blip_vqa",
+        blip.Vqa,
         architecture="BlipForQuestionAnswering",
         tokenize=blip.tokenize,
         clean=prompts.question,
@@ -229,7 +231,8 @@ REFEREES = {
         published=("Salesforce/blip-vqa-base", "Salesforce/blip-vqa-capfilt-large"),
     ),
     "blip2": Family(
-        load=_load_blip2,
+        kind="blip2",
+        build=_build_blip2,
         architecture="Blip2ForImageTextRetrieval",
         tokenize=blip2.tokenize,
         clean=prompts.caption,
@@ -237,14 +240,16 @@ REFEREES = {
         published=("Salesforce/blip2-itm-vit-g", "Salesforce/blip2-itm-vit-g-coco"),
     ),
     "image_reward": Family(
-        load=_load_image_reward,
+        kind="image_reward",
+        build=_build_image_reward,
         tokenize=blip.tokenize,
         length=image_reward.TOKENS,
         published=("THUDM/ImageReward",),
         is_converted=True,
     ),
     "align": Family(
-        load=_load_align,
+        kind="align",
+        build=_build_align,
         architecture="AlignModel",
         tokenize=align.tokenize,
         texts=clip.texts,
@@ -278,11 +283,25 @@ def load_referee(spec: config.RefereeSpec, *, dtype: jax.typing.DTypeLike = jnp.
     _check_losses(spec, config.LOSSES[spec.name])
     path = config.checkpoint_path(spec.checkpoint)
     tokenizer = load.load_tokenizer(path, revision=spec.revision or None)
-    referee = REFEREES[spec.name].load(spec, path, tokenizer, dtype)
+    family = REFEREES[spec.name]
+    network = load.load(family.kind, path, revision=spec.revision or None, dtype=dtype)
+    referee = family.build(spec, network, _preprocessing(spec, path), tokenizer)
     _check_losses(spec, referee.losses)
     if spec.image_size not in (0, referee.image_size):
         raise ValueError(f"referee {spec.name}: image_size = {spec.image_size}, but it reads {referee.image_size}")
     return Judge(spec, referee, tokenizer)
+
+
+def abstract_referee(spec: config.RefereeSpec, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Judge:
+    """The same of shapes alone (see weights.abstract): what a program is traced with; it judges nothing."""
+    family, path = REFEREES[spec.name], config.checkpoint_path(spec.checkpoint)
+    words = abstract.tokenizer(path)
+    network = abstract.network(family.kind, path, revision=spec.revision or None, dtype=dtype)
+    any_colour = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}  # a program is the same for all
+    preprocessing = any_colour if abstract.is_published(path) else _preprocessing(spec, path)
+    referee = family.build(spec, network, preprocessing, words)
+    _check_losses(spec, referee.losses)
+    return Judge(spec, referee, words)
 
 
 def _check_losses(spec: config.RefereeSpec, known: tuple[str, ...]) -> None:

@@ -122,14 +122,27 @@ def fill(
     Raises WeightsError where a source tensor is left over, a parameter would stay empty, two tensors go to one
     parameter, or a shape differs: four checks, each naming the tensors.
     """
-    wanted, float32 = targets(module), tuple(float32)
+    wanted = targets(module)
     sources = _sources(tensors, {prefix + name for target in wanted for name in target.names}, renames, ignore)
-    exact = [target.shape == () or _matches(target.names[0], float32) for target in wanted]
     filled = [
-        _read(tensors, sources, target, jnp.float32 if is_exact else dtype, prefix)
-        for target, is_exact in zip(wanted, exact, strict=True)
+        _read(tensors, sources, target, own, prefix)
+        for target, own in zip(wanted, _dtypes(wanted, dtype, float32), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(module), filled)
+
+
+def abstract(module: nnx.Module, *, dtype: jax.typing.DTypeLike, float32: Iterable[str] = ()) -> nnx.Module:
+    """The abstract `module` with the dtypes that `fill` would give its weights."""
+    leaves, structure = jax.tree.flatten(module)
+    dtypes = _dtypes(targets(module), dtype, float32)
+    return jax.tree.unflatten(
+        structure, [jax.ShapeDtypeStruct(x.shape, d) for x, d in zip(leaves, dtypes, strict=True)]
+    )
+
+
+def _dtypes(wanted: Sequence[Target], dtype: jax.typing.DTypeLike, float32: Iterable[str]) -> list:
+    exact = tuple(float32)
+    return [jnp.float32 if x.shape == () or _matches(x.names[0], exact) else dtype for x in wanted]
 
 
 def _sources(tensors: Mapping, wanted: set[str], renames: Iterable, ignore: Iterable) -> dict[str, str]:
