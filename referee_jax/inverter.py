@@ -87,7 +87,10 @@ class Batch:
 
 
 class Inverter:
-    """The method with its networks on this process's devices."""
+    """The method with its networks on this process's devices.
+
+    Of abstract networks (jax.ShapeDtypeStructs), whose devices need not be there, `trace` and `flops` of `shapes` can be asked.
+    """
 
     def __init__(
         self,
@@ -230,11 +233,26 @@ class Inverter:
         stopped = self.plan.patience and np.asarray(inversion.is_stopped(state, self.plan))[: len(batch.items)].all()
         return dataclasses.replace(batch, step=self.steps if stopped else batch.step + done, state=state), metrics
 
+    def shapes(self) -> Batch:
+        """A batch of shapes alone, for `trace` and `flops`."""
+        item = queue.Item("any", 0)
+        tokens = jax.tree.map(lambda x: np.stack([x] * self.batch_size), self._tokenize(item.prompt))
+        place = functools.partial(parallel.place, mesh=self.mesh)
+        prompt = place(jax.eval_shape(self._encode, self.networks, self.text_encoder, tokens), batched=True)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch_size))
+        keys, hyper = place(keys, batched=True), place(jax.eval_shape(lambda: self.hyper), batched=False)
+        starter = self._starter(Start("noise", 1, 0.0, 1), False)
+        state = place(jax.eval_shape(starter, self.networks, prompt, hyper, keys, np.float32(0)), batched=True)
+        return Batch((item,) * self.batch_size, 0, prompt, hyper, state, keys)
+
+    def trace(self, batch: Batch) -> jax.stages.Traced:
+        """The program of a chunk, before it is compiled."""
+        args = self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, np.int32(0)
+        return self._program("chunk", self._is_swept(batch)).trace(*args)
+
     def flops(self, batch: Batch) -> float:
         """Floating-point operations of one image in an iteration with all that there is to do; nothing is compiled."""
-        args = self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(0)
-        traced = self._program("chunk", self._is_swept(batch)).trace(*args)
-        return program.count(traced.jaxpr.jaxpr) / (self.chunk * self.batch_size // self.groups)
+        return program.count(self.trace(batch).jaxpr.jaxpr) / (self.chunk * self.batch_size // self.groups)
 
     def preview(self, batch: Batch) -> np.ndarray:
         """The images as they are, uint8 `[item, H, W, 3]`."""

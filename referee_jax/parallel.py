@@ -45,9 +45,13 @@ def across_devices(fn: Callable, mesh: Mesh, batched: Sequence[bool], *, joined:
 def place(tree: Any, mesh: Mesh, *, batched: bool) -> Any:
     """Puts a pytree on the mesh: split along its leaves' first axis over the groups, or the same in every group.
 
-    Within a group, what is the same in all and LARGE is split along the longest axis that can be.
+    Within a group, what is the same in all and LARGE is split along the longest axis that can be. Where there are shapes in it
+    (jax.ShapeDtypeStructs) nothing is put anywhere: each leaf becomes one, and is told where it would be.
     """
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, _spec(x, mesh, batched))), tree)
+    is_abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+    told = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    put = told if is_abstract else jax.device_put
+    return jax.tree.map(lambda x: put(x, NamedSharding(mesh, _spec(x, mesh, batched))), tree)
 
 
 def _spec(x: Any, mesh: Mesh, batched: bool) -> PartitionSpec:

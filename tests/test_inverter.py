@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import config, inversion, parallel, prompts, queue, referees
+from referee_jax import config, inversion, parallel, prompts, queue, referees, topology
 from referee_jax import inverter as inverter_lib
 from tests.conftest import relative_l2
 from tests.oracles import networks
@@ -84,6 +84,16 @@ def test_flops_are_of_one_image(checkpoints, inverter):
     assert spread.flops(spread.begin(items[:3], 0)) == pytest.approx(each)
     more = build(checkpoints, views={"count": 6, "keep": 4})
     assert more.flops(more.begin(items, 0)) > each
+
+
+def test_shapes_alone_make_the_same_program(checkpoints, inverter):
+    """What is traced without weights is, to the letter, what is traced of real ones."""
+    unloaded = topology.unloaded(settings(checkpoints), jax.devices()[:1])
+    batch = unloaded.shapes()
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((unloaded.networks, batch.state)))
+    real = inverter.trace(inverter.begin(queue.items(PROMPTS, 1), 0))
+    assert str(unloaded.trace(batch).jaxpr) == str(real.jaxpr)
+    assert unloaded.flops(batch) > 1e6
 
 
 @pytest.mark.parametrize("size", [1, 3])

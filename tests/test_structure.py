@@ -71,6 +71,7 @@ def test_only_the_outermost_reads_flags_and_devices():
     programs = {
         "command.py",
         "run.py",
+        "doctor.py",
         "score.py",
         "evaluate.py",
         "shapes/train.py",
@@ -82,7 +83,7 @@ def test_only_the_outermost_reads_flags_and_devices():
     devices = {
         str(f.relative_to(ROOT)) for f in FILES if "jax.devices(" in f.read_text() or "local_devices(" in f.read_text()
     }
-    assert devices <= {"run.py", "devices.py", "parallel.py", "outputs.py"}
+    assert devices <= {"run.py", "devices.py", "doctor.py", "parallel.py", "outputs.py"}
 
 
 def test_the_walk_sees_imports():

@@ -1,0 +1,175 @@
+"""A config's program compiled for a TPU slice that is not there: does it fit, does it communicate, how long might it take.
+
+libtpu (the extra `[tpu]`) describes any slice to jax.experimental.topologies on any Linux machine, and compiles for it. Weights
+are abstract, so no checkpoint is needed. The compiler takes minutes for a network of Stable Diffusion's size,
+and a few GB of memory.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies  # nothing public describes devices that are not there
+
+from referee_jax import config, hlo, inverter, sizes
+
+GIB = 2**30
+# libtpu asks no metadata server which TPU this is, and does not insist on being the only one to use it: no chip is touched.
+ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+class TopologyError(ValueError):
+    """A slice that cannot be compiled for; one sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """HBM in GiB and bf16 peak in TFLOP/s (Google's Cloud TPU pages), and the clock in GHz that the peak implies.
+
+    `layout` is libtpu's name of the way in which a chip is one device, where it is not the first that it knows.
+    """
+
+    hbm: float
+    peak: float
+    clock: float
+    layout: str | None = None
+
+
+# The peak is matrix units x 128 x 128 (v6e: 256 x 256) x 2 x clock: 8 units for v4 and v5p, 4 for v5e and v6e.
+CHIPS = {
+    "v4": Chip(32, 275, 1.05, layout="megacore"),
+    "v5e": Chip(16, 197, 1.5),
+    "v5p": Chip(95, 459, 1.75),
+    "v6e": Chip(32, 918, 1.75),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What compiling said. Bytes are of one chip's HBM; what a program that does not fit leaves unknown is None.
+
+    Attributes:
+        topology: its name, and the number of `chips`.
+        batch: images per chip.
+        needed, weights: bytes of all, and of the networks alone.
+        flops: of one image in a full iteration.
+        collectives: instructions by which chips exchange data.
+        seconds: of an image, all iterations, by the estimated cycles; and of the same at the chip's peak, `floor`.
+        uncounted: loops that were counted once, since their trips are not known.
+        compiling: seconds that it took.
+    """
+
+    topology: str
+    chips: int
+    batch: int
+    fits: bool
+    needed: int | None
+    weights: int
+    flops: float
+    floor: float
+    collectives: list[str] | None = None
+    seconds: float | None = None
+    uncounted: int = 0
+    compiling: float = 0.0
+
+    def lines(self) -> list[str]:
+        """For reading."""
+        chip = _chip(self.topology)
+        needed = "more" if self.needed is None else f"{'' if self.fits else 'at least '}{self.needed / GIB:.2f} GiB"
+        told = [
+            f"{self.topology}: {self.chips} chips, {self.batch} images a chip, {self.chips * self.batch} at once",
+            f"memory: {needed} of the {chip.hbm:g} GiB of a chip, weights {self.weights / GIB:.2f} GiB: "
+            + ("fits" if self.fits else "does not fit; the remedies are a smaller --config.batch_size and bfloat16"),
+            f"work: {self.flops / 1e12:.3g} TFLOP for an iteration of an image; no chip does it all in "
+            f"less than {self.floor:.3g} s an image",
+        ]
+        if self.collectives is not None:
+            told.append(f"collectives: {', '.join(sorted(set(self.collectives))) or 'none'}")
+        if self.seconds is not None:
+            rate = 3600 / self.seconds
+            told.append(
+                f"time, by the compiler's estimated cycles: {self.seconds:.3g} s an image on each chip, {rate:.0f} images an "
+                f"hour and chip, {rate * self.chips:.0f} in all"
+                + (f" ({self.uncounted} loops counted once)" if self.uncounted else "")
+            )
+        return [*told, f"compiled in {self.compiling:.0f} s"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return dataclasses.asdict(self)
+
+
+def _chip(name: str) -> Chip:
+    match = re.fullmatch(r"(\w+):\d+x\d+(x\d+)?", name)
+    if not match or match[1] not in CHIPS:
+        raise TopologyError(f"{name!r} is no slice, as v5e:16x16 or v4:4x4x4 are; there are {', '.join(CHIPS)}")
+    return CHIPS[match[1]]
+
+
+def devices(name: str) -> list[jax.Device]:
+    """The devices of a slice, `v5e:2x4` say: to compile for, not to run on. Raises TopologyError."""
+    layout = _chip(name).layout
+    if importlib.util.find_spec("libtpu") is None:
+        raise TopologyError('the compiler for TPUs is not installed: pip install -e ".[tpu]"')
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    try:
+        options = {"chip_config_name": layout} if layout else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        raise TopologyError(f"libtpu does not describe {name}: {str(error).splitlines()[0]}") from error
+
+
+def unloaded(settings: config.Settings, there: Sequence[jax.Device]) -> inverter.Inverter:
+    """The engine with abstract networks on devices. Raises ConfigError; WeightsError for a checkpoint of unknown sizes."""
+    sized = sizes.abstract(settings)
+    return inverter.Inverter(settings, sized.prior, sized.judges, there)
+
+
+def compile_for(settings: config.Settings, name: str) -> Report:
+    """Compiles the program of a chunk for a slice. Raises TopologyError, and what `unloaded` does."""
+    chip, there = _chip(name), devices(name)
+    engine = unloaded(settings, there)
+    batch = engine.shapes()
+    flops = engine.flops(batch)
+    report = Report(
+        topology=name, chips=len(there), batch=settings.batch_size, fits=False, needed=None, flops=flops,
+        weights=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(engine.networks)),
+        floor=flops * settings.steps / (chip.peak * 1e12),
+    )  # fmt: skip
+    lowered, begun = engine.trace(batch).lower(), time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return dataclasses.replace(report, needed=_asked(str(error)), compiling=time.monotonic() - begun)
+    return measured(report, compiled, settings.steps / settings.chunk, chip, time.monotonic() - begun)
+
+
+def measured(report: Report, compiled: jax.stages.Compiled, chunks: float, chip: Chip, seconds: float) -> Report:
+    """The report with what a compiled program says; an image takes so many `chunks`."""
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    found = hlo.cycles(text)
+    return dataclasses.replace(
+        report,
+        fits=True,
+        needed=needed + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        collectives=hlo.collectives(text),
+        seconds=found.total * chunks / report.batch / (chip.clock * 1e9),
+        uncounted=len(found.uncounted),
+        compiling=seconds,
+    )
+
+
+def _asked(refusal: str) -> int | None:
+    """Bytes that the compiler asked for: "Used 20.31G of 15.75G hbm", "the total memory (23.01G) exceeds available HBM"."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    match = re.search(r"(?:Used |\()([\d.]+)([KMG])(?: of |\) exceeds )", refusal)
+    return int(float(match[1]) * units[match[2]]) if match else None

@@ -1,0 +1,109 @@
+"""Compiling for machines that are not there: what is refused, what the report says, and, with libtpu, the real thing."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from referee_jax import config, topology
+from referee_jax.weights import load
+
+ROOT = pathlib.Path(__file__).parent.parent
+REPORT = topology.Report(
+    topology="v5e:2x4", chips=8, batch=2, fits=False, needed=None, weights=2**30, flops=4e12, floor=1.5
+)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:16", "h100:2x4", "v5e:2x4x", "../v5e:2x4"])
+def test_what_is_no_slice(name):
+    with pytest.raises(topology.TopologyError, match="is no slice, as v5e:16x16"):
+        topology.devices(name)
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(topology.TopologyError, match=r'not installed: pip install -e ".\[tpu\]"'):
+        topology.devices("v5e:2x4")
+
+
+def test_peaks_and_clocks_agree():
+    """Peak = matrix units x their multiply-adds x 2 x clock."""
+    for name, units, side in (("v4", 8, 128), ("v5p", 8, 128), ("v5e", 4, 128), ("v6e", 4, 256)):
+        chip = topology.CHIPS[name]
+        assert units * side**2 * 2 * chip.clock / 1e3 == pytest.approx(chip.peak, rel=0.01)
+
+
+class Compiled:
+    """A program of two images a chip, 3e9 cycles in its chunk."""
+
+    def memory_analysis(self):
+        sizes = {"argument": 5, "output": 2, "alias": 1, "temp": 3, "generated_code": 1}
+        return type("Stats", (), {f"{name}_size_in_bytes": n * topology.GIB for name, n in sizes.items()})
+
+    def as_text(self):
+        return 'ENTRY %main (a: f32[]) -> f32[] {\n  %c = f32[] copy(%a), backend_config={"estimated_cycles":"3000000000"}\n}\n'
+
+
+def test_a_measured_program():
+    """Five chunks of 3e9 cycles at 1.5 GHz are 10 s for the two images of a chip."""
+    found = topology.measured(REPORT, Compiled(), 5, topology.CHIPS["v5e"], 60)
+    assert (found.fits, found.needed, found.collectives, found.uncounted) == (True, 10 * topology.GIB, [], 0)
+    assert found.seconds == pytest.approx(5.0)
+    text = "\n".join(found.lines())
+    assert "10.00 GiB of the 16 GiB of a chip, weights 1.00 GiB: fits" in text
+    assert "collectives: none" in text and "5 s an image on each chip, 720 images an hour and chip, 5760 in all" in text
+    assert json.loads(json.dumps(found.to_dict()))["seconds"] == found.seconds
+
+
+def test_a_program_that_does_not_fit():
+    refusal = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
+    assert topology._asked(refusal) == int(20.5 * topology.GIB)
+    assert topology._asked("something else") is None
+    later = "Ran out of memory on HBM, the total memory required for HLO temporaries (23.01G) exceeds available HBM (15.75G)."
+    assert topology._asked(later) == int(23.01 * topology.GIB)
+    text = "\n".join(dataclasses.replace(REPORT, needed=topology._asked(refusal)).lines())
+    assert "at least 20.50 GiB of the 16 GiB of a chip" in text and "does not fit" in text and "cycles" not in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra [tpu]) is not installed")
+def test_a_slice_of_v5e(tmp_path):
+    """In a process of its own: eight chips and a program that is spread over them without a word between them."""
+    script = tmp_path / "compile.py"
+    script.write_text(
+        "import jax, numpy, jax.numpy as jnp\n"
+        "from referee_jax import hlo, parallel, topology\n"
+        "mesh = parallel.prompt_mesh(topology.devices('v5e:2x4'))\n"
+        "assert len(topology.devices('v4:2x2x1')) == 4  # a chip of v4 has two cores and is one device\n"
+        "step = lambda w, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=5)[0]\n"
+        "shape = lambda n, batched: parallel.place(jax.ShapeDtypeStruct((n, 512), 'float32'), mesh, batched=batched)\n"
+        "fn = jax.jit(parallel.across_devices(step, mesh, (False, True)))\n"
+        "compiled = fn.lower(shape(512, False), shape(2048, True)).compile()\n"
+        "found = hlo.cycles(compiled.as_text())\n"
+        "print(mesh.size, found.total, len(found.uncounted), hlo.collectives(compiled.as_text()))\n"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    size, total, uncounted, collectives = done.stdout.split()[-4:]
+    # 256 rows x 512 x 512 multiply-adds a chip and trip, at 4 x 128 x 128 a cycle.
+    assert (size, uncounted, collectives) == ("8", "0", "[]") and int(total) > 5 * 256 * 512 * 512 / (4 * 128 * 128)
+
+
+def test_devices_here_may_stand_for_a_slice(monkeypatch, checkpoints):
+    """All of it but libtpu, with tiny networks: their config.json are read, their weights are not."""
+    monkeypatch.setattr(topology, "devices", lambda name: jax.devices()[:2])
+    monkeypatch.setattr(load.Tensors, "__getitem__", None)
+    sd, clip = map(str, checkpoints)
+    values = {"steps": 6, "chunk": 3, "image_size": 32, "batch_size": 1, "views": {"count": 2, "keep": 2}}
+    values |= {"generator": {"checkpoint": sd}, "referees": ({"checkpoint": clip},)}
+    values |= {"sds": {"weight": 0.0, "weight_final": 0.0}}  # a U-Net would only take time to compile
+    found = topology.compile_for(config.from_config(values), "v5e:2x4")
+    assert (found.chips, found.batch, found.fits, found.collectives, found.uncounted) == (2, 1, True, [], 0)
+    assert found.needed > found.weights > 1e5 and found.flops > 1e6
+    assert found.floor == pytest.approx(found.flops * 6 / 197e12)
