@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from referee_jax import config, cost, inverter, outputs, parallel, program, queue, sizes
+from referee_jax import config, cost, disk, inverter, outputs, parallel, program, queue, sizes
 from referee_jax.benchmarks import statistics
 from referee_jax.weights import convert
 
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> None:
     except (config.ConfigError, convert.WeightsError) as error:
         sys.exit(f"error: {error}")
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(outputs.finite(found), indent=2) + "\n")
+        pathlib.Path(args.out).write_text(json.dumps(disk.finite(found), indent=2) + "\n")
     print(table(found))
 
 

@@ -13,7 +13,7 @@ import jax
 import pytest
 from huggingface_hub import errors
 
-from referee_jax import devices, doctor, outputs
+from referee_jax import config, devices, doctor, outputs
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHAPES = f"--config={ROOT / 'configs' / 'shapes.py'}"

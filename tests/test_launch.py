@@ -15,7 +15,7 @@ import pytest
 import yaml
 from absl import flags
 
-from referee_jax import run
+from referee_jax import command
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 ROOT = LAUNCH.parent
@@ -23,8 +23,8 @@ SHELL = sorted(file.name for pattern in ("*.sh", "*.sbatch") for file in LAUNCH.
 SHELLCHECK = shutil.which("shellcheck") or shutil.which("shellcheck", path=pathlib.Path(sys.executable).parent)
 # The flags of referee_jax.run that recipes may give; the last four are those of processes.
 RUN = flags.FlagValues()
-run.define_flags(RUN, [])
-FLAGS = {*RUN, "claim", "distributed", "shard_index", "shard_count"}
+command.define_flags(RUN, [])
+FLAGS = set(RUN)
 
 
 def text(name):
