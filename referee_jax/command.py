@@ -32,6 +32,7 @@ class Command:
     claim: bool = False
     claim_expiry: float = 900.0
     distributed: bool = False
+    resume: str = "auto"
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -44,6 +45,10 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_integer("samples", None, "images per prompt; default: config.samples", flag_values=values)
     flags.DEFINE_integer("seed", None, "default: config.seed", flag_values=values)
     flags.DEFINE_string("workdir", None, "run directory; default: runs/<config>-<fingerprint>", flag_values=values)
+    flags.DEFINE_enum(
+        "resume", "auto", ("auto", "force", "never"), "a run directory is continued if it was begun for the same images; by "
+        "force also with other settings; or never", flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_bool("estimate", False, "say what the config costs, without any weights, and end", flag_values=values)
     flags.DEFINE_bool("warmup", False, "compile what a run needs, fill the compile cache, and end", flag_values=values)
     flags.DEFINE_integer("shard_index", 0, "which of the processes that share the run this is", flag_values=values)
@@ -141,7 +146,7 @@ def read_command(values: flags.FlagValues, rest: Sequence[str]) -> Command:
         raise CommandError("there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts")
     file = Path(config_flags.get_config_filename(values["config"]).partition(":")[0])
     workdir = settings.workdir or Path("runs", f"{file.stem}-{config.fingerprint(settings)[:8]}")
-    names = ("shard_index", "shard_count", "claim", "claim_expiry", "distributed")
+    names = ("shard_index", "shard_count", "claim", "claim_expiry", "distributed", "resume")
     shared = {name: values[name].value for name in names}
     if not 0 <= values.shard_index < values.shard_count:
         raise CommandError(f"--shard_index={values.shard_index} is not one of 0 to {values.shard_count - 1}")

@@ -92,43 +92,65 @@ class RunDirectory:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike, settings: config.Settings, *, device: str = "", process: int = 0
+        cls,
+        path: str | os.PathLike,
+        settings: config.Settings,
+        *,
+        device: str = "",
+        process: int = 0,
+        resume: str = "auto",
     ) -> "RunDirectory":
         """Begins a run directory or continues one; `device` is noted in it.
+
+        One that was begun for other images is refused, but with `resume` "force": then what is missing is made with these
+        settings, and what is there stays. With "never", none is continued.
 
         `process` is this process's number among those that write to the directory at the same time; 0 if it is the only one.
         Raises RunError where it cannot be written, holds something else, or was begun for other images.
         """
         run = cls(Path(path).expanduser(), settings, process=process)
         try:
-            run._begin(device)
+            run._begin(device, resume)
         except OSError as error:
             raise RunError(f"the run directory {run.path} cannot be written: {error.strerror or error}") from error
         return run
 
-    def _begin(self, device: str) -> None:
+    def _begin(self, device: str, resume: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "config.json"
         # Listed before config.json is looked for, which another process that begins the run writes first.
         is_empty = all(x.name.startswith(".") for x in self.path.iterdir())
+        if file.exists() and resume == "never":
+            raise RunError(f"{self.path} is a run already, and --resume=never; choose another --workdir")
         if file.exists():
-            self._compare(file)
+            changes = self._compare(file)
+            if changes and resume != "force":
+                raise RunError(
+                    f"{self.path} was begun with other settings; choose another --workdir, go on with these by --resume=force, "
+                    f"or take back:\n{changes}"
+                )
+            if changes:
+                self._write_settings(file, device)
+                self.log("settings", changes=changes.splitlines())
         elif not is_empty:
             raise RunError(
                 f"{self.path} is not empty and not a run directory (no config.json); choose another --workdir"
             )
         else:
-            record = {
-                "fingerprint": self.fingerprint,
-                "settings": config.to_dict(self.settings),
-                "versions": versions(),
-                "device": device,
-                "created": disk.now(),
-            }
-            disk.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
+            self._write_settings(file, device)
         # One process after the other, so that what a crash left is taken up by one, and the next sees it done.
         with disk.locked(file):
             self._take_up(device)
+
+    def _write_settings(self, file: Path, device: str) -> None:
+        record = {
+            "fingerprint": self.fingerprint,
+            "settings": config.to_dict(self.settings),
+            "versions": versions(),
+            "device": device,
+            "created": disk.now(),
+        }
+        disk.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
 
     def _take_up(self, device: str) -> None:
         """Brings a directory that was left at any moment into order, whoever else is at work in it."""
@@ -146,17 +168,16 @@ class RunDirectory:
         else:
             self.merge()
 
-    def _compare(self, file: Path) -> None:
+    def _compare(self, file: Path) -> str:
+        """How the settings of a run differ from ours as far as images go, a line each. Raises RunError."""
         try:
             old = json.loads(file.read_bytes())
             fingerprint, settings = old["fingerprint"], old["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{file} is damaged ({error!r}); choose another --workdir") from error
-        if fingerprint != self.fingerprint:
-            changes = config.diff(config.image_part(settings), config.image_settings(self.settings))
-            raise RunError(
-                f"{self.path} was begun with other settings; choose another --workdir, or take back:\n{changes}"
-            )
+        if fingerprint == self.fingerprint:
+            return ""
+        return config.diff(config.image_part(settings), config.image_settings(self.settings)) or "(of another version)"
 
     def merge(self) -> None:
         """Takes the lines of the other processes' journals into metadata.jsonl; for process 0, at any time.

@@ -62,7 +62,9 @@ def execute(
     if not texts:
         raise CommandError(f"no prompt can be used; {rejected[0]}")
     device = f"{jax.local_devices()[0].device_kind} x {jax.local_device_count()}"
-    run = outputs.RunDirectory.open(command.workdir, settings, device=device, process=command.shard_index)
+    run = outputs.RunDirectory.open(
+        command.workdir, settings, device=device, process=command.shard_index, resume=command.resume
+    )
     report_rejected(run, rejected)
     wanted = queue.items(texts, settings.samples)
     if not command.claim:

@@ -245,9 +245,24 @@ def test_other_settings_are_refused_before_weights_are_loaded(tmp_path, capsys):
     code, engine = execute("--prompt=two", "--config.sds.guidance=5", f"--workdir={tmp_path}")
     assert (code, engine) == (2, None)
     assert capsys.readouterr().err == (
-        f"error: {tmp_path} was begun with other settings; choose another --workdir, or take back:\n"
-        "sds.guidance: 30.0 -> 5.0\n"
+        f"error: {tmp_path} was begun with other settings; choose another --workdir, go on with these by --resume=force, or "
+        "take back:\nsds.guidance: 30.0 -> 5.0\n"
     )
+
+
+def test_what_else_may_become_of_a_run_directory(tmp_path, capsys):
+    """By force it goes on with other settings, which are then its own, and what is there stays; or it is left alone."""
+    execute("--prompt=one", f"--workdir={tmp_path}")
+    before = pixels(tmp_path)
+    changed = "--prompt=one", "--prompt=two", "--config.sds.guidance=5", f"--workdir={tmp_path}"
+    assert execute(*changed, "--resume=never")[0] == 2
+    assert "is a run already, and --resume=never" in capsys.readouterr().err
+    code, engine = execute(*changed, "--resume=force")
+    assert code == 0 and engine.begun == [(queue.Item("two", 0),)]
+    assert before.items() <= pixels(tmp_path).items() and len(pixels(tmp_path)) == 2
+    events = [x for x in lines(tmp_path / "log.jsonl") if x["event"] == "settings"]
+    assert [x["changes"] for x in events] == [["sds.guidance: 30.0 -> 5.0"]]
+    assert execute(*changed)[0] == 0 and execute("--prompt=one", f"--workdir={tmp_path}")[0] == 2
 
 
 def test_weights_that_cannot_be_loaded(tmp_path, capsys):
