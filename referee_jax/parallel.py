@@ -66,10 +66,11 @@ def _spec(x: Any, mesh: Mesh, batched: bool) -> PartitionSpec:
 
 
 def join(index: int, count: int, *, timeout: int = 300) -> tuple[int, int]:
-    """Joins the other processes of a job by jax.distributed; which one of how many this is. They share nothing afterwards.
+    """Joins the other processes of a job by jax.distributed; which one of how many this is. They exchange nothing afterwards.
 
     On a TPU slice and under Slurm, GKE or Open MPI JAX finds them itself; elsewhere `index` and `count` say who this is, and
-    JAX_COORDINATOR_ADDRESS where process 0 listens. Raises RuntimeError after `timeout` seconds, which names who is missing.
+    JAX_COORDINATOR_ADDRESS where process 0 listens. Where some are missing after `timeout` seconds JAX ends the process; so it
+    does later, within two minutes, when one of them dies.
     """
     given = {"process_id": index, "num_processes": count} if "JAX_COORDINATOR_ADDRESS" in os.environ else {}
     jax.distributed.initialize(**given, initialization_timeout=timeout)
