@@ -1,8 +1,9 @@
 """referee_jax: pictures from frozen vision-language referees, by model inversion (arXiv 2402.16305).
 
-The house, from the top: run (the command line) -> inverter (networks and one compiled program) -> inversion (the method
-for one prompt) -> objective, sds, views, optim (its parts) -> referees -> models (the networks). weights fills the
-networks from checkpoints; shapes is the embedded world that everything runs on without a download.
+The house, from the top: run (the command line; command, progress) -> generation (batch after batch: queue, checkpoint, outputs)
+-> inverter (networks and one compiled program; assembly) -> inversion (the method for one prompt) -> objective, sds, views, optim
+(its parts) -> referees -> models (the networks). weights fills the networks from checkpoints; shapes is the embedded world that
+everything runs on without a download; cost and bench say what it all takes.
 
     import referee_jax
     inverter = referee_jax.Inverter.from_config(referee_jax.load_config("configs/shapes.py"))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from referee_jax import config, inversion, inverter, memory, program, sds, sizes, views, watch
+from referee_jax import assembly, config, inversion, memory, program, sds, sizes, views, watch
 from referee_jax.benchmarks import statistics
 
 
@@ -98,11 +98,11 @@ def make_step(settings: config.Settings, sized: sizes.Sized) -> Step:
     """An iteration over these networks; what depends on the text is abstract."""
     judges = [judge for judge in sized.judges if judge.spec.role == "optimise"]
     held_out = [judge for judge in sized.judges if judge.spec.role == "held_out"]
-    networks = inverter.make_networks(sized.prior, judges, held_out)
-    tokens = inverter.tokenize(settings, sized.prior.tokenizer, judges, held_out, "a")
-    prompt = jax.eval_shape(inverter.encode, networks, sized.prior.text_encoder, tokens)
-    plan = inverter.make_plan(settings, sized.prior, judges, held_out)
-    hyper = inverter.make_hyper(settings)
+    networks = assembly.make_networks(sized.prior, judges, held_out)
+    tokens = assembly.tokenize(settings, sized.prior.tokenizer, judges, held_out, "a")
+    prompt = jax.eval_shape(assembly.encode, networks, sized.prior.text_encoder, tokens)
+    plan = assembly.make_plan(settings, sized.prior, judges, held_out)
+    hyper = assembly.make_hyper(settings)
     return Step(settings, networks, sized.prior.text_encoder, prompt, hyper, plan, sized.assumed)
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import tqdm
 from absl import app, flags, logging
 
-from referee_jax import config, disk, formats, inverter, prompts, queue
+from referee_jax import assembly, config, disk, formats, inverter, prompts, queue
 from referee_jax.benchmarks import shapes, statistics
 from referee_jax.weights import convert
 
@@ -59,7 +59,7 @@ def programs(variants: Mapping[str, config.Settings]) -> list[list[str]]:
     """The names of the variants, those together that one compiled program serves."""
     groups: dict[str, list[str]] = {}
     for name, settings in variants.items():
-        groups.setdefault(config.to_json(inverter.structure(settings)), []).append(name)
+        groups.setdefault(config.to_json(assembly.structure(settings)), []).append(name)
     return list(groups.values())
 
 
@@ -109,7 +109,7 @@ def _made(
     engine: inverter.Inverter, share: Sequence[Row], variants: Mapping[str, config.Settings], out: Path
 ) -> list[dict[str, Any]]:
     """One batch, its images written."""
-    hypers = [inverter.make_hyper(variants[name]) for name, _ in share]
+    hypers = [assembly.make_hyper(variants[name]) for name, _ in share]
     batch = engine.begin([item for _, item in share], engine.settings.seed, hypers)
     while batch.step < engine.steps:
         batch, _ = engine.advance(batch)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import config, inversion, parallel, prompts, queue, referees, topology
+from referee_jax import assembly, config, inversion, parallel, prompts, queue, referees, topology
 from referee_jax import inverter as inverter_lib
 from tests.conftest import relative_l2
 from tests.oracles import networks
@@ -203,7 +203,7 @@ def test_nothing_recompiles(checkpoints):
         optim={"lr": 0.5, "noise": 0.0}, ema={"every": 1}, views={"affine_degrees": 3.0},
     )  # fmt: skip
     before = inverter.hyper
-    inverter.hyper = inverter_lib.make_hyper(changed)
+    inverter.hyper = assembly.make_hyper(changed)
     assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, inverter.hyper)
     result = inverter(PROMPTS[:2], seed=0)
     inverter.sample(PROMPTS[2:4], steps=4, guidance=2.0)

@@ -5,28 +5,10 @@ import resource
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from referee_jax import config, inverter, queue, referees
-from referee_jax.models import blip2, clip, unet, vae
-from referee_jax.referees import blip2 as blip2_referee
-from referee_jax.weights import load
-from tests.oracles import networks
-
-PREPROCESSING = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-
-
-def at_random(rng, make):
-    """The module that `make` makes, norms at one and other weights small."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(nnx.eval_shape(make))
-    drawn = [
-        jnp.ones(x.shape) if "scale" in str(path) else jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32))
-        for path, x in leaves
-    ]
-    return jax.tree.unflatten(structure, drawn)
+from referee_jax import config, inverter, queue, sizes
 
 
 @pytest.mark.slow
@@ -35,25 +17,12 @@ def test_one_step():
 
     MEASURED
     """
-    rng = np.random.default_rng(0)
-    settings = config.load("configs/paper.py")
-    settings = dataclasses.replace(settings, chunk=1, batch_size=1)
-    text = clip.TextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-    prior = load.StableDiffusion(
-        text_encoder=at_random(rng, lambda: clip.TextModel(text, rngs=nnx.Rngs(0))),
-        unet=at_random(rng, lambda: unet.UNet(unet.Config(), rngs=nnx.Rngs(0))),
-        vae=at_random(rng, lambda: vae.AutoencoderKL(vae.Config(), encoder=False, rngs=nnx.Rngs(0))),
-        alphas_cumprod=jnp.asarray(networks.scheduler().alphas_cumprod.numpy()),
-        prediction_type="epsilon",
-        tokenizer=networks.tokenizer(),
-    )
-    network = at_random(rng, lambda: blip2.BLIP2(blip2.Config(lm_head=True), rngs=nnx.Rngs(0)))
-    words = networks.blip2_tokenizer()
-    referee = blip2_referee.from_checkpoint(network, PREPROCESSING, dec_token_id=words.bos_token_id)
-    judge = referees.Judge(settings.referees[0], referee, words)
-    count = sum(x.size for x in jax.tree.leaves((prior.unet, prior.vae, network)))
-    assert count > 2.0e9 and settings.image_size == 512 and settings.views.keep == settings.views.count == 10
-    engine = inverter.Inverter(settings, prior, [judge], jax.devices()[:1])
+    settings = dataclasses.replace(config.load("configs/paper.py"), chunk=1, batch_size=1)
+    assert settings.image_size == 512 and settings.views.keep == settings.views.count == 10
+    networks = sizes.at_random(sizes.abstract(settings))
+    parts = networks.prior.unet, networks.prior.vae, networks.judges[0].referee
+    assert sum(x.size for x in jax.tree.leaves(parts)) > 2.0e9
+    engine = inverter.Inverter(settings, networks.prior, networks.judges, jax.devices()[:1])
     assert engine.plan.latent == (64, 64, 4)
     batch = engine.begin(queue.items(["a red circle and a blue square"], 1), 0)
     start, begin = np.asarray(batch.state.latents), time.monotonic()

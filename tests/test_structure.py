@@ -40,7 +40,7 @@ RULES = {
         "referee_jax.inverter", "referee_jax.config", "referee_jax.weights", "referee_jax.queue", "referee_jax.outputs",
         "referee_jax.parallel", "referee_jax.shapes", "transformers", "absl",
     ],
-    ("inverter.py",): ["referee_jax.run", "referee_jax.outputs", "referee_jax.shapes", "absl"],
+    ("inverter.py", "assembly.py"): ["referee_jax.run", "referee_jax.outputs", "referee_jax.shapes", "absl"],
     ("config.py", "queue.py", "prompts.py", "outputs.py", "writers.py", "formats.py"): [
         "referee_jax.inverter", "referee_jax.run", "referee_jax.inversion",
     ],
