@@ -134,10 +134,11 @@ def check_parity(oracle, network, x, ids=IDS, mask=MASK):
     with torch.no_grad():
         other_image = theirs(oracle, x[::-1].copy(), ids, mask)
         other_text = theirs(oracle, x, ids[::-1].copy(), mask[::-1].copy())
+    # Image and text count, by a hundred times the tolerance; at the published size another text moves the matching by 0.08.
     for n in (0, 1, 2):
-        assert conftest.relative_l2(other_image[n], wanted[n].detach()) > 0.1
+        assert conftest.relative_l2(other_image[n], wanted[n].detach()) > 0.01
     for n in (0, 1, 3):
-        assert conftest.relative_l2(other_text[n], wanted[n].detach()) > 0.1
+        assert conftest.relative_l2(other_text[n], wanted[n].detach()) > 0.01
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
