@@ -129,7 +129,9 @@ def main() -> None:
             print(f"{name}: does not work here ({str(error).splitlines()[0][:120]})")
             continue
         print(f"{name}: {found[name]:.3f} s; ours takes {found['ours'] / found[name]:.2f} of it", flush=True)
-    print(json.dumps({"batch": args.batch, "device": jax.devices()[0].device_kind, "version": torch.__version__} | found))
+    print(
+        json.dumps({"batch": args.batch, "device": jax.devices()[0].device_kind, "version": torch.__version__} | found)
+    )
 
 
 if __name__ == "__main__":
