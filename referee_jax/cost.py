@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend import core
 
 from referee_jax import assembly, config, inversion, memory, program, sds, sizes, views, watch
 from referee_jax.benchmarks import statistics
@@ -129,8 +130,9 @@ def parts(step: Step) -> list[Part]:
 
 
 def _unet(networks, prompt, hyper, z: Array, key: Array) -> Array:
+    t = sds.sample_timestep(key, hyper.prior, jnp.int32(0), len(networks.alphas_cumprod))
     return sds.gradient(
-        networks.unet, z, t=jnp.int32(500), eps=z, cond=prompt.cond, uncond=prompt.uncond, hyper=hyper.prior, i=jnp.int32(0),
+        networks.unet, z, t=t, eps=z, cond=prompt.cond, uncond=prompt.uncond, hyper=hyper.prior, i=jnp.int32(0),
         alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
     )  # fmt: skip
 
@@ -199,8 +201,9 @@ def estimate(settings: config.Settings) -> Estimate:
 
     found = {part.name: asked(part.fn, part.shape) for part in parts(step)}
     look = asked(_looked(plan, ("held_out",))) if plan.held_out else 0.0
-    whole, tail = asked(one_step(plan)) - look, found["U-Net"] if plan.use_sds else 0.0
-    one, two = (memory.peak(fn, *args) for fn, args in (batched(one_step(plan), step, plan.latent, n) for n in (1, 2)))
+    one, two = (_traced(step, batch) for batch in (1, 2))
+    whole, tail = program.count(one) - look, found["U-Net"] if plan.use_sds else 0.0
+    least, most = memory.peak(one), memory.peak(two)
     start, end = _ends(step, found["U-Net"], asked)
     on = max(0, min(settings.referee.stop, settings.steps) - settings.referee.start) if plan.looks else 0
     return Estimate(
@@ -210,10 +213,16 @@ def estimate(settings: config.Settings) -> Estimate:
         look=look,
         image=start + on * whole + (settings.steps - on) * tail + settings.steps // plan.look_every * look + end,
         weights=_weights(step),
-        fixed=max(0, 2 * one - two),
-        live=two - one,
+        fixed=max(0, 2 * least - most),
+        live=most - least,
         assumed=step.assumed,
     )
+
+
+def _traced(step: Step, batch: int) -> core.Jaxpr:
+    """The program of an iteration of a batch."""
+    fn, args = batched(one_step(step.plan), step, step.plan.latent, batch)
+    return jax.make_jaxpr(fn)(*args).jaxpr
 
 
 def _looked(plan: inversion.Plan, who: Sequence[str]) -> Callable:

@@ -1,6 +1,6 @@
 """The memory that a program needs while it runs, estimated from its jaxpr: no device, no compilation.
 
-    memory.peak(lambda z: vae.decode(z), jax.ShapeDtypeStruct((1, 64, 64, 4), "float32"))
+    memory.peak(jax.make_jaxpr(fn)(*args).jaxpr)  # args as program.flops takes them
 
 Every value lives from the equation that makes it to the last one that reads it; the most bytes that live at once are the
 answer. Two things that XLA does are followed. Chains of elementwise operations are fused: what one such operation or sum alone
@@ -11,10 +11,9 @@ not known here; tests compare with XLA's own account.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.extend import core
 
@@ -62,12 +61,8 @@ def size_of(aval: Any) -> int:
     return math.prod(shape) * (8 if dtype is None or not isinstance(dtype, np.dtype) else dtype.itemsize)
 
 
-def peak(fn: Callable, *args: Any) -> int:
-    """Bytes that `fn(*args)` needs besides its arguments, its results among them; arguments as program.flops takes them."""
-    return _peak(jax.make_jaxpr(fn)(*args).jaxpr)
-
-
-def _peak(jaxpr: core.Jaxpr) -> int:
+def peak(jaxpr: core.Jaxpr) -> int:
+    """Bytes that a program needs besides its arguments, its results among them."""
     flat = _Flat()
     arguments = [flat.value(var.aval) for var in (*jaxpr.constvars, *jaxpr.invars)]
     results = _inline(jaxpr, arguments, flat)
@@ -113,11 +108,11 @@ def _within(eqn: core.JaxprEqn) -> int:
     if name == "scan":  # the slices that one turn reads are copies
         body = params["jaxpr"].jaxpr
         slices = body.invars[params["num_consts"] + params["num_carry"] :]
-        return _peak(body) + sum(size_of(var.aval) for var in slices)
+        return peak(body) + sum(size_of(var.aval) for var in slices)
     if name == "while":
-        return _peak(params["body_jaxpr"].jaxpr)
+        return peak(params["body_jaxpr"].jaxpr)
     if name == "cond":
-        return max(_peak(branch.jaxpr) for branch in params["branches"])
+        return max(peak(branch.jaxpr) for branch in params["branches"])
     return 0
 
 

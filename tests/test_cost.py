@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from referee_jax import config, cost, inverter, program, queue
+from referee_jax import config, cost, program
 from referee_jax.models import blip, blip2, clip, unet, vae
 
 
@@ -103,19 +103,18 @@ def small(checkpoints, **changes) -> config.Settings:
     sd, judge = map(str, checkpoints)
     values = {
         "steps": 7, "chunk": 1, "image_size": 32, "batch_size": 2, "generator": {"checkpoint": sd}, "look_every": 3,
-        "referee": {"start": 1, "stop": 5}, "views": {"count": 3, "keep": 2},
+        "referee": {"start": 1, "stop": 5}, "views": {"count": 3, "keep": 2, "augmentations": ("Af",)},
         "referees": ({"checkpoint": judge}, {"checkpoint": judge, "role": "held_out"}),
     }  # fmt: skip
     return config.from_config(values | changes)
 
 
-def test_the_engine_counts_as_much(checkpoints):
-    """The estimate's iteration, with a look, is that of the compiled program; all its parts are in it."""
-    settings = small(checkpoints)
-    found = cost.estimate(settings)
-    engine = inverter.Inverter.from_config(settings, jax.devices()[:1])
-    each = engine.flops(engine.begin(queue.items(["a red circle"], 2), 0))
-    assert found.step + found.look == pytest.approx(each, rel=1e-6)
+@pytest.fixture(scope="module")
+def tiny(checkpoints):
+    return cost.estimate(small(checkpoints))
+
+
+def test_an_iteration_is_its_parts(checkpoints, tiny):
     within = (
         "U-Net",
         "decoder + pullback",
@@ -123,31 +122,30 @@ def test_the_engine_counts_as_much(checkpoints):
         "clip: forward + backward",
         "clip: choice of views",
     )
-    assert sum(found.parts[name] for name in within) == pytest.approx(found.step, rel=0.02)
-    networks = engine.networks.unet, engine.networks.vae, engine.networks.referees, engine.networks.held_out
-    size = sum(x.nbytes for x in jax.tree.leaves((*networks, engine.text_encoder)))
-    assert sum(found.weights.values()) == size
+    assert sum(tiny.parts[name] for name in within) == pytest.approx(tiny.step, rel=0.02)
+    assert tiny.parts["clip: choice of views"] == pytest.approx(1.5 * tiny.parts["clip: forward"], rel=0.01)
+    sd, judge = checkpoints
+    files = [sd / part / "diffusion_pytorch_model.safetensors" for part in ("unet", "vae")]
+    assert (
+        0 < tiny.weights["U-Net"] <= files[0].stat().st_size and 0 < tiny.weights["decoder"] < files[1].stat().st_size
+    )
+    assert tiny.weights["clip 0"] == tiny.weights["clip 1 (held out)"] <= (judge / "model.safetensors").stat().st_size
 
 
-def test_an_image_is_its_iterations_start_and_end(checkpoints):
+def test_an_image_is_its_iterations_start_and_end(checkpoints, tiny):
     """Four iterations with referees, three without, two looks; all candidates are sampled and judged."""
-    settings = small(checkpoints)
-    found = cost.estimate(settings)
-    judged = found.look + found.parts["clip: forward"] / 2  # by both, of one view
-    body = 4 * found.step + 3 * found.tail + 2 * found.look
-    assert found.image == pytest.approx(body + 2 * judged, rel=1e-3)  # at the start and at the end
-    chosen = cost.estimate(dataclasses.replace(settings, init="sample", init_steps=5, init_candidates=4))
-    start = 4 * (5 * found.parts["U-Net"] + judged)
+    judged = tiny.look + tiny.parts["clip: forward"] / 2  # by both, of one view
+    body = 4 * tiny.step + 3 * tiny.tail + 2 * tiny.look
+    assert tiny.image == pytest.approx(body + 2 * judged, rel=1e-3)  # at the start and at the end
+    chosen = cost.estimate(dataclasses.replace(small(checkpoints), init="sample", init_steps=5, init_candidates=4))
+    start = 4 * (5 * tiny.parts["U-Net"] + judged)
     assert chosen.image == pytest.approx(body + start + judged, rel=1e-3)
 
 
-def test_xla_needs_as_much_for_each_image(checkpoints):
+def test_xla_needs_as_much_memory(checkpoints, tiny):
     """A whole iteration of tiny networks: within a third (measured: 0.83 of XLA's on a CPU, which copies more)."""
-    settings = small(checkpoints)
-    found, step = cost.estimate(settings), cost.abstract_step(settings)
-    needed = []
-    for batch in (2, 6):
-        fn, args = cost.batched(cost.one_step(step.plan), step, step.plan.latent, batch)
-        told = jax.jit(fn).lower(*args).compile().memory_analysis()
-        needed.append(told.temp_size_in_bytes + told.output_size_in_bytes)
-    assert found.live == pytest.approx((needed[1] - needed[0]) / 4, rel=0.33)
+    step = cost.abstract_step(small(checkpoints))
+    fn, args = cost.batched(cost.one_step(step.plan), step, step.plan.latent, 6)
+    told = jax.jit(fn).lower(*args).compile().memory_analysis()
+    needed = told.temp_size_in_bytes + told.output_size_in_bytes
+    assert tiny.fixed + 6 * tiny.live == pytest.approx(needed, rel=0.33)

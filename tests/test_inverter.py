@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import assembly, config, inversion, parallel, prompts, queue, referees, topology
+from referee_jax import assembly, config, cost, inversion, parallel, prompts, queue, referees, topology
 from referee_jax import inverter as inverter_lib
 from tests.conftest import relative_l2
 from tests.oracles import networks
@@ -80,6 +80,8 @@ def test_flops_are_of_one_image(checkpoints, inverter):
     items = queue.items(PROMPTS, 1)
     each = inverter.flops(inverter.begin(items, 0))
     assert each > 1e6
+    # As it is estimated from the networks' sizes alone.
+    assert cost.estimate(inverter.settings).step == pytest.approx(each, rel=1e-6)
     spread = build(checkpoints, devices=2, batch_size=2, chunk=2)
     assert spread.flops(spread.begin(items[:3], 0)) == pytest.approx(each)
     more = build(checkpoints, views={"count": 6, "keep": 4})

@@ -16,7 +16,7 @@ import PIL.Image
 
 from referee_jax import config, prompts
 from referee_jax.referees import align, base, blip, blip2, clip, image_reward
-from referee_jax.weights import configs, load
+from referee_jax.weights import configs, hub, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +261,7 @@ def name_of(path_or_id: str, revision: str | None = None) -> str:
     for name, family in REFEREES.items():
         if path_or_id in family.published:
             return name
-    directory = load.resolve(config.checkpoint_path(path_or_id), revision, ["config.json"])
+    directory = hub.resolve(config.checkpoint_path(path_or_id), revision, ["config.json"])
     said = configs.read_json(directory / "config.json").get("architectures") or ["none"]
     for name, family in REFEREES.items():
         if family.architecture == said[0]:

@@ -15,8 +15,10 @@ import statistics
 import time
 from collections.abc import Callable
 
+import diffusers
 import jax
 import torch
+import transformers
 
 from referee_jax import config, inverter, queue
 from tests.oracles import inversion as oracle
@@ -108,6 +110,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
     settings, device = settings_of(args.config, args.batch), "cuda" if torch.cuda.is_available() else "cpu"
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     rows = {
         "torch": {},
@@ -124,7 +129,9 @@ def main() -> None:
             print(f"{name}: does not work here ({str(error).splitlines()[0][:120]})")
             continue
         print(f"{name}: {found[name]:.3f} s; ours takes {found['ours'] / found[name]:.2f} of it", flush=True)
-    print(json.dumps({"batch": args.batch, "device": jax.devices()[0].device_kind, "torch": torch.__version__} | found))
+    print(
+        json.dumps({"batch": args.batch, "device": jax.devices()[0].device_kind, "version": torch.__version__} | found)
+    )
 
 
 if __name__ == "__main__":
