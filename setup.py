@@ -31,6 +31,7 @@ setuptools.setup(
         "ml_collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.5",
+        "orbax-checkpoint>=0.12",
         "packaging>=23",
         "Pillow>=10.1",
         "safetensors>=0.4.3",
