@@ -170,13 +170,13 @@ def _backward(n: int, looks: Any) -> Callable:
 
 
 def one_step(plan: inversion.Plan) -> Callable:
-    """`fn(networks, prompt, hyper, z, key)`: an iteration of one image with all that there is to do, from latents `z`."""
+    """`fn(networks, prompt, hyper, z, key)`: an iteration of one image with its referees, from latents `z`."""
 
     def run(networks, prompt, hyper, z: Array, key: Array) -> tuple[Any, dict[str, Array]]:
         i = jnp.int32(0)
         noise = inversion.draw(key, networks, plan, hyper, i)
         watched = watch.begin(z, jnp.zeros(2)) if plan.held_out else None
-        return inversion.step(networks, prompt, hyper, plan, inversion.init(z, plan, hyper, watched), i, noise)
+        return inversion.step(networks, prompt, hyper, plan, inversion.init(z, plan, hyper, watched), i, noise, True)
 
     return run
 
@@ -202,7 +202,7 @@ def estimate(settings: config.Settings) -> Estimate:
     found = {part.name: asked(part.fn, part.shape) for part in parts(step)}
     look = asked(_looked(plan, ("held_out",))) if plan.held_out else 0.0
     one, two = (_traced(step, batch) for batch in (1, 2))
-    whole, tail = program.count(one) - look, found["U-Net"] if plan.use_sds else 0.0
+    whole, tail = program.count(one), found["U-Net"] if plan.use_sds else 0.0
     least, most = memory.peak(one), memory.peak(two)
     start, end = _ends(step, found["U-Net"], asked)
     on = max(0, min(settings.referee.stop, settings.steps) - settings.referee.start) if plan.looks else 0

@@ -177,12 +177,6 @@ def loss_names(plan: Plan) -> tuple[str, ...]:
     return "loss", *own
 
 
-def metric_names(plan: Plan) -> tuple[str, ...]:
-    """All that an iteration tells of, each a scalar."""
-    watched = ("held_out_loss",) if plan.held_out else ()
-    return *loss_names(plan), *watched, "prior_norm", "referee_norm", "ratio", "latent_std"
-
-
 def verdicts(networks: Networks, prompt: Prompt, plan: Plan, image: Array) -> Array:
     """Losses of the optimised and of the held-out referees on a decoded image as it is, weighted and added: float32 `[2]`."""
     totals = []
@@ -197,12 +191,19 @@ def verdicts(networks: Networks, prompt: Prompt, plan: Plan, image: Array) -> Ar
 
 
 def step(
-    networks: Networks, prompt: Prompt, hyper: Hyper, plan: Plan, state: InversionState, i: Array, noise: Noise
+    networks: Networks,
+    prompt: Prompt,
+    hyper: Hyper,
+    plan: Plan,
+    state: InversionState,
+    i: Array,
+    noise: Noise,
+    on: bool | None = None,
 ) -> tuple[InversionState, dict[str, Array]]:
     """Iteration `i`. Metrics: losses, norms of both gradients, their ratio, the learning rates' effect on the latents.
 
-    Off the referees' phase the losses are NaN; so is `held_out_loss` but in the iterations of a look. What has stopped, or is
-    frozen, does not move; of what has stopped all metrics are NaN.
+    `on` says whether the referees are in their phase where that is known beforehand; else the program branches. Off it the losses
+    are NaN. What has stopped, or is frozen, does not move; of what has stopped all metrics are NaN.
     """
     z = state.latents
     prior = jnp.zeros_like(z)
@@ -211,10 +212,14 @@ def step(
             networks.unet, z, t=noise.t, eps=noise.eps, cond=prompt.cond, uncond=prompt.uncond, hyper=hyper.prior, i=i,
             alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
         )  # fmt: skip
-    on = hyper.referee.is_on(i)
     judge = lambda z: referees_gradient(networks, prompt, hyper, plan, z, noise)  # noqa: E731
     unjudged = dict.fromkeys(loss_names(plan), jnp.full((), jnp.nan))
-    referee, metrics = jax.lax.cond(on, judge, lambda z: (jnp.zeros_like(z), unjudged), z)
+    rest = lambda z: (jnp.zeros_like(z), unjudged)  # noqa: E731
+    if on is None:
+        on = hyper.referee.is_on(i)
+        referee, metrics = jax.lax.cond(on, judge, rest, z)
+    else:
+        referee, metrics = judge(z) if on else rest(z)
     ratio = objective.balance(prior, referee, hyper.referee.balance_epsilon) if plan.use_balance else jnp.ones(())
     ratio = jnp.where(on, ratio, 0.0)
 
@@ -235,8 +240,6 @@ def step(
         frozen=state.frozen,
         watched=state.watched,
     )
-    if state.watched is not None:
-        new, metrics["held_out_loss"] = looked_at(networks, prompt, plan, new, i)
     frozen, stopped = state.frozen | ~jnp.isfinite(new.latents).all(), is_stopped(state, plan)
     new = optax.tree.where(frozen | stopped, state, new).replace(frozen=frozen)
     metrics |= {"prior_norm": jnp.linalg.norm(prior), "referee_norm": jnp.linalg.norm(referee), "ratio": ratio}
@@ -244,15 +247,12 @@ def step(
     return new, jax.tree.map(lambda x: jnp.where(stopped, jnp.nan, x), metrics) if plan.patience else metrics
 
 
-def looked_at(
-    networks: Networks, prompt: Prompt, plan: Plan, state: InversionState, i: Array
-) -> tuple[InversionState, Array]:
-    """The state after a look of the held-out referees, and their loss; the same state and NaN where it is not the turn of one."""
-    is_look = (i + 1) % plan.look_every == 0
-    look = lambda z: verdicts(networks, prompt, plan, decode(networks, z, plan))[1]  # noqa: E731
-    loss = jax.lax.cond(is_look, look, lambda z: jnp.full((), jnp.nan), state.latents)
-    looked = state.watched.looked(state.latents, loss)
-    return state.replace(watched=optax.tree.where(is_look, looked, state.watched)), loss
+def look(networks: Networks, prompt: Prompt, plan: Plan, state: InversionState) -> tuple[InversionState, Array]:
+    """The state after a look of the held-out referees, and their loss; NaN for what has stopped or is frozen."""
+    loss = verdicts(networks, prompt, plan, decode(networks, state.latents, plan))[1]
+    is_still = state.frozen | is_stopped(state, plan)
+    watched = optax.tree.where(is_still, state.watched, state.watched.looked(state.latents, loss))
+    return state.replace(watched=watched), jnp.where(is_still, jnp.nan, loss)
 
 
 def is_stopped(state: InversionState, plan: Plan) -> Array:

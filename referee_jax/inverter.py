@@ -160,9 +160,25 @@ class Inverter:
     ) -> Batch:
         """`begin` from a `start` of its own."""
         prompt, hyper, keys = self._ready(items, seed, hypers)
-        program = self._starter(start._replace(guidance=0.0), hypers is not None)  # which is traced
-        state = program(self.networks, prompt, hyper, keys, jnp.float32(start.guidance))
+        found = None
+        for number in range(start.candidates):  # one after the other: memory is that of one
+            latents = self._program("noise")(keys, jnp.int32(number))
+            if start.init == "sample":
+                latents = self._sample(prompt, latents, start)
+            if start.candidates > 1 or self.held_out:
+                judged = latents, self._program("judge")(self.networks, prompt, latents)
+                found = judged if found is None else self._program("better")(found, judged)
+        latents, losses = found or (latents, None)
+        state = self._program("init", hypers is not None)(latents, losses if self.held_out else None, hyper)
         return Batch(tuple(items), 0, prompt, hyper, state, keys)
+
+    def _sample(self, prompt: inversion.Prompt, latents: Array, start: Start) -> Array:
+        """Latents of noise to those of a sample of the prior."""
+        total, program = len(self.networks.alphas_cumprod), self._program("denoise")
+        stride, guidance = jnp.int32(total // start.steps), jnp.float32(start.guidance)
+        for t in sampler.timesteps(total, start.steps):
+            latents = program(self.networks, prompt, latents, jnp.int32(t), stride, guidance)
+        return latents
 
     def _ready(
         self, items: Sequence[queue.Item], seed: int, hypers: Sequence[inversion.Hyper] | None = None
@@ -192,7 +208,7 @@ class Inverter:
     def resume(self, part: queue.Part, seed: int) -> Batch:
         """The batch of a part that `snapshot` gave, of this or another batch. ValueError for a state of other settings."""
         prompt, hyper, keys = self._ready(part.items, seed)
-        state = jax.eval_shape(jax.vmap(lambda x: _begun(x, self.plan, hyper, bool(self.held_out))), self._latents())
+        state = self._begun(hyper)
         paths, structure = jax.tree_util.tree_flatten_with_path(state)
         wanted = {jax.tree_util.keystr(path): x for path, x in paths}
         saved = part.state or {}
@@ -204,8 +220,11 @@ class Inverter:
         placed = parallel.place(jax.tree.unflatten(structure, leaves), self.mesh, batched=True)
         return Batch(part.items, part.step, prompt, hyper, placed, keys)
 
-    def _latents(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.batch_size, *self.plan.latent), jnp.float32)
+    def _begun(self, hyper: inversion.Hyper) -> inversion.InversionState:
+        """The shapes of a batch's state."""
+        latents = jax.ShapeDtypeStruct((self.batch_size, *self.plan.latent), jnp.float32)
+        losses = jax.ShapeDtypeStruct((self.batch_size, 2), jnp.float32) if self.held_out else None
+        return jax.eval_shape(self._program("init"), latents, losses, hyper)
 
     def halved(self) -> "Inverter | None":
         """The same with half as many items at once, where that is possible."""
@@ -222,12 +241,23 @@ class Inverter:
 
         A batch whose items have all stopped is at its last step.
         """
-        run = self._program("chunk", self._is_swept(batch))
-        state, metrics = run(self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(batch.step))
+        state, told, is_swept = batch.state, [], self._is_swept(batch)
         done = min(self.chunk, self.steps - batch.step)
-        metrics = {name: np.asarray(x).T[: len(batch.items), :done] for name, x in metrics.items()}
+        # Loop and phases are the host's: XLA:CPU works at less than half its speed within a loop or a branch. Nothing is waited
+        # for in between.
+        phase = range(0) if is_swept or not self.judges else _phase(batch.hyper)
+        for i in range(batch.step, batch.step + done):
+            run = self._program("step", is_swept, on=None if is_swept else i in phase)
+            state, metrics = run(self.networks, batch.prompt, batch.hyper, state, batch.keys, jnp.int32(i))
+            if self.held_out and (i + 1) % self.plan.look_every == 0:
+                state, loss = self._program("look")(self.networks, batch.prompt, state)
+            elif self.held_out:
+                loss = np.full(self.batch_size, np.nan, np.float32)
+            told.append(metrics | ({"held_out_loss": loss} if self.held_out else {}))
+        count = len(batch.items)
+        metrics = {name: np.stack([np.asarray(x[name])[:count] for x in told], axis=1) for name in told[0]}
         self.compiled = True
-        stopped = self.plan.patience and np.asarray(inversion.is_stopped(state, self.plan))[: len(batch.items)].all()
+        stopped = self.plan.patience and np.asarray(inversion.is_stopped(state, self.plan))[:count].all()
         return dataclasses.replace(batch, step=self.steps if stopped else batch.step + done, state=state), metrics
 
     def shapes(self) -> Batch:
@@ -238,27 +268,26 @@ class Inverter:
         prompt = place(jax.eval_shape(self._encode, self.networks, self.text_encoder, tokens), batched=True)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch_size))
         keys, hyper = place(keys, batched=True), place(jax.eval_shape(lambda: self.hyper), batched=False)
-        starter = self._starter(Start("noise", 1, 0.0, 1), False)
-        state = place(jax.eval_shape(starter, self.networks, prompt, hyper, keys, np.float32(0)), batched=True)
+        state = place(self._begun(hyper), batched=True)
         return Batch((item,) * self.batch_size, 0, prompt, hyper, state, keys)
 
     def trace(self, batch: Batch) -> jax.stages.Traced:
-        """The program of a chunk, before it is compiled."""
+        """The program of an iteration, before it is compiled."""
         args = self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, np.int32(0)
-        return self._program("chunk", self._is_swept(batch)).trace(*args)
+        return self._program("step", self._is_swept(batch), on=None if self._is_swept(batch) else True).trace(*args)
 
     def flops(self, batch: Batch) -> float:
         """Floating-point operations of one image in an iteration with all that there is to do; nothing is compiled."""
-        return program.count(self.trace(batch).jaxpr.jaxpr) / (self.chunk * self.batch_size // self.groups)
+        return program.count(self.trace(batch).jaxpr.jaxpr) / (self.batch_size // self.groups)
 
     def preview(self, batch: Batch) -> np.ndarray:
         """The images as they are, uint8 `[item, H, W, 3]`."""
-        images = self._program("finish", False)(self.networks, batch.prompt, batch.state)[1]
+        images = self._program("finish", output=self.settings.output)(self.networks, batch.prompt, batch.state)[1]
         return np.asarray(jnp.round(images[: len(batch.items)] * 255)).astype(np.uint8)
 
     def finish(self, batch: Batch) -> list[Picture]:
         """The chosen output of each item, decoded and scored by all referees."""
-        made = self._program("finish", False)(self.networks, batch.prompt, batch.state)
+        made = self._program("finish", output=self.settings.output)(self.networks, batch.prompt, batch.state)
         latents, images, scores, losses, frozen = jax.tree.map(np.asarray, (*made, batch.state.frozen))
         pictures = []
         for n, item in enumerate(batch.items):
@@ -315,23 +344,17 @@ class Inverter:
         return jax.tree.leaves(batch.hyper)[0].ndim > 0
 
     @functools.cache  # noqa: B019 - an inverter lives as long as its programs
-    def _program(self, name: str, swept: bool) -> Any:
-        """The compiled `chunk` or `finish` of a batch over all devices."""
-        over = 0 if swept else None
-        if name == "chunk":
-            fn = functools.partial(_chunk, plan=self.plan, count=self.chunk, over=over)
-            spread = parallel.across_devices(fn, self.mesh, (False, True, swept, True, True, False), joined=(0, 1))
-            return jax.jit(spread, donate_argnums=3)
-        fn = jax.vmap(functools.partial(_finish, plan=self.plan, output=self.settings.output), in_axes=(None, 0, 0))
-        return jax.jit(parallel.across_devices(fn, self.mesh, (False, True, True)))
+    def _program(self, name: str, swept: bool = False, **static: Any) -> Any:
+        """The compiled program of this name (see PROGRAMS) of a batch over all devices."""
+        fn, batched, donated = PROGRAMS[name]
+        batched = [swept if x == "hyper" else x for x in batched]
+        fn = jax.vmap(functools.partial(fn, plan=self.plan, **static), in_axes=[0 if x else None for x in batched])
+        return jax.jit(parallel.across_devices(fn, self.mesh, batched), donate_argnums=donated)
 
-    @functools.cache  # noqa: B019
-    def _starter(self, start: Start, swept: bool) -> Any:
-        """The compiled start of a batch over all devices."""
-        over = 0 if swept else None
-        fn = functools.partial(_start, plan=self.plan, start=start)
-        fn = jax.vmap(fn, in_axes=(None, 0, over, 0, None))
-        return jax.jit(parallel.across_devices(fn, self.mesh, (False, True, swept, True, False)))
+
+def _phase(hyper: inversion.Hyper) -> range:
+    """The iterations in which the referees act; objective.Hyper.is_on says the same inside a program."""
+    return range(int(hyper.referee.start), int(hyper.referee.stop))
 
 
 def _result(pictures: Sequence[Picture], history: dict[str, np.ndarray]) -> Result:
@@ -349,50 +372,41 @@ def item_key(seed: int, item: queue.Item) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), item.prompt_id), item.sample)
 
 
-# --- the compiled pieces, for one item (and, of the chunk, for the batch of one device) ----------------------------------
+# --- the compiled pieces, for one item -----------------------------------------------------------------------------------
 
 
-def _begun(latents: Array, plan: inversion.Plan, hyper: inversion.Hyper, is_watched: bool) -> inversion.InversionState:
-    return inversion.init(latents, plan, hyper, watch.begin(latents, jnp.zeros(2)) if is_watched else None)
+def _noise(key, number, *, plan: inversion.Plan):
+    # Iterations fold in 0, 1, ...; starts count down from what no iteration reaches.
+    return jax.random.normal(jax.random.fold_in(key, 2**31 - 1 - number), plan.latent)
 
 
-def _start(networks, prompt, hyper, key, guidance: Array, *, plan: inversion.Plan, start: Start):
-    def candidate(number: Array) -> Array:
-        # Iterations fold in 0, 1, ...; starts count down from what no iteration reaches.
-        noise = jax.random.normal(jax.random.fold_in(key, 2**31 - 1 - number), plan.latent)
-        if start.init == "noise":
-            return noise
-        return sampler.ddim(
-            networks.unet, noise, cond=prompt.cond, uncond=prompt.uncond, steps=start.steps, guidance=guidance,
-            alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
-        )  # fmt: skip
-
-    def judged(number: Array) -> tuple[Array, Array]:
-        latents = candidate(number)
-        return latents, inversion.verdicts(networks, prompt, plan, inversion.decode(networks, latents, plan))
-
-    if start.candidates == 1:
-        latents, losses = judged(jnp.int32(0))  # which are not computed where nobody watches
-    else:  # one after the other: memory is that of one
-        found = jax.lax.map(judged, jnp.arange(start.candidates))
-        latents, losses = jax.tree.map(lambda x: x[jnp.argmin(found[1][:, 0])], found)
-    return inversion.init(latents, plan, hyper, watch.begin(latents, losses) if networks.held_out else None)
+def _denoise(networks, prompt, latents, t, stride, guidance, *, plan: inversion.Plan):
+    return sampler.step(
+        networks.unet, latents, t, stride, cond=prompt.cond, uncond=prompt.uncond, guidance=guidance,
+        alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
+    )  # fmt: skip
 
 
-def _chunk(networks, prompt, hyper, state, keys, start, *, plan: inversion.Plan, count: int, over: int | None):
-    def one(prompt, hyper, state, key, i):
-        noise = inversion.draw(key, networks, plan, hyper, i)
-        return inversion.step(networks, prompt, hyper, plan, state, i, noise)
+def _judge(networks, prompt, latents, *, plan: inversion.Plan):
+    return inversion.verdicts(networks, prompt, plan, inversion.decode(networks, latents, plan))
 
-    step = jax.vmap(one, in_axes=(0, over, 0, 0, None))
 
-    def body(state, i):
-        run = lambda state: step(prompt, hyper, state, keys, i)  # noqa: E731
-        # The last chunk may reach past the end: those iterations do nothing.
-        rest = lambda state: (state, dict.fromkeys(inversion.metric_names(plan), jnp.zeros(len(keys))))  # noqa: E731
-        return jax.lax.cond(i < plan.steps, run, rest, state)
+def _better(one, two, *, plan: inversion.Plan):
+    """Of two candidates, each (latents, losses), the one that the optimised referees like more."""
+    return jax.tree.map(lambda a, b: jnp.where(two[1][0] < one[1][0], b, a), one, two)
 
-    return jax.lax.scan(body, state, start + jnp.arange(count))
+
+def _init(latents, losses, hyper, *, plan: inversion.Plan):
+    return inversion.init(latents, plan, hyper, None if losses is None else watch.begin(latents, losses))
+
+
+def _step(networks, prompt, hyper, state, key, i, *, plan: inversion.Plan, on: bool | None):
+    noise = inversion.draw(key, networks, plan, hyper, i)
+    return inversion.step(networks, prompt, hyper, plan, state, i, noise, on)
+
+
+def _look(networks, prompt, state, *, plan: inversion.Plan):
+    return inversion.look(networks, prompt, plan, state)
 
 
 def _finish(networks, prompt, state, *, plan: inversion.Plan, output: str):
@@ -409,3 +423,16 @@ def _finish(networks, prompt, state, *, plan: inversion.Plan, output: str):
         last = inversion.verdicts(networks, prompt, plan, image)
         losses = {name: jnp.stack([state.watched.first[n], last[n]]) for n, name in enumerate(("referee", "held_out"))}
     return latents, image, scores, losses
+
+
+# Name -> the function of one item, which of its arguments are of each item (the numbers, where swept), and which is donated.
+PROGRAMS = {
+    "noise": (_noise, (True, False), ()),
+    "denoise": (_denoise, (False, True, True, False, False, False), ()),
+    "judge": (_judge, (False, True, True), ()),
+    "better": (_better, (True, True), ()),
+    "init": (_init, (True, True, "hyper"), ()),
+    "step": (_step, (False, True, "hyper", True, True, False), (3,)),
+    "look": (_look, (False, True, True), (2,)),
+    "finish": (_finish, (False, True, True), ()),
+}

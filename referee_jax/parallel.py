@@ -31,14 +31,13 @@ def prompt_mesh(devices: Sequence[jax.Device] | None = None, *, prompt: int = 0,
     return Mesh(np.array(devices[: groups * model]).reshape(groups, model), (AXIS, MODEL))
 
 
-def across_devices(fn: Callable, mesh: Mesh, batched: Sequence[bool], *, joined: int | tuple[int, ...] = 0) -> Callable:
+def across_devices(fn: Callable, mesh: Mesh, batched: Sequence[bool]) -> Callable:
     """`fn` with each batched argument split along its first axis over the mesh, the others whole on every device.
 
-    The result, or each part of a tuple, is joined along the axis `joined`. Batches must be a multiple of the number of
-    devices.
+    The result is joined along its first axis. Batches must be a multiple of the number of groups.
     """
     specs = tuple(PartitionSpec(AXIS) if is_batched else PartitionSpec() for is_batched in batched)
-    out = jax.tree.map(lambda axis: PartitionSpec(*[None] * axis, AXIS), joined)
+    out = PartitionSpec(AXIS)
     return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, axis_names={AXIS}, check_vma=False)
 
 

@@ -132,7 +132,7 @@ def unloaded(settings: config.Settings, there: Sequence[jax.Device]) -> inverter
 
 
 def compile_for(settings: config.Settings, name: str) -> Report:
-    """Compiles the program of a chunk for a slice. Raises TopologyError, and what `unloaded` does."""
+    """Compiles the program of an iteration for a slice. Raises TopologyError, and what `unloaded` does."""
     chip, there = _chip(name), devices(name)
     engine = unloaded(settings, there)
     batch = engine.shapes()
@@ -149,11 +149,11 @@ def compile_for(settings: config.Settings, name: str) -> Report:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return dataclasses.replace(report, needed=_asked(str(error)), compiling=time.monotonic() - begun)
-    return measured(report, compiled, settings.steps / settings.chunk, chip, time.monotonic() - begun)
+    return measured(report, compiled, settings.steps, chip, time.monotonic() - begun)
 
 
-def measured(report: Report, compiled: jax.stages.Compiled, chunks: float, chip: Chip, seconds: float) -> Report:
-    """The report with what a compiled program says; an image takes so many `chunks`."""
+def measured(report: Report, compiled: jax.stages.Compiled, steps: int, chip: Chip, seconds: float) -> Report:
+    """The report with what a compiled program says; an image takes so many `steps`."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     found = hlo.cycles(text)
@@ -162,7 +162,7 @@ def measured(report: Report, compiled: jax.stages.Compiled, chunks: float, chip:
         fits=True,
         needed=needed + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         collectives=hlo.collectives(text),
-        seconds=found.total * chunks / report.batch / (chip.clock * 1e9),
+        seconds=found.total * steps / report.batch / (chip.clock * 1e9),
         uncounted=len(found.uncounted),
         compiling=seconds,
     )

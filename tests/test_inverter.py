@@ -122,7 +122,7 @@ COLLECTIVES = r"= \S+ (?:all-reduce|all-gather|all-to-all|reduce-scatter|collect
 def chunk_text(engine) -> str:
     batch = engine.begin(queue.items(PROMPTS, 1), 0)
     args = engine.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(0)
-    return engine._program("chunk", False).lower(*args).compile().as_text()
+    return engine._program("step", on=True).lower(*args).compile().as_text()
 
 
 def test_devices(checkpoints, straight):

@@ -35,15 +35,18 @@ def test_ddim(prediction_type, steps):
         shape = (-1, 1, 1, 1)
         return predict(jnp, latents, timesteps.astype(jnp.float32).reshape(shape), states.reshape(shape))
 
-    ours = sampler.ddim(
-        unet, jnp.asarray(start), cond=jnp.full((1, 1), cond), uncond=jnp.full((1, 1), uncond), steps=steps,
-        alphas_cumprod=jnp.asarray(scheduler.alphas_cumprod.numpy()), prediction_type=prediction_type,
-        guidance=jnp.float32(guidance),
-    )  # fmt: skip
+    assert list(sampler.timesteps(1000, steps)) == scheduler.timesteps.tolist()
+
+    @jax.jit
+    def step(z, t, uncond):
+        return sampler.step(
+            unet, z, t, 1000 // steps, cond=jnp.full((1, 1), cond), uncond=uncond, prediction_type=prediction_type,
+            alphas_cumprod=jnp.asarray(scheduler.alphas_cumprod.numpy()), guidance=jnp.float32(guidance),
+        )  # fmt: skip
+
+    ours = unguided = jnp.asarray(start)
+    for t in sampler.timesteps(1000, steps):
+        ours, unguided = step(ours, t, jnp.full((1, 1), uncond)), step(unguided, t, None)
     assert relative_l2(ours, z.numpy()) < 1e-4
     assert relative_l2(z.numpy(), start) > 0.1
-    unguided = jax.jit(lambda z: sampler.ddim(
-        unet, z, cond=jnp.full((1, 1), cond), uncond=None, steps=steps, guidance=jnp.float32(guidance),
-        alphas_cumprod=jnp.asarray(scheduler.alphas_cumprod.numpy()), prediction_type=prediction_type,
-    ))(jnp.asarray(start))  # fmt: skip
     assert relative_l2(unguided, ours) > 1e-2

@@ -51,7 +51,7 @@ class Compiled:
 
 
 def test_a_measured_program():
-    """Five chunks of 3e9 cycles at 1.5 GHz are 10 s for the two images of a chip."""
+    """Five iterations of 3e9 cycles at 1.5 GHz are 10 s for the two images of a chip."""
     found = topology.measured(REPORT, Compiled(), 5, topology.CHIPS["v5e"], 60)
     assert (found.fits, found.needed, found.collectives, found.uncounted) == (True, 10 * topology.GIB, [], 0)
     assert found.seconds == pytest.approx(5.0)

@@ -168,13 +168,16 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -
     return Stack(jax.vmap(lambda key: build(nnx.Rngs(key)))(keys), depth)
 
 
-def scan_layers(stack: Stack, x: Array, *args, remat: bool = False, unroll: bool = False) -> Array:
+UNROLLED = 8  # layers; longer stacks are a loop, which compiles in the time of one layer
+
+
+def scan_layers(stack: Stack, x: Array, *args, remat: bool = False) -> Array:
     """`layers[n](... layers[0](x, *args), *args)`; with `remat` the backward pass keeps one layer input each."""
 
     def body(x, layer):
         return layer(x, *args), None
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, stack.layer, unroll=unroll)[0]
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, stack.layer, unroll=stack.depth <= UNROLLED)[0]
 
 
 def float_dtype(module: nnx.Module) -> jnp.dtype:

@@ -109,6 +109,7 @@ class Family:
         published: hub ids of its checkpoints.
         architecture: what config.json calls such a checkpoint, where that tells the name.
         is_converted: whether the published files have to go through weights.lavis first.
+        check: raises ValueError for a tokenizer that does not fit, before weights are read.
     """
 
     kind: str
@@ -121,6 +122,7 @@ class Family:
     published: tuple[str, ...] = ()
     architecture: str = ""
     is_converted: bool = False
+    check: Callable[[Any], Any] = lambda tokenizer: None
 
 
 def _clip_referee(
@@ -217,6 +219,7 @@ REFEREES = {
     ),
     "blip_vqa": _blip(
         kind="blip_vqa",
+        check=blip.answer_tokens,
         build=functools.partial(_blip_referee, blip.Vqa),
         architecture="BlipForQuestionAnswering",
         tokenize=blip.tokenize,
@@ -277,6 +280,7 @@ def load_referee(spec: config.RefereeSpec, *, dtype: jax.typing.DTypeLike = jnp.
     _check_losses(spec, config.LOSSES[spec.name])
     directory = load.fetch_referee(config.checkpoint_path(spec.checkpoint), revision=spec.revision or None)
     tokenizer = load.load_tokenizer(directory)
+    REFEREES[spec.name].check(tokenizer)
     network = load.load(REFEREES[spec.name].kind, directory, dtype=dtype)
     return build(spec, network, configs.read_json(directory / "preprocessor_config.json"), tokenizer)
 
