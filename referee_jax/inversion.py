@@ -5,8 +5,8 @@
 
 `step` is a function of (networks, prompt, hyper, state, i, noise); vmap adds prompts, samples and settings, and devices come
 outside. All randomness of an iteration is `draw`n from one key and handed to `step`. What is static, because it shapes the
-program, is in `Plan`; every number is traced, in `Hyper`. Phases branch on the iteration index, which is the same for all
-prompts of a batch, so that they stay real branches under vmap.
+program, is in `Plan`; every number is traced, in `Hyper`. The loop over iterations is the caller's, who may know beforehand
+whether the referees are in their phase; else it branches on the iteration index, which is the same for all prompts of a batch.
 """
 
 from typing import Any
