@@ -24,7 +24,7 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from referee_jax import command, config, inverter, outputs, prompts, queue, run  # noqa: E402
+from referee_jax import command, config, inverter, outputs, prompts, run  # noqa: E402
 
 LIMIT = 1.05
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -34,15 +34,6 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 class Batch:
     items: tuple
     step: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    item: queue.Item
-    image: np.ndarray
-    scores: dict
-    status: str = "done"
-    losses: dict | None = None
 
 
 class NoiseEngine:
@@ -67,11 +58,14 @@ class NoiseEngine:
         ramp = np.linspace(0.2, 0.8, self.size, dtype=np.float32)[:, None, None]
         shape = (len(batch.items), self.size, self.size, 3)
         noisy = self.rng.standard_normal(shape, np.float32) * 0.02 + ramp
-        return [Picture(item, x, {"cosine": 0.5}) for item, x in zip(batch.items, noisy, strict=True)]
+        return [inverter.Picture(item, x, {"cosine": 0.5}, x) for item, x in zip(batch.items, noisy, strict=True)]
 
 
 class Memory:
-    """Peak of the resident memory (Linux) in each quarter of the items, and after them; looked at 20 times a second."""
+    """Peak of the resident memory (Linux) in each quarter of the items, and after them.
+
+    Looked at 20 times a second, and around each batch: a quick run's quarter is shorter than that.
+    """
 
     def __init__(self, items: int):
         self.items, self.made, self.peaks, self.stopped = items, 0, [0] * 5, threading.Event()
@@ -83,7 +77,9 @@ class Memory:
 
         def counted(batch):
             pictures = finish(batch)
+            self._look()
             self.made += len(pictures)
+            self._look()
             return pictures
 
         engine.finish = counted
@@ -91,9 +87,12 @@ class Memory:
 
     def _watch(self):
         while not self.stopped.wait(0.05):
-            resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * PAGE
-            quarter = self.made * 4 // self.items  # the fifth is the contact sheet's
-            self.peaks[quarter] = max(self.peaks[quarter], resident)
+            self._look()
+
+    def _look(self):
+        resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * PAGE
+        quarter = self.made * 4 // self.items  # the fifth is the contact sheet's
+        self.peaks[quarter] = max(self.peaks[quarter], resident)
 
     def __enter__(self):
         self.thread.start()
