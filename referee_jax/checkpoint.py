@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -20,7 +21,6 @@ from absl import logging
 from referee_jax import queue
 
 KEPT = 2
-State = dict[str, np.ndarray]
 
 
 class Checkpoints:
@@ -82,8 +82,6 @@ def _places(directory: Path) -> list[Path]:
 
 def _manager(path: Path) -> ocp.CheckpointManager:
     """One that is of this process alone, also where jax.distributed knows of others."""
-    import jax
-
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix=path.name
     )

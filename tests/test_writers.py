@@ -1,6 +1,5 @@
 """Writing beside the device's work: bounded, in order, loud."""
 
-import dataclasses
 import functools
 import os
 import tarfile
@@ -11,17 +10,9 @@ import numpy as np
 import pytest
 
 from referee_jax import config, disk, formats, outputs, queue, writers
+from tests.test_outputs import Picture
 
 FORMATS = "png", "webp", "webdataset"
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    item: queue.Item
-    image: np.ndarray
-    scores: dict
-    status: str = "done"
-    losses: dict | None = None
 
 
 def picture(sample=0, prompt="a red circle"):
