@@ -177,7 +177,9 @@ def scan_layers(stack: Stack, x: Array, *args, remat: bool = False) -> Array:
     def body(x, layer):
         return layer(x, *args), None
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, stack.layer, unroll=stack.depth <= UNROLLED)[0]
+    # Unrolled, XLA:CPU keeps what `remat` is to make again.
+    unroll = stack.depth <= UNROLLED and not remat
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, stack.layer, unroll=unroll)[0]
 
 
 def float_dtype(module: nnx.Module) -> jnp.dtype:
