@@ -51,6 +51,7 @@ setuptools.setup(
             "diffusers>=0.35",
             "kornia>=0.8",
             "pytest>=8",
+            "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6",
             "matplotlib>=3.9",

@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 disk, memory or device failed, 2 the command cannot be car
 """
 
 import dataclasses
+import math
 import os
 import select
 import signal
@@ -217,6 +218,7 @@ def _end(reader: int, stop: generation.Stop) -> None:
     while number not in SIGNALS:
         number = os.read(reader, 1)[0]
     stop.number = signal.Signals(number)
+    signal.alarm(math.ceil(GRACE) + 1)  # the kernel's, for when Python itself is ending and some thread does not let it
     say(f"{stop.number.name}: ending after this chunk, or in {GRACE:.0f} s", file=sys.stderr)
     select.select([reader], [], [], GRACE)
     os._exit(128 + number)  # nothing is ever half written, and what is in flight goes on from its last checkpoint

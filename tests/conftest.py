@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import shutil
+import signal
 import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
@@ -20,6 +21,8 @@ import torch
 
 from referee_jax import disk
 
+# What is ignored here, as in a job that a shell put into the background, is ignored by all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 jax.config.update("jax_num_cpu_devices", 8)
 

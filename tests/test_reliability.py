@@ -26,24 +26,24 @@ def test_kills(place):
 
 def test_the_dead_and_the_stopped_delay_nobody(place):
     """Four processes, one killed and one stopped (SIGSTOP): the others make their share; a restart makes the rest."""
-    workdir, lasted = place
+    workdir, _ = place
     cut, cache = workdir / "four", workdir / "cache"
     running = [kill_fuzz.start(cut, cache, index, 4) for index in range(4)]
     try:
-        log, end = cut / "log.jsonl", time.monotonic() + 20 * lasted
+        log, end = cut / "log.jsonl", time.monotonic() + kill_fuzz.LONGEST
         while not (log.exists() and log.read_bytes().count(b"start") >= 4) and time.monotonic() < end:
             time.sleep(0.05)
         running[0].kill()
         running[1].send_signal(signal.SIGSTOP)
-        assert [process.wait(timeout=20 * lasted) for process in running[2:]] == [0, 0]
+        assert [kill_fuzz.ended(process) for process in running[2:]] == [0, 0]
         assert len(kill_fuzz.images(cut)) >= len(kill_fuzz.PROMPTS) // 4 * 2
     finally:
         for process in running:
             process.kill()
             process.wait()
     last = [kill_fuzz.start(cut, cache, index, 2) for index in range(2)]
-    assert [process.wait() for process in last] == [0, 0]
-    assert kill_fuzz.start(cut, cache).wait() == 0
+    assert [kill_fuzz.ended(process) for process in last] == [0, 0]
+    assert kill_fuzz.ended(kill_fuzz.start(cut, cache)) == 0
     assert kill_fuzz.problems(cut, workdir / "whole") == []
     journal = [json.loads(line) for line in (cut / "metadata.jsonl").read_text().splitlines()]
     assert {record["status"] for record in journal} == {"done"}
