@@ -1,12 +1,14 @@
 """The method against its parts, judged by ground truth in the shapes world.
 
     python -m referee_jax.benchmarks.methods --config=configs/shapes.py --samples=2 --out=runs/methods
+    python -m referee_jax.benchmarks.methods --config=configs/shapes.py --samples=2 --out=runs/categories --category=all \
+        --rows="DDIM sampling" --rows="referee + SDS"
 
 Rows: score distillation alone (from noise, guidance 7.5), plain DDIM sampling of the prior (guidance 7.5, 50 steps), the
 samples that the config begins with (the referees' favourites, if it has several candidates), the config begun from one sample
-without a choice, and the config as it is; over the fixed two-object colour prompts, seen and unseen. Prints a Markdown table
-with 95 % intervals (bootstrap over prompts) and writes table.md, the images, and one JSON line per image, from which an
-interrupted run continues.
+without a choice, and the config as it is; over the fixed prompts of a category (two-object colour prompts, unless others are
+asked for), seen and unseen. Prints a Markdown table with 95 % intervals (bootstrap over prompts) and writes table.md, the
+images, and one JSON line per image, from which an interrupted run continues.
 """
 
 import dataclasses
@@ -20,8 +22,8 @@ from ml_collections import config_flags
 
 from referee_jax import config, disk, formats, inverter, queue
 from referee_jax.benchmarks import shapes, statistics
+from referee_jax.shapes import world
 
-SPLITS = ("seen", "unseen")
 GUIDANCE = 7.5
 
 # Row -> (what is changed in the settings, how pictures of prompts are made).
@@ -92,6 +94,7 @@ class Engines:
 
 def measure(
     row: str,
+    category: str,
     split: str,
     settings: config.Settings,
     make: Make,
@@ -100,9 +103,9 @@ def measure(
     *,
     limit: int | None = None,
 ) -> list[dict]:
-    """The records of one row and split, {prompt, sample, right, quality}; what `out` has already is not made again."""
-    prompts = shapes.prompts("colour", split)[:limit]
-    name = f"{row.replace(' ', '_')}-{split}"
+    """The records of one row, category and split, {prompt, sample, right, quality}; what `out` has already is not made again."""
+    prompts = shapes.prompts(category, split)[:limit]
+    name = f"{row.replace(' ', '_')}-{category}-{split}"
     file = out / f"{name}.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(record["prompt"], record["sample"]) for record in records}
@@ -127,21 +130,24 @@ def measure(
             disk.write_atomic(path, formats.encode_png(formats.to_uint8(result.images[n]), record))
             records.append(record | {"file": str(path.relative_to(out))})
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        logging.info("%s, %s: %d of %d prompts", row, split, min(start + share, len(texts)), len(texts))
+        logging.info("%s, %s %s: %d of %d prompts", row, category, split, min(start + share, len(texts)), len(texts))
     return records
 
 
-def table(measured: dict[tuple[str, str], list[dict]]) -> str:
-    """Shares of right pictures as Markdown, a row per method; the last column is the held-out referee's mean probability."""
-    rows = {}
-    for row in dict.fromkeys(row for row, _ in measured):
-        parts = [measured[row, split] for split in SPLITS]
+def table(measured: dict[tuple[str, str, str], list[dict]]) -> str:
+    """Shares of right pictures as Markdown, a row per category and method, of records by row, category and split.
+
+    The last column is the held-out referee's mean probability. A category without unseen prompts has a dash there.
+    """
+    rows, categories = {}, {category for _, category, _ in measured}
+    for category, row in dict.fromkeys((category, row) for row, category, _ in measured):
+        parts = [measured.get((row, category, split), []) for split in shapes.SPLITS]
         both = [record for records in parts for record in records]
-        shares = [statistics.mean((r["prompt"], r["right"]) for r in records) for records in (*parts, both)]
+        shares = [statistics.mean((r["prompt"], r["right"]) for r in x) if x else "-" for x in (*parts, both)]
         quality = np.mean([record["quality"] for record in both])
         sure = np.mean([record["scores"].get("held_out_0_probability", np.nan) for record in both])
-        rows[row] = [*shares, f"{quality:.1f}", f"{sure:.2f}"]
-    return statistics.markdown(["method", *SPLITS, "both", "quality, dB", "held-out referee"], rows)
+        rows[row if len(categories) == 1 else f"{category}: {row}"] = [*shares, f"{quality:.1f}", f"{sure:.2f}"]
+    return statistics.markdown(["method", *shapes.SPLITS, "both", "quality, dB", "held-out referee"], rows)
 
 
 def main(argv: list[str]) -> None:
@@ -154,10 +160,12 @@ def main(argv: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows = args.rows or [row for row in ROWS if settings.init == "sample" or row not in OF_SAMPLES]
     engines, measured = Engines(), {}
+    categories = world.CATEGORIES if "all" in args.category else args.category
     for row in rows:
         change, make = ROWS[row]
-        for split in SPLITS:
-            measured[row, split] = measure(row, split, change(settings), make, out, engines, limit=args.limit)
+        for category, split in ((c, s) for c in categories for s in shapes.splits(c)):
+            done = measure(row, category, split, change(settings), make, out, engines, limit=args.limit)
+            measured[row, category, split] = done
     (out / "table.md").write_text(table(measured))
     print(table(measured))
 
@@ -166,6 +174,7 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", "configs/shapes.py", "file of settings")
     flags.DEFINE_integer("samples", 2, "pictures per prompt", lower_bound=1)
     flags.DEFINE_integer("limit", None, "only the first so many prompts of each list", lower_bound=1)
+    flags.DEFINE_multi_enum("category", ["colour"], ["all", *world.CATEGORIES], "of the prompts; may be repeated")
     flags.DEFINE_multi_enum("rows", None, list(ROWS), "only these rows")
     flags.DEFINE_string("out", "runs/methods", "directory of records and pictures")
     app.run(main)

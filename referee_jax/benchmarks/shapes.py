@@ -29,6 +29,11 @@ def prompts(category: str, split: str) -> list[str]:
     return list(lists[category][split])
 
 
+def splits(category: str) -> tuple[str, ...]:
+    """Those of SPLITS in which a category has prompts."""
+    return tuple(split for split in SPLITS if split in _lists()[category])
+
+
 def every_prompt() -> tuple[str, ...]:
     """Those of all categories and splits, each once."""
     return tuple(dict.fromkeys(text for parts in _lists().values() for texts in parts.values() for text in texts))
