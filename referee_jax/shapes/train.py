@@ -56,12 +56,14 @@ def train(
     out: pathlib.Path,
     workdir: pathlib.Path,
     epoch: int | None = None,
+    workers: int = 1,
     **data: float,
 ) -> dict[str, float]:
     """Trains network `name`, going on from the checkpoint in `workdir`; writes it to `out`; returns the last figures.
 
-    `data` are arguments of its batches (noise, named); with `epoch` that number of batches comes again and again. Raises
-    ValueError where the batches do not take them, and where the checkpoint in `workdir` is of other data.
+    `data` are arguments of its batches (noise, named), which so many `workers` draw; with `epoch` that number of them comes
+    again and again. Raises ValueError where the batches do not take them, and where the checkpoint in `workdir` is of other
+    data.
     """
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,7 +87,7 @@ def train(
         Steps(functools.partial(network.batch, **data), seed, epoch),
         sampler=range(done, steps),
         batch_size=None,
-        num_workers=1,
+        num_workers=workers,
         multiprocessing_context="spawn",
     )
     begin, figures = time.monotonic(), {}
@@ -162,6 +164,7 @@ def main(argv: list[str]) -> None:
             out=pathlib.Path(args.out),
             workdir=pathlib.Path(args.workdir),
             epoch=args.epoch,
+            workers=args.workers,
             **data,
         )
     except ValueError as error:
@@ -175,6 +178,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("noise", None, "share of two-object captions with exchanged attributes", 0.0, 1.0)
     flags.DEFINE_bool("named", False, "whether captions may name the attribute pairs that are kept unseen")
     flags.DEFINE_integer("epoch", None, "number of batches, which come again; default: new ones always", lower_bound=1)
+    flags.DEFINE_integer("workers", 1, "processes that draw batches, a tenth of a second each", lower_bound=1)
     flags.DEFINE_string("out", "shapes_networks", "directory that the trained networks are written to")
     flags.DEFINE_string("workdir", "shapes_training", "directory of the training's checkpoints")
     app.run(main)
