@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from referee_jax import augment, config, inversion, objective, optim, parallel, prompts, referees, sds
+from referee_jax.models import layers
 from referee_jax.weights import load
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -30,15 +31,19 @@ def make_looks(settings: config.Settings, spec: config.RefereeSpec) -> objective
 
 
 def make_networks(
-    prior: load.StableDiffusion, judges: Sequence[referees.Judge], held_out: Sequence[referees.Judge] = ()
+    prior: load.StableDiffusion,
+    judges: Sequence[referees.Judge],
+    held_out: Sequence[referees.Judge] = (),
+    *,
+    remat: str = "full",
 ) -> inversion.Networks:
-    """Everything with weights that an iteration asks."""
+    """Everything with weights that an iteration asks; `remat` is of layers.POLICIES."""
     return inversion.Networks(
         unet=prior.unet,
         vae=prior.vae,
         alphas_cumprod=prior.alphas_cumprod,
         prediction_type=prior.prediction_type,
-        referees=tuple(judge.referee for judge in judges),
+        referees=tuple(layers.with_remat(judge.referee, remat) for judge in judges),
         held_out=tuple(judge.referee for judge in held_out),
     )
 

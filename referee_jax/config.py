@@ -44,7 +44,7 @@ WEBP_SIDE = 16383  # pixels; the format has no larger images
 
 # What decides which images are made, how they are stored or how fast, but not what any one of them looks like.
 _NOT_OF_THE_IMAGE = (
-    "prompts", "samples", "workdir", "batch_size", "mesh", "chunk", "checkpoint_seconds", "outputs.trajectory",
+    "prompts", "samples", "workdir", "batch_size", "remat", "mesh", "chunk", "checkpoint_seconds", "outputs.trajectory",
     "outputs.format", "outputs.shard_size", "outputs.shard_images",
 )  # fmt: skip
 
@@ -182,6 +182,8 @@ class Settings:
     image_size: int = _field(512, low=8)
     precision: str = _field("float32", allowed=("float32", "bfloat16"))
     batch_size: int = _field(8, low=1)  # items per device (or group of them)
+    # What is kept of each layer for the backward pass: its input, products with weights besides, or all; auto: by memory.
+    remat: str = _field("auto", allowed=("auto", "full", "dots", "none"))
     mesh: Mesh = _group(Mesh)
     chunk: int = _field(10, low=1)  # iterations between two looks at the clock, the log and the stop request
     checkpoint_seconds: float = _field(60.0, above=0.0)  # between two checkpoints of what is in flight

@@ -99,12 +99,22 @@ def make_step(settings: config.Settings, sized: sizes.Sized) -> Step:
     """An iteration over these networks; what depends on the text is abstract."""
     judges = [judge for judge in sized.judges if judge.spec.role == "optimise"]
     held_out = [judge for judge in sized.judges if judge.spec.role == "held_out"]
-    networks = assembly.make_networks(sized.prior, judges, held_out)
+    remat = "full" if settings.remat == "auto" else settings.remat
+    networks = assembly.make_networks(sized.prior, judges, held_out, remat=remat)
     tokens = assembly.tokenize(settings, sized.prior.tokenizer, judges, held_out, "a")
     prompt = jax.eval_shape(assembly.encode, networks, sized.prior.text_encoder, tokens)
     plan = assembly.make_plan(settings, sized.prior, judges, held_out)
     hyper = assembly.make_hyper(settings)
     return Step(settings, networks, sized.prior.text_encoder, prompt, hyper, plan, sized.assumed)
+
+
+def fitting_remat(settings: config.Settings, sized: sizes.Sized, limit: int | None) -> str:
+    """`settings.remat`; of "auto" the one that works least, if a batch then fits into `limit` bytes, None where unknown."""
+    if settings.remat != "auto" or limit is None:
+        return "full" if settings.remat == "auto" else settings.remat
+    step = make_step(dataclasses.replace(settings, remat="dots"), sized)
+    needed = sum(_weights(step).values()) + memory.peak(_traced(step, settings.batch_size))
+    return "dots" if needed <= USABLE * limit else "full"
 
 
 def parts(step: Step) -> list[Part]:

@@ -39,6 +39,14 @@ def choose(wanted: str = "auto", *, root: Path = Path("/")) -> str:
     raise DeviceError(_unusable(kind, there.get(kind), device.platform))
 
 
+def memory(device: jax.Device) -> int | None:
+    """Bytes that JAX may use of an accelerator's own memory; None where it has none, or is not there (topology.py)."""
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
 def accelerators(root: Path = Path("/")) -> dict[str, str]:
     """The kinds of accelerators of the machine, whether JAX can use them or not: kind -> the file that shows it.
 

@@ -77,7 +77,7 @@ def device(command: run.Command | None) -> list[Finding]:
     found = jax.local_devices()
     told = []
     for device in found:
-        limit = (device.memory_stats() or {}).get("bytes_limit")
+        limit = devices.memory(device)
         told.append(device.device_kind + (f" ({limit / GB:.1f} GB)" if limit else ""))
     text = ", ".join(f"{told.count(kind)} x {kind}" for kind in dict.fromkeys(told))
     return [Finding("devices", text)]
@@ -172,7 +172,7 @@ def price(command: run.Command | None) -> list[Finding]:
         f"{found.step / 1e12:.3g} TFLOP for an iteration of an image, {found.image / 1e12:.3g} for all; "
         f"{needed / GB:.1f} GB for {size} images at once, {weights / GB:.1f} GB of them whatever the batch"
     )
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = devices.memory(jax.local_devices()[0])
     if limit and needed > limit:
         return [Finding("cost", f"{text}; the device has {limit / GB:.1f} GB", "a smaller --config.batch_size")]
     return [Finding("cost", text)]

@@ -22,6 +22,7 @@ from jax import Array
 from referee_jax import (
     assembly,
     config,
+    cost,
     inversion,
     parallel,
     program,
@@ -29,8 +30,10 @@ from referee_jax import (
     queue,
     referees,
     sampler,
+    sizes,
     watch,
 )
+from referee_jax import devices as devices_lib
 from referee_jax.weights import load
 
 
@@ -101,9 +104,10 @@ class Inverter:
         self.batch_size = settings.batch_size * self.groups
         self.judges = [judge for judge in judges if judge.spec.role == "optimise"]
         self.held_out = [judge for judge in judges if judge.spec.role == "held_out"]
-        self.networks = parallel.place(
-            assembly.make_networks(prior, self.judges, self.held_out), self.mesh, batched=False
-        )
+        limit = devices_lib.memory(self.mesh.devices.flat[0])
+        remat = cost.fitting_remat(settings, sizes.Sized(prior, tuple(judges), ()), limit)
+        networks = assembly.make_networks(prior, self.judges, self.held_out, remat=remat)
+        self.networks = parallel.place(networks, self.mesh, batched=False)
         self.text_encoder = prior.text_encoder
         self.plan = assembly.make_plan(settings, prior, self.judges, self.held_out)
         self.hyper = assembly.make_hyper(settings)

@@ -36,9 +36,11 @@ def across_devices(fn: Callable, mesh: Mesh, batched: Sequence[bool]) -> Callabl
 
     The result is joined along its first axis. Batches must be a multiple of the number of groups.
     """
+    # Where no weight is split all axes are ours, as kernels want it that XLA does not know how to split.
+    own = {AXIS} if mesh.shape[MODEL] > 1 else {AXIS, MODEL}
     specs = tuple(PartitionSpec(AXIS) if is_batched else PartitionSpec() for is_batched in batched)
     out = PartitionSpec(AXIS)
-    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, axis_names={AXIS}, check_vma=False)
+    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, axis_names=own, check_vma=False)
 
 
 def place(tree: Any, mesh: Mesh, *, batched: bool) -> Any:

@@ -33,6 +33,8 @@ def _equation(eqn: core.JaxprEqn) -> float:
         return _dot(eqn)
     if name == "conv_general_dilated":
         return _convolution(eqn)
+    if name in _ATTENTION:
+        return _attention(eqn)
     inner = [count(jaxpr) for jaxpr in _inner(eqn.params)]
     if name == "cond":
         return max(inner)
@@ -55,6 +57,17 @@ def _dot(eqn: core.JaxprEqn) -> float:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+
+
+# cuDNN's attention, whose programs say nothing of their work -> products of the size of queries x keys. Going back, the
+# probabilities are made again.
+_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
+
+def _attention(eqn: core.JaxprEqn) -> float:
+    """Of queries `[B, T, N, D]` and keys `[B, S, N, D]`."""
+    query, key = (var.aval.shape for var in eqn.invars[:2])
+    return 2.0 * _ATTENTION[eqn.primitive.name] * math.prod(query) * key[-3]
 
 
 def _convolution(eqn: core.JaxprEqn) -> float:

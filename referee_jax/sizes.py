@@ -23,6 +23,7 @@ _SD = {
     "unet": unet.Config(),
     "vae_decoder": vae.Config(),
 }
+DRAWN = 4_194_301  # a prime, so that nothing of a network repeats
 _FOLDERS = {"clip_text": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
 
 
@@ -133,7 +134,10 @@ def abstract(settings: config.Settings) -> Sized:
 
 
 def at_random(sized: Sized) -> Sized:
-    """The same with weights drawn from a seed: norms at one, all others normal with standard deviation 0.02."""
+    """The same with weights drawn from a seed: norms at one, all others normal with standard deviation 0.02.
+
+    A few million draws serve all, each weight from a place of its own on: billions would take a minute.
+    """
     rng, prior = np.random.default_rng(0), sized.prior
     parts = {name: _drawn(rng, getattr(prior, name)) for name in ("text_encoder", "unet", "vae")}
     judges = [dataclasses.replace(judge, referee=_drawn(rng, judge.referee)) for judge in sized.judges]
@@ -141,11 +145,13 @@ def at_random(sized: Sized) -> Sized:
 
 
 def _drawn(rng: np.random.Generator, tree: Any) -> Any:
+    drawn = 0.02 * rng.standard_normal(DRAWN, np.float32)
+
     def draw(path: Sequence, x: jax.ShapeDtypeStruct) -> jax.Array:
         # Names of norms' factors, and the variances of batch norms.
         if any(word in str(path) for word in ("scale", "running_var")):
             return jnp.ones(x.shape, x.dtype)
-        return jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32), x.dtype)
+        return jnp.asarray(np.resize(np.roll(drawn, -rng.integers(DRAWN)), x.shape), x.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, tree)
 

@@ -9,6 +9,7 @@ Axis letters: B batch (views, latents), H W C image rows, columns, channels, T t
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,16 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+
+def exact_gelu(x: Array) -> Array:
+    """x Phi(x), computed in float32 by erf, as torch does (jax.nn.gelu's erfc takes a GPU twice the time)."""
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": exact_gelu,
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
@@ -47,12 +55,37 @@ def check_activation(config) -> None:
         raise ValueError(f"hidden_act={config.hidden_act!r} is not implemented; supported: {', '.join(ACTIVATIONS)}")
 
 
+LONG = 256  # tokens that ask; of fewer, XLA's own products are as fast
+
+
 def attention(query: Array, key: Array, value: Array, *, bias: Array | None = None, is_causal: bool = False) -> Array:
     """Softmax attention with float32 probabilities: `[B, T, N, D], [B, S, N, D], [B, S, N, D] -> [B, T, N, D]`.
 
-    `bias` is added to the logits and broadcast to `[B, N, T, S]`.
+    `bias` is added to the logits and broadcast to `[B, N, T, S]`. On an NVIDIA GPU cuDNN's kernel, which stores no
+    probabilities, does what it can and what is long enough to matter.
     """
+    if bias is None and not is_causal and _is_for_cudnn(query):
+        return _cudnn_attention(query, key, value)
     return jax.nn.dot_product_attention(query, key, value, bias=bias, is_causal=is_causal)
+
+
+def _is_for_cudnn(query: Array) -> bool:
+    _, length, _, width = query.shape
+    is_possible = query.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128 and length >= LONG
+    return is_possible and jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
+
+
+def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
+    """`attention` of all tokens to all; of odd numbers of tokens JAX lets cuDNN have no gradient, so that one is added."""
+    tokens, found = query.shape[1], key.shape[1]
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))  # noqa: E731
+    lengths = {}
+    if tokens % 2 or found % 2:
+        # Made of the query, so that vmap gives them its axis.
+        zero = 0 * query[:, 0, 0, 0].astype(jnp.int32)
+        lengths = {"query_seq_lengths": zero + tokens, "key_value_seq_lengths": zero + found}
+    x = jax.nn.dot_product_attention(even(query), even(key), even(value), implementation="cudnn", **lengths)
+    return x[:, :tokens]
 
 
 def attention_bias(sees: Array) -> Array:
@@ -144,10 +177,13 @@ def bicubic(old: int, new: int) -> np.ndarray:
 
 
 class Stack(nnx.Module):
-    """Equal layers as one whose every weight has a leading axis of `depth`; a checkpoint numbers them from 0."""
+    """Equal layers as one whose every weight has a leading axis of `depth`; a checkpoint numbers them from 0.
+
+    `remat` is one of POLICIES, for layers that may be made again in the backward pass.
+    """
 
     def __init__(self, layer: nnx.Module, depth: int):
-        self.layer, self.depth = layer, depth
+        self.layer, self.depth, self.remat = layer, depth, "full"
 
 
 class Interleaved(nnx.List):
@@ -168,18 +204,40 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -
     return Stack(jax.vmap(lambda key: build(nnx.Rngs(key)))(keys), depth)
 
 
+_CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's primitive
+# Name -> what is kept of each layer for the backward pass besides its input: nothing; the results of products with weights and
+# of cuDNN's attention, so that only what is cheap is made again; or all.
+POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": lambda prim, *args, **params: (
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params) or prim.name == _CUDNN
+    ),
+    "none": jax.checkpoint_policies.everything_saveable,
+}
 UNROLLED = 8  # layers; longer stacks are a loop, which compiles in the time of one layer
 
 
+def with_remat(tree: Any, policy: str) -> Any:
+    """A copy of networks, or of what holds them, whose stacks of layers keep what that one of POLICIES says."""
+    copied = jax.tree.map(lambda x: x, tree)
+    for stack in jax.tree.leaves(copied, is_leaf=lambda x: isinstance(x, Stack)):
+        if isinstance(stack, Stack):
+            stack.remat = policy
+    return copied
+
+
 def scan_layers(stack: Stack, x: Array, *args, remat: bool = False) -> Array:
-    """`layers[n](... layers[0](x, *args), *args)`; with `remat` the backward pass keeps one layer input each."""
+    """`layers[n](... layers[0](x, *args), *args)`; with `remat` the backward pass keeps what `stack.remat` says."""
 
     def body(x, layer):
         return layer(x, *args), None
 
-    # Unrolled, XLA:CPU keeps what `remat` is to make again.
-    unroll = stack.depth <= UNROLLED and not remat
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, stack.layer, unroll=unroll)[0]
+    # A loop copies each layer's weights and what is kept of it: a tenth of a GPU's time. Unrolled, XLA:CPU keeps what is to
+    # be made again.
+    unroll = stack.depth <= UNROLLED if not remat else jax.default_backend() == "gpu"
+    if remat:
+        body = jax.checkpoint(body, policy=POLICIES[stack.remat], prevent_cse=unroll)
+    return jax.lax.scan(body, x, stack.layer, unroll=unroll)[0]
 
 
 def float_dtype(module: nnx.Module) -> jnp.dtype:

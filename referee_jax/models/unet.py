@@ -180,7 +180,7 @@ class GEGLU(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return y * jax.nn.gelu(gate, approximate=False)
+        return y * layers.exact_gelu(gate)
 
 
 class FeedForward(nnx.Module):
