@@ -142,8 +142,6 @@ def read_command(values: flags.FlagValues, rest: Sequence[str]) -> Command:
         entries = prompts.read_prompts(values.prompts) + entries
     elif not entries:
         entries = [prompts.Entry(text, f"prompt {n} of the config") for n, text in enumerate(settings.prompts, 1)]
-    if not entries and not (values.estimate or values.warmup):
-        raise CommandError("there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts")
     file = Path(config_flags.get_config_filename(values["config"]).partition(":")[0])
     workdir = settings.workdir or Path("runs", f"{file.stem}-{config.fingerprint(settings)[:8]}")
     names = ("shard_index", "shard_count", "claim", "claim_expiry", "distributed", "resume")

@@ -137,7 +137,7 @@ def workdir(command: run.Command | None) -> list[Finding]:
 
 def prompts_of(command: run.Command | None) -> list[Finding]:
     """Which of the command's prompts can be used."""
-    if not command:
+    if not command or not command.entries:
         return []
     kept, rejected = prompts.sift(command.entries)
     text = f"{len(kept)} of {len(command.entries)} can be used" + (f"; {rejected[0]}" if rejected else "")

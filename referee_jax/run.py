@@ -59,6 +59,8 @@ def execute(
 ) -> int:
     """Carries out a command and returns the exit code; `load` gives the engine. Raises what `main` explains."""
     settings, start = command.settings, time.monotonic()
+    if not command.entries:
+        raise CommandError("there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts")
     texts, rejected = prompts.sift(command.entries)
     if not texts:
         raise CommandError(f"no prompt can be used; {rejected[0]}")

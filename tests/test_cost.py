@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from referee_jax import config, cost, program
+from referee_jax import config, cost, program, sizes
 from referee_jax.models import blip, blip2, clip, unet, vae
 
 
@@ -149,3 +149,16 @@ def test_xla_needs_as_much_memory(checkpoints, tiny):
     told = jax.jit(fn).lower(*args).compile().memory_analysis()
     needed = told.temp_size_in_bytes + told.output_size_in_bytes
     assert tiny.fixed + 6 * tiny.live == pytest.approx(needed, rel=0.33)
+
+
+def test_remat_by_memory():
+    """What works least is taken where it fits, and is no more than what a batch and all weights need."""
+    settings = config.override(config.load("configs/shapes_blip.py"), {"batch_size": 4})
+    sized = sizes.abstract(settings)
+    fits = lambda limit, **how: cost.fitting_remat(dataclasses.replace(settings, **how), sized, limit)  # noqa: E731
+    assert fits(None) == "full" and fits(10**6) == "full" and fits(10**12) == "dots"
+    assert fits(None, remat="none") == fits(10**6, remat="none") == "none"
+    least = next(n for n in range(20, 40) if fits(2**n) == "dots")
+    assert fits(2**least, batch_size=64) == "full"
+    kept = {name: cost.estimate(dataclasses.replace(settings, remat=name)) for name in ("full", "dots")}
+    assert kept["dots"].step < kept["full"].step and kept["dots"].live > kept["full"].live

@@ -481,7 +481,6 @@ def test_flags_change_the_config(tmp_path):
         (["--config.referees[3].name=clip"], "referees[3].name cannot be set: tuple index out of range"),
         (["--config.referees[0].losses.l2=1"], "referees[0].losses.l2 cannot be set: "),
         (["--config.ema=3"], "ema = '3' is not possible: "),
-        ([], "there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts"),
         (["--prompts=none.txt"], "the prompt file none.txt cannot be read: No such file or directory"),
     ],
 )
@@ -490,6 +489,13 @@ def test_mistakes_in_the_command(arguments, message):
         command(*arguments)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_prompts_are_needed(capsys, tmp_path):
+    """Of who wants images; what a config costs, and whether a machine is fit for it, can be asked without."""
+    asked = command(f"--workdir={tmp_path / 'none'}")
+    assert run.main(asked) == 2 and not asked.workdir.exists()
+    assert "there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts" in capsys.readouterr().err
 
 
 def test_a_config_is_needed():

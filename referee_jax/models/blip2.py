@@ -193,7 +193,7 @@ class QFormerEncoder(nnx.Module):
                 kept.append(own)
             return x, kept
 
-        return jax.lax.scan(group, x, (stacks, image, prefix))
+        return jax.lax.scan(group, x, (stacks, image, prefix), unroll=layers.unrolls(self.layer[0].depth))
 
 
 class QFormer(nnx.Module):

@@ -214,7 +214,7 @@ POLICIES = {
     ),
     "none": jax.checkpoint_policies.everything_saveable,
 }
-UNROLLED = 8  # layers; longer stacks are a loop, which compiles in the time of one layer
+UNROLLED = 8  # layers; where there are more, a loop compiles in the time of one
 
 
 def with_remat(tree: Any, policy: str) -> Any:
@@ -226,15 +226,20 @@ def with_remat(tree: Any, policy: str) -> Any:
     return copied
 
 
+def unrolls(depth: int, *, remat: bool = False) -> bool:
+    """Whether so many layers, made again in the backward pass or not, are written out one after the other, not as a loop."""
+    # A loop copies each layer's weights and what is kept of it, a tenth of a GPU's time, and XLA:CPU works at half its speed
+    # within; but unrolled, XLA:CPU keeps what is to be made again.
+    return jax.default_backend() == "gpu" or depth <= UNROLLED and not remat
+
+
 def scan_layers(stack: Stack, x: Array, *args, remat: bool = False) -> Array:
     """`layers[n](... layers[0](x, *args), *args)`; with `remat` the backward pass keeps what `stack.remat` says."""
 
     def body(x, layer):
         return layer(x, *args), None
 
-    # A loop copies each layer's weights and what is kept of it: a tenth of a GPU's time. Unrolled, XLA:CPU keeps what is to
-    # be made again.
-    unroll = stack.depth <= UNROLLED if not remat else jax.default_backend() == "gpu"
+    unroll = unrolls(stack.depth, remat=remat)
     if remat:
         body = jax.checkpoint(body, policy=POLICIES[stack.remat], prevent_cse=unroll)
     return jax.lax.scan(body, x, stack.layer, unroll=unroll)[0]

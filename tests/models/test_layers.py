@@ -1,0 +1,127 @@
+"""What the networks share: what is kept for the backward pass, and which kernel attends."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from referee_jax import program
+from referee_jax.models import clip, layers
+
+
+class Layer(nnx.Module):
+    """Pre-norm network of two products, one of which feeds a nonlinearity."""
+
+    def __init__(self, width, *, rngs):
+        self.norm = layers.LayerNorm(width, epsilon=1e-6, rngs=rngs)
+        self.mlp = clip.MLP(width, 4 * width, "gelu", rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+@pytest.fixture(scope="module")
+def stack():
+    return layers.stack(lambda rngs: Layer(8, rngs=rngs), 5, nnx.Rngs(0))
+
+
+X = jax.random.normal(jax.random.key(1), (3, 8))
+
+
+def test_gelu():
+    x = np.linspace(-8, 8, 999, dtype=np.float32)
+    np.testing.assert_allclose(layers.exact_gelu(x), torch.nn.functional.gelu(torch.from_numpy(x)), rtol=1e-5, atol=1e-6)
+    assert layers.exact_gelu(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def passes(stack, policy):
+    """Products of a gradient, in those of a forward pass."""
+    asked = layers.with_remat(stack, policy)
+    forward = lambda x: layers.scan_layers(asked, x, remat=True).sum()  # noqa: E731
+    return program.flops(jax.grad(forward), X) / program.flops(forward, X)
+
+
+def test_what_is_made_again(stack):
+    """Forward and backward are two; who keeps inputs alone makes the first of the two products again. Gradients are equal."""
+    assert {policy: passes(stack, policy) for policy in layers.POLICIES} == {"full": 2.5, "dots": 2, "none": 2}
+    gradients = [
+        jax.grad(lambda x, kept=layers.with_remat(stack, policy): (layers.scan_layers(kept, x, remat=True) ** 2).sum())(X)
+        for policy in layers.POLICIES
+    ]
+    for other in gradients[1:]:
+        np.testing.assert_allclose(other, gradients[0], rtol=1e-5, atol=1e-6)
+
+
+def test_with_remat_is_a_copy(stack):
+    changed = layers.with_remat({"within": (stack, None)}, "dots")["within"][0]
+    assert (stack.remat, changed.remat) == ("full", "dots")
+    assert jax.tree.leaves(changed)[0] is jax.tree.leaves(stack)[0]
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A machine with a GPU, as far as tracing asks."""
+    device = type("Device", (), {"client": type("Client", (), {"platform_version": "PJRT C API\ncuda 13000"})})
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+
+
+def shaped(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def lowered(fn, *args):
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("tokens", [(256, 256), (257, 257), (300, 77)])
+def test_cudnn_attends(cuda, tokens):
+    """Long attention and its gradient under vmap are cuDNN's, and counted; XLA's is counted the same going forward."""
+    own, others = (shaped(2, n, 16, 88) for n in tokens)
+    loss = lambda q, k: (layers.attention(q, k, k).astype(jnp.float32) ** 2).sum()  # noqa: E731
+    batched = [shaped(3, *x.shape) for x in (own, others)]
+    text = lowered(jax.vmap(jax.grad(loss, argnums=(0, 1))), *batched)
+    assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
+    out = jax.eval_shape(jax.vmap(lambda q, k: layers.attention(q, k, k)), *batched)
+    assert out.shape == batched[0].shape and out.dtype == jnp.bfloat16
+    even = [n + n % 2 for n in tokens]
+    forward = 2 * 2 * 2 * 16 * 88 * even[0] * even[1]
+    assert program.flops(loss, own, others) == forward
+    assert program.flops(jax.grad(loss), own, others) == forward * 7 / 2
+
+
+def test_kept_attention_is_not_made_again(cuda):
+    fn = lambda x: (layers.attention(x, x, x).astype(jnp.float32) ** 2).sum()  # noqa: E731
+    x = shaped(2, 256, 16, 88)
+    flops = {name: program.flops(jax.grad(jax.checkpoint(fn, policy=p)), x) for name, p in layers.POLICIES.items()}
+    assert flops["dots"] == flops["none"] == flops["full"] * 7 / 9
+
+
+@pytest.mark.parametrize(
+    ("query", "how"),
+    [
+        (shaped(2, 256, 16, 88, dtype=jnp.float32), {}),
+        (shaped(2, 64, 16, 88), {}),
+        (shaped(2, 256, 2, 160), {}),
+        (shaped(2, 256, 2, 84), {}),
+        (shaped(2, 256, 16, 88), {"bias": jnp.zeros((1, 1, 1, 256))}),
+        (shaped(2, 256, 16, 88), {"is_causal": True}),
+    ],
+)
+def test_xla_attends(cuda, query, how):
+    """What cuDNN cannot do, or what is too short to matter."""
+    assert "cudnn" not in lowered(lambda x: layers.attention(x, x, x, **how), query)
+
+
+def test_a_gpu_has_no_loops(cuda, stack):
+    fn = lambda x: layers.scan_layers(stack, x, remat=True)  # noqa: E731
+    assert "stablehlo.while" not in lowered(fn, X)
+
+
+def test_other_devices_have(stack):
+    """XLA:CPU keeps what is to be made again, if there is no loop around it."""
+    fn = lambda x: layers.scan_layers(stack, x, remat=True)  # noqa: E731
+    assert "stablehlo.while" in jax.jit(fn).lower(X).as_text()
