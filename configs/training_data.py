@@ -23,7 +23,7 @@ DATA = {
     "100 batches": "--epoch=100",
     "20 batches": "--epoch=20",
 }
-STEPS = 3000
+STEPS = 2000
 
 
 def directory(name: str) -> str:
