@@ -1,6 +1,6 @@
 """The method in plain torch: the oracle of `referee_jax.inversion`, and a fair peer for its speed.
 
-Implements arXiv 2402.16305 step for step on diffusers' U-Net and VAE and transformers' CLIP, batched over prompts.
+Implements arXiv 2402.16305 step for step on diffusers' U-Net and VAE and a judge (judges.py), batched over prompts.
 Axes: B prompts, V views, K kept views, h x w latents, H x W image, S the referee's input side; NHWC throughout (a
 permuted view of it is what torch calls channels_last). All randomness of a step is injected, in one dict:
 
@@ -28,6 +28,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from tests.oracles import judges
+
 Noise = Mapping[str, Any]
 Metrics = dict[str, Tensor]
 
@@ -36,7 +38,7 @@ Metrics = dict[str, Tensor]
 class Settings:
     """The numbers of the method; defaults are the authors'.
 
-    The `use_*` switches take one component out: without SDS gs = 0 and r = 1, without views CLIP sees the resized
+    The `use_*` switches take one component out: without SDS gs = 0 and r = 1, without views the judge sees the resized
     image, without noise the latents and kept views get none (noise inside the view parameters is part of those).
     """
 
@@ -98,13 +100,12 @@ class Settings:
 class Prompt:
     """Text, computed once.
 
-    `cond`, `uncond` [B, T, D] are the U-Net's text states; `text` [B, P] and `negatives` [B, N, P] unit features.
+    `cond`, `uncond` [B, T, D] are the U-Net's text states; `text` is what the judge makes of it.
     """
 
     cond: Tensor
     uncond: Tensor
-    text: Tensor
-    negatives: Tensor | None = None
+    text: judges.Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,45 +126,34 @@ class Oracle:
         text_encoder: nn.Module,
         unet: nn.Module,
         vae: nn.Module,
-        clip: nn.Module,
+        judge: judges.Judge,
         alphas_cumprod: Tensor,
         *,
         settings: Settings,
         prediction_type: str = "epsilon",
-        mean: Iterable[float] = (0.48145466, 0.4578275, 0.40821073),
-        std: Iterable[float] = (0.26862954, 0.26130258, 0.27577711),
         channels_last: bool = False,
         compiled: bool = False,
     ):
-        networks = [m.eval().requires_grad_(False) for m in (text_encoder, unet, vae, clip)]
+        networks = [m.eval().requires_grad_(False) for m in (text_encoder, unet, vae, judge)]
         if channels_last:
             networks = [m.to(memory_format=torch.channels_last) for m in networks]
-        self.text_encoder, self.unet, self.vae, self.clip = networks
+        self.text_encoder, self.unet, self.vae, self.judge = networks
         self.settings, self.prediction_type = settings, prediction_type
-        # Networks compute in their own type; latents, images, losses and the update in that of z.
-        device, self.dtype = unet.device, unet.dtype
-        self.alphas_cumprod = alphas_cumprod.to(device)
-        self.mean, self.std = (torch.tensor(tuple(x), device=device) for x in (mean, std))
+        # Networks compute in their own type; latents, images, losses and the update in that of z. Convolutions go by the
+        # layout of what comes in, too, and latents are NHWC.
+        self.dtype, layout = unet.dtype, torch.channels_last if channels_last else torch.contiguous_format
+        self.alphas_cumprod = alphas_cumprod.to(unet.device)
+        enter = lambda z: z.to(self.dtype).contiguous(memory_format=layout)  # noqa: E731
         compile_ = torch.compile if compiled else lambda fn: fn
-        self._unet = compile_(lambda z, t, text: self.unet(z.to(self.dtype), t, encoder_hidden_states=text).sample)
-        self._decode = compile_(lambda z: self.vae.decode(z.to(self.dtype)).sample)
-        self._embed = compile_(lambda x: clip.visual_projection(clip.vision_model(x.to(self.dtype)).pooler_output))
+        self._unet = compile_(lambda z, t, text: self.unet(enter(z), t, encoder_hidden_states=text).sample)
+        self._decode = compile_(lambda z: self.vae.decode(enter(z)).sample)
+        self._judge = compile_(judge)
 
     @torch.no_grad()
-    def encode_text(
-        self, sds_ids: Tensor, empty_ids: Tensor, referee_ids: Tensor, negative_ids: Tensor | None = None
-    ) -> Prompt:
-        """Token ids int64[B, T] to all that depends on text; `empty_ids` may be [1, T], `negative_ids` is [B, N, T]."""
+    def encode_text(self, sds_ids: Tensor, empty_ids: Tensor, *texts: Any) -> Prompt:
+        """Token ids int64[B, T] to all that depends on text; `empty_ids` may be [1, T], `texts` go to the judge."""
         cond, uncond = (self.text_encoder(input_ids=x).last_hidden_state for x in (sds_ids, empty_ids))
-
-        def embed(x: Tensor) -> Tensor:
-            features = self.clip.text_projection(self.clip.text_model(input_ids=x).pooler_output)
-            return F.normalize(features.to(torch.promote_types(self.dtype, torch.float32)), dim=-1)
-
-        negatives = None
-        if negative_ids is not None:
-            negatives = embed(negative_ids.flatten(0, 1)).unflatten(0, negative_ids.shape[:2])
-        return Prompt(cond, uncond.expand_as(cond), embed(referee_ids), negatives)
+        return Prompt(cond, uncond.expand_as(cond), self.judge.encode(*texts))
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents [B, h, w, 4] to images [B, H, W, 3] in [0, 1]; the only place where z meets the decoder."""
@@ -190,16 +180,7 @@ class Oracle:
 
     def view_losses(self, views: Tensor, prompt: Prompt) -> dict[str, Tensor]:
         """Views [B, V, S, S, 3] in [0, 1] to each named loss, [B, V]."""
-        features = self._embed(_nchw(((views - self.mean) / self.std).flatten(0, 1)))
-        image = F.normalize(features.to(views.dtype), dim=-1).unflatten(0, views.shape[:2])
-        losses = {}
-        if "cosine" in self.settings.referee_losses:
-            losses["cosine"] = 1 - torch.einsum("bvd,bd->bv", image, prompt.text)
-        if "contrastive" in self.settings.referee_losses:
-            texts = torch.cat([prompt.text[:, None], prompt.negatives], 1)
-            logits = self.clip.logit_scale.exp() * torch.einsum("bvd,bnd->bvn", image, texts)
-            losses["contrastive"] = -logits.log_softmax(-1)[..., 0]
-        return losses
+        return self._judge(views, prompt.text, tuple(self.settings.referee_losses))
 
     def referee_gradient(
         self, z: Tensor, view_params: Any, referee_noise: Tensor | None, prompt: Prompt
@@ -211,7 +192,7 @@ class Oracle:
         s = self.settings
         z = z.detach().requires_grad_()
         image = self.decode(z)
-        size = self.clip.config.vision_config.image_size
+        size = self.judge.image_size
         total = lambda losses: sum(weight * losses[name] for name, weight in s.referee_losses.items())  # noqa: E731
         if s.use_views:
             views = render(image, view_params, size=size, names=s.views_augmentations)
@@ -305,16 +286,20 @@ def load(
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    mean: Iterable[float] = (0.48145466, 0.4578275, 0.40821073),
+    std: Iterable[float] = (0.26862954, 0.26130258, 0.27577711),
     **kwargs: Any,
 ) -> Oracle:
-    """An oracle from a Stable Diffusion and a CLIP directory in the Hugging Face layout; `kwargs` go to `Oracle`."""
+    """An oracle from a Stable Diffusion and a judge's directory in the Hugging Face layout; `kwargs` go to `Oracle`."""
     text_encoder = transformers.CLIPTextModel.from_pretrained(sd, subfolder="text_encoder")
     unet = diffusers.UNet2DConditionModel.from_pretrained(sd, subfolder="unet")
     vae = diffusers.AutoencoderKL.from_pretrained(sd, subfolder="vae")
     scheduler = diffusers.DDIMScheduler.from_pretrained(sd, subfolder="scheduler")
-    clip = transformers.CLIPModel.from_pretrained(referee)
-    networks = [m.to(device, dtype) for m in (text_encoder, unet, vae, clip)]
-    return Oracle(*networks, scheduler.alphas_cumprod, prediction_type=scheduler.config.prediction_type, **kwargs)
+    judge = judges.load(referee, mean, std).to(device, torch.float32)
+    for m in (text_encoder, unet, vae, *judge.parts):
+        m.to(device, dtype)
+    numbers = {"alphas_cumprod": scheduler.alphas_cumprod, "prediction_type": scheduler.config.prediction_type}
+    return Oracle(text_encoder, unet, vae, judge, **numbers, **kwargs)
 
 
 def tokens(path: str | os.PathLike, texts: list[str]) -> Tensor:
@@ -407,7 +392,7 @@ def draw(generator: torch.Generator, settings: Settings, *, batch: int, latent: 
             "on": uniform(views) < 0.5,
             **factors,
             "hue": uniform(views, -0.1, 0.1),
-            "order": uniform((batch, 4)).argsort(-1),
+            "order": uniform((batch, 4)).argsort(-1).cpu(),  # it is the host that asks for it
         },
         "Er": {"on": zero == 0, "box": box[:, None].expand(*views, 4)},
         "noise": uniform((*views, 1, 1, 1), 0.0, 0.1) * normal(*views, size, size, 3),
