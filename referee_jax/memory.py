@@ -105,10 +105,10 @@ def _called(eqn: core.JaxprEqn) -> core.Jaxpr | None:
 def _within(eqn: core.JaxprEqn) -> int:
     """Bytes that the programs within an equation need."""
     name, params = eqn.primitive.name, eqn.params
-    if name == "scan":  # the slices that one turn reads are copies
+    if name == "scan":  # the slices that one turn reads, which have an axis less than what they are of, are copies
         body = params["jaxpr"].jaxpr
-        slices = body.invars[params["num_consts"] + params["num_carry"] :]
-        return peak(body) + sum(size_of(var.aval) for var in slices)
+        pairs = zip(eqn.invars, body.invars, strict=True)
+        return peak(body) + sum(size_of(own.aval) for whole, own in pairs if whole.aval.ndim > own.aval.ndim)
     if name == "while":
         return peak(params["body_jaxpr"].jaxpr)
     if name == "cond":

@@ -228,9 +228,9 @@ def with_remat(tree: Any, policy: str) -> Any:
 
 def unrolls(depth: int, *, remat: bool = False) -> bool:
     """Whether so many layers, made again in the backward pass or not, are written out one after the other, not as a loop."""
-    # A loop copies each layer's weights and what is kept of it, a tenth of a GPU's time, and XLA:CPU works at half its speed
-    # within; but unrolled, XLA:CPU keeps what is to be made again.
-    return jax.default_backend() == "gpu" or depth <= UNROLLED and not remat
+    # XLA:CPU works at half its speed within a loop; but unrolled, it keeps what is to be made again. On a GPU a loop's copies
+    # of weights and of what is kept take a tenth of the time; 39 layers without one take more than two minutes to compile.
+    return depth <= UNROLLED and not remat
 
 
 def scan_layers(stack: Stack, x: Array, *args, remat: bool = False) -> Array:
