@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from referee_jax import disk, outputs, prompts
+from referee_jax import compile_cache, devices, disk, outputs, prompts
 from referee_jax.benchmarks import agreement, layouts, measures, noun_phrases, shapes, statistics, t2i_compbench
 from referee_jax.weights import convert
 
@@ -241,8 +241,10 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"unexpected argument {argv[1]!r}")
         if not args.workdir:
             raise ValueError("--workdir is missing: a run directory, or a folder of images in a benchmark's layout")
+        if trouble := compile_cache.use(devices.choose()):
+            logging.warning(trouble)
         print(evaluate(args), end="")
-    except (ValueError, OSError, prompts.PromptError, convert.WeightsError) as error:
+    except (ValueError, OSError, devices.DeviceError, prompts.PromptError, convert.WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -27,7 +27,7 @@ from typing import Any
 import tqdm
 from absl import app, flags, logging
 
-from referee_jax import assembly, config, disk, formats, inverter, prompts, queue
+from referee_jax import assembly, compile_cache, config, devices, disk, formats, inverter, prompts, queue
 from referee_jax.benchmarks import shapes, statistics
 from referee_jax.weights import convert
 
@@ -223,12 +223,14 @@ def main(argv: list[str]) -> int:
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}")
+        if trouble := compile_cache.use(devices.choose()):
+            logging.warning(trouble)
         if not args.sweep or not args.workdir:
             raise ValueError("--sweep=FILE and --workdir=DIRECTORY are needed")
         changes = {} if args.samples is None else {"samples": args.samples}
         printed = sweep(args.sweep, Path(args.workdir), vary=args.vary, names=args.variant, changes=changes)
         print(printed, end="")
-    except (ValueError, OSError, prompts.PromptError, convert.WeightsError) as error:
+    except (ValueError, OSError, devices.DeviceError, prompts.PromptError, convert.WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies  # nothing public describes devices that are not there
 
-from referee_jax import config, hlo, inverter, sizes
+from referee_jax import config, cost, hlo, inverter, sizes
 
 GIB = 2**30
 # libtpu asks no metadata server which TPU this is, and does not insist on being the only one to use it: no chip is touched.
@@ -125,16 +125,20 @@ def devices(name: str) -> list[jax.Device]:
         raise TopologyError(f"libtpu does not describe {name}: {str(error).splitlines()[0]}") from error
 
 
-def unloaded(settings: config.Settings, there: Sequence[jax.Device]) -> inverter.Inverter:
-    """The engine with abstract networks on devices. Raises ConfigError; WeightsError for a checkpoint of unknown sizes."""
+def unloaded(settings: config.Settings, there: Sequence[jax.Device], memory: int | None = None) -> inverter.Inverter:
+    """The engine with abstract networks on devices with so many bytes of `memory`.
+
+    Raises ConfigError; WeightsError for a checkpoint of unknown sizes.
+    """
     sized = sizes.abstract(settings)
+    settings = dataclasses.replace(settings, remat=cost.fitting_remat(settings, sized, memory))
     return inverter.Inverter(settings, sized.prior, sized.judges, there)
 
 
 def compile_for(settings: config.Settings, name: str) -> Report:
     """Compiles the program of an iteration for a slice. Raises TopologyError, and what `unloaded` does."""
     chip, there = _chip(name), devices(name)
-    engine = unloaded(settings, there)
+    engine = unloaded(settings, there, int(chip.hbm * GIB))
     batch = engine.shapes()
     flops = engine.flops(batch)
     report = Report(

@@ -55,7 +55,7 @@ def check_activation(config) -> None:
         raise ValueError(f"hidden_act={config.hidden_act!r} is not implemented; supported: {', '.join(ACTIVATIONS)}")
 
 
-LONG = 256  # tokens that ask; of fewer, XLA's own products are as fast
+LONG = 256  # tokens that ask and are asked; of fewer, XLA's own products are as fast
 
 
 def attention(query: Array, key: Array, value: Array, *, bias: Array | None = None, is_causal: bool = False) -> Array:
@@ -64,15 +64,20 @@ def attention(query: Array, key: Array, value: Array, *, bias: Array | None = No
     `bias` is added to the logits and broadcast to `[B, N, T, S]`. On an NVIDIA GPU cuDNN's kernel, which stores no
     probabilities, does what it can and what is long enough to matter.
     """
-    if bias is None and not is_causal and _is_for_cudnn(query):
+    if bias is None and not is_causal and _is_for_cudnn(query, key):
         return _cudnn_attention(query, key, value)
     return jax.nn.dot_product_attention(query, key, value, bias=bias, is_causal=is_causal)
 
 
-def _is_for_cudnn(query: Array) -> bool:
-    _, length, _, width = query.shape
-    is_possible = query.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128 and length >= LONG
-    return is_possible and jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
+def _is_for_cudnn(query: Array, key: Array) -> bool:
+    width, is_long = query.shape[-1], min(query.shape[1], key.shape[1]) >= LONG
+    is_possible = query.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
+    return (
+        is_long
+        and is_possible
+        and jax.default_backend() == "gpu"
+        and "cuda" in jax.devices()[0].client.platform_version
+    )
 
 
 def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:

@@ -41,16 +41,19 @@ def start(workdir: pathlib.Path, cache: pathlib.Path, index: int = 0, count: int
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONFAULTHANDLER": "1",
     }  # fmt: skip
     with open(workdir.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    process.log = workdir.with_suffix(".log")
+    return process
 
 
 def ended(process: subprocess.Popen) -> int:
-    """Its exit code. TimeoutExpired after LONGEST seconds; its log then says what it was at."""
+    """Its exit code. RuntimeError after LONGEST seconds, with what it was at."""
     try:
         return process.wait(LONGEST)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)
-        raise
+        process.send_signal(signal.SIGABRT)  # upon which Python's fault handler tells of all threads
+        process.wait()
+        raise RuntimeError(f"a process does not end: {process.log.read_text()[-4000:]}") from None
 
 
 def images(workdir: pathlib.Path) -> dict[str, bytes]:

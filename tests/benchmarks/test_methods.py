@@ -27,7 +27,8 @@ class Engine:
         for item in items:
             things = world.parse(item.prompt).things[: 1 if item.sample else None]
             objects = tuple(
-                world.Object(thing.shape, thing.colour or "red", x=18 + 28 * n, radius=10) for n, thing in enumerate(things)
+                world.Object(thing.shape, thing.colour or "red", x=18 + 28 * n, radius=10)
+                for n, thing in enumerate(things)
             )
             images.append(world.draw(world.Scene(objects))[0].astype(np.float32))
         scores = [{"held_out_0_probability": 0.25 + 0.5 * (item.sample == 0)} for item in items]
