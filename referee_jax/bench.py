@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from referee_jax import config, cost, disk, inverter, outputs, parallel, program, queue, sizes
+from referee_jax import config, cost, devices, disk, inverter, outputs, parallel, program, queue, sizes
 from referee_jax.benchmarks import statistics
 from referee_jax.weights import convert
 
@@ -92,14 +92,16 @@ def bench(settings: config.Settings, batches: Sequence[int], *, least: float) ->
     """All measurements, as they are written; what is not measured on this device is None."""
     device = parallel.prompt_mesh().devices.flat[0]
     sized = sizes.at_random(sizes.abstract(settings))
-    step = cost.make_step(settings, sized)
-    rows = []
+    rows, asked = [], settings
     for batch in batches:
+        settings = dataclasses.replace(asked, batch_size=batch)
+        remat = cost.fitting_remat(settings, sized, devices.memory(device))
+        step = cost.make_step(settings := dataclasses.replace(settings, remat=remat), sized)
         for piece in cost.parts(step):
             logging.info("%s, %d at once", piece.name, batch)
             rows.append({"part": piece.name, "batch": batch} | part(step, piece, batch, least))
         logging.info("iteration, %d at once", batch)
-        rows.append({"part": "iteration", "batch": batch} | whole(settings, sized, device, batch))
+        rows.append({"part": "iteration", "batch": batch, "remat": remat} | whole(settings, sized, device, batch))
         rows[-1]["peak"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
         rows[-1]["images_per_hour"] = 3600 * batch / (settings.steps * rows[-1]["seconds"])
     return {

@@ -182,7 +182,8 @@ class Settings:
     image_size: int = _field(512, low=8)
     precision: str = _field("float32", allowed=("float32", "bfloat16"))
     batch_size: int = _field(8, low=1)  # items per device (or group of them)
-    # What is kept of each layer for the backward pass: its input, products with weights besides, or all; auto: by memory.
+    # What is kept of each layer of BLIP, BLIP-2 and ALIGN for the backward pass: its input, products with weights besides, or
+    # all. auto: products, where an accelerator's memory allows.
     remat: str = _field("auto", allowed=("auto", "full", "dots", "none"))
     mesh: Mesh = _group(Mesh)
     chunk: int = _field(10, low=1)  # iterations between two looks at the clock, the log and the stop request

@@ -109,9 +109,11 @@ def make_step(settings: config.Settings, sized: sizes.Sized) -> Step:
 
 
 def fitting_remat(settings: config.Settings, sized: sizes.Sized, limit: int | None) -> str:
-    """`settings.remat`; of "auto" the one that works least, if a batch then fits into `limit` bytes, None where unknown."""
-    if settings.remat != "auto" or limit is None:
-        return "full" if settings.remat == "auto" else settings.remat
+    """`settings.remat`; for "auto", "dots" if a batch then fits into `limit` bytes (None: unknown), else "full"."""
+    if settings.remat != "auto":
+        return settings.remat
+    if limit is None:
+        return "full"
     step = make_step(dataclasses.replace(settings, remat="dots"), sized)
     needed = sum(_weights(step).values()) + memory.peak(_traced(step, settings.batch_size))
     return "dots" if needed <= USABLE * limit else "full"

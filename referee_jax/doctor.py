@@ -137,8 +137,10 @@ def workdir(command: run.Command | None) -> list[Finding]:
 
 def prompts_of(command: run.Command | None) -> list[Finding]:
     """Which of the command's prompts can be used."""
-    if not command or not command.entries:
+    if not command:
         return []
+    if not command.entries:
+        return [Finding("prompts", "none are given; a run needs some")]
     kept, rejected = prompts.sift(command.entries)
     text = f"{len(kept)} of {len(command.entries)} can be used" + (f"; {rejected[0]}" if rejected else "")
     return [Finding("prompts", text, "give other prompts" if not kept else "")]

@@ -36,7 +36,7 @@ def across_devices(fn: Callable, mesh: Mesh, batched: Sequence[bool]) -> Callabl
 
     The result is joined along its first axis. Batches must be a multiple of the number of groups.
     """
-    # Where no weight is split all axes are ours, as kernels want it that XLA does not know how to split.
+    # Where no weight is split all axes are ours: cuDNN's attention is only then the whole of what a device does.
     own = {AXIS} if mesh.shape[MODEL] > 1 else {AXIS, MODEL}
     specs = tuple(PartitionSpec(AXIS) if is_batched else PartitionSpec() for is_batched in batched)
     out = PartitionSpec(AXIS)

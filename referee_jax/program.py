@@ -61,7 +61,8 @@ def _dot(eqn: core.JaxprEqn) -> float:
 
 # cuDNN's attention, whose programs say nothing of their work -> products of the size of queries x keys. Going back, the
 # probabilities are made again.
-_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
+_ATTENTION = {CUDNN_FORWARD: 2, CUDNN_BACKWARD: 5}
 
 
 def _attention(eqn: core.JaxprEqn) -> float:

@@ -9,7 +9,6 @@ Exit codes: 0 done, 1 disk, memory or device failed, 2 the command cannot be car
 """
 
 import dataclasses
-import math
 import os
 import select
 import signal
@@ -197,7 +196,10 @@ def main(
         return _fail(1, f"{error}; {keeps}")
     except jax.errors.JaxRuntimeError as error:
         if generation.is_memory(error):
-            return _fail(1, f"the device's memory is too small even for --config.batch_size=1; {keeps}")
+            return _fail(
+                1,
+                f"the device's memory is too small even for --config.batch_size=1 (--config.remat=full needs least); {keeps}",
+            )
         return _fail(1, f"the device failed twice at the same images: {str(error).splitlines()[0][:300]}; {keeps}")
 
 
@@ -220,7 +222,9 @@ def _end(reader: int, stop: generation.Stop) -> None:
     while number not in SIGNALS:
         number = os.read(reader, 1)[0]
     stop.number = signal.Signals(number)
-    signal.alarm(math.ceil(GRACE) + 1)  # the kernel's, for when Python itself is ending and some thread does not let it
+    signal.setitimer(
+        signal.ITIMER_REAL, GRACE + 1
+    )  # the kernel's, for when Python is ending and some thread does not let it
     say(f"{stop.number.name}: ending after this chunk, or in {GRACE:.0f} s", file=sys.stderr)
     select.select([reader], [], [], GRACE)
     os._exit(128 + number)  # nothing is ever half written, and what is in flight goes on from its last checkpoint

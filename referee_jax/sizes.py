@@ -23,7 +23,7 @@ _SD = {
     "unet": unet.Config(),
     "vae_decoder": vae.Config(),
 }
-DRAWN = 4_194_301  # a prime, so that nothing of a network repeats
+DRAWN = 4_194_301  # a prime, so that no two rows or layers are equal
 _FOLDERS = {"clip_text": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
 
 

@@ -223,10 +223,10 @@ def main(argv: list[str]) -> int:
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}")
-        if trouble := compile_cache.use(devices.choose()):
-            logging.warning(trouble)
         if not args.sweep or not args.workdir:
             raise ValueError("--sweep=FILE and --workdir=DIRECTORY are needed")
+        if trouble := compile_cache.use(devices.choose(args.device)):
+            logging.warning(trouble)
         changes = {} if args.samples is None else {"samples": args.samples}
         printed = sweep(args.sweep, Path(args.workdir), vary=args.vary, names=args.variant, changes=changes)
         print(printed, end="")
@@ -239,6 +239,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("sweep", None, "config file, with get_variants() or not")
     flags.DEFINE_string("workdir", None, "directory of scores, table, figure and images")
+    flags.DEFINE_enum("device", "auto", devices.KINDS, "what to compute on; auto: an accelerator where there is one")
     flags.DEFINE_integer("samples", None, "images per prompt; default: the config's", lower_bound=1)
     flags.DEFINE_multi_string("vary", [], "setting=value,value,...: variants with these; may be repeated")
     flags.DEFINE_multi_string("variant", [], "only this variant; may be repeated")

@@ -27,6 +27,13 @@ torch.set_num_threads(1)
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests may take as long as they want."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(0))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _free_programs():
     """Drops what a module has compiled: XLA maps memory for each program, and a process may have only so many maps."""

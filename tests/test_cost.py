@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from referee_jax import config, cost, program, sizes
-from referee_jax.models import blip, blip2, clip, unet, vae
+from referee_jax import config, cost, devices, inverter, program, sizes
+from referee_jax.models import blip, blip2, clip, layers, unet, vae
 
 
 def abstract(make):
@@ -162,3 +162,14 @@ def test_remat_by_memory():
     assert fits(2**least, batch_size=64) == "full"
     kept = {name: cost.estimate(dataclasses.replace(settings, remat=name)) for name in ("full", "dots")}
     assert kept["dots"].step < kept["full"].step and kept["dots"].live > kept["full"].live
+
+
+@pytest.mark.parametrize(("memory", "remat"), [(None, "full"), (10**6, "full"), (10**12, "dots")])
+def test_an_inverter_keeps_what_fits(monkeypatch, memory, remat):
+    """By the memory of the first of its devices, whatever is loaded."""
+    settings = config.override(config.load("configs/shapes_blip.py"), {"batch_size": 1})
+    sized = sizes.abstract(settings)
+    monkeypatch.setattr(devices, "memory", lambda device: memory)
+    engine = inverter.Inverter(settings, sized.prior, sized.judges, jax.devices()[:1])
+    stacks = jax.tree.leaves(engine.networks.referees, is_leaf=lambda x: isinstance(x, layers.Stack))
+    assert {stack.remat for stack in stacks if isinstance(stack, layers.Stack)} == {remat}

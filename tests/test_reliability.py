@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.timeout(1800)  # kill_fuzz.LONGEST for each of several rounds
 spec = importlib.util.spec_from_file_location("kill_fuzz", pathlib.Path(__file__).parent / "bench" / "kill_fuzz.py")
 kill_fuzz = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kill_fuzz)
@@ -33,17 +34,18 @@ def test_the_dead_and_the_stopped_delay_nobody(place):
         log, end = cut / "log.jsonl", time.monotonic() + kill_fuzz.LONGEST
         while not (log.exists() and log.read_bytes().count(b"start") >= 4) and time.monotonic() < end:
             time.sleep(0.05)
+        assert time.monotonic() < end
         running[0].kill()
         running[1].send_signal(signal.SIGSTOP)
-        assert [kill_fuzz.ended(process) for process in running[2:]] == [0, 0]
+        assert kill_fuzz.ended(*running[2:]) == [0, 0]
         assert len(kill_fuzz.images(cut)) >= len(kill_fuzz.PROMPTS) // 4 * 2
     finally:
         for process in running:
             process.kill()
             process.wait()
     last = [kill_fuzz.start(cut, cache, index, 2) for index in range(2)]
-    assert [kill_fuzz.ended(process) for process in last] == [0, 0]
-    assert kill_fuzz.ended(kill_fuzz.start(cut, cache)) == 0
+    assert kill_fuzz.ended(*last) == [0, 0]
+    assert kill_fuzz.ended(kill_fuzz.start(cut, cache)) == [0]
     assert kill_fuzz.problems(cut, workdir / "whole") == []
     journal = [json.loads(line) for line in (cut / "metadata.jsonl").read_text().splitlines()]
     assert {record["status"] for record in journal} == {"done"}

@@ -17,6 +17,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from referee_jax import program
+
 
 def exact_gelu(x: Array) -> Array:
     """x Phi(x), computed in float32 by erf, as torch does (jax.nn.gelu's erfc takes a GPU twice the time)."""
@@ -55,7 +57,7 @@ def check_activation(config) -> None:
         raise ValueError(f"hidden_act={config.hidden_act!r} is not implemented; supported: {', '.join(ACTIVATIONS)}")
 
 
-LONG = 256  # tokens that ask and are asked; of fewer, XLA's own products are as fast
+LONG = 256  # tokens that ask and are asked; of 77 keys XLA's own products were faster
 
 
 def attention(query: Array, key: Array, value: Array, *, bias: Array | None = None, is_causal: bool = False) -> Array:
@@ -71,26 +73,30 @@ def attention(query: Array, key: Array, value: Array, *, bias: Array | None = No
 
 def _is_for_cudnn(query: Array, key: Array) -> bool:
     width, is_long = query.shape[-1], min(query.shape[1], key.shape[1]) >= LONG
-    is_possible = query.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
-    return (
-        is_long
-        and is_possible
-        and jax.default_backend() == "gpu"
-        and "cuda" in jax.devices()[0].client.platform_version
-    )
+    if not is_long or query.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128:
+        return False
+    # Where weights are split over devices XLA would have to split it, too.
+    if jax.default_backend() != "gpu" or jax.sharding.get_abstract_mesh().auto_axes:
+        return False
+    device = jax.devices()[0]
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
 
 
 def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
-    """`attention` of all tokens to all; of odd numbers of tokens JAX lets cuDNN have no gradient, so that one is added."""
-    tokens, found = query.shape[1], key.shape[1]
+    """`attention` of all tokens to all.
+
+    JAX 0.10 takes the placeholder of a missing bias for one, and refuses the gradient of odd numbers of tokens, which with a bias
+    cuDNN has not: one is added, and masked.
+    """
+    asked, read = query.shape[1], key.shape[1]
     even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))  # noqa: E731
     lengths = {}
-    if tokens % 2 or found % 2:
+    if asked % 2 or read % 2:
         # Made of the query, so that vmap gives them its axis.
         zero = 0 * query[:, 0, 0, 0].astype(jnp.int32)
-        lengths = {"query_seq_lengths": zero + tokens, "key_value_seq_lengths": zero + found}
+        lengths = {"query_seq_lengths": zero + asked, "key_value_seq_lengths": zero + read}
     x = jax.nn.dot_product_attention(even(query), even(key), even(value), implementation="cudnn", **lengths)
-    return x[:, :tokens]
+    return x[:, :asked]
 
 
 def attention_bias(sees: Array) -> Array:
@@ -209,13 +215,13 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -
     return Stack(jax.vmap(lambda key: build(nnx.Rngs(key)))(keys), depth)
 
 
-_CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's primitive
 # Name -> what is kept of each layer for the backward pass besides its input: nothing; the results of products with weights and
 # of cuDNN's attention, so that only what is cheap is made again; or all.
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": lambda prim, *args, **params: (
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params) or prim.name == _CUDNN
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params)
+        or prim.name == program.CUDNN_FORWARD
     ),
     "none": jax.checkpoint_policies.everything_saveable,
 }
@@ -231,11 +237,9 @@ def with_remat(tree: Any, policy: str) -> Any:
     return copied
 
 
-def unrolls(depth: int, *, remat: bool = False) -> bool:
-    """Whether so many layers, made again in the backward pass or not, are written out one after the other, not as a loop."""
-    # XLA:CPU works at half its speed within a loop; but unrolled, it keeps what is to be made again. On a GPU a loop's copies
-    # of weights and of what is kept take a tenth of the time; 39 layers without one take more than two minutes to compile.
-    return depth <= UNROLLED and not remat
+def unrolls(depth: int) -> bool:
+    """Whether so many layers are written out one after the other: XLA:CPU works at half its speed within a loop."""
+    return depth <= UNROLLED
 
 
 def scan_layers(stack: Stack, x: Array, *args, remat: bool = False) -> Array:
@@ -244,10 +248,11 @@ def scan_layers(stack: Stack, x: Array, *args, remat: bool = False) -> Array:
     def body(x, layer):
         return layer(x, *args), None
 
-    unroll = unrolls(stack.depth, remat=remat)
-    if remat:
-        body = jax.checkpoint(body, policy=POLICIES[stack.remat], prevent_cse=unroll)
-    return jax.lax.scan(body, x, stack.layer, unroll=unroll)[0]
+    if not remat:
+        return jax.lax.scan(body, x, stack.layer, unroll=unrolls(stack.depth))[0]
+    # Unrolled, XLA:CPU would keep what is to be made again, and a GPU's compiler takes minutes for a vision tower. In a loop
+    # nothing of the forward pass is there to be merged with.
+    return jax.lax.scan(jax.checkpoint(body, policy=POLICIES[stack.remat], prevent_cse=False), x, stack.layer)[0]
 
 
 def float_dtype(module: nnx.Module) -> jnp.dtype:

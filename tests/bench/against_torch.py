@@ -252,8 +252,9 @@ def main() -> None:
     """The command line."""
     args = arguments()
     settings = settings_of(args.config, args.batch, args.precision)
-    if [spec.name for spec in settings.referees] not in (["clip"], ["blip2"]):
-        sys.exit(f"error: {args.config}: torch has one referee here, clip or blip2")
+    known = {"clip": {"cosine", "contrastive"}, "blip2": {"itm", "itg"}}
+    if len(settings.referees) != 1 or set(settings.referees[0].losses) - known.get(settings.referees[0].name, set()):
+        sys.exit(f"error: {args.config}: torch has one referee here, with losses of {known}")
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

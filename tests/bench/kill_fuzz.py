@@ -25,7 +25,7 @@ SETTINGS = {
     "views.count": 2, "views.keep": 2,
 }  # fmt: skip
 TERMINATED = (128 + signal.SIGTERM, -signal.SIGKILL, -signal.SIGTERM)  # the last: before Python had begun to catch it
-LONGEST = 400  # seconds that a process may take
+LONGEST = 300  # seconds that a process may take
 
 
 def start(workdir: pathlib.Path, cache: pathlib.Path, index: int = 0, count: int = 1) -> subprocess.Popen:
@@ -33,27 +33,27 @@ def start(workdir: pathlib.Path, cache: pathlib.Path, index: int = 0, count: int
     command = [sys.executable, "-m", "referee_jax.run", "--config=configs/shapes.py", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in SETTINGS.items()] + [f"--prompt={x}" for x in PROMPTS]
     command += [f"--shard_index={index}", f"--shard_count={count}"]
-    # Many processes on few cores: one thread each, and what is compiled once, quickly, is not compiled again.
+    # Many processes on few cores: one thread each, and what is compiled once is not compiled again.
+    threads = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {threads}",
         "JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONFAULTHANDLER": "1",
     }  # fmt: skip
     with open(workdir.with_suffix(".log"), "ab") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    process.log = workdir.with_suffix(".log")
-    return process
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
-def ended(process: subprocess.Popen) -> int:
-    """Its exit code. RuntimeError after LONGEST seconds, with what it was at."""
+def ended(*processes: subprocess.Popen) -> list[int]:
+    """Their exit codes. RuntimeError where one takes more than LONGEST seconds; its log then says what it was at."""
     try:
-        return process.wait(LONGEST)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)  # upon which Python's fault handler tells of all threads
-        process.wait()
-        raise RuntimeError(f"a process does not end: {process.log.read_text()[-4000:]}") from None
+        return [process.wait(LONGEST) for process in processes]
+    except subprocess.TimeoutExpired as error:
+        for process in processes:
+            process.send_signal(signal.SIGABRT)  # upon which Python's fault handler tells of all threads
+            process.wait()
+        log = pathlib.Path(next(x for x in error.cmd if x.startswith("--workdir="))[len("--workdir=") :] + ".log")
+        raise RuntimeError(f"a process does not end: {log.read_text()[-4000:]}") from error
 
 
 def images(workdir: pathlib.Path) -> dict[str, bytes]:
@@ -81,7 +81,7 @@ def uninterrupted(workdir: pathlib.Path) -> float:
     for _ in range(2):
         shutil.rmtree(whole, ignore_errors=True)
         began = time.monotonic()
-        if ended(start(whole, cache)):
+        if any(ended(start(whole, cache))):
             raise RuntimeError(f"the uninterrupted run fails: {whole.with_suffix('.log').read_text()[-2000:]}")
     return time.monotonic() - began
 
@@ -103,7 +103,7 @@ def fuzz(kills: int, seed: int, workdir: pathlib.Path, lasted: float) -> list[st
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
         begun = time.monotonic()
-        codes += [ended(process) for process in running]
+        codes += ended(*running)
         wrong += [f"it took {took:.0f} s to end"] if (took := time.monotonic() - begun) > 10 else []
         print(f"{killed} kills, {len(images(cut))} images", flush=True)
         if len(images(cut)) == len(PROMPTS):
@@ -111,7 +111,7 @@ def fuzz(kills: int, seed: int, workdir: pathlib.Path, lasted: float) -> list[st
                 if rng.random() < 0.5:
                     (cut / "images" / name).unlink()
     last = [start(cut, cache, index, 2) for index in range(2)]
-    codes_of_last = [ended(process) for process in last]
+    codes_of_last = ended(*last)
     wrong += [f"a process ended with {code}" for code in codes if code not in (0, *TERMINATED)]
     wrong += [f"the last run ended with {code}" for code in codes_of_last if code]
     ended(start(cut, cache))  # alone: it finds all done, and joins the journals

@@ -66,6 +66,7 @@ def test_with_remat_is_a_copy(stack):
 def cuda(monkeypatch):
     """A machine with a GPU, as far as tracing asks."""
     device = type("Device", (), {"client": type("Client", (), {"platform_version": "PJRT C API\ncuda 13000"})})
+    device.compute_capability = "9.0"
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
@@ -81,7 +82,7 @@ def lowered(fn, *args):
 
 @pytest.mark.parametrize("tokens", [(256, 256), (257, 257), (300, 257)])
 def test_cudnn_attends(cuda, tokens):
-    """Long attention and its gradient under vmap are cuDNN's, and counted; XLA's is counted the same going forward."""
+    """Long attention and its gradient under vmap are cuDNN's, and counted."""
     own, others = (shaped(2, n, 16, 88) for n in tokens)
     loss = lambda q, k: (layers.attention(q, k, k).astype(jnp.float32) ** 2).sum()  # noqa: E731
     batched = [shaped(3, *x.shape) for x in (own, others)]
