@@ -6,7 +6,11 @@ import pathlib
 import signal
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from tests.conftest import relative_l2
 
 pytestmark = pytest.mark.timeout(1800)  # kill_fuzz.LONGEST for each of several rounds
 spec = importlib.util.spec_from_file_location("kill_fuzz", pathlib.Path(__file__).parent / "bench" / "kill_fuzz.py")
@@ -49,3 +53,20 @@ def test_the_dead_and_the_stopped_delay_nobody(place):
     assert kill_fuzz.problems(cut, workdir / "whole") == []
     journal = [json.loads(line) for line in (cut / "metadata.jsonl").read_text().splitlines()]
     assert {record["status"] for record in journal} == {"done"}
+
+
+@pytest.mark.slow
+def test_two_processes_of_eight_devices(place):
+    """Each makes its share on all its devices; the images are those of one process with one device, but for rounding."""
+    workdir, _ = place
+    many = workdir / "many"
+    running = [kill_fuzz.start(many, workdir / "cache", index, 2, devices=8) for index in range(2)]
+    assert kill_fuzz.ended(*running) == [0, 0]
+    assert kill_fuzz.ended(kill_fuzz.start(many, workdir / "cache")) == [0]  # joins the journals
+    log = [json.loads(line) for line in (many / "log.jsonl").read_text().splitlines()]
+    devices = [record["device"] for record in log if record["event"] == "start"]
+    assert devices == ["cpu x 8", "cpu x 8", "cpu x 1"]
+    assert kill_fuzz.images(many).keys() == kill_fuzz.images(workdir / "whole").keys()
+    for file in (workdir / "whole" / "images").glob("*"):
+        one, other = (np.asarray(Image.open(x)) for x in (file, many / "images" / file.name))
+        assert relative_l2(one, other) < 2e-3  # of 12 iterations from noise; one step of rounding in each pixel is 4e-3

@@ -28,8 +28,10 @@ TERMINATED = (128 + signal.SIGTERM, -signal.SIGKILL, -signal.SIGTERM)  # the las
 LONGEST = 300  # seconds that a process may take
 
 
-def start(workdir: pathlib.Path, cache: pathlib.Path, index: int = 0, count: int = 1) -> subprocess.Popen:
-    """One process of a run."""
+def start(
+    workdir: pathlib.Path, cache: pathlib.Path, index: int = 0, count: int = 1, *, devices: int = 1
+) -> subprocess.Popen:
+    """One process of a run, with so many simulated devices."""
     command = [sys.executable, "-m", "referee_jax.run", "--config=configs/shapes.py", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in SETTINGS.items()] + [f"--prompt={x}" for x in PROMPTS]
     command += [f"--shard_index={index}", f"--shard_count={count}"]
@@ -38,7 +40,7 @@ def start(workdir: pathlib.Path, cache: pathlib.Path, index: int = 0, count: int
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {threads}",
         "JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONFAULTHANDLER": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONFAULTHANDLER": "1", "JAX_NUM_CPU_DEVICES": str(devices),
     }  # fmt: skip
     with open(workdir.with_suffix(".log"), "ab") as log:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
