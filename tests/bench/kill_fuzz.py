@@ -24,7 +24,8 @@ SETTINGS = {
     "init": "noise", "init_candidates": 1, "steps": 12, "chunk": 2, "batch_size": 2, "checkpoint_seconds": 0.3,
     "views.count": 2, "views.keep": 2,
 }  # fmt: skip
-TERMINATED = (128 + signal.SIGTERM, -signal.SIGKILL, -signal.SIGTERM)  # the last: before Python had begun to catch it
+# By the run itself; killed; before Python had begun to catch signals; by the kernel, when its time was over.
+TERMINATED = (128 + signal.SIGTERM, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGALRM)
 LONGEST = 300  # seconds that a process may take
 
 
