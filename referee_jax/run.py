@@ -222,9 +222,8 @@ def _end(reader: int, stop: generation.Stop) -> None:
     while number not in SIGNALS:
         number = os.read(reader, 1)[0]
     stop.number = signal.Signals(number)
-    signal.setitimer(
-        signal.ITIMER_REAL, GRACE + 1
-    )  # the kernel's, for when Python is ending and some thread does not let it
+    # The kernel's, for when Python itself is ending and some thread does not let it.
+    signal.setitimer(signal.ITIMER_REAL, GRACE + 1)
     say(f"{stop.number.name}: ending after this chunk, or in {GRACE:.0f} s", file=sys.stderr)
     select.select([reader], [], [], GRACE)
     os._exit(128 + number)  # nothing is ever half written, and what is in flight goes on from its last checkpoint
