@@ -39,6 +39,14 @@ def choose(wanted: str = "auto", *, root: Path = Path("/")) -> str:
     raise DeviceError(_unusable(kind, there.get(kind), device.platform))
 
 
+def has_cudnn() -> bool:
+    """Whether JAX computes on an NVIDIA GPU for which cuDNN has attention in half precision: from Ampere on."""
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.local_devices()[0]
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+
+
 def memory(device: jax.Device) -> int | None:
     """Bytes that JAX may use of an accelerator's own memory; None where it has none, or is not there (topology.py)."""
     try:

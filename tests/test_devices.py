@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -127,3 +128,22 @@ def test_the_command_says_so_at_once(arguments, platforms, message, tmp_path):
     )
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert re.search(message, done.stderr) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "capability", "found"),
+    [
+        ("gpu", "PJRT C API\ncuda 13000", "9.0", True),
+        ("gpu", "PJRT C API\ncuda 12080", "8.0", True),
+        ("gpu", "PJRT C API\ncuda 12080", "7.5", False),
+        ("gpu", "rocm 60300", "9.4", False),
+        ("cpu", "cpu", None, False),
+    ],
+)
+def test_cudnn(monkeypatch, backend, version, capability, found):
+    """Attention in half precision is there from Ampere on."""
+    client = types.SimpleNamespace(platform_version=version)
+    device = types.SimpleNamespace(client=client, compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert devices.has_cudnn() == found

@@ -287,7 +287,10 @@ def test_too_little_memory(tmp_path, capsys):
     assert colours(tmp_path / "cut") == colours(tmp_path / "whole")
     code, engine = execute("--prompt=one", f"--workdir={tmp_path / 'small'}", failures={1: MEMORY, 2: MEMORY})
     assert code == 1 and len(engine.begun) == 2
-    assert "memory is too small even for --config.batch_size=1; the finished images" in capsys.readouterr().err
+    assert (
+        "memory is too small even for --config.batch_size=1 (--config.remat=full needs least); the finished images"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_device_that_fails(tmp_path, capsys):

@@ -78,6 +78,7 @@ def test_only_the_outermost_reads_flags_and_devices():
         "benchmarks/methods.py",
         "sweep.py",
         "bench.py",
+        "benchmarks/binding.py",
     }
     assert flags == programs
     devices = {

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from referee_jax import program
+from referee_jax import devices, program
 
 
 def exact_gelu(x: Array) -> Array:
@@ -76,10 +76,7 @@ def _is_for_cudnn(query: Array, key: Array) -> bool:
     if not is_long or query.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128:
         return False
     # Where weights are split over devices XLA would have to split it, too.
-    if jax.default_backend() != "gpu" or jax.sharding.get_abstract_mesh().auto_axes:
-        return False
-    device = jax.devices()[0]
-    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+    return not jax.sharding.get_abstract_mesh().auto_axes and devices.has_cudnn()
 
 
 def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:

@@ -69,7 +69,7 @@ def cuda(monkeypatch):
     device.compute_capability = "9.0"
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
 
 
 def shaped(*shape, dtype=jnp.bfloat16):
