@@ -29,13 +29,10 @@ done
 
 status=0
 for child in "${children[@]}"; do
+    # A signal to this script ends `wait`, not the child; of one that has ended, bash says each time how.
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
     own=0
     wait "$child" || own=$?
-    # A signal to this script ends `wait`, not the child.
-    while kill -0 "$child" 2>/dev/null; do
-        own=0
-        wait "$child" || own=$?
-    done
     ((status)) || status=$own
 done
 exit "$status"
