@@ -96,7 +96,8 @@ def bench(settings: config.Settings, batches: Sequence[int], *, least: float) ->
     for batch in batches:
         settings = dataclasses.replace(asked, batch_size=batch)
         remat = cost.fitting_remat(settings, sized, devices.memory(device))
-        step = cost.make_step(settings := dataclasses.replace(settings, remat=remat), sized)
+        settings = dataclasses.replace(settings, remat=remat)
+        step = cost.make_step(settings, sized)
         for piece in cost.parts(step):
             logging.info("%s, %d at once", piece.name, batch)
             rows.append({"part": piece.name, "batch": batch} | part(step, piece, batch, least))

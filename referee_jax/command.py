@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import config, devices, prompts
+from referee_jax import compile_cache, config, devices, prompts
 
 
 class CommandError(ValueError):
@@ -58,17 +58,24 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "claim_expiry", 900.0, "seconds after which a silent worker's images are taken over; more than a chunk or a "
         "compilation lasts", lower_bound=1.0, flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_enum(
-        "device",
-        "auto",
-        devices.KINDS,
-        "what to compute on; auto: an accelerator where there is one",
-        flag_values=values,
-    )
+    define_device(values)
     flags.DEFINE_bool(
         "distributed", False, "join the other processes of a TPU slice, Slurm or GKE job by jax.distributed, which says who "
         "this one is", flag_values=values,
     )  # fmt: skip
+
+
+def define_device(values: flags.FlagValues = flags.FLAGS) -> None:
+    """The flag that says what to compute on."""
+    flags.DEFINE_enum(
+        "device", "auto", devices.KINDS, "what to compute on; auto: an accelerator where there is one", flag_values=values
+    )  # fmt: skip
+
+
+def prepare(wanted: str) -> None:
+    """Chooses the device that is wanted and has its compiled programs kept, or warns why not. Raises DeviceError."""
+    if trouble := compile_cache.use(devices.choose(wanted)):
+        logging.warning(trouble)
 
 
 def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from referee_jax import compile_cache, devices, disk, outputs, prompts
+from referee_jax import command, devices, disk, outputs, prompts
 from referee_jax.benchmarks import agreement, layouts, measures, noun_phrases, shapes, statistics, t2i_compbench
 from referee_jax.weights import convert
 
@@ -242,8 +242,7 @@ def main(argv: list[str]) -> int:
         if not args.workdir:
             raise ValueError("--workdir is missing: a run directory, or a folder of images in a benchmark's layout")
         if args.referee or args.vqa or args.benchmark == "t2i_compbench":  # who scores needs a device
-            if trouble := compile_cache.use(devices.choose(args.device)):
-                logging.warning(trouble)
+            command.prepare(args.device)
         print(evaluate(args), end="")
     except (ValueError, OSError, devices.DeviceError, prompts.PromptError, convert.WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -254,7 +253,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "run directory, or a folder of images in a benchmark's layout")
     flags.DEFINE_enum("benchmark", None, ["shapes", "t2i_compbench", "geneval"], "what is measured")
-    flags.DEFINE_enum("device", "auto", devices.KINDS, "what to compute on; auto: an accelerator where there is one")
+    command.define_device()
     flags.DEFINE_multi_string("referee", [], "checkpoint of a referee that scores each image; may be repeated")
     flags.DEFINE_string("lists", None, "directory of T2I-CompBench's *_val.txt files")
     flags.DEFINE_enum("category", None, list(t2i_compbench.CATEGORIES), "of all prompts, instead of --lists")

@@ -27,7 +27,7 @@ from typing import Any
 import tqdm
 from absl import app, flags, logging
 
-from referee_jax import assembly, compile_cache, config, devices, disk, formats, inverter, prompts, queue
+from referee_jax import assembly, command, config, devices, disk, formats, inverter, prompts, queue
 from referee_jax.benchmarks import shapes, statistics
 from referee_jax.weights import convert
 
@@ -225,8 +225,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"unexpected argument {argv[1]!r}")
         if not args.sweep or not args.workdir:
             raise ValueError("--sweep=FILE and --workdir=DIRECTORY are needed")
-        if trouble := compile_cache.use(devices.choose(args.device)):
-            logging.warning(trouble)
+        command.prepare(args.device)
         changes = {} if args.samples is None else {"samples": args.samples}
         printed = sweep(args.sweep, Path(args.workdir), vary=args.vary, names=args.variant, changes=changes)
         print(printed, end="")
@@ -239,7 +238,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("sweep", None, "config file, with get_variants() or not")
     flags.DEFINE_string("workdir", None, "directory of scores, table, figure and images")
-    flags.DEFINE_enum("device", "auto", devices.KINDS, "what to compute on; auto: an accelerator where there is one")
+    command.define_device()
     flags.DEFINE_integer("samples", None, "images per prompt; default: the config's", lower_bound=1)
     flags.DEFINE_multi_string("vary", [], "setting=value,value,...: variants with these; may be repeated")
     flags.DEFINE_multi_string("variant", [], "only this variant; may be repeated")

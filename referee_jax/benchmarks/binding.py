@@ -17,16 +17,15 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from referee_jax import compile_cache, config, devices, prompts, referees
+from referee_jax import command, config, devices, prompts, referees
 from referee_jax.benchmarks import shapes, statistics
 from referee_jax.shapes import world
 from referee_jax.weights import convert
 
 NEAR = 6
 BATCH = 16  # scenes at once
-CATEGORIES = tuple(
-    name for name in world.CATEGORIES if name not in ("shape", "numeracy")
-)  # with attributes to exchange
+# Those with attributes to exchange.
+CATEGORIES = tuple(name for name in world.CATEGORIES if name not in ("shape", "numeracy"))
 
 
 def exchanged(prompt: world.Prompt) -> world.Prompt:
@@ -51,22 +50,24 @@ def scenes(category: str, split: str, count: int, seed: int) -> list[tuple[np.nd
     return found
 
 
-def losses(judge: referees.Judge, loss: str, asked: list[tuple[np.ndarray, list[str]]]) -> np.ndarray:
-    """float32 `[scene, caption]`."""
-
-    @jax.jit
-    @functools.partial(jax.vmap, in_axes=(None, 0, 0))
-    def ask(referee, image, tokens):
+@functools.partial(jax.jit, static_argnames="loss")
+def _ask(referee, images, tokens, loss: str):
+    def one(image, tokens):
         view = referee.fit(image)[None]
         return jax.vmap(lambda own: referee.views_losses(view, referee.encode(own))[loss][0])(tokens)
 
+    return jax.vmap(one)(images, tokens)
+
+
+def losses(judge: referees.Judge, loss: str, asked: list[tuple[np.ndarray, list[str]]]) -> np.ndarray:
+    """float32 `[scene, caption]`."""
+    stacked = lambda trees: jax.tree.map(lambda *x: np.stack(x), *trees)  # noqa: E731
     found = []
     for start in range(0, len(asked), BATCH):
         share = asked[start : start + BATCH]
         share += share[-1:] * (BATCH - len(share))
-        tokens = [jax.tree.map(lambda *x: np.stack(x), *map(judge.tokenize, texts)) for _, texts in share]
-        images = np.stack([image for image, _ in share])
-        found.append(np.asarray(ask(judge.referee, images, jax.tree.map(lambda *x: np.stack(x), *tokens))))
+        tokens = stacked([stacked(map(judge.tokenize, texts)) for _, texts in share])
+        found.append(np.asarray(_ask(judge.referee, stacked(image for image, _ in share), tokens, loss)))
     return np.concatenate(found)[: len(asked)]
 
 
@@ -104,8 +105,7 @@ def main(argv: list[str]) -> int:
     try:
         if len(argv) > 1 or not args.referee:
             raise ValueError("--referee=DIRECTORY_OR_ID is needed, as often as you like, and nothing but flags")
-        if trouble := compile_cache.use(devices.choose(args.device)):
-            logging.warning(trouble)
+        command.prepare(args.device)
         print(table(args))
     except (ValueError, OSError, devices.DeviceError, prompts.PromptError, convert.WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -119,5 +119,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum("category", "colour", CATEGORIES, "of the captions")
     flags.DEFINE_integer("scenes", 192, "of each split", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of the scenes")
-    flags.DEFINE_enum("device", "auto", devices.KINDS, "what to compute on; auto: an accelerator where there is one")
+    command.define_device()
     app.run(main)

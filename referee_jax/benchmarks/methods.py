@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from referee_jax import compile_cache, config, devices, disk, formats, inverter, queue
+from referee_jax import command, config, disk, formats, inverter, queue
 from referee_jax.benchmarks import shapes, statistics
 from referee_jax.shapes import world
 
@@ -155,8 +155,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     args = flags.FLAGS
-    if trouble := compile_cache.use(devices.choose(args.device)):
-        logging.warning(trouble)
+    command.prepare(args.device)
     settings = dataclasses.replace(config.from_config(args.config), samples=args.samples)
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -174,7 +173,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", "configs/shapes.py", "file of settings")
-    flags.DEFINE_enum("device", "auto", devices.KINDS, "what to compute on; auto: an accelerator where there is one")
+    command.define_device()
     flags.DEFINE_integer("samples", 2, "pictures per prompt", lower_bound=1)
     flags.DEFINE_integer("limit", None, "only the first so many prompts of each list", lower_bound=1)
     flags.DEFINE_multi_enum("category", ["colour"], ["all", *world.CATEGORIES], "of the prompts; may be repeated")
