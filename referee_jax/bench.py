@@ -146,12 +146,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--batches={','.join(args.batches)}: numbers of images are needed, at least 1")
     try:
         settings = config.from_config(args.config)
+        devices.choose()
         with tempfile.TemporaryDirectory() as cache:
             # Nothing is compiled before: the first time is without, the second with what the cache holds.
             jax.config.update("jax_compilation_cache_dir", cache)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
             found = bench(settings, list(map(int, args.batches)), least=args.seconds)
-    except (config.ConfigError, convert.WeightsError) as error:
+    except (config.ConfigError, convert.WeightsError, devices.DeviceError) as error:
         sys.exit(f"error: {error}")
     if args.out:
         pathlib.Path(args.out).write_text(json.dumps(disk.finite(found), indent=2) + "\n")

@@ -1,5 +1,6 @@
 """What kind of device there is to compute on, and what is wrong where it is not the one that the machine has."""
 
+import ctypes
 import importlib.util
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +26,8 @@ def choose(wanted: str = "auto", *, root: Path = Path("/")) -> str:
     """
     if wanted == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    if jax.config.jax_platforms == "cpu" or not accelerators(root):
+        _keep_freed_memory()
     try:
         device = jax.local_devices()[0]
     except RuntimeError as error:
@@ -37,6 +40,25 @@ def choose(wanted: str = "auto", *, root: Path = Path("/")) -> str:
     if kind is None:
         return device.device_kind
     raise DeviceError(_unusable(kind, there.get(kind), device.platform))
+
+
+# Of glibc's malloc.h: parameter -> value.
+_MALLOPT = {
+    -8: 1,  # M_ARENA_MAX: threads, too, use the heap, the only place where large pieces are kept
+    -4: 0,  # M_MMAP_MAX: what is large is not given back as soon as it is freed
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: nor is the end of the heap, but for what exceeds 2 GB
+}
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep what is freed for the next iteration, a quarter of which on a CPU were else the kernel's handing out pages.
+
+    It has to come before JAX begins, whose threads have heaps of their own by then.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in _MALLOPT.items():
+            mallopt(parameter, value)
 
 
 def has_cudnn() -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import platform
 import re
 import subprocess
 import sys
@@ -57,6 +58,30 @@ def test_accelerators_of_a_machine(files, buses, found, tmp_path):
 def test_a_bare_machine_computes_on_its_cpu(wanted, tmp_path, platforms):
     platforms(None)
     assert devices.choose(wanted, root=tmp_path) == "cpu"
+
+
+FAULTS = """
+import resource, statistics, sys
+import jax, jax.numpy as jnp
+from referee_jax import devices
+if sys.argv[1] == "choose":
+    devices.choose("cpu")
+step = jax.jit(lambda x: jnp.cumsum(jnp.exp(x), 0).max())  # 36 MB, twice, between its parts
+x = jnp.zeros((3000, 3000))
+faults = lambda: (step(x).block_until_ready(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt)[1]
+found = [faults() for _ in range(15)]
+print(int(statistics.median(b - a for a, b in zip(found, found[1:]))))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told to keep what is freed")
+def test_a_cpu_keeps_its_memory_between_iterations():
+    faults = {}
+    for how in ("choose", "not"):
+        command = [sys.executable, "-c", FAULTS, how]
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
+        faults[how] = int(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+    assert faults["choose"] < 200 and faults["not"] > 4000
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ import torch
 import transformers
 from torch import nn
 
-from referee_jax import assembly, config, inverter, queue, referees, sizes
+from referee_jax import assembly, config, devices, inverter, queue, referees, sizes
 from tests.oracles import inversion as oracle
 from tests.oracles import judges
 
@@ -252,6 +252,7 @@ def main() -> None:
     """The command line."""
     args = arguments()
     settings = settings_of(args.config, args.batch, args.precision)
+    devices.choose()  # as a run does
     known = {"clip": {"cosine", "contrastive"}, "blip2": {"itm", "itg"}}
     if len(settings.referees) != 1 or set(settings.referees[0].losses) - known.get(settings.referees[0].name, set()):
         sys.exit(f"error: {args.config}: torch has one referee here, with losses of {known}")
