@@ -75,15 +75,18 @@ def warp(view: Array, x: Array, y: Array) -> Array:
     height, width, channels = view.shape
     x, y = jnp.clip(x, -1, width), jnp.clip(y, -1, height)
     left, top = jnp.floor(x), jnp.floor(y)
-    right, low = (x - left)[..., None], (y - top)[..., None]
     # All four neighbours lie side by side in one row of the table: one gather, and in the backward pass one scatter-add
     # (XLA's slowest operation on a CPU) of a quarter of the rows.
     padded = jnp.pad(view, ((1, 2), (1, 2), (0, 0)))
     corners = (padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:])
     table = jnp.concatenate(corners, -1).reshape(-1, 4 * channels)
     index = (top.astype(jnp.int32) + 1) * (width + 2) + left.astype(jnp.int32) + 1
-    a, b, c, d = jnp.split(table.at[index].get(mode="clip"), 4, axis=-1)
-    return (a * (1 - right) + b * right) * (1 - low) + (c * (1 - right) + d * right) * low
+    rows = table.at[index].get(mode="clip").reshape(*index.shape, 4, channels)
+    # Selected, not put together of parts: what is added to the table in the backward pass would be, too, element by element.
+    corner = jnp.arange(4)
+    right, low = (x - left)[..., None], (y - top)[..., None]
+    weights = jnp.where(corner % 2 == 1, right, 1 - right) * jnp.where(corner >= 2, low, 1 - low)
+    return (rows * weights[..., None]).sum(-2)
 
 
 def _grid(view: Array) -> tuple[Array, Array]:
