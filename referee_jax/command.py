@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ def prepare(wanted: str) -> None:
     """Chooses the device that is wanted and has its compiled programs kept, or warns why not. Raises DeviceError."""
     if trouble := compile_cache.use(devices.choose(wanted)):
         logging.warning(trouble)
+
+
+def tell(work: Callable[[], str]) -> int:
+    """Prints what a program's work has to say; its exit code. What cannot be done is one sentence and code 2."""
+    try:
+        print(work().rstrip("\n"))
+    except (ValueError, OSError, devices.DeviceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:

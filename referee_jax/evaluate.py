@@ -17,16 +17,14 @@ command cannot be carried out.
 import dataclasses
 import io
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 
-from referee_jax import command, devices, disk, outputs, prompts
+from referee_jax import command, disk, outputs
 from referee_jax.benchmarks import agreement, layouts, measures, noun_phrases, shapes, statistics, t2i_compbench
-from referee_jax.weights import convert
 
 ALL = "all"
 VQA = "checkpoints/blip-vqa-480"
@@ -236,18 +234,17 @@ def main(argv: list[str]) -> int:
     args = flags.FLAGS
     if not args["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    try:
+
+    def work() -> str:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}")
         if not args.workdir:
             raise ValueError("--workdir is missing: a run directory, or a folder of images in a benchmark's layout")
         if args.referee or args.vqa or args.benchmark == "t2i_compbench":  # who scores needs a device
             command.prepare(args.device)
-        print(evaluate(args), end="")
-    except (ValueError, OSError, devices.DeviceError, prompts.PromptError, convert.WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return evaluate(args)
+
+    return command.tell(work)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import io
 import json
 import re
 import runpy
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from typing import Any
 import tqdm
 from absl import app, flags, logging
 
-from referee_jax import assembly, command, config, devices, disk, formats, inverter, prompts, queue
+from referee_jax import assembly, command, config, disk, formats, inverter, queue
 from referee_jax.benchmarks import shapes, statistics
-from referee_jax.weights import convert
 
 Row = tuple[str, queue.Item]  # name of the variant, what is made
 
@@ -220,19 +218,17 @@ def sweep(
 def main(argv: list[str]) -> int:
     """The command line."""
     args = flags.FLAGS
-    try:
+
+    def work() -> str:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}")
         if not args.sweep or not args.workdir:
             raise ValueError("--sweep=FILE and --workdir=DIRECTORY are needed")
         command.prepare(args.device)
         changes = {} if args.samples is None else {"samples": args.samples}
-        printed = sweep(args.sweep, Path(args.workdir), vary=args.vary, names=args.variant, changes=changes)
-        print(printed, end="")
-    except (ValueError, OSError, devices.DeviceError, prompts.PromptError, convert.WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return sweep(args.sweep, Path(args.workdir), vary=args.vary, names=args.variant, changes=changes)
+
+    return command.tell(work)
 
 
 if __name__ == "__main__":

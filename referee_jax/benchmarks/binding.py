@@ -11,16 +11,14 @@ not. The loss is the referee's first, or --loss. Exit codes: 0 done, 2 the comma
 
 import dataclasses
 import functools
-import sys
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 
-from referee_jax import command, config, devices, prompts, referees
+from referee_jax import command, config, referees
 from referee_jax.benchmarks import shapes, statistics
 from referee_jax.shapes import world
-from referee_jax.weights import convert
 
 NEAR = 6
 BATCH = 16  # scenes at once
@@ -102,15 +100,14 @@ def table(args) -> str:
 def main(argv: list[str]) -> int:
     """The command line."""
     args = flags.FLAGS
-    try:
+
+    def work() -> str:
         if len(argv) > 1 or not args.referee:
             raise ValueError("--referee=DIRECTORY_OR_ID is needed, as often as you like, and nothing but flags")
         command.prepare(args.device)
-        print(table(args))
-    except (ValueError, OSError, devices.DeviceError, prompts.PromptError, convert.WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return table(args)
+
+    return command.tell(work)
 
 
 if __name__ == "__main__":

@@ -150,12 +150,8 @@ def table(measured: dict[tuple[str, str, str], list[dict]]) -> str:
     return statistics.markdown(["method", *shapes.SPLITS, "both", "quality, dB", "held-out referee"], rows)
 
 
-def main(argv: list[str]) -> None:
-    """The command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    args = flags.FLAGS
-    command.prepare(args.device)
+def compare(args: flags.FlagValues) -> str:
+    """Measures what the flags ask for; the table, which is written, too."""
     settings = dataclasses.replace(config.from_config(args.config), samples=args.samples)
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -167,8 +163,22 @@ def main(argv: list[str]) -> None:
         for category, split in ((c, s) for c in categories for s in shapes.splits(c)):
             done = measure(row, category, split, change(settings), make, out, engines, limit=args.limit)
             measured[row, category, split] = done
-    (out / "table.md").write_text(table(measured))
-    print(table(measured))
+    found = table(measured)
+    (out / "table.md").write_text(found)
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """The command line."""
+    args = flags.FLAGS
+
+    def work() -> str:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}")
+        command.prepare(args.device)
+        return compare(args)
+
+    return command.tell(work)
 
 
 if __name__ == "__main__":
