@@ -120,7 +120,7 @@ def tokenize(
     """A prompt as `encode` reads it."""
     template = settings.sds
     is_guided = template.prompt != template.negative_prompt
-    texts = [template.prompt.replace("{}", prompt), template.negative_prompt][: 2 if is_guided else 1]
+    texts = [prompts.fill(template.prompt, prompt), template.negative_prompt][: 2 if is_guided else 1]
     return {
         "prior": prompts.tokenize(tokenizer, texts),
         "referees": tuple(judge.tokenize(prompt) for judge in judges),

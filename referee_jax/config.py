@@ -21,7 +21,7 @@ from typing import Any
 
 import ml_collections
 
-from referee_jax import augment, optim, views
+from referee_jax import augment, optim, prompts, views
 
 ASSETS = pathlib.Path(__file__).parent / "shapes" / "assets"
 EMBEDDED = "shapes/"  # checkpoints whose names begin so are part of the package
@@ -84,7 +84,8 @@ class Sds:
     t_max_final: int = _field(950, low=2, high=1000)
     alpha_power: float = 0.0
     sigma_power: float = 0.0
-    prompt: str = "A photo exactly contains {}"  # {} is the prompt; without it the prior is the same for all
+    # {} is the prompt, {caption} the same without capitals and most marks; with neither the prior is the same for all.
+    prompt: str = "A photo exactly contains {caption}"
     negative_prompt: str = ""
 
 
@@ -358,8 +359,10 @@ def _check(settings: Settings) -> None:
     for key in ("t_max", "t_max_final"):
         if getattr(settings.sds, key) < settings.sds.t_min + 2:
             raise _wrong(f"sds.{key}", getattr(settings.sds, key), f"at least sds.t_min + 2 = {settings.sds.t_min + 2}")
-    if settings.sds.prompt.count("{}") > 1:
-        raise _wrong("sds.prompt", settings.sds.prompt, "a text with one {} where the prompt is put, or with none")
+    if len(prompts.PLACES.findall(settings.sds.prompt)) > 1:
+        raise _wrong(
+            "sds.prompt", settings.sds.prompt, "a text with one {} or {caption} where the prompt is put, or with none"
+        )
     if settings.init_candidates > 1 and settings.init != "sample":
         raise _wrong("init_candidates", settings.init_candidates, 'one, unless init = "sample"')
     _check_views(settings.views)

@@ -138,7 +138,7 @@ class Inverter:
 
     def check(self, prompt: str) -> str | None:
         """Why this prompt cannot be done, or None."""
-        prior = prompts.token_count(self.tokenizer, self.settings.sds.prompt.replace("{}", prompt))
+        prior = prompts.token_count(self.tokenizer, prompts.fill(self.settings.sds.prompt, prompt))
         counts = [(prior, self.tokenizer.model_max_length, "the prior")]
         for judge in (*self.judges, *self.held_out):
             if not judge.clean(prompt):

@@ -136,6 +136,14 @@ def caption(text: str) -> str:
     return re.sub(r"\s{2,}", " ", _MARKS.sub(" ", text.lower())).strip()
 
 
+PLACES = re.compile(r"\{(caption)?\}")
+
+
+def fill(template: str, prompt: str) -> str:
+    """The template with the prompt in place of {}, or, as `caption` leaves it, of {caption}."""
+    return PLACES.sub(lambda place: caption(prompt) if place[1] else prompt, template)
+
+
 def question(text: str) -> str:
     """The same for questions (`blip_question` of LAVIS), where the marks are deleted."""
     return _MARKS.sub("", text.lower()).strip()

@@ -25,7 +25,7 @@ def test_defaults_are_the_papers():
     assert (settings.steps, settings.image_size, settings.seed) == (160, 512, 0)
     assert (settings.sds.weight, settings.sds.weight_final, settings.sds.guidance) == (800.0, 400.0, 30.0)
     assert (settings.sds.t_min, settings.sds.t_max) == (50, 950)
-    assert settings.sds.prompt == "A photo exactly contains {}"
+    assert settings.sds.prompt == "A photo exactly contains {caption}"
     assert (settings.referee.weight, settings.referee.stop, settings.referee.noise) == (2.0, 150, 0.2)
     assert (settings.optim.lr, settings.optim.lr_final, settings.optim.warmup) == (1.0, 0.5, 10)
     assert (settings.optim.noise, settings.optim.tail_noise) == (0.2, 0.01)
@@ -113,7 +113,11 @@ def test_config_dict_is_locked_and_typed():
         ({"sds": 3}, "sds = 3 is not possible: it must be a group of settings (a ConfigDict or a dictionary)"),
         ({"sds": {"weight": "much"}}, "sds.weight = 'much' is not possible: it must be a finite number"),
         ({"sds": {"weight": float("nan")}}, "sds.weight = nan is not possible: it must be a finite number"),
-        ({"sds": {"prompt": "{} {}"}}, "sds.prompt = '{} {}' is not possible: it must be a text with one {} where"),
+        ({"sds": {"prompt": "{} {}"}}, "sds.prompt = '{} {}' is not possible: it must be a text with one {} or"),
+        (
+            {"sds": {"prompt": "{} {caption}"}},
+            "sds.prompt = '{} {caption}' is not possible: it must be a text with one {}",
+        ),
         ({"sds": {"t_max": 51}}, "sds.t_max = 51 is not possible: it must be at least sds.t_min + 2 = 52"),
         ({"sds": {"t_max_final": 51}}, "sds.t_max_final = 51 is not possible: it must be at least sds.t_min + 2 = 52"),
         ({"init_candidates": 2}, 'init_candidates = 2 is not possible: it must be one, unless init = "sample"'),
@@ -235,7 +239,8 @@ def test_checkpoints_of_the_package(tmp_path, monkeypatch):
 def test_configs():
     base = config.Settings()
     paper = load("paper")
-    assert dataclasses.replace(paper, referees=base.referees) == base
+    assert dataclasses.replace(paper, referees=base.referees, outputs=base.outputs) == base
+    assert paper.outputs == dataclasses.replace(base.outputs, stretch=True)
     assert [(spec.name, spec.losses) for spec in paper.referees] == [("blip2", {"itg": 1.0, "itm": 1.0})]
     changed = {line.split(":")[0] for line in config.diff(base, load("clip")).splitlines()}
     assert changed == {

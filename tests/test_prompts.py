@@ -121,6 +121,19 @@ def test_caption(text, caption):
 
 
 @pytest.mark.parametrize(
+    "template, prompt, text",
+    [
+        ("A photo exactly contains {caption}", "A Red Book!", "A photo exactly contains a red book"),
+        ("{}", "A Red Book!", "A Red Book!"),
+        ("a photo", "A Red Book!", "a photo"),
+        ("a {} ", "{caption} of {}", "a {caption} of {} "),
+    ],
+)
+def test_fill(template, prompt, text):
+    assert prompts.fill(template, prompt) == text
+
+
+@pytest.mark.parametrize(
     "text, question",
     [
         ("A red circle.", "a red circle"),
