@@ -7,13 +7,11 @@ Which referee a checkpoint is, is seen from it, or said with --name. Exit codes:
 """
 
 import json
-import sys
 from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from referee_jax import config, formats, prompts, referees
-from referee_jax.weights import convert
+from referee_jax import command, config, formats, referees
 
 
 def listing() -> str:
@@ -21,23 +19,33 @@ def listing() -> str:
     lines = []
     for name, family in referees.REFEREES.items():
         lines.append(f"{name} (losses: {', '.join(config.LOSSES[name])})")
-        note = "  (a pickle: convert it first with python -m referee_jax.weights.lavis)" if family.is_converted else ""
+        note = "  (its files, by the line below)" if family.is_converted else ""
         lines += [f"    {published}{note}" for published in family.published]
+        lines += [f"    python -m referee_jax.weights.lavis {file} OUT_DIR" for file in family.files]
     return "\n".join(lines)
 
 
-def score(referee: str, images: Sequence[str], texts: Sequence[str], *, name: str = "", revision: str = "") -> None:
-    """Prints the scores. Raises ValueError, PromptError or WeightsError for what cannot be done."""
+def score(
+    referee: str, images: Sequence[str], texts: Sequence[str], *, name: str = "", revision: str = "", **reading: str
+) -> str:
+    """A line of JSON for each image and text; `reading` is how texts are read (`template`, `first_token` of config.RefereeSpec).
+
+    Raises ValueError, PromptError or WeightsError for what cannot be done.
+    """
     if not images or not texts:
         raise ValueError("there is nothing to score; give --image=FILE and --text=TEXT, each as often as you like")
+    if reading.get("template", "{}").count("{}") != 1:
+        raise ValueError(f"--template={reading['template']!r} is not a text with one {{}} where the prompt is put")
     opened = [formats.read_image(file) for file in images]
     spec = config.RefereeSpec(
-        name=name or referees.name_of(referee, revision or None), checkpoint=referee, revision=revision, losses={}
-    )
+        name=name or referees.name_of(referee, revision or None), checkpoint=referee, revision=revision, losses={},
+        **reading,
+    )  # fmt: skip
     judge = referees.load_referee(spec)
+    lines = []
     for file, row in zip(images, judge.score(opened, texts), strict=True):
-        for text, scores in zip(texts, row, strict=True):
-            print(json.dumps({"image": file, "text": text, **scores}))
+        lines += [json.dumps({"image": file, "text": text, **own}) for text, own in zip(texts, row, strict=True)]
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
@@ -45,25 +53,31 @@ def main(argv: list[str]) -> int:
     args = flags.FLAGS
     if not args["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    try:
+    reading = {name: args[name].value for name in ("template", "first_token") if args[name].present}
+
+    def work() -> str:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; texts are given with --text")
         if args.list:
-            print(listing())
-        elif not args.referee:
+            return listing()
+        if not args.referee:
             raise ValueError("--referee is missing: a directory or a hub id, see --list")
-        else:
-            score(args.referee, args.image, args.text, name=args.name or "", revision=args.revision)
-    except (ValueError, prompts.PromptError, convert.WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        command.prepare(args.device)
+        return score(args.referee, args.image, args.text, name=args.name or "", revision=args.revision, **reading)
+
+    return command.tell(work)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("referee", None, "directory or hub id of a checkpoint")
     flags.DEFINE_enum("name", None, list(referees.REFEREES), "which referee it is; default: seen from the checkpoint")
+    flags.DEFINE_string("template", "", "text with {} in the prompt's place; default: the referee's own")
+    flags.DEFINE_enum(
+        "first_token", "[ENC]", ["[ENC]", "[CLS]"], "of what reads the image in BLIP's matching and answers: the authors' "
+        "[ENC], or [CLS], as transformers' own class is asked",
+    )  # fmt: skip
     flags.DEFINE_string("revision", "", "commit of a hub id; default: the newest")
+    command.define_device()
     flags.DEFINE_multi_string("image", [], "image file; may be repeated")
     flags.DEFINE_multi_string("text", [], "text; may be repeated")
     flags.DEFINE_bool("list", False, "name the referees and their published checkpoints")

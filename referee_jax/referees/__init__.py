@@ -79,7 +79,8 @@ class Judge:
         side, mean, std = self.referee.image_size, np.asarray(self.referee.mean), np.asarray(self.referee.std)
 
         def look(image: PIL.Image.Image) -> np.ndarray:
-            pixels = np.asarray(processor(images=image.convert("RGB"), return_tensors="np")["pixel_values"][0])
+            square = REFEREES[self.spec.name].squared(image.convert("RGB"), side)
+            pixels = np.asarray(processor(images=square, return_tensors="np")["pixel_values"][0])
             if pixels.shape != (3, side, side):
                 raise ValueError(
                     f"referee {self.spec.name} reads {side} x {side} pixels, its image processor gives {pixels.shape}"
@@ -108,7 +109,9 @@ class Family:
         length: tokens of text that it reads; None: as many as the tokenizer says.
         published: hub ids of its checkpoints.
         architecture: what config.json calls such a checkpoint, where that tells the name.
-        is_converted: whether the published files have to go through weights.lavis first.
+        files: originals of its authors that weights.lavis converts.
+        is_converted: whether `published` holds nothing but such.
+        squared: an image and the side of a square, to what the checkpoint's own preprocessing then reads.
         check: raises ValueError for a tokenizer that does not fit, before weights are read.
     """
 
@@ -121,7 +124,9 @@ class Family:
     length: int | None = None
     published: tuple[str, ...] = ()
     architecture: str = ""
+    files: tuple[str, ...] = ()
     is_converted: bool = False
+    squared: Callable[[PIL.Image.Image, int], PIL.Image.Image] = lambda image, side: image
     check: Callable[[Any], Any] = lambda tokenizer: None
 
 
@@ -164,6 +169,15 @@ def _clip(kind: str, reading: clip.Reading, **other: Any) -> Family:
     return Family(kind=kind, build=build, tokenize=clip.tokenize, texts=clip.texts, **other)
 
 
+def _letterboxed(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    """The whole image in a square, its longer side filling it, black beside it: HPSv2's own way (open_clip's ResizeMaxSize)."""
+    size = [round(x * side / max(image.size)) for x in image.size]
+    square = PIL.Image.new("RGB", (side, side))
+    resized = image.resize(size, PIL.Image.Resampling.BICUBIC)
+    square.paste(resized, tuple((side - x) // 2 for x in size))
+    return square
+
+
 # BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
 _blip = functools.partial(Family, length=64, clean=prompts.caption)
 
@@ -196,7 +210,15 @@ REFEREES = {
         ),
     ),
     "pickscore": _clip("clip", clip.PICKSCORE, published=("yuvalkirstain/PickScore_v1",)),
-    "hps": _clip("clip", clip.HPS, published=("xswu/HPSv2",), is_converted=True),
+    "hps": _clip(
+        "clip",
+        clip.HPS,
+        published=("xswu/HPSv2",),
+        files=("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt"),
+        is_converted=True,
+        architecture="HPS",
+        squared=_letterboxed,
+    ),
     "blip_itm": _blip(
         kind="blip_itm",
         build=functools.partial(_blip_referee, blip.Itm),
@@ -208,6 +230,7 @@ REFEREES = {
             "Salesforce/blip-itm-base-flickr",
             "Salesforce/blip-itm-large-flickr",
         ),
+        files=("model_base_retrieval_coco.pth", "model_large_retrieval_coco.pth", "model_base_retrieval_flickr.pth"),
     ),
     "blip_caption": _blip(
         kind="blip_caption",
@@ -216,6 +239,7 @@ REFEREES = {
         tokenize=blip.tokenize_caption,
         template="a picture of {}",
         published=("Salesforce/blip-image-captioning-base", "Salesforce/blip-image-captioning-large"),
+        files=("model_base_caption_capfilt_large.pth", "model_large_caption.pth"),
     ),
     "blip_vqa": _blip(
         kind="blip_vqa",
@@ -226,6 +250,7 @@ REFEREES = {
         clean=prompts.question,
         template="{}?",
         published=("Salesforce/blip-vqa-base", "Salesforce/blip-vqa-capfilt-large"),
+        files=("model_base_vqa_capfilt_large.pth",),  # at 480 pixels, as T2I-CompBench asks it
     ),
     "blip2": Family(
         kind="blip2",
@@ -235,13 +260,16 @@ REFEREES = {
         clean=prompts.caption,
         length=blip2.TOKENS,
         published=("Salesforce/blip2-itm-vit-g", "Salesforce/blip2-itm-vit-g-coco"),
+        files=("blip2_pretrained.pth eva_vit_g.pth",),  # the first stage, which captions
     ),
     "image_reward": Family(
         kind="image_reward",
         build=_image_reward_referee,
         tokenize=blip.tokenize,
         length=image_reward.TOKENS,
+        architecture="ImageReward",
         published=("THUDM/ImageReward",),
+        files=("ImageReward.pt",),
         is_converted=True,
     ),
     "align": Family(
@@ -272,11 +300,14 @@ def name_of(path_or_id: str, revision: str | None = None) -> str:
     raise ValueError(f"{path_or_id}: which referee it is cannot be seen (architecture {said[0]}); say so by its name")
 
 
-def load_referee(spec: config.RefereeSpec, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Judge:
-    """Loads the referee that `spec` names (name, checkpoint, revision); WeightsError where it cannot be had.
+def load_referee(spec: config.RefereeSpec | str, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Judge:
+    """Loads the referee that `spec` names (name, checkpoint, revision), or, to score with, that of a directory or hub id.
 
-    Raises ValueError for a loss that it does not have, before any weight is read where the name alone tells.
+    Raises WeightsError where it cannot be had, and ValueError for a loss that it does not have, before any weight is read where
+    the name alone tells.
     """
+    if isinstance(spec, str):
+        spec = config.RefereeSpec(name=name_of(spec), checkpoint=spec, losses={})
     _check_losses(spec, config.LOSSES[spec.name])
     directory = load.fetch_referee(config.checkpoint_path(spec.checkpoint), revision=spec.revision or None)
     tokenizer = load.load_tokenizer(directory)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from referee_jax.models import align, blip, blip2, clip, siglip, unet, vae
+from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
 from referee_jax.weights.convert import WeightsError
 
 
@@ -96,6 +96,7 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     blip2.Config: _PRETRAINED
     | _any("text_config use_decoder_only_language_model is_encoder_decoder image_token_index image_token_id")
     | {"model_type": ("blip-2",)},
+    image_reward.Config: {"architectures": (["ImageReward"],)},
     align.TextConfig: _PRETRAINED
     | _any("hidden_dropout_prob attention_probs_dropout_prob")
     | {"model_type": ("align_text_model",), "position_embedding_type": ("absolute",)},

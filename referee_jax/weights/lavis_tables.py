@@ -223,7 +223,7 @@ def _blip(shapes: Shapes, architecture: str, text: str, **own) -> dict:
 def _image_reward(shapes: Shapes) -> dict:
     sizes = [shapes[f"mlp.layers.{n}.weight"][0] for n in range(_count(shapes, "mlp.layers."))]
     # No model_type: transformers, which reads the tokenizer beside it, would warn of one that it does not know.
-    return {"mlp_sizes": sizes} | _blip_parts(shapes, "text_encoder.")
+    return {"architectures": ["ImageReward"], "mlp_sizes": sizes} | _blip_parts(shapes, "text_encoder.")
 
 
 def _clip(shapes: Shapes) -> dict:
@@ -234,7 +234,7 @@ def _clip(shapes: Shapes) -> dict:
     ids = {"bos_token_id": words - 2, "eos_token_id": words - 1}  # as in all of CLIP's vocabularies
     return {
         "model_type": "clip",
-        "architectures": ["CLIPModel"],
+        "architectures": ["HPS"],
         "projection_dim": common["projection_dim"],
         "text_config": sizes | common | ids | {"vocab_size": words, "max_position_embeddings": positions},
         "vision_config": _vision(shapes, "position_embedding.weight", 80, **common),
