@@ -46,7 +46,7 @@ BRANCHES = {
         {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
         {},
         {"pre_layernorm": True, "patch_bias": False, "post_layernorm_eps": 1e-1},
-        0,
+        3,
     ),
 }
 IDS = np.array([[2, 7, 9, 12, 3, 0, 0], [2, 20, 8, 15, 21, 6, 3]])
@@ -119,8 +119,9 @@ def ours_with_gradients(network, x, ids, mask, cotangents):
     return made, jax.vmap(pullback)(jax.tree.map(lambda *c: jnp.stack(c), *one))[0]
 
 
-def check_parity(oracle, network, x, ids=IDS, mask=MASK):
-    """Every output and its gradient; and that the oracle sees image and text, without which agreeing means nothing."""
+def check_parity(oracle, network, x, ids=IDS, mask=MASK, moves=0.1):
+    """Every output and its gradient; and that the oracle sees image and text, without which agreeing means nothing:
+    another one moves each output by `moves`, relative to it."""
     *wanted, pixels = theirs(oracle, x, ids, mask)
     cotangents = [normal(y.shape) for y in wanted[:3]]  # texts' features, the fourth, see no image
     made, gradients = ours_with_gradients(network, x, ids, mask, cotangents)
@@ -134,11 +135,10 @@ def check_parity(oracle, network, x, ids=IDS, mask=MASK):
     with torch.no_grad():
         other_image = theirs(oracle, x[::-1].copy(), ids, mask)
         other_text = theirs(oracle, x, ids[::-1].copy(), mask[::-1].copy())
-    # Image and text count, by a hundred times the tolerance; at the published size another text moves the matching by 0.08.
     for n in (0, 1, 2):
-        assert conftest.relative_l2(other_image[n], wanted[n].detach()) > 0.01
+        assert conftest.relative_l2(other_image[n], wanted[n].detach()) > moves
     for n in (0, 1, 3):
-        assert conftest.relative_l2(other_text[n], wanted[n].detach()) > 0.01
+        assert conftest.relative_l2(other_text[n], wanted[n].detach()) > moves
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
@@ -188,7 +188,7 @@ def test_padding_is_not_seen():
     for a, b in zip(ours(network, x, ids, mask), ours(network, x, other, mask), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
     seen = ours(network, x, other, np.ones_like(mask))
-    assert conftest.relative_l2(seen[0], ours(network, x, ids, mask)[0]) > 0.01
+    assert conftest.relative_l2(seen[0], ours(network, x, ids, mask)[0]) > 0.1
 
 
 def test_bfloat16_gradient_points_the_same_way():
@@ -324,4 +324,5 @@ def test_full_size_matches_transformers():
     theirs, config = published("Salesforce/blip2-itm-vit-g")
     oracle = networks.redraw_blip2(transformers.Blip2ForImageTextRetrieval(theirs), seed=0)
     ids = np.random.default_rng(2).integers(5, 30522, (2, 32))
-    check_parity(oracle, fill(oracle, config), images(224), ids, np.ones_like(ids))
+    # Another text moves the matching by 0.08 here.
+    check_parity(oracle, fill(oracle, config), images(224), ids, np.ones_like(ids), moves=0.01)
