@@ -14,8 +14,6 @@ codes: 0 done, 2 the command cannot be carried out.
 """
 
 import ast
-import csv
-import io
 import json
 import re
 import runpy
@@ -24,12 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import tqdm
-from absl import app, flags, logging
+from absl import app, flags
 
 from referee_jax import assembly, command, config, disk, formats, inverter, queue
-from referee_jax.benchmarks import shapes, statistics
+from referee_jax.benchmarks import report, shapes, statistics
 
 Row = tuple[str, queue.Item]  # name of the variant, what is made
+GAINS = {
+    "right": "right, gain",
+    "quality": "quality, gain",
+}  # score -> what it is called as a gain on the first variant
 
 
 def read(file: str, vary: Sequence[str] = ()) -> dict[str, config.Settings]:
@@ -137,60 +139,35 @@ def slug(name: str) -> str:
 
 
 def means(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, statistics.Mean]]:
-    """Variant -> score -> mean. `right` is also told of seen and of unseen prompts."""
+    """Variant -> score -> mean.
+
+    `right` is also told of seen and of unseen prompts, and `right` and `quality` as the `GAINS` on the first variant, picture by
+    picture of the same prompts and samples, whose intervals are narrower than those of two means.
+    """
     found: dict[str, dict[str, list[tuple[str, float]]]] = {}
+    first: dict[tuple[str, int], Mapping[str, float]] = {}
     for record in records:
+        prompt, scores, place = record["prompt"], record["scores"], (record["prompt"], record["sample"])
         own = found.setdefault(record["variant"], {})
-        for name, value in record["scores"].items():
-            if value is None:
-                continue
-            own.setdefault(name, []).append((record["prompt"], value))
-            if name == "right":
-                split = shapes.parts(record["prompt"])[-1].rpartition(", ")[2]
-                own.setdefault(f"right, {split}", []).append((record["prompt"], value))
+        if len(found) == 1:
+            first[place] = scores
+        told = {name: value for name, value in scores.items() if value is not None}
+        if "right" in told:
+            split = shapes.parts(prompt)[-1].rpartition(", ")[2]
+            told[f"right, {split}"] = told["right"]
+        if len(found) > 1:
+            before = first.get(place, {})
+            told |= {gain: told[x] - before[x] for x, gain in GAINS.items() if None not in (told.get(x), before.get(x))}
+        for name, value in told.items():
+            own.setdefault(name, []).append((prompt, value))
     return {variant: {name: statistics.mean(x) for name, x in own.items()} for variant, own in found.items()}
 
 
-def table(found: Mapping[str, Mapping[str, statistics.Mean]]) -> str:
-    """A row per variant, a column per score, as Markdown."""
-    names = sorted(
-        {name for own in found.values() for name in own}, key=lambda name: (not name.startswith("right"), name)
-    )
-    rows = {variant: [own.get(name, "-") for name in names] for variant, own in found.items()}
-    return statistics.markdown(["variant", *names], rows)
-
-
-def as_csv(found: Mapping[str, Mapping[str, statistics.Mean]]) -> str:
-    """A line per variant and score."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["variant", "score", *statistics.Mean._fields])
-    lines.writerows([variant, name, *mean] for variant, own in found.items() for name, mean in own.items())
-    return text.getvalue()
-
-
-def figure(found: Mapping[str, Mapping[str, statistics.Mean]], score: str, file: Path) -> bool:
-    """Draws a score of all variants with its intervals; False where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    shown = {variant: own[score] for variant, own in found.items() if score in own}
-    canvas = FigureCanvasAgg(Figure(figsize=(7, 1 + 0.35 * len(shown)), layout="constrained"))
-    axes = canvas.figure.subplots()
-    middle = [mean.mean for mean in shown.values()]
-    spread = [[mean.mean - mean.low for mean in shown.values()], [mean.high - mean.mean for mean in shown.values()]]
-    places = range(len(shown))
-    axes.errorbar(middle, places, xerr=spread, fmt="o", capsize=3)
-    axes.set_yticks(places, labels=list(shown))
-    axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_xlabel(f"{score}, mean and 95 % interval over prompts")
-    axes.grid(axis="x", alpha=0.3)
-    stream = io.BytesIO()
-    canvas.print_png(stream)
-    disk.write_atomic(file, stream.getvalue())
-    return True
+def columns(found: report.Rows) -> list[str]:
+    """The scores in the table's order: what is known, then what referees say."""
+    names = {name for own in found.values() for name in own}
+    known = ["right", "right, seen", "right, unseen", GAINS["right"], "quality", GAINS["quality"]]
+    return [name for name in known if name in names] + sorted(names - set(known))
 
 
 def sweep(
@@ -206,13 +183,16 @@ def sweep(
     if unknown := [name for name in names if name not in variants]:
         raise config.ConfigError(f"there is no variant {unknown[0]!r}; there are {', '.join(variants)}")
     workdir.mkdir(parents=True, exist_ok=True)
-    found = means(run({name: variants[name] for name in names or variants}, workdir))
-    disk.write_atomic(workdir / "table.md", table(found).encode())
-    disk.write_atomic(workdir / "table.csv", as_csv(found).encode())
-    score = "right" if any("right" in own for own in found.values()) else next(iter(next(iter(found.values()))))
-    if not figure(found, score, workdir / "figure.png"):
-        logging.warning("no figure: matplotlib is not installed (pip install 'referee_jax[eval]')")
-    return table(found)
+    asked = {name: variants[name] for name in names or variants}
+    records = run(asked, workdir)
+    order = {name: place for place, name in enumerate(asked)}
+    found = means(sorted((x for x in records if x["variant"] in order), key=lambda x: order[x["variant"]]))
+    shown = columns(found)
+    printed = report.table(found, "variant", shown)
+    disk.write_atomic(workdir / "table.md", printed.encode())
+    disk.write_atomic(workdir / "table.csv", report.as_csv(found, "variant").encode())
+    report.draw(found, [name for name in GAINS if name in shown] or shown[:1], workdir / "figure.png")
+    return printed
 
 
 def main(argv: list[str]) -> int:

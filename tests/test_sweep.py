@@ -116,10 +116,32 @@ def test_truth_and_splits():
     assert sweep.truth(image, "a blue star and a red circle")["right"] == 0.0
     assert sweep.truth(image, "a dog") == {}
     prompts = {"a red star and a blue circle": 1.0, "a blue star and a red circle": 0.0}
-    records = [{"variant": "a", "prompt": p, "scores": {"right": x, "gone": None}} for p, x in prompts.items()]
+    records = [
+        {"variant": "a", "prompt": p, "sample": 0, "scores": {"right": x, "gone": None}} for p, x in prompts.items()
+    ]
     found = sweep.means(records)["a"]
     assert found["right"].mean == 0.5 and "gone" not in found
     assert found["right, seen"].images + found.get("right, unseen", (0,) * 5)[4] == 2
+
+
+def test_gains_are_of_the_same_pictures():
+    """Both prompts gain the same, however far apart they are; what the first variant has not is left out."""
+    prompts, made = ("a red star and a blue circle", "a blue star and a red circle"), []
+    for variant, gain in (("first", 0.0), ("second", 0.25)):
+        for n, prompt in enumerate(prompts):
+            scores = {"right": n / 2 + gain, "quality": None if n else 20 + gain}
+            made.append({"variant": variant, "prompt": prompt, "sample": 0, "scores": scores})
+    made.append({"variant": "second", "prompt": prompts[0], "sample": 1, "scores": {"right": 0.0, "quality": 1.0}})
+    found = sweep.means(made)
+    assert "right, gain" not in found["first"]
+    assert found["second"]["right, gain"] == (0.25, 0.25, 0.25, 2, 2)
+    assert found["second"]["quality, gain"] == (0.25, 0.25, 0.25, 1, 1)
+    assert found["second"]["right"].images == 3
+    assert sweep.columns(found)[0] == "right" and sweep.columns(found)[-3:] == [
+        "right, gain",
+        "quality",
+        "quality, gain",
+    ]
 
 
 def test_bad_input(file, tmp_path):

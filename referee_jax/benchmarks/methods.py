@@ -7,8 +7,8 @@
 Rows: score distillation alone (from noise, guidance 7.5), plain DDIM sampling of the prior (guidance 7.5, 50 steps), the
 samples that the config begins with (the referees' favourites, if it has several candidates), the config begun from one sample
 without a choice, and the config as it is; over the fixed prompts of a category (two-object colour prompts, unless others are
-asked for), seen and unseen. Prints a Markdown table with 95 % intervals (bootstrap over prompts) and writes table.md, the
-images, and one JSON line per image, from which an interrupted run continues.
+asked for), seen and unseen. Prints a Markdown table with 95 % intervals (bootstrap over prompts) and writes table.md, table.csv,
+figure.png (with the extra `[eval]`), the images, and one JSON line per image, from which an interrupted run continues.
 """
 
 import dataclasses
@@ -16,12 +16,11 @@ import json
 import pathlib
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from referee_jax import command, config, disk, formats, inverter, queue
-from referee_jax.benchmarks import shapes, statistics
+from referee_jax.benchmarks import report, shapes, statistics
 from referee_jax.shapes import world
 
 GUIDANCE = 7.5
@@ -134,20 +133,26 @@ def measure(
     return records
 
 
-def table(measured: dict[tuple[str, str, str], list[dict]]) -> str:
-    """Shares of right pictures as Markdown, a row per category and method, of records by row, category and split.
+def summary(measured: dict[tuple[str, str, str], list[dict]]) -> dict[str, dict[str, statistics.Mean]]:
+    """Row -> score -> mean, of records by row, category and split; category by category where there are several.
 
-    The last column is the held-out referee's mean probability. A category without unseen prompts has a dash there.
+    Scores are the share of right pictures, seen, unseen (if the category has such prompts) and both, their quality in dB, and
+    the probability that the first held-out referee gives the prompt.
     """
-    rows, categories = {}, {category for _, category, _ in measured}
-    for category, row in dict.fromkeys((category, row) for row, category, _ in measured):
-        parts = [measured.get((row, category, split), []) for split in shapes.SPLITS]
-        both = [record for records in parts for record in records]
-        shares = [statistics.mean((r["prompt"], r["right"]) for r in x) if x else "-" for x in (*parts, both)]
-        quality = np.mean([record["quality"] for record in both])
-        sure = np.mean([record["scores"].get("held_out_0_probability", np.nan) for record in both])
-        rows[row if len(categories) == 1 else f"{category}: {row}"] = [*shares, f"{quality:.1f}", f"{sure:.2f}"]
-    return statistics.markdown(["method", *shapes.SPLITS, "both", "quality, dB", "held-out referee"], rows)
+    found, categories = {}, {category for _, category, _ in measured}
+    for category, row in sorted(
+        dict.fromkeys((c, r) for r, c, _ in measured), key=lambda x: world.CATEGORIES.index(x[0])
+    ):
+        parts = {split: measured[row, category, split] for split in shapes.SPLITS if (row, category, split) in measured}
+        both = [record for records in parts.values() for record in records]
+        own = {split: statistics.mean((r["prompt"], r["right"]) for r in records) for split, records in parts.items()}
+        own["both"] = statistics.mean((r["prompt"], r["right"]) for r in both)
+        own["quality, dB"] = statistics.mean((r["prompt"], r["quality"]) for r in both)
+        name = "held_out_0_probability"
+        if sure := [(r["prompt"], r["scores"][name]) for r in both if r["scores"].get(name) is not None]:
+            own["held-out referee"] = statistics.mean(sure)
+        found[row if len(categories) == 1 else f"{category}: {row}"] = own
+    return found
 
 
 def compare(args: flags.FlagValues) -> str:
@@ -163,9 +168,13 @@ def compare(args: flags.FlagValues) -> str:
         for category, split in ((c, s) for c in categories for s in shapes.splits(c)):
             done = measure(row, category, split, change(settings), make, out, engines, limit=args.limit)
             measured[row, category, split] = done
-    found = table(measured)
-    (out / "table.md").write_text(found)
-    return found
+    found = summary(measured)
+    names = list(dict.fromkeys([*shapes.SPLITS, *(name for own in found.values() for name in own)]))
+    printed = report.table(found, "method", names)
+    (out / "table.md").write_text(printed)
+    (out / "table.csv").write_text(report.as_csv(found, "method"))
+    report.draw(found, [*shapes.SPLITS, "quality, dB"], out / "figure.png")
+    return printed
 
 
 def main(argv: list[str]) -> int:

@@ -1,8 +1,10 @@
 """The table of the shapes world: what is counted, what is not made twice."""
 
 import json
+import types
 
 import numpy as np
+from PIL import Image
 
 from referee_jax import config, inverter, queue
 from referee_jax.benchmarks import methods, shapes
@@ -51,14 +53,36 @@ def test_records_are_kept_and_not_made_again(tmp_path):
     assert all((tmp_path / record["file"]).is_file() for record in more)
 
 
-def test_table(tmp_path):
+def test_summary(tmp_path):
     records = {("a row", "colour", split): measured(Engine(), tmp_path, split=split) for split in shapes.SPLITS}
-    lines = methods.table(records).splitlines()
-    assert len(lines) == 3
+    found = methods.summary(records)
+    assert list(found) == ["a row"] and list(found["a row"]) == [
+        "seen",
+        "unseen",
+        "both",
+        "quality, dB",
+        "held-out referee",
+    ]
     # Every prompt has one right picture of two, so that there is no doubt about the mean over prompts.
-    half, (quality, sure) = "0.500 (0.50..0.50)", lines[2].rstrip(" |").split(" | ")[4:]
-    assert lines[2].startswith(f"| a row | {half} | {half} | {half} |")
-    assert float(quality) > 35 and sure == "0.50"
+    for name, images in (("seen", 6), ("unseen", 6), ("both", 12), ("held-out referee", 12)):
+        assert found["a row"][name][:3] == (0.5, 0.5, 0.5) and found["a row"][name].images == images
+    assert found["a row"]["quality, dB"].mean > 35
     records["a row", "shape", "seen"] = measured(Engine(), tmp_path, "shape")
-    *_, colour, shape = methods.table(records).splitlines()
-    assert colour.startswith("| colour: a row |") and shape.startswith(f"| shape: a row | {half} | - | {half} |")
+    found = methods.summary(records)
+    assert list(found) == ["colour: a row", "shape: a row"]
+    assert found["shape: a row"]["seen"].mean == 0.5 and "unseen" not in found["shape: a row"]
+
+
+def test_what_is_written(tmp_path, monkeypatch):
+    """By the command, of a row that is there: table, CSV, figure."""
+    monkeypatch.setattr(methods, "ROWS", {"a row": (lambda settings: settings, Engine().make)})
+    monkeypatch.setattr(methods, "Engines", lambda: lambda settings: Engine())
+    args = types.SimpleNamespace(
+        config=config.default(), samples=2, out=str(tmp_path), rows=["a row"], category=["shape"], limit=3
+    )
+    printed = methods.compare(args)
+    half = "0.500 (0.50..0.50)"
+    assert printed.splitlines()[2].startswith(f"| a row | {half} | - | {half} | ")
+    assert (tmp_path / "table.md").read_text() == printed
+    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "a row,seen,0.5,0.5,0.5,3,6"
+    assert Image.open(tmp_path / "figure.png").size[0] > 500
