@@ -3,6 +3,8 @@
     python -m referee_jax.sweep --sweep=configs/ablation.py --samples=4 --workdir=runs/ablation
 
 96 prompts of two coloured shapes. Each picture begins with one sample of the prior, so that the referee cannot help by choosing.
+What is measured is what each part is worth to configs/shapes.py, which has no restarts of the average: they are a part put
+in. Without SDS there is no length to balance the referee's gradient by, so that its balance is off as well.
 Hardware: an accelerator; on two CPU cores about eight minutes a row for each sample, and `--variant=NAME` for single rows.
 """
 
@@ -45,6 +47,10 @@ NUMBERS = {
     "referee.noise": (0.0, 0.2),
     "optim.noise": (0.05, 0.2),
     "optim.lr": (0.5, 2.0),
+    "referee.balance_epsilon": (0.1, 2.0),
+    "sds.t_max_final": (500,),
+    "views.noise": (0.0, 0.2),
+    "views.affine_degrees": (0.0, 20.0),
 }
 VIEWS = (1, 10, 20)
 

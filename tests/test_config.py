@@ -4,10 +4,11 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import runpy
 
 import pytest
 
-from referee_jax import augment, config, objective, optim, sds
+from referee_jax import augment, config, objective, optim, sds, sweep
 from referee_jax.shapes import world
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -234,6 +235,17 @@ def test_checkpoints_of_the_package(tmp_path, monkeypatch):
     for name in ("shapes/clop", "shapes/../outside"):
         with pytest.raises(config.ConfigError, match="not in the package; it holds shapes/clip$"):
             config.checkpoint_path(name)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
+def test_every_config_is_possible(file):
+    """Its settings, and those of its variants if it is of a sweep; each of the package's checkpoints that it names is there."""
+    made = runpy.run_path(str(file)).get("get_variants")
+    variants = sweep.read(str(file)) if made else {"": config.load(str(file))}
+    assert not made or len(variants) == len(made())
+    for settings in variants.values():
+        for name in (settings.generator.checkpoint, *(spec.checkpoint for spec in settings.referees)):
+            assert not name.startswith("shapes/") or pathlib.Path(config.checkpoint_path(name)).is_dir()
 
 
 def test_configs():
