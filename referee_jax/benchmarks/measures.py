@@ -80,7 +80,13 @@ def blip_vqa(checkpoint: str, *, limit: int = noun_phrases.LIMIT, batch_size: in
     label, source = noun_phrases.default_source()
 
     def build():
-        scorer = scoring.Scorer(_judge(checkpoint, "blip_vqa"), texts=limit, batch_size=batch_size)
+        judge = _judge(checkpoint, "blip_vqa")
+        scorer = scoring.Scorer(
+            judge,
+            texts=limit,
+            batch_size=batch_size,
+            tokenize=functools.partial(t2i_compbench.tokenize, judge),
+        )
 
         def score(images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> list[Scores]:
             phrases = [noun_phrases.phrases(prompt, limit=limit, source=source) for prompt in prompts]

@@ -1,6 +1,6 @@
 """A referee's scores of many images, each with texts of its own, batch by batch over the devices of this process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -10,7 +10,10 @@ from referee_jax import parallel, referees
 
 
 class Scorer:
-    """Asks one referee. Each image has at most `texts` texts; `batch_size` images per device are judged at once."""
+    """Asks one referee. Each image has at most `texts` texts; `batch_size` images per device are judged at once.
+
+    `tokenize` is the judge's, unless a benchmark has its own.
+    """
 
     def __init__(
         self,
@@ -18,9 +21,10 @@ class Scorer:
         *,
         texts: int = 1,
         batch_size: int = 16,
+        tokenize: Callable[[str], dict[str, np.ndarray]] | None = None,
         devices: Sequence[jax.Device] | None = None,
     ):
-        self.judge, self.texts, self.mesh = judge, texts, parallel.prompt_mesh(devices)
+        self.tokenize, self.texts, self.mesh = tokenize or judge.tokenize, texts, parallel.prompt_mesh(devices)
         self.batch_size = batch_size * self.mesh.shape[parallel.AXIS]
         self.look = judge.preprocessing()
         self.referee = parallel.place(judge.referee, self.mesh, batched=False)
@@ -32,7 +36,7 @@ class Scorer:
     ) -> list[list[dict[str, float]]]:
         """The scores of each image with each of its texts; at most `batch_size` images.
 
-        Raises ValueError for more, or where an image has no text or too many; PromptError for a text that is too long.
+        Raises ValueError for more, or where an image has no text or too many; PromptError as from `tokenize`.
         """
         if not 0 < len(images) == len(texts) <= self.batch_size:
             raise ValueError(f"{len(images)} images and {len(texts)} lists of texts, at most {self.batch_size} at once")
@@ -51,7 +55,7 @@ class Scorer:
         ]
 
     def _tokens(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        return jax.tree.map(lambda *x: np.stack(x), *map(self.judge.tokenize, texts))
+        return jax.tree.map(lambda *x: np.stack(x), *map(self.tokenize, texts))
 
 
 def _scores(referee, view: jax.Array, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:

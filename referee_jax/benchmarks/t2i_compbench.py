@@ -12,11 +12,14 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 
+from referee_jax import referees
 from referee_jax.benchmarks import scoring
 
 DIGITS = 4  # to which the official scorers round
+QUESTION = 35  # tokens of a question that BLIP reads, both ends included
 # Category -> what its images are measured by here; of those that are not named the official measure is an external detector.
 MEASURES = {
     **dict.fromkeys(("color", "shape", "texture"), ("blip_vqa",)),
@@ -53,6 +56,14 @@ def read_lists(directory: Path) -> dict[str, list[str]]:
 def is_measured(parts: Sequence[str], measure: str) -> bool:
     """Whether images of a prompt that counts in `parts` are measured by it."""
     return any(measure in MEASURES.get(part, ()) for part in parts)
+
+
+def tokenize(judge: referees.Judge, phrase: str) -> dict[str, np.ndarray]:
+    """The question about a phrase, `input_ids, mask [T]`. The official scorer cuts a long one, but for its last token."""
+    length = min(QUESTION, judge.length)
+    how = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": True}
+    ids = np.array(judge.tokenizer(judge.text(phrase), **how)["input_ids"], np.int32)
+    return {"input_ids": ids, "mask": ids != judge.tokenizer.pad_token_id}
 
 
 def blip_vqa(

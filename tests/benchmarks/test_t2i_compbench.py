@@ -10,16 +10,23 @@ import torch
 import transformers
 
 from referee_jax import config, referees
-from referee_jax.benchmarks import scoring, t2i_compbench
+from referee_jax.benchmarks import measures, noun_phrases, t2i_compbench
 from tests.oracles import networks
 
 SIZE = 480
+LONG = f"a {'red blue green ' * 13}square"
+# Prompt -> all its noun phrases, and how many of them are asked about.
 PHRASES = {
-    "a red circle and a blue square": ["a red circle", "a blue square"],
-    "The (green) ring, a photo": ["The (green) ring", "a photo"],
-    "a red square and a red square": ["a red square", "a red square"],
-    "over there": [],
-}
+    "two": (["a red circle", "a blue square"], ["a red circle", "a blue square"]),
+    "marks": (["The (green) ring", "a photo"], ["The (green) ring", "a photo"]),
+    "one twice": (["a red square", "the left", "a red square"], ["a red square", "a red square"]),
+    "many": (
+        ["red", "top", *(f"a {c} {s}" for c in ("red", "blue", "green") for s in ("circle", "square", "photo"))],
+        ["red", *(f"a {c} {s}" for c in ("red", "blue") for s in ("circle", "square", "photo")), "a green circle"],
+    ),
+    "long": ([LONG, "yes"], [LONG, "yes"]),
+    "none": ([], []),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +48,12 @@ def images():
     return made
 
 
-def probability(module, tokenizer, image, phrase):
+def probability(module, tokenizer, image, phrase, **cut):
     """Of "yes", by the official protocol: BLIP's cleaning of questions, [ENC], one decoding step from [DEC]."""
     pixels = np.asarray(image.resize((SIZE, SIZE), PIL.Image.Resampling.BICUBIC), np.float32) / 255
     pixels = (pixels - np.float32(networks.CLIP_MEAN)) / np.float32(networks.CLIP_STD)
     question = re.sub(r"""([.!"()*#:;~])""", "", f"{phrase}?".lower()).rstrip(" ")
-    ids = torch.tensor(tokenizer(question, truncation=True, max_length=35)["input_ids"])[None]
+    ids = torch.tensor(tokenizer(question, **cut)["input_ids"])[None]
     decoded_from = module.config.text_config.bos_token_id
     ids[:, 0] = decoded_from + 1
     with torch.no_grad():
@@ -57,21 +64,86 @@ def probability(module, tokenizer, image, phrase):
     return (yes / (yes + no)).item()
 
 
-def test_blip_vqa(vqa, images):
+CUT = {"truncation": True, "max_length": 35}
+
+
+def test_blip_vqa(vqa, images, monkeypatch):
+    """Every question's probability, and which are asked and multiplied, by a tokenizer that is not ours."""
+    module, path = vqa
+    tokenizer = transformers.BertTokenizer.from_pretrained(path)
+    monkeypatch.setattr(noun_phrases, "default_source", lambda: ("by hand", lambda prompt: PHRASES[prompt][0]))
+    _, score = measures.blip_vqa(str(path), batch_size=1).build()
+    products = {}
+    for prompt, (_, asked) in PHRASES.items():
+        made = score(images, [prompt] * len(images))
+        for image, scores in zip(images, made, strict=True):
+            sure = {phrase: probability(module, tokenizer, image, phrase, **CUT) for phrase in asked}
+            assert scores["questions"] == pytest.approx(sure, abs=1e-4), prompt
+            assert scores["blip_vqa"] == pytest.approx(math.prod(round(sure[x], 4) for x in asked), rel=2e-3), prompt
+        products[prompt] = [scores["blip_vqa"] for scores in made]
+    assert products.pop("none") == [1.0] * len(images)
+    # They differ between images and prompts, or the agreement would say nothing.
+    assert min(np.ptp(own) / np.mean(own) for own in products.values()) > 0.02
+    means = sorted(np.mean(own) for own in products.values())
+    assert min(np.diff(means)) > 1e-3
+    # A question that is not cut has another answer.
+    whole, cut = (probability(module, tokenizer, images[0], LONG, **how) for how in ({}, CUT))
+    assert abs(whole - cut) > 5e-3
+
+
+def test_a_long_question_is_cut_as_by_torch(vqa):
     module, path = vqa
     judge = referees.load_referee(config.RefereeSpec(name="blip_vqa", checkpoint=str(path), losses={}))
-    scorer = scoring.Scorer(judge, texts=3, batch_size=1)
-    products = []
-    for prompt, phrases in PHRASES.items():
-        made = t2i_compbench.blip_vqa(scorer, images, [phrases] * len(images))
-        for image, scores in zip(images, made, strict=True):
-            sure = [round(probability(module, judge.tokenizer, image, phrase), 4) for phrase in phrases]
-            assert abs(scores["blip_vqa"] - math.prod(sure)) <= 2e-3, prompt
-            assert set(scores["questions"]) == set(phrases)
-            products.append(scores["blip_vqa"])
-    assert products[-6:] == [1.0] * 6
-    # They differ between images and prompts, or the agreement would say nothing.
-    assert np.ptp(products[:6]) > 0.02 and abs(np.mean(products[:6]) - np.mean(products[12:18])) > 0.01
+    theirs = transformers.BertTokenizer.from_pretrained(path)
+    for phrase in ("a red circle", LONG):
+        wanted = theirs(f"{phrase}?", padding="max_length", **CUT)
+        made = t2i_compbench.tokenize(judge, phrase)
+        assert made["input_ids"].tolist() == wanted["input_ids"] and made["input_ids"].dtype == np.int32
+        assert made["mask"].tolist() == [bool(x) for x in wanted["attention_mask"]]
+    assert made["mask"].all() and made["input_ids"][-1] == theirs.sep_token_id
+    read = judge.referee.encode(made)["input_ids"]
+    assert read[0] == module.config.text_config.bos_token_id + 1 and read[1:].tolist() == wanted["input_ids"][1:]
+
+
+PROMPTS = {
+    "The red square and the blue circle.": "The square and the circle .",
+    "a green photo": "a photo",
+    "and a photo": "and a photo",
+}
+
+
+def test_clip_score(tmp_path, images, monkeypatch):
+    """The cosine of the whole prompt, and of the words that are no adjectives, against torch."""
+    networks.save_clip(tmp_path)
+    monkeypatch.setattr(noun_phrases, "_spacy", lambda: None)
+    images = images[:5]  # of the last one transformers crops another row than torchvision, with as many above as below
+    module = transformers.CLIPModel.from_pretrained(tmp_path).eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+
+    def cosine(image, text):
+        width, height = (max(32, 32 * side // min(image.size)) for side in image.size)
+        left, top = (round((side - 32) / 2) for side in (width, height))
+        cropped = image.resize((width, height), PIL.Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
+        pixels = np.asarray(cropped, np.float32) / 255
+        pixels = (pixels - np.float32(networks.CLIP_MEAN)) / np.float32(networks.CLIP_STD)
+        with torch.no_grad():
+            found = module(
+                pixel_values=torch.from_numpy(pixels).permute(2, 0, 1)[None],
+                input_ids=torch.tensor([tokenizer(text)["input_ids"]]),
+            )
+        return torch.cosine_similarity(found.image_embeds, found.text_embeds).item()
+
+    found = {}
+    for name, adjectives in (("clip", True), ("clip_without_adjectives", False)):
+        _, score = measures.clip_score(str(tmp_path), adjectives=adjectives, batch_size=1).build()
+        for prompt, bare in PROMPTS.items():
+            made = [own[name] for own in score(images, [prompt] * len(images))]
+            wanted = [cosine(image, prompt if adjectives else bare) for image in images]
+            assert made == pytest.approx(wanted, abs=1e-5) and np.ptp(wanted) > 0.02
+            found[name, prompt] = np.array(made)
+    first, _, last = PROMPTS
+    assert np.abs(found["clip", first] - found["clip_without_adjectives", first]).max() > 0.02
+    assert found["clip", last] == pytest.approx(found["clip_without_adjectives", last], abs=1e-6)
 
 
 def test_three_in_one():
