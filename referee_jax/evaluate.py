@@ -77,14 +77,14 @@ class Evaluation:
         return {part: {name: statistics.mean(values) for name, values in own.items()} for part, own in found.items()}
 
 
-def table(found: Mapping[str, Mapping[str, statistics.Mean]]) -> str:
-    """A row per part, a column per score."""
+def table(found: Mapping[str, Mapping[str, statistics.Mean]], titles: Mapping[str, str] | None = None) -> str:
+    """A row per part, a column per score, titled by its name or as `titles` has it."""
     names = list(dict.fromkeys(name for own in found.values() for name in own))
     rows = {
         part: [max(mean.images for mean in own.values()), *(own.get(name, "-") for name in names)]
         for part, own in found.items()
     }
-    return statistics.markdown(["", "images", *names], rows)
+    return statistics.markdown(["", "images", *((titles or {}).get(name, name) for name in names)], rows)
 
 
 def plan(
@@ -93,7 +93,7 @@ def plan(
     *,
     vqa: str | None,
     clip: str,
-    noun_phrase_limit: int,
+    rule: str,
     judges: Sequence[str],
 ) -> list[tuple[measures.Measure, list[layouts.Entry]]]:
     """The measures that are wanted, each with the images it is for; a referee is for all of them."""
@@ -101,10 +101,10 @@ def plan(
     wanted = []
     if benchmark == "shapes":
         wanted.append((measures.ground_truth(), entries))
-        wanted += [(measures.blip_vqa(vqa, limit=noun_phrase_limit), entries)] if vqa else []
+        wanted += [(measures.blip_vqa(vqa, rule=rule), entries)] if vqa else []
     elif benchmark == "t2i_compbench":
         for measure in (
-            measures.blip_vqa(vqa or VQA, limit=noun_phrase_limit),
+            measures.blip_vqa(vqa or VQA, rule=rule),
             measures.clip_score(clip),
             measures.clip_score(clip, adjectives=False),
         ):
@@ -129,7 +129,7 @@ def evaluate(args) -> str:
         evaluation,
         vqa=args.vqa,
         clip=args.clip,
-        noun_phrase_limit=args.noun_phrases,
+        rule=args.noun_phrases,
         judges=args.referee,
     )
     for measure, own in wanted:
@@ -158,7 +158,10 @@ def evaluate(args) -> str:
     if agreed:
         record["agreement"] = {name: own._asdict() for name, own in agreed.items()}
     disk.write_atomic(out / "scores.json", json.dumps(disk.finite(record), indent=2).encode() + b"\n")
-    return table(found) + ("\n" + agreement.table(agreed) if agreed else "")
+    titles = {}
+    if any(measure.name == "blip_vqa" for measure, _ in wanted):
+        titles["blip_vqa"] = f"blip_vqa ({args.noun_phrases} noun phrases)"
+    return table(found, titles) + ("\n" + agreement.table(agreed) if agreed else "")
 
 
 def agreements(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, agreement.Agreement]:
@@ -258,7 +261,10 @@ if __name__ == "__main__":
         "vqa", None, f"BLIP for BLIP-VQA, as weights.lavis converts it; default: {VQA}, for shapes none"
     )
     flags.DEFINE_string("clip", "openai/clip-vit-base-patch32", "CLIP for CLIPScore")
-    flags.DEFINE_integer("noun_phrases", noun_phrases.LIMIT, "at most so many; old papers took fewer", lower_bound=1)
+    flags.DEFINE_enum(
+        "noun_phrases", noun_phrases.NEW, list(noun_phrases.RULES), "which ones BLIP-VQA asks about: new, the first 8 but for "
+        "places, as the official scorer does now; old, the first 2 of all, as it did at first",
+    )  # fmt: skip
     flags.DEFINE_enum("export", None, ["t2i_compbench", "geneval"], "write the folder that its official scorers read")
     flags.DEFINE_string("metadata", None, "GenEval's evaluation_metadata.jsonl, for --export=geneval")
     flags.DEFINE_integer(

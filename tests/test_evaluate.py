@@ -43,7 +43,7 @@ def run(tmp_path):
 def command(workdir, **given):
     """The command's flags with their defaults."""
     known = dict(
-        benchmark=None, referee=[], lists=None, category=None, vqa=None, clip="", noun_phrases=noun_phrases.LIMIT,
+        benchmark=None, referee=[], lists=None, category=None, vqa=None, clip="", noun_phrases="new",
         export=None, metadata=None, import_scores=None, out=None, per_prompt=None,
     )  # fmt: skip
     return evaluate.evaluate(types.SimpleNamespace(workdir=str(workdir), **(known | given)))
@@ -132,8 +132,28 @@ def test_t2i_compbench_there_and_back(run, tmp_path_factory):
         assert line["3_in_1"] == pytest.approx(np.mean([line[name] for name in parts]))
     found = json.loads((root / "out" / "evaluation" / "scores.json").read_text())
     assert found["scores"]["complex, spatial"]["3_in_1"]["images"] == 4
-    assert found["measures"]["blip_vqa"]["phrases"] == 8
-    assert found["measures"]["blip_vqa"]["noun_phrases"] == noun_phrases.default_source()[0]
+    assert found["measures"]["blip_vqa"]["noun_phrases"] == "new"
+    assert found["measures"]["blip_vqa"]["chunker"] == noun_phrases.default_source()[0]
+
+
+def test_the_number_of_noun_phrases_is_said(tmp_path, monkeypatch):
+    """The old one asks about two, places among them, and is kept apart from the new one."""
+    monkeypatch.setattr(noun_phrases, "spacy_source", lambda: None)
+    networks.save_blip(networks.blip(transformers.BlipForQuestionAnswering), tmp_path / "vqa")
+    (tmp_path / "samples").mkdir()
+    prompt = "a red circle on the left of a blue square and a photo"
+    drawn(PROMPTS[0], right=True).save(tmp_path / "samples" / f"{prompt}_000000.png")
+    asked = {"new": ["a red circle", "a blue square", "a photo"], "old": ["a red circle", "the left"]}
+    for rule, phrases in asked.items():
+        given = {"category": "color", "vqa": str(tmp_path / "vqa"), "noun_phrases": rule}
+        printed = command(tmp_path, benchmark="t2i_compbench", **given)
+        assert printed.startswith(f"|  | images | blip_vqa ({rule} noun phrases) |\n")
+        found = json.loads((tmp_path / "evaluation" / "scores.json").read_text())
+        assert found["measures"]["blip_vqa"]["noun_phrases"] == rule
+        (line,) = disk.read_lines(tmp_path / "evaluation" / "images.jsonl")
+        assert list(line["questions"]) == phrases
+        assert line["blip_vqa"] == pytest.approx(np.prod(list(line["questions"].values())))
+    assert len(list((tmp_path / "evaluation").glob("blip_vqa-*.jsonl"))) == 2
 
 
 def test_geneval_there_and_back(run, tmp_path_factory):

@@ -75,26 +75,26 @@ def clip_score(checkpoint: str, *, adjectives: bool = True, batch_size: int = 16
     return Measure(name, {"checkpoint": checkpoint, "words": label}, build)
 
 
-def blip_vqa(checkpoint: str, *, limit: int = noun_phrases.LIMIT, batch_size: int = 4) -> Measure:
-    """T2I-CompBench's BLIP-VQA, of at most `limit` noun phrases."""
+def blip_vqa(checkpoint: str, *, rule: str = noun_phrases.NEW, batch_size: int = 4) -> Measure:
+    """T2I-CompBench's BLIP-VQA, of the noun phrases by one of noun_phrases.RULES."""
     label, source = noun_phrases.default_source()
 
     def build():
         judge = _judge(checkpoint, "blip_vqa")
         scorer = scoring.Scorer(
             judge,
-            texts=limit,
+            texts=noun_phrases.RULES[rule].limit,
             batch_size=batch_size,
             tokenize=functools.partial(t2i_compbench.tokenize, judge),
         )
 
         def score(images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> list[Scores]:
-            phrases = [noun_phrases.phrases(prompt, limit=limit, source=source) for prompt in prompts]
+            phrases = [noun_phrases.phrases(prompt, rule=rule, source=source) for prompt in prompts]
             return t2i_compbench.blip_vqa(scorer, images, phrases)
 
         return scorer.batch_size, score
 
-    return Measure("blip_vqa", {"checkpoint": checkpoint, "phrases": limit, "noun_phrases": label}, build)
+    return Measure("blip_vqa", {"checkpoint": checkpoint, "noun_phrases": rule, "chunker": label}, build)
 
 
 def _judge(checkpoint: str, name: str) -> referees.Judge:

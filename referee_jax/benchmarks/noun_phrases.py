@@ -8,6 +8,7 @@ words are tagged by closed classes, a lexicon and their endings, then grouped. T
 one a line.
 """
 
+import dataclasses
 import pathlib
 import re
 import sys
@@ -15,8 +16,19 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-EXCLUDED = frozenset({"top", "the side", "the left", "the right"})  # places, not things
-LIMIT = 8
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which of a prompt's noun phrases are asked about: the first `limit` that are not `excluded`."""
+
+    limit: int
+    excluded: frozenset[str]
+
+
+# The official scorer's, since it left out places, and at first: papers of early 2024 quote numbers of the old one, and scores
+# by different rules cannot be compared.
+NEW, OLD = "new", "old"
+RULES = {NEW: Rule(8, frozenset({"top", "the side", "the left", "the right"})), OLD: Rule(2, frozenset())}
 
 Source = Callable[[str], list[str]]
 
@@ -280,9 +292,9 @@ def _name() -> str:
     return f"spacy en_core_web_sm {metadata.version('en_core_web_sm')}"
 
 
-def phrases(prompt: str, *, limit: int = LIMIT, source: Source = chunk) -> list[str]:
-    """What BLIP-VQA asks about: the noun phrases of a prompt but for EXCLUDED, at most `limit` of them."""
-    return [phrase for phrase in source(prompt) if phrase not in EXCLUDED][:limit]
+def phrases(prompt: str, *, rule: str = NEW, source: Source = chunk) -> list[str]:
+    """What BLIP-VQA asks about, by one of RULES."""
+    return [phrase for phrase in source(prompt) if phrase not in RULES[rule].excluded][: RULES[rule].limit]
 
 
 def main(paths: list[str]) -> int:

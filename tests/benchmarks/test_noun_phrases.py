@@ -283,9 +283,23 @@ def test_places_are_excluded_exactly():
 def test_at_most_the_limit_after_exclusion():
     prompt = "a cat on the left of " + ", ".join(f"a dog{n}" for n in range(12))
     expected = ["a cat", *(f"a dog{n}" for n in range(12))]
-    assert noun_phrases.phrases(prompt) == expected[:8]
-    assert noun_phrases.phrases(prompt, limit=6) == expected[:6]
-    assert noun_phrases.phrases(prompt, limit=100) == expected
+    assert noun_phrases.phrases(prompt) == noun_phrases.phrases(prompt, rule="new") == expected[:8]
+
+
+@pytest.mark.parametrize(
+    "prompt, new, old",
+    [
+        ("a red book and a yellow vase", ["a red book", "a yellow vase"], ["a red book", "a yellow vase"]),
+        ("a girl on the left of a bird", ["a girl", "a bird"], ["a girl", "the left"]),
+        ("on top of a desk, a cup and a pen", ["a desk", "a cup", "a pen"], ["top", "a desk"]),
+        ("a sleeping dog", ["a sleeping dog"], ["a sleeping dog"]),
+        ("over there", [], []),
+    ],
+)
+def test_the_new_and_the_old_number(prompt, new, old):
+    """The old scorer asked about the first two, places among them."""
+    assert noun_phrases.phrases(prompt, rule="new") == new
+    assert noun_phrases.phrases(prompt, rule="old") == old
 
 
 @hypothesis.given(st.text() | st.lists(st.sampled_from(VOCABULARY), max_size=30).map(" ".join))
