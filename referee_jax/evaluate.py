@@ -4,7 +4,8 @@
     python -m referee_jax.evaluate --workdir=runs/mine --benchmark=t2i_compbench --lists=T2I-CompBench/examples/dataset
     python -m referee_jax.evaluate --workdir=runs/mine --referee=THUDM/ImageReward --referee=google/siglip2-base-patch16-224
     python -m referee_jax.evaluate --workdir=runs/mine --benchmark=shapes --vqa=shapes/blip_vqa --referee=shapes/clip
-    python -m referee_jax.evaluate --workdir=runs/mine --export=t2i_compbench --out=exported
+    python -m referee_jax.evaluate --workdir=runs/mine --export=t2i_compbench --out=exported \
+        --lists=T2I-CompBench/examples/dataset
     python -m referee_jax.evaluate --workdir=exported --benchmark=t2i_compbench --import_scores=exported
 
 Writes `evaluation/` in the directory, or `--out`: for each measure a file from which an interrupted evaluation continues,
@@ -124,6 +125,8 @@ def evaluate(args) -> str:
     out = Path(args.out or directory / "evaluation")
     out.mkdir(parents=True, exist_ok=True)
     evaluation = Evaluation.of(entries, parts(args.benchmark, entries, args.lists, args.category))
+    if args.category == "complex" and not args.lists:
+        logging.warning("there is no 3_in_1 by --category=complex alone: --lists says of what kind a complex prompt is")
     wanted = plan(
         args.benchmark,
         evaluation,
@@ -194,17 +197,22 @@ def parts(
         return {text: shapes.parts(text) for text in texts}
     if benchmark != "t2i_compbench":
         return {text: [] for text in texts}
-    if category:
-        return {text: [category] for text in texts}
     if not lists:
+        if category:
+            return {text: [category] for text in texts}
         raise ValueError(
             "--lists is missing: the directory of T2I-CompBench's *_val.txt files (examples/dataset of "
             "https://github.com/Karine-Huang/T2I-CompBench), or --category, if all prompts are of one"
         )
     known = t2i_compbench.read_lists(Path(lists))
-    if strange := [text for text in texts if text not in known]:
-        raise ValueError(f"{len(strange)} prompts are in none of the lists of {lists}, {strange[0]!r} for one")
-    return {text: known[text] for text in texts}
+    found = {
+        text: [part for part in known.get(text, ()) if not category or part.partition(",")[0] == category]
+        for text in texts
+    }
+    if strange := [text for text, own in found.items() if not own]:
+        where = f"not in the list of {category}" if category else "in none of the lists"
+        raise ValueError(f"{len(strange)} prompts are {where} of {lists}, {strange[0]!r} for one")
+    return found
 
 
 def imported(evaluation: Evaluation, benchmark: str | None, directory: Path, path: str) -> None:
@@ -227,9 +235,15 @@ def export(benchmark: str, entries: Sequence[layouts.Entry], out: Path, args) ->
         if not args.metadata:
             raise ValueError("--metadata is missing: GenEval's evaluation_metadata.jsonl")
         count = layouts.export_geneval(entries, out, args.metadata, per_prompt=args.per_prompt or 4)
-    else:
-        count = layouts.export_t2i_compbench(entries, out, per_prompt=args.per_prompt or 10)
-    return f"{count} images in {out}\n"
+        return f"{count} images in {out}\n"
+    order, said = None, ""
+    if args.lists:
+        there = {entry.prompt for entry in entries}
+        category, listed = t2i_compbench.read_list_of(Path(args.lists), there, category=args.category)
+        order = [prompt for prompt in listed if prompt in there]
+        said = f", of {len(order)} of the {len(listed)} prompts of {category}, in their order"
+    count = layouts.export_t2i_compbench(entries, out, prompts=order, per_prompt=args.per_prompt or 10)
+    return f"{count} images in {out}{said}\n"
 
 
 def main(argv: list[str]) -> int:
@@ -255,8 +269,13 @@ if __name__ == "__main__":
     flags.DEFINE_enum("benchmark", None, ["shapes", "t2i_compbench", "geneval"], "what is measured")
     command.define_device()
     flags.DEFINE_multi_string("referee", [], "checkpoint of a referee that scores each image; may be repeated")
-    flags.DEFINE_string("lists", None, "directory of T2I-CompBench's *_val.txt files")
-    flags.DEFINE_enum("category", None, list(t2i_compbench.CATEGORIES), "of all prompts, instead of --lists")
+    flags.DEFINE_string(
+        "lists", None, "directory of T2I-CompBench's *_val.txt files: what is seen and unseen, and of what kind complex prompts "
+        "are. --export takes their order, or else that of the first images; the official 3-in-1 needs theirs",
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "category", None, list(t2i_compbench.CATEGORIES), "of all prompts; without --lists there are no parts of it",
+    )  # fmt: skip
     flags.DEFINE_string(
         "vqa", None, f"BLIP for BLIP-VQA, as weights.lavis converts it; default: {VQA}, for shapes none"
     )

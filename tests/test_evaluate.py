@@ -136,6 +136,43 @@ def test_t2i_compbench_there_and_back(run, tmp_path_factory):
     assert found["measures"]["blip_vqa"]["chunker"] == noun_phrases.default_source()[0]
 
 
+def written(root, **lists):
+    """A directory of prompt lists."""
+    root.mkdir(exist_ok=True)
+    for name, texts in lists.items():
+        (root / f"{name}.txt").write_text("\n".join(texts) + "\n")
+    return str(root)
+
+
+def test_an_export_is_in_the_order_of_its_list(run):
+    """Which the 3-in-1 scorer needs, and a run of several processes does not have."""
+    lines = disk.read_lines(run / "metadata.jsonl")
+    (run / "metadata.jsonl").unlink()
+    for n in (5, 0, 3, 4, 1, 2):
+        disk.append(run / "metadata.jsonl", lines[n])
+    listed = [PROMPTS[1], "a dog", *PROMPTS[:1], PROMPTS[2]]
+    lists = written(run / "lists", color_val=["a cat", PROMPTS[0]], complex_val=listed, complex_val_spatial=PROMPTS[:1])
+    out, given = run / "out", {"export": "t2i_compbench", "per_prompt": 2}
+    said = command(run, lists=lists, out=str(out), **given)
+    assert said == f"6 images in {out}, of 3 of the 4 prompts of complex, in their order\n"
+    names = [f"{listed[n]}_{number:06d}.png" for number, n in enumerate((0, 0, 2, 2, 3, 3))]
+    assert [entry.file.name for entry in layouts.read_t2i_compbench(out)] == names
+    for n, entry in enumerate(layouts.read_t2i_compbench(out)):
+        original = run / f"images/{PROMPTS.index(entry.prompt)}-{n % 2}.png"
+        assert entry.file.read_bytes() == original.read_bytes()
+    command(run, out=str(run / "unordered"), **given)
+    assert [entry.prompt for entry in layouts.read_t2i_compbench(run / "unordered")[::2]] == [
+        PROMPTS[n] for n in (2, 0, 1)
+    ]
+    for other, message in (
+        ({"category": "color"}, "no color_val.txt of"),
+        ({}, r"no \*_val.txt of .* has all 3 prompts"),
+    ):
+        (run / "lists" / "complex_val.txt").write_text("a dog" if not other else "\n".join(listed))
+        with pytest.raises(ValueError, match=message):
+            command(run, lists=lists, out=str(run / "other"), **given, **other)
+
+
 def test_the_number_of_noun_phrases_is_said(tmp_path, monkeypatch):
     """The old one asks about two, places among them, and is kept apart from the new one."""
     monkeypatch.setattr(noun_phrases, "spacy_source", lambda: None)
@@ -154,6 +191,25 @@ def test_the_number_of_noun_phrases_is_said(tmp_path, monkeypatch):
         assert list(line["questions"]) == phrases
         assert line["blip_vqa"] == pytest.approx(np.prod(list(line["questions"].values())))
     assert len(list((tmp_path / "evaluation").glob("blip_vqa-*.jsonl"))) == 2
+
+
+def test_lists_and_category(run):
+    entries = evaluate.read(run)
+    lists = written(
+        run / "lists",
+        color_val=PROMPTS[:2],
+        color_val_seen=PROMPTS[:1],
+        shape_val=PROMPTS[1:],
+        shape_val_unseen=PROMPTS[1:],
+    )
+    parts = lambda category: evaluate.parts("t2i_compbench", entries, lists, category)  # noqa: E731
+    seen, unseen = ["color", "color, seen"], ["shape", "shape, unseen"]
+    assert parts(None) == {PROMPTS[0]: seen, PROMPTS[1]: ["color", *unseen], PROMPTS[2]: unseen}
+    with pytest.raises(ValueError, match=f"1 prompts are not in the list of shape of .*, '{PROMPTS[0]}' for one"):
+        parts("shape")
+    entries = entries[2:]
+    assert parts("shape") == {PROMPTS[1]: unseen, PROMPTS[2]: unseen}
+    assert evaluate.parts("t2i_compbench", entries, None, "shape") == {text: ["shape"] for text in PROMPTS[1:]}
 
 
 def test_geneval_there_and_back(run, tmp_path_factory):

@@ -105,7 +105,7 @@ def export_t2i_compbench(
 
     Numbers run through prompt by prompt, sample by sample, so number = prompt's place * per_prompt + sample. Prompts are in
     the order of `prompts`, or of their first image. The 3-in-1 scorer has no other sign of the prompt than the number: give
-    it the lines of complex_val.txt as `prompts`.
+    it the lines of complex_val.txt as `prompts`, since runs of several processes have images in any order.
 
     Raises ValueError, and nothing is written, where a prompt has not just the samples 0 to `per_prompt` - 1 (None: any), is
     none of `prompts` or cannot be in a name, or where `out` holds other images; OSError as from the system.

@@ -9,7 +9,7 @@ converts it. transformers' directory of the same weights reads 384, and its numb
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +44,28 @@ def read_lists(directory: Path) -> dict[str, list[str]]:
     for file in sorted(directory.glob("*_val*.txt")):
         category, _, split = file.stem.partition("_val")
         name = ", ".join(filter(None, (category, split.strip("_"))))
-        for prompt in file.read_text(encoding="utf-8").splitlines():
-            if prompt := prompt.strip():
-                parts = found.setdefault(prompt, [])
-                parts += [part for part in dict.fromkeys((category, name)) if part not in parts]
+        for prompt in _lines(file):
+            parts = found.setdefault(prompt, [])
+            parts += [part for part in dict.fromkeys((category, name)) if part not in parts]
     if not found:
         raise ValueError(f"{directory} holds none of T2I-CompBench's *_val.txt files")
     return found
+
+
+def read_list_of(directory: Path, prompts: Collection[str], *, category: str | None = None) -> tuple[str, list[str]]:
+    """The category that all these prompts are of, any if none is given, and its whole list; ValueError where there is none."""
+    for file in sorted(directory.glob(f"{category or '*'}_val.txt")):
+        if set(listed := _lines(file)).issuperset(prompts):
+            return file.stem.removesuffix("_val"), listed
+    raise ValueError(
+        f"no {category or '*'}_val.txt of {directory} has all {len(prompts)} prompts; official scorers take one category at once"
+    )
+
+
+def _lines(file: Path) -> list[str]:
+    """The prompts of a list, each once."""
+    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    return list(dict.fromkeys(line for line in lines if line))
 
 
 def is_measured(parts: Sequence[str], measure: str) -> bool:

@@ -172,6 +172,10 @@ def test_lists(tmp_path):
         "a blue cat": ["color", "color, unseen"],
         "The red dog sits.": ["complex", "complex, action"],
     }
+    assert t2i_compbench.read_list_of(tmp_path, {"a blue cat"}) == ("color", ["a red dog", "a blue cat"])
+    for asked, category in (({"a blue cat", "The red dog sits."}, None), ({"a blue cat"}, "complex")):
+        with pytest.raises(ValueError, match="_val.txt of .* has all"):
+            t2i_compbench.read_list_of(tmp_path, asked, category=category)
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match=r"none holds none of T2I-CompBench's \*_val.txt files"):
         t2i_compbench.read_lists(tmp_path / "none")
