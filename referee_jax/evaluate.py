@@ -6,13 +6,16 @@
     python -m referee_jax.evaluate --workdir=runs/mine --benchmark=shapes --vqa=shapes/blip_vqa --referee=shapes/clip
     python -m referee_jax.evaluate --workdir=runs/mine --export=t2i_compbench --out=exported \
         --lists=T2I-CompBench/examples/dataset
-    python -m referee_jax.evaluate --workdir=exported --benchmark=t2i_compbench --import_scores=exported
+    python -m referee_jax.evaluate --workdir=exported --benchmark=t2i_compbench --import_scores=exported \
+        --lists=T2I-CompBench/examples/dataset
 
 Writes `evaluation/` in the directory, or `--out`: for each measure a file from which an interrupted evaluation continues,
 `images.jsonl` with all scores of each image, and `scores.json`, the table that is printed: means with 95 % intervals
 (bootstrap over prompts). In the shapes world, where it is known which pictures are right, a second table says how far the other
-scores agree with that, and `fooled.png` shows the wrong pictures that each of them likes best. Exit codes: 0 done, 2 the
-command cannot be carried out.
+scores agree with that, and `fooled.png` shows the wrong pictures that each of them likes best.
+
+What is imported is not measured here as well, and needs no weights, unless --vqa or --clip asks for it; `scores.json` says of
+each measure by what it was made, or from where it is. Exit codes: 0 done, 2 the command cannot be carried out.
 """
 
 import dataclasses
@@ -28,7 +31,7 @@ from referee_jax import command, disk, outputs
 from referee_jax.benchmarks import agreement, layouts, measures, noun_phrases, shapes, statistics, t2i_compbench
 
 ALL = "all"
-VQA = "checkpoints/blip-vqa-480"
+VQA, CLIP = "checkpoints/blip-vqa-480", "openai/clip-vit-base-patch32"
 FOOLED = 8  # wrong pictures that are shown for each score
 
 
@@ -93,24 +96,29 @@ def plan(
     evaluation: Evaluation,
     *,
     vqa: str | None,
-    clip: str,
+    clip: str | None,
     rule: str,
     judges: Sequence[str],
 ) -> list[tuple[measures.Measure, list[layouts.Entry]]]:
-    """The measures that are wanted, each with the images it is for; a referee is for all of them."""
+    """The measures that are wanted, each with the images it is for and that have no score of its name; a referee is for all.
+
+    `vqa` and `clip` None are the benchmark's own, "" none.
+    """
     entries = evaluation.entries
     wanted = []
     if benchmark == "shapes":
         wanted.append((measures.ground_truth(), entries))
         wanted += [(measures.blip_vqa(vqa, rule=rule), entries)] if vqa else []
     elif benchmark == "t2i_compbench":
-        for measure in (
-            measures.blip_vqa(vqa or VQA, rule=rule),
-            measures.clip_score(clip),
-            measures.clip_score(clip, adjectives=False),
-        ):
+        vqa, clip = VQA if vqa is None else vqa, CLIP if clip is None else clip
+        known = [measures.blip_vqa(vqa, rule=rule)] if vqa else []
+        known += [measures.clip_score(clip, adjectives=adjectives) for adjectives in (True, False)] if clip else []
+        for measure in known:
             own = [
-                entry for entry in entries if t2i_compbench.is_measured(evaluation.parts[entry.prompt], measure.name)
+                entry
+                for entry in entries
+                if t2i_compbench.is_measured(evaluation.parts[entry.prompt], measure.name)
+                and measure.name not in evaluation.scores[str(entry.file)]
             ]
             wanted += [(measure, own)] if own else []
     return wanted + [(measure, entries) for measure in measures.by_referees(judges)]
@@ -125,24 +133,17 @@ def evaluate(args) -> str:
     out = Path(args.out or directory / "evaluation")
     out.mkdir(parents=True, exist_ok=True)
     evaluation = Evaluation.of(entries, parts(args.benchmark, entries, args.lists, args.category))
-    if args.category == "complex" and not args.lists:
+    brought = imported(evaluation, directory, args) if args.import_scores else []
+    if args.category == "complex" and not args.lists and "3_in_1" not in brought:
         logging.warning("there is no 3_in_1 by --category=complex alone: --lists says of what kind a complex prompt is")
-    wanted = plan(
-        args.benchmark,
-        evaluation,
-        vqa=args.vqa,
-        clip=args.clip,
-        rule=args.noun_phrases,
-        judges=args.referee,
-    )
+    wanted = plan(args.benchmark, evaluation, vqa=args.vqa, clip=args.clip, rule=args.noun_phrases, judges=args.referee)
     for measure, own in wanted:
         evaluation.add(measures.collect(measure, own, out))
-    if args.import_scores:
-        imported(evaluation, args.benchmark, directory, args.import_scores)
     if args.benchmark == "t2i_compbench":
         for entry in entries:
             own = evaluation.scores[str(entry.file)]
-            if (score := t2i_compbench.three_in_one(evaluation.parts[entry.prompt], own)) is not None:
+            score = t2i_compbench.three_in_one(evaluation.parts[entry.prompt], own)
+            if score is not None and "3_in_1" not in own:
                 own["3_in_1"] = score
     found = evaluation.summary()
     if not found:
@@ -153,7 +154,8 @@ def evaluate(args) -> str:
     ]
     disk.write_atomic(out / "images.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     record = {
-        "measures": {measure.name: measure.settings for measure, _ in wanted},
+        "measures": dict.fromkeys(brought, {"imported": args.import_scores})
+        | {measure.name: measure.settings for measure, _ in wanted},
         "versions": outputs.versions(),
         "scores": {part: {name: mean._asdict() for name, mean in own.items()} for part, own in found.items()},
     }
@@ -161,7 +163,7 @@ def evaluate(args) -> str:
     if agreed:
         record["agreement"] = {name: own._asdict() for name, own in agreed.items()}
     disk.write_atomic(out / "scores.json", json.dumps(disk.finite(record), indent=2).encode() + b"\n")
-    titles = {}
+    titles = {name: f"{name} (imported)" for name in brought if args.benchmark == "t2i_compbench"}
     if any(measure.name == "blip_vqa" for measure, _ in wanted):
         titles["blip_vqa"] = f"blip_vqa ({args.noun_phrases} noun phrases)"
     return table(found, titles) + ("\n" + agreement.table(agreed) if agreed else "")
@@ -215,18 +217,29 @@ def parts(
     return found
 
 
-def imported(evaluation: Evaluation, benchmark: str | None, directory: Path, path: str) -> None:
-    """Adds what external scorers found of the images in an exported folder."""
-    if benchmark == "geneval":
-        found = layouts.import_geneval(path)
+def imported(evaluation: Evaluation, directory: Path, args) -> list[str]:
+    """Adds what external scorers found of the images in an exported folder, but for what is to be measured; its names."""
+    if args.benchmark == "geneval":
+        found = layouts.import_geneval(args.import_scores)
         evaluation.add({str(directory / file): {"geneval": x} for own in found.values() for file, x in own.items()})
         for tag, own in found.items():
             evaluation.add({str(directory / file): {tag: x} for file, x in own.items()})
-    elif benchmark == "t2i_compbench":
-        for name, own in layouts.import_t2i_compbench(path).items():
-            evaluation.add({str(directory / "samples" / file): {name: x} for file, x in own.items()})
-    else:
+        return ["geneval", *found]
+    if args.benchmark != "t2i_compbench":
         raise ValueError("--import_scores is of --benchmark=t2i_compbench or geneval")
+    prompts = {str(entry.file): entry.prompt for entry in evaluation.entries}
+    asked = {"blip_vqa": args.vqa, "clip": args.clip}
+    brought: dict[str, None] = {}
+    for measure, own in layouts.import_t2i_compbench(args.import_scores).items():
+        if asked.get(measure):
+            logging.warning("%s is measured by %s, what was imported is left out", measure, asked[measure])
+            continue
+        for name, score in own.items():
+            file = str(directory / "samples" / name)
+            said = t2i_compbench.name_of_result(measure, evaluation.parts.get(prompts.get(file), ()))
+            evaluation.add({file: {said: score}})
+            brought[said] = None
+    return list(brought)
 
 
 def export(benchmark: str, entries: Sequence[layouts.Entry], out: Path, args) -> str:
@@ -246,10 +259,45 @@ def export(benchmark: str, entries: Sequence[layouts.Entry], out: Path, args) ->
     return f"{count} images in {out}{said}\n"
 
 
-def main(argv: list[str]) -> int:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """The command's flags."""
+    own = {"flag_values": values}
+    flags.DEFINE_string("workdir", None, "run directory, or a folder of images in a benchmark's layout", **own)
+    flags.DEFINE_enum("benchmark", None, ["shapes", "t2i_compbench", "geneval"], "what is measured", **own)
+    command.define_device(values)
+    flags.DEFINE_multi_string("referee", [], "checkpoint of a referee that scores each image; may be repeated", **own)
+    flags.DEFINE_string(
+        "lists", None, "directory of T2I-CompBench's *_val.txt files: what is seen and unseen, and of what kind complex prompts "
+        "are. --export takes their order, or else that of the first images; the official 3-in-1 needs theirs", **own,
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "category", None, list(t2i_compbench.CATEGORIES), "of all prompts; without --lists there are no parts of it", **own,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "vqa", None, f"BLIP for BLIP-VQA, as weights.lavis converts it, also where that is imported; default: {VQA}, for shapes "
+        "none; empty: none", **own,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "clip", None, f"CLIP for CLIPScore, also where that is imported; default: {CLIP}; empty: none", **own
+    )
+    flags.DEFINE_enum(
+        "noun_phrases", noun_phrases.NEW, list(noun_phrases.RULES), "which ones BLIP-VQA asks about: new, the first 8 but for "
+        "places, as the official scorer does now; old, the first 2 of all, as it did at first", **own,
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "export", None, ["t2i_compbench", "geneval"], "write the folder that its official scorers read", **own
+    )
+    flags.DEFINE_string("metadata", None, "GenEval's evaluation_metadata.jsonl, for --export=geneval", **own)
+    flags.DEFINE_integer(
+        "per_prompt", None, "images of each prompt, for --export; default: the benchmark's", lower_bound=1, **own
+    )
+    flags.DEFINE_string("import_scores", None, "exported folder with results, or GenEval's results.jsonl", **own)
+    flags.DEFINE_string("out", None, "directory to write; default: within --workdir", **own)
+
+
+def main(argv: list[str], args: flags.FlagValues = flags.FLAGS) -> int:
     """The command line."""
-    args = flags.FLAGS
-    if not args["verbosity"].present:
+    if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
 
     def work() -> str:
@@ -265,30 +313,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "run directory, or a folder of images in a benchmark's layout")
-    flags.DEFINE_enum("benchmark", None, ["shapes", "t2i_compbench", "geneval"], "what is measured")
-    command.define_device()
-    flags.DEFINE_multi_string("referee", [], "checkpoint of a referee that scores each image; may be repeated")
-    flags.DEFINE_string(
-        "lists", None, "directory of T2I-CompBench's *_val.txt files: what is seen and unseen, and of what kind complex prompts "
-        "are. --export takes their order, or else that of the first images; the official 3-in-1 needs theirs",
-    )  # fmt: skip
-    flags.DEFINE_enum(
-        "category", None, list(t2i_compbench.CATEGORIES), "of all prompts; without --lists there are no parts of it",
-    )  # fmt: skip
-    flags.DEFINE_string(
-        "vqa", None, f"BLIP for BLIP-VQA, as weights.lavis converts it; default: {VQA}, for shapes none"
-    )
-    flags.DEFINE_string("clip", "openai/clip-vit-base-patch32", "CLIP for CLIPScore")
-    flags.DEFINE_enum(
-        "noun_phrases", noun_phrases.NEW, list(noun_phrases.RULES), "which ones BLIP-VQA asks about: new, the first 8 but for "
-        "places, as the official scorer does now; old, the first 2 of all, as it did at first",
-    )  # fmt: skip
-    flags.DEFINE_enum("export", None, ["t2i_compbench", "geneval"], "write the folder that its official scorers read")
-    flags.DEFINE_string("metadata", None, "GenEval's evaluation_metadata.jsonl, for --export=geneval")
-    flags.DEFINE_integer(
-        "per_prompt", None, "images of each prompt, for --export; default: the benchmark's", lower_bound=1
-    )
-    flags.DEFINE_string("import_scores", None, "exported folder with results, or GenEval's results.jsonl")
-    flags.DEFINE_string("out", None, "directory to write; default: within --workdir")
+    define_flags()
     app.run(main)

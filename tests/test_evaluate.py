@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 import scipy.stats
 import transformers
+from absl import flags
 
 from referee_jax import disk, evaluate
 from referee_jax.benchmarks import layouts, measures, noun_phrases
@@ -43,7 +44,7 @@ def run(tmp_path):
 def command(workdir, **given):
     """The command's flags with their defaults."""
     known = dict(
-        benchmark=None, referee=[], lists=None, category=None, vqa=None, clip="", noun_phrases="new",
+        benchmark=None, referee=[], lists=None, category=None, vqa=None, clip=None, noun_phrases="new",
         export=None, metadata=None, import_scores=None, out=None, per_prompt=None,
     )  # fmt: skip
     return evaluate.evaluate(types.SimpleNamespace(workdir=str(workdir), **(known | given)))
@@ -173,6 +174,93 @@ def test_an_export_is_in_the_order_of_its_list(run):
             command(run, lists=lists, out=str(run / "other"), **given, **other)
 
 
+OFFICIAL = {
+    "annotation_blip": [0.9, 0.8, 0.7, 0.6, 0.5, 0.4],
+    "annotation_clip": [0.3, 0.31, 0.32, 0.33, 0.34, 0.35],
+    "labels/annotation_obj_detection_2d": [0.0, 0.5, 1.0, 0.5, 0.25, 0.75],
+}
+
+
+def answered(out, folder, scores):
+    """What an official scorer leaves."""
+    (out / folder).mkdir(parents=True)
+    answers = [{"question_id": n, "answer": score} for n, score in enumerate(scores)]
+    (out / folder / "vqa_result.json").write_text(json.dumps(answers))
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """The warnings of the command."""
+    said = []
+    monkeypatch.setattr(evaluate.logging, "warning", lambda text, *given: said.append(text % given))
+    return said
+
+
+def merged(out, **given):
+    """The table, scores.json and images.jsonl of an evaluation with what was imported."""
+    printed = command(out, benchmark="t2i_compbench", import_scores=str(out), **given)
+    lines = disk.read_lines(out / "evaluation" / "images.jsonl")
+    return printed, json.loads((out / "evaluation" / "scores.json").read_text()), lines
+
+
+def test_what_is_imported_is_not_measured(run, tmp_path_factory, warned, monkeypatch):
+    """Nor are weights asked for: those that are the default are not there."""
+    monkeypatch.setattr(measures, "_judge", lambda *of: pytest.fail(f"weights are asked for: {of}"))
+    root = tmp_path_factory.mktemp("merge")
+    kinds = {
+        "complex_val_action": PROMPTS[:1],
+        "complex_val_spatial": PROMPTS[1:2],
+        "complex_val_spatialaction": PROMPTS[2:],
+    }
+    lists = written(root / "lists", complex_val=PROMPTS, **kinds)
+    out = root / "out"
+    command(run, export="t2i_compbench", lists=lists, out=str(out), per_prompt=2)
+    for folder, scores in OFFICIAL.items():
+        answered(out, folder, scores)
+    printed, found, lines = merged(out, lists=lists)
+    blip, clip, unidet = OFFICIAL.values()
+    assert [line["blip_vqa"] for line in lines] == blip and [line["unidet_2d"] for line in lines] == unidet
+    # The official CLIP result of complex prompts is of their words without adjectives.
+    assert [line["clip_without_adjectives"] for line in lines] == clip and not any("clip" in line for line in lines)
+    three = [(blip[n] + clip[n]) / 2 for n in (0, 1)] + [(blip[n] + unidet[n]) / 2 for n in (2, 3)]
+    three += [(blip[n] + clip[n] + unidet[n]) / 3 for n in (4, 5)]
+    assert [line["3_in_1"] for line in lines] == pytest.approx(three)
+    names = ("blip_vqa", "clip_without_adjectives", "unidet_2d")
+    assert found["measures"] == {name: {"imported": str(out)} for name in names}
+    assert printed.startswith(f"|  | images | {' | '.join(f'{name} (imported)' for name in names)} | 3_in_1 |\n")
+    assert found["scores"]["complex, action"]["3_in_1"]["images"] == 2 and warned == []
+    # Theirs is kept.
+    answered(out, "annotation_3_in_1", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    printed, found, lines = merged(out, lists=lists)
+    assert [line["3_in_1"] for line in lines] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert found["measures"]["3_in_1"] == {"imported": str(out)} and "| 3_in_1 (imported) |" in printed
+    # Also where only the category is said; and what is not imported can be left out.
+    assert [line["3_in_1"] for line in merged(out, category="complex")[2]] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert warned == []
+    for folder in ("annotation_blip", "annotation_clip", "annotation_3_in_1"):
+        (out / folder / "vqa_result.json").unlink()
+    _, found, lines = merged(out, lists=lists, vqa="", clip="")
+    assert list(found["measures"]) == ["unidet_2d"] and "blip_vqa" not in lines[0] and "3_in_1" not in lines[0]
+
+
+def test_what_is_imported_is_measured_if_asked_for(run, tmp_path_factory, warned):
+    root = tmp_path_factory.mktemp("merge")
+    networks.save_blip(networks.blip(transformers.BlipForQuestionAnswering), root / "vqa")
+    lists = written(root / "lists", complex_val=PROMPTS, complex_val_action=PROMPTS)
+    out = root / "out"
+    command(run, export="t2i_compbench", lists=lists, out=str(out), per_prompt=2)
+    for folder, scores in OFFICIAL.items():
+        answered(out, folder, scores)
+    printed, found, lines = merged(out, lists=lists, vqa=str(root / "vqa"))
+    assert found["measures"]["blip_vqa"]["checkpoint"] == str(root / "vqa")
+    assert "blip_vqa (new noun phrases)" in printed and "clip_without_adjectives (imported)" in printed
+    own = [line["blip_vqa"] for line in lines]
+    assert own != OFFICIAL["annotation_blip"] and all("questions" in line for line in lines)
+    clip = OFFICIAL["annotation_clip"]
+    assert [line["3_in_1"] for line in lines] == pytest.approx([(a + b) / 2 for a, b in zip(own, clip, strict=True)])
+    assert warned == [f"blip_vqa is measured by {root / 'vqa'}, what was imported is left out"]
+
+
 def test_the_number_of_noun_phrases_is_said(tmp_path, monkeypatch):
     """The old one asks about two, places among them, and is kept apart from the new one."""
     monkeypatch.setattr(noun_phrases, "spacy_source", lambda: None)
@@ -193,7 +281,7 @@ def test_the_number_of_noun_phrases_is_said(tmp_path, monkeypatch):
     assert len(list((tmp_path / "evaluation").glob("blip_vqa-*.jsonl"))) == 2
 
 
-def test_lists_and_category(run):
+def test_lists_and_category(run, warned):
     entries = evaluate.read(run)
     lists = written(
         run / "lists",
@@ -210,6 +298,36 @@ def test_lists_and_category(run):
     entries = entries[2:]
     assert parts("shape") == {PROMPTS[1]: unseen, PROMPTS[2]: unseen}
     assert evaluate.parts("t2i_compbench", entries, None, "shape") == {text: ["shape"] for text in PROMPTS[1:]}
+    with pytest.raises(ValueError, match="nothing to measure by"):
+        command(run, benchmark="t2i_compbench", category="complex", vqa="", clip="")
+    assert warned == ["there is no 3_in_1 by --category=complex alone: --lists says of what kind a complex prompt is"]
+
+
+@pytest.mark.parametrize(
+    "given, code, said",
+    [
+        (["--benchmark=shapes"], 0, "| all | 6 | 0.667 (0.50..1.00) |"),
+        (["--benchmark=t2i_compbench"], 2, "error: --lists is missing"),
+        (["--benchmark=shapes", "more"], 2, "error: unexpected argument 'more'"),
+        (["--export=t2i_compbench", "--per_prompt=2"], 0, "6 images in "),
+    ],
+)
+def test_the_command_line(run, capsys, given, code, said):
+    values = flags.FlagValues()
+    evaluate.define_flags(values)
+    rest = values(["evaluate", f"--workdir={run}", "--device=cpu", *given])
+    assert evaluate.main(rest, values) == code
+    printed = capsys.readouterr()
+    assert said in (printed.err if code else printed.out)
+
+
+def test_the_flags():
+    values = flags.FlagValues()
+    evaluate.define_flags(values)
+    values(["evaluate"])
+    assert (values.noun_phrases, values.vqa, values.clip, values.lists) == ("new", None, None, None)
+    with pytest.raises(flags.IllegalFlagValueError, match="noun_phrases"):
+        values(["evaluate", "--noun_phrases=8"])
 
 
 def test_geneval_there_and_back(run, tmp_path_factory):

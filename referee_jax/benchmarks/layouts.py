@@ -133,7 +133,8 @@ def read_t2i_compbench(directory: str | os.PathLike) -> list[Entry]:
 def import_t2i_compbench(directory: str | os.PathLike) -> dict[str, dict[str, float]]:
     """The scores that the official scorers left in an exported folder: measure (of `RESULTS`) -> file name -> score.
 
-    BLIP-VQA and the UniDet measures are in [0, 1], clip is a cosine. Measures without a result file are left out.
+    BLIP-VQA and the UniDet measures are in [0, 1], clip is a cosine, for the complex set of the words without adjectives.
+    Measures without a result file are left out.
     Raises ValueError for a file that is damaged, or is not about just the images that are there.
     """
     path, found = Path(directory), {}

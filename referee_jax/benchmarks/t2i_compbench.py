@@ -68,6 +68,14 @@ def _lines(file: Path) -> list[str]:
     return list(dict.fromkeys(line for line in lines if line))
 
 
+def name_of_result(measure: str, parts: Sequence[str]) -> str:
+    """What an official scorer's result (layouts.RESULTS) is, of a prompt that counts in `parts`.
+
+    CLIP's has one name, and is of the words without adjectives for the complex set.
+    """
+    return "clip_without_adjectives" if measure == "clip" and "complex" in parts else measure
+
+
 def is_measured(parts: Sequence[str], measure: str) -> bool:
     """Whether images of a prompt that counts in `parts` are measured by it."""
     return any(measure in MEASURES.get(part, ()) for part in parts)

@@ -188,3 +188,9 @@ def test_who_is_measured_by_what():
     assert measured("color", "color, seen") == ["blip_vqa"]
     assert measured("complex", "complex, action") == ["blip_vqa", "clip_without_adjectives"]
     assert measured("non_spatial") == ["clip"] and measured("spatial") == []
+
+
+def test_what_an_official_result_is_of():
+    assert t2i_compbench.name_of_result("clip", ["complex", "complex, action"]) == "clip_without_adjectives"
+    assert t2i_compbench.name_of_result("clip", ["non_spatial"]) == "clip"
+    assert t2i_compbench.name_of_result("blip_vqa", ["complex"]) == "blip_vqa"
