@@ -303,6 +303,33 @@ def test_lists_and_category(run, warned):
     assert warned == ["there is no 3_in_1 by --category=complex alone: --lists says of what kind a complex prompt is"]
 
 
+def test_an_evaluation_goes_on_in_the_middle_of_a_measure(run, tmp_path_factory, monkeypatch):
+    """Cut off while a batch is measured, and while a line is written: what has a line is not measured again."""
+    asked, stops = [], [True]
+
+    def measure():
+        def score(images, prompts):
+            asked.append(len(images))
+            if len(asked) == 3 and stops.pop():
+                raise KeyboardInterrupt
+            right, quality = measures.shapes.score([np.asarray(x, np.float32) / 255 for x in images], prompts)
+            return [{"right": float(r), "quality": float(q)} for r, q in zip(right, quality, strict=True)]
+
+        return measures.Measure("shapes", {}, lambda: (2, score))
+
+    wanted = command(run, benchmark="shapes", out=str(tmp_path_factory.mktemp("straight")))
+    monkeypatch.setattr(measures, "ground_truth", measure)
+    with pytest.raises(KeyboardInterrupt):
+        command(run, benchmark="shapes")
+    (file,) = (run / "evaluation").glob("shapes-*.jsonl")
+    assert len(disk.read_lines(file)) == 4 and not (run / "evaluation" / "scores.json").exists()
+    file.write_bytes(file.read_bytes()[:-20])
+    asked.clear()
+    stops.append(False)
+    assert command(run, benchmark="shapes") == wanted and asked == [2, 1]
+    assert len(disk.read_lines(file)) == 6
+
+
 @pytest.mark.parametrize(
     "given, code, said",
     [
