@@ -1,13 +1,15 @@
 """Batches in flight on disk (Orbax), so that whoever continues a run goes on in the middle of an image.
 
-    RUN/checkpoints/<who>/<number>/   `state`: arrays `[item, ...]` by name; `about`: items, step, a hash of the arrays
+    RUN/checkpoints/<who>/<number>/default/state.safetensors   arrays `[item, ...]` by name; items, step, and a hash of it all
 
 Each process writes its own, the last two are kept, and a checkpoint is visible only when it is complete. Rows of one may go on in
 different processes: the state of an item knows nothing of its batch. Key data is not saved; it follows from seed and item.
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import json
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -16,11 +18,48 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
 from absl import logging
 
-from referee_jax import queue
+from referee_jax import disk, queue
 
 KEPT = 2
+FILE = "state.safetensors"
+
+
+class _Handler(ocp.CheckpointHandler):
+    """A part as one file: Orbax's own handlers have NumPy arrays written by process 0 of a job alone."""
+
+    def save(self, directory: Path, args: "_Save") -> None:
+        """Into the directory of a checkpoint that is not visible yet."""
+        about = json.dumps(
+            {
+                "items": [[item.prompt, item.sample] for item in args.part.items],
+                "step": args.part.step,
+                "fingerprint": args.fingerprint,
+            }
+        )
+        metadata = {"about": about, "hash": _hash(args.part.state, about)}
+        state = {name: np.ascontiguousarray(x) for name, x in args.part.state.items()}
+        disk.write_atomic(Path(directory) / FILE, safetensors.numpy.save(state, metadata))
+
+    def restore(self, directory: Path, args: Any = None) -> tuple[queue.Part, str]:
+        """The part and the fingerprint of its settings. ValueError where they are not those that were saved."""
+        with safetensors.safe_open(Path(directory) / FILE, "np") as file:
+            metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        if _hash(state, metadata["about"]) != metadata["hash"]:
+            raise ValueError("this is not what was saved")
+        about = json.loads(metadata["about"])
+        items = tuple(queue.Item(prompt, sample) for prompt, sample in about["items"])
+        return queue.Part(items, about["step"], state), about["fingerprint"]
+
+
+@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _Save(ocp.args.CheckpointArgs):
+    part: queue.Part
+    fingerprint: str
 
 
 class Checkpoints:
@@ -33,16 +72,9 @@ class Checkpoints:
 
     def save(self, part: queue.Part, fingerprint: str) -> None:
         """Saves a part in flight; on disk when this returns. OSError where it cannot be written."""
-        about = {
-            "items": [[item.prompt, item.sample] for item in part.items],
-            "step": part.step,
-            "fingerprint": fingerprint,
-            "hash": _hash(part.state),
-        }
         manager = self._manager = self._manager or _manager(self.own)
         number = 1 + max(manager.all_steps(), default=0)
-        content = ocp.args.Composite(state=ocp.args.StandardSave(part.state), about=ocp.args.JsonSave(about))
-        manager.save(number, args=content, force=True)
+        manager.save(number, args=_Save(part, fingerprint), force=True)
 
     def clear(self) -> None:
         """Forgets our own: their batch is done."""
@@ -66,10 +98,11 @@ class Checkpoints:
 
     def _of(self, place: Path, fingerprint: str | None) -> Iterator[queue.Part]:
         """The parts in a process's folder, the newest first; damaged ones are told of and passed over."""
-        for number in sorted((int(x.name) for x in place.iterdir() if x.name.isdigit()), reverse=True):
+        numbers = [int(x.name) for x in _listed(place) if x.name.isdigit()]
+        for number in sorted(numbers, reverse=True):
             try:
-                part, settings = _read(place / str(number))
-            except Exception as error:  # Orbax and TensorStore raise what they like for damaged files
+                part, settings = _Handler().restore(place / str(number) / "default")
+            except Exception as error:  # safetensors raises what it likes for damaged files
                 logging.warning("%s cannot be read, the one before is taken: %s", place / str(number), str(error)[:200])
                 continue
             if fingerprint is None or settings == fingerprint:
@@ -77,7 +110,15 @@ class Checkpoints:
 
 
 def _places(directory: Path) -> list[Path]:
-    return sorted(x for x in directory.iterdir() if x.is_dir()) if directory.is_dir() else []
+    return sorted(x for x in _listed(directory) if x.is_dir())
+
+
+def _listed(directory: Path) -> list[Path]:
+    """What is in a directory, which its owner may remove at any moment."""
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def _manager(path: Path) -> ocp.CheckpointManager:
@@ -90,21 +131,11 @@ def _manager(path: Path) -> ocp.CheckpointManager:
         multiprocessing_options=alone,
     )  # fmt: skip
     path.mkdir(parents=True, exist_ok=True)
-    return ocp.CheckpointManager(path, options=options)
+    return ocp.CheckpointManager(path, options=options, item_handlers=_Handler())
 
 
-def _read(path: Path) -> tuple[queue.Part, str]:
-    """The part in a checkpoint and the fingerprint of its settings. ValueError where the arrays are not those saved."""
-    about = ocp.JsonCheckpointHandler().restore(path / "about")
-    state = ocp.StandardCheckpointHandler().restore(path / "state")
-    if _hash(state) != about["hash"]:
-        raise ValueError("the arrays are not those that were saved")
-    items = tuple(queue.Item(prompt, sample) for prompt, sample in about["items"])
-    return queue.Part(items, about["step"], state), about["fingerprint"]
-
-
-def _hash(state: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
+def _hash(state: dict[str, Any], about: str) -> str:
+    digest = hashlib.sha256(about.encode())
     for name in sorted(state):
         x = np.ascontiguousarray(state[name])
         digest.update(f"{name} {x.dtype} {x.shape} ".encode())

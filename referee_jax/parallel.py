@@ -6,14 +6,20 @@ over the devices of a group, which then work on the same prompts: there the comp
 are within a group.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from referee_jax import disk, progress
 
 AXIS, MODEL = "prompt", "model"
 LARGE = 2**16  # elements; smaller weights are whole on every device
@@ -66,14 +72,55 @@ def _spec(x: Any, mesh: Mesh, batched: bool) -> PartitionSpec:
     return PartitionSpec(*[None] * longest, MODEL)
 
 
-def join(index: int, count: int, *, timeout: int = 300) -> tuple[int, int]:
+OTHERS = 30 * 24 * 3600  # seconds for which one that is done waits for the others, who may have more to do
+
+
+# Where launchers say which process of a job this is: Slurm, Open MPI, TPU slices, Kubernetes.
+RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "JOB_COMPLETION_INDEX")
+
+
+def join(index: int, count: int, place: Path, *, timeout: int = 300) -> tuple[int, int]:
     """Joins the other processes of a job by jax.distributed; which one of how many this is. They exchange nothing afterwards.
 
     On a TPU slice and under Slurm, GKE or Open MPI JAX finds them itself; elsewhere `index` and `count` say who this is, and
-    JAX_COORDINATOR_ADDRESS where process 0 listens. Where some are missing after `timeout` seconds JAX ends the process; so it
-    does later, within two minutes, when one of them dies.
+    JAX_COORDINATOR_ADDRESS where process 0 listens. Where some are missing after `timeout` seconds JAX ends the process; before
+    that it is told who has come to the directory `place`, which all share. So JAX does later, within two minutes, when one of
+    them dies. Who is done ends when all are.
     """
     given = {"process_id": index, "num_processes": count} if "JAX_COORDINATOR_ADDRESS" in os.environ else {}
-    jax.distributed.initialize(**given, initialization_timeout=timeout)
-    ocp.multihost.sync_global_processes("start", timeout=timeout)
+    # JAX would take SIGTERM for itself, and tell nobody.
+    jax.config.update("jax_enable_preemption_service", False)
+    number = str(index) if given else next((os.environ[name] for name in RANKS if name in os.environ), "?")
+    with _presence(place / ".joining", f"process {number} on {disk.HOST}", timeout):
+        jax.distributed.initialize(**given, initialization_timeout=timeout, shutdown_timeout_seconds=OTHERS)
+        # Of these processes, and not of their devices: so it ends in time.
+        ocp.multihost.sync_global_processes("start", timeout=timeout, processes=set(range(jax.process_count())))
     return jax.process_index(), jax.process_count()
+
+
+@contextlib.contextmanager
+def _presence(place: Path, name: str, timeout: float) -> Iterator[None]:
+    """Leaves a file of that name while others are waited for, and tells who has left one before the `timeout` is over."""
+    place.mkdir(parents=True, exist_ok=True)
+    own = place / name
+    own.touch()
+    # Those that an earlier job's end left are older than any of this one.
+    is_left = lambda file: file.stat().st_mtime < own.stat().st_mtime - timeout  # noqa: E731
+
+    def tell() -> None:
+        come = ", ".join(sorted(file.name for file in place.iterdir() if not is_left(file)))
+        progress.say(f"others of this job are waited for, {timeout:.0f} s at most; here are: {come}", file=sys.stderr)
+
+    timer = threading.Timer(0.6 * timeout, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        with contextlib.suppress(OSError):  # others do the same
+            for file in filter(is_left, list(place.iterdir())):
+                file.unlink(missing_ok=True)
+        own.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            place.rmdir()

@@ -244,7 +244,7 @@ def _absl_main(argv: list[str]) -> int:
     try:
         command = read_command(flags.FLAGS, argv[1:])
         if command.distributed:  # which must come before any device is looked at
-            index, count = parallel.join(command.shard_index, command.shard_count)
+            index, count = parallel.join(command.shard_index, command.shard_count, command.workdir.expanduser())
             command = dataclasses.replace(command, shard_index=index, shard_count=count)
         device = devices.choose(flags.FLAGS.device)
     except (CommandError, config.ConfigError, prompts.PromptError, devices.DeviceError) as error:

@@ -37,7 +37,8 @@ def test_the_newest_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
-def test_a_damaged_one_is_passed_over(tmp_path, damage, caplog):
+@pytest.mark.parametrize("where", [0.02, 0.1, 0.5, 0.9, 0.999])
+def test_a_damaged_one_is_passed_over(tmp_path, damage, where, caplog):
     """Every file of the newest in turn: what comes back is that one whole, or the one before; never anything else."""
     one = checkpoint.Checkpoints(tmp_path / "checkpoints")
     for step in (10, 20):
@@ -45,8 +46,8 @@ def test_a_damaged_one_is_passed_over(tmp_path, damage, caplog):
     fallen = 0
     for file in [x for x in (one.own / "2").rglob("*") if x.is_file() and x.stat().st_size]:
         data = file.read_bytes()
-        middle = len(data) // 2
-        broken = {"flip": data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :], "cut": data[:middle]}
+        at = int(where * len(data))
+        broken = {"flip": data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :], "cut": data[:at]}
         if damage == "lose":
             file.unlink()
         else:
@@ -58,8 +59,20 @@ def test_a_damaged_one_is_passed_over(tmp_path, damage, caplog):
         assert found.step == 20 or "cannot be read, the one before is taken" in caplog.text
         fallen += found.step == 10
         file.write_bytes(data)
-    assert fallen >= 2
+    assert fallen
     assert_same(one.begun("print")[0], part(20))
+
+
+def test_one_that_its_owner_removes_meanwhile(tmp_path, monkeypatch):
+    """Between the list of folders and a look into one: it is none."""
+    one = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    one.save(part(10), "print")
+    listed = checkpoint._places(one.directory)
+    one.clear()
+    monkeypatch.setattr(checkpoint, "_places", lambda directory: listed)
+    other = checkpoint.Checkpoints(one.directory)
+    assert other.begun("print") == []
+    other.forget(set())
 
 
 def test_forgotten_when_all_is_done(tmp_path):

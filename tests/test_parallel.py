@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from referee_jax import parallel
+from referee_jax import checkpoint, disk, parallel
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -39,18 +39,65 @@ def test_what_is_split(monkeypatch):
     assert shape[0].sharding.spec == PartitionSpec(None, "model") and isinstance(shape[1], jax.ShapeDtypeStruct)
 
 
-def test_processes_join():
-    """Two of them, by jax.distributed: each is told which it is."""
+JOINED = """
+import signal, sys, time
+from pathlib import Path
+import numpy as np
+from referee_jax import checkpoint, generation, parallel, queue, run
+stop, place = generation.Stop(), Path(sys.argv[2])
+run.catch_signals(stop)
+index, count = parallel.join(int(sys.argv[1]), 2, place, timeout=100)
+part = queue.Part((queue.Item("a", index),), 5, {"x": np.full((1, 3), index, np.float32)})
+checkpoint.Checkpoints(place / "checkpoints").save(part, "print")
+print((index, count), flush=True)
+if index:
+    signal.raise_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 5
+    while not stop() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    print("asked to stop:", stop(), flush=True)
+    time.sleep(2)  # and the other one, which is done, waits
+signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+
+
+def test_processes_join(tmp_path):
+    """Two of them, by jax.distributed: each is told which it is, hears SIGTERM and has its checkpoints; who is done waits."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    script = "import sys; from referee_jax import parallel; print(parallel.join(int(sys.argv[1]), 2, timeout=100))"
     environment = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PLATFORMS": "cpu"}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(index)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", JOINED, str(index), tmp_path],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for index in range(2)
     ]
-    said = [process.communicate(timeout=200)[0].strip().splitlines()[-1] for process in running]
-    assert said == ["(0, 2)", "(1, 2)"]
+    said = [process.communicate(timeout=200)[0].strip().splitlines() for process in running]
+    assert said[0][-1] == "(0, 2)" and said[1][-2:] == ["(1, 2)", "asked to stop: True"]
+    assert running[0].returncode == 0
+    found = checkpoint.Checkpoints(tmp_path / "checkpoints").begun("print")
+    assert sorted((part.items[0].sample, part.state["x"].tolist()) for part in found) == [
+        (0, [[0.0] * 3]), (1, [[1.0] * 3]),
+    ]  # fmt: skip
+
+
+def test_who_is_missing_is_told(tmp_path):
+    """One of two comes, and JAX ends it in time: before, it says who is here."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    script = "import pathlib, sys; from referee_jax import parallel; parallel.join(0, 2, pathlib.Path(sys.argv[1]), timeout=5)"
+    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PLATFORMS": "cpu"}
+    (tmp_path / ".joining").mkdir()
+    (tmp_path / ".joining" / "process 1 on a host of yesterday").touch()
+    os.utime(tmp_path / ".joining" / "process 1 on a host of yesterday", (0, 0))
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode
+    assert f"others of this job are waited for, 5 s at most; here are: process 0 on {disk.HOST}\n" in done.stderr
