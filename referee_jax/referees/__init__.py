@@ -101,7 +101,7 @@ class Family:
 
     Attributes:
         kind: what network it is, of `load.KINDS`.
-        build: `(spec, network, preprocessor_config.json, tokenizer) -> referee`.
+        build: `(spec, network, settings of the image processor, tokenizer) -> referee`.
         tokenize: the host's half of it, from its own file.
         texts: all that is read for a prompt, templates included, as `tokenize` reads it.
         clean: what is done to the prompt before it is put into the template.
@@ -312,12 +312,13 @@ def load_referee(spec: config.RefereeSpec | str, *, dtype: jax.typing.DTypeLike 
     directory = load.fetch_referee(config.checkpoint_path(spec.checkpoint), revision=spec.revision or None)
     tokenizer = load.load_tokenizer(directory)
     REFEREES[spec.name].check(tokenizer)
+    preprocessing = load.read_preprocessing(directory)
     network = load.load(REFEREES[spec.name].kind, directory, dtype=dtype)
-    return build(spec, network, configs.read_json(directory / "preprocessor_config.json"), tokenizer)
+    return build(spec, network, preprocessing, tokenizer)
 
 
 def build(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any) -> Judge:
-    """The referee of a network, real or abstract, and its preprocessor_config.json; ValueError where `spec` does not fit."""
+    """The referee of a network, real or abstract, and its image processor's settings; ValueError where `spec` does not fit."""
     referee = REFEREES[spec.name].build(spec, network, preprocessing, tokenizer)
     _check_losses(spec, referee.losses)
     if spec.image_size not in (0, referee.image_size):

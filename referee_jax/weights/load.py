@@ -25,7 +25,8 @@ from referee_jax.weights.convert import WeightsError
 TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"  # what the two libraries call a file of weights
 _PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5")
 _TOKENIZER = ("config.json", "*token*.json", "vocab.*", "merges.txt", "spiece.model")
-_IMAGE_PROCESSOR = "preprocessor_config.json"
+# As transformers has written it before and since 5.0; in the second it is one part among others.
+_IMAGE_PROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Kind:
     Attributes:
         config: `(dictionary of config.json, where=...) -> config`.
         network: `(config, rngs=...) -> module`.
+        architecture: what config.json calls it, where one that it calls otherwise is of another kind.
         stem: what its files of weights are called.
         renames, ignore, float32: of `convert.fill`.
         ties: names of tensors that repeat another one, which is all that is read: copy -> original.
@@ -44,6 +46,7 @@ class Kind:
     config: Callable
     network: Callable[..., nnx.Module]
     stem: str
+    architecture: str = ""
     renames: Sequence[tuple[str, str]] = ()
     ignore: Sequence[str] = ()
     float32: Sequence[str] = ()
@@ -51,12 +54,13 @@ class Kind:
     optional: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def _blip(network: Callable[..., nnx.Module]) -> Kind:
+def _blip(network: Callable[..., nnx.Module], architecture: str) -> Kind:
     predictions, words = "text_decoder.cls.predictions", "text_decoder.bert.embeddings.word_embeddings.weight"
     return Kind(
         config=configs.blip_config,
         network=network,
         stem=TRANSFORMERS,
+        architecture=architecture,
         ignore=("*.position_ids",),
         ties={f"{predictions}.decoder.weight": words, f"{predictions}.decoder.bias": f"{predictions}.bias"},
     )
@@ -64,12 +68,19 @@ def _blip(network: Callable[..., nnx.Module]) -> Kind:
 
 KINDS: dict[str, Kind] = {
     # Buffers that transformers wrote before 4.31.
-    "clip": Kind(config=configs.clip_config, network=clip.CLIP, stem=TRANSFORMERS, ignore=("*.position_ids",)),
+    "clip": Kind(
+        config=configs.clip_config,
+        network=clip.CLIP,
+        stem=TRANSFORMERS,
+        architecture="CLIPModel",
+        ignore=("*.position_ids",),
+    ),
     # transformers 5 writes this class without the prefix that all published files have.
     "clip_text": Kind(
         config=configs.reader(clip.TextConfig),
         network=clip.TextModel,
         stem=TRANSFORMERS,
+        architecture="CLIPTextModel",
         renames=((r"^(?!text_model\.)", "text_model."),),
         ignore=("*.position_ids",),
     ),
@@ -77,16 +88,18 @@ KINDS: dict[str, Kind] = {
         config=configs.reader(siglip.Config),
         network=siglip.SigLIP,
         stem=TRANSFORMERS,
+        architecture="SiglipModel",
         ignore=("*.position_ids",),
         float32=("logit_scale", "logit_bias"),
     ),
-    "blip_itm": _blip(blip.ImageTextRetrieval),
-    "blip_caption": _blip(blip.ConditionalGeneration),
-    "blip_vqa": _blip(blip.QuestionAnswering),
+    "blip_itm": _blip(blip.ImageTextRetrieval, "BlipForImageTextRetrieval"),
+    "blip_caption": _blip(blip.ConditionalGeneration, "BlipForConditionalGeneration"),
+    "blip_vqa": _blip(blip.QuestionAnswering, "BlipForQuestionAnswering"),
     "blip2": Kind(
         config=configs.reader(blip2.Config),
         network=blip2.BLIP2,
         stem=TRANSFORMERS,
+        architecture="Blip2ForImageTextRetrieval",
         # The second is a bias from before LAVIS made room for [DEC]; the one that is added is the decoder's.
         ignore=("*.position_ids", "cls.predictions.bias"),
         renames=((r"^cls\.predictions\.decoder\.bias$", "cls.predictions.bias"),),
@@ -100,12 +113,14 @@ KINDS: dict[str, Kind] = {
         config=configs.reader(image_reward.Config),
         network=image_reward.ImageReward,
         stem=TRANSFORMERS,
+        architecture="ImageReward",
         float32=("mlp.*",),
     ),
     "align": Kind(
         config=configs.reader(align.Config),
         network=align.ALIGN,
         stem=TRANSFORMERS,
+        architecture="AlignModel",
         # Buffers that transformers wrote before 4.31, and counters of the training.
         ignore=("*.position_ids", "*.token_type_ids", "*.num_batches_tracked"),
         float32=("*.batchnorm.*", "*_bn.*", "*.depthwise_norm.*"),
@@ -140,7 +155,10 @@ def load(
     """
     row = KINDS[kind]
     directory = hub.resolve(path_or_id, revision, _patterns(row.stem, subfolder)) / subfolder
-    config = row.config(configs.read_json(directory / "config.json"), where=str(directory / "config.json"))
+    file = directory / "config.json"
+    values = configs.read_json(file)
+    _check_kind(kind, values, file)
+    config = row.config(values, where=str(file))
     tensors = Tensors(directory, row.stem)
     config = dataclasses.replace(config, **optional_parts(row, tensors))
     module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
@@ -151,6 +169,13 @@ def load(
         )
     except WeightsError as error:
         raise WeightsError(f"{tensors.source}: {error}") from error
+
+
+def _check_kind(kind: str, values: Mapping, file: Path) -> None:
+    """Raises WeightsError where config.json says that it is of another of `KINDS`; one of no known kind may still fit."""
+    for other, row in KINDS.items():
+        if other != kind and row.architecture and values.get("architectures") == [row.architecture]:
+            raise WeightsError(f"{file} is of another kind of network: {other} ({row.architecture}), not {kind}")
 
 
 def abstract(kind: str, config: object, *, dtype: jax.typing.DTypeLike = jnp.float32) -> nnx.Module:
@@ -206,7 +231,26 @@ def fetch_referee(path_or_id: str | Path, *, revision: str | None = None) -> Pat
 
     Raises WeightsError where it cannot be had, with one command for all of it.
     """
-    return hub.resolve(path_or_id, revision, [*_patterns(TRANSFORMERS, ""), *_TOKENIZER[1:], _IMAGE_PROCESSOR])
+    patterns = [*_patterns(TRANSFORMERS, ""), *_TOKENIZER[1:], _IMAGE_PROCESSOR, _PROCESSOR]
+    return hub.resolve(path_or_id, revision, patterns)
+
+
+def read_preprocessing(directory: Path) -> dict:
+    """The settings of the image processor in a checkpoint's directory; where both files have some, those that transformers
+    takes: processor_config.json's.
+
+    Raises WeightsError where neither has.
+    """
+    file = directory / _PROCESSOR
+    settings = configs.read_json(file).get("image_processor") if file.exists() else None
+    if settings is not None:
+        if not isinstance(settings, dict):
+            raise WeightsError(f"{file}: image_processor does not hold a JSON object")
+        return settings
+    file = directory / _IMAGE_PROCESSOR
+    if not file.exists():
+        raise WeightsError(f"{file} is missing, and there is no {_PROCESSOR} that says how an image is prepared")
+    return configs.read_json(file)
 
 
 def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, subfolder: str = ""):
@@ -225,7 +269,8 @@ def load_image_processor(path_or_id: str | Path, *, revision: str | None = None)
     """Returns the transformers image processor (PIL's resizing) of a local directory or a hub id; runs no code of theirs."""
     import transformers  # as above
 
-    directory = hub.resolve(path_or_id, revision, [_IMAGE_PROCESSOR])
+    directory = hub.resolve(path_or_id, revision, [_IMAGE_PROCESSOR, _PROCESSOR])
+    read_preprocessing(directory)  # for its messages
     options = dict(local_files_only=True, trust_remote_code=False, backend="pil")
     try:
         return transformers.AutoImageProcessor.from_pretrained(directory, **options)

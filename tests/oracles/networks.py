@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 from torch import nn
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -177,19 +178,20 @@ def blip_tokenizer(length: int = 512) -> transformers.BertTokenizer:
 
 
 def save_blip(module: transformers.PreTrainedModel, path: pathlib.Path, **how) -> pathlib.Path:
-    """Write network, tokenizer and preprocessor_config.json; `how` is for save_pretrained."""
+    """Write network and processor; `how` is for save_pretrained."""
     module.save_pretrained(path, **how)
     save_blip_processor(path, module.config.vision_config.image_size)
     return path
 
 
 def save_blip_processor(path: pathlib.Path, size: int) -> None:
-    """Write the tokenizer and preprocessor_config.json."""
-    blip_tokenizer().save_pretrained(path)
-    preprocessing = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "size": {"height": size, "width": size}}
-    (path / "preprocessor_config.json").write_text(
-        json.dumps({"image_processor_type": "BlipImageProcessor"} | preprocessing)
-    )
+    """Write what BLIP's own processor does: tokenizer, and preprocessing in processor_config.json."""
+    transformers.BlipProcessor(blip_image_processor(size), blip_tokenizer()).save_pretrained(path)
+
+
+def blip_image_processor(size: int) -> BlipImageProcessorPil:
+    """The published preprocessing, but for the size."""
+    return BlipImageProcessorPil(size={"height": size, "width": size}, image_mean=CLIP_MEAN, image_std=CLIP_STD)
 
 
 def save_image_reward(
@@ -265,12 +267,21 @@ def redraw_blip2(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
-def save_blip2(path: pathlib.Path, *, lm_head: bool, seed: int = 0) -> None:
-    """Write `blip2()`, tokenizer and preprocessing; `lm_head` adds what only stage-1 weights have."""
-    module = blip2(seed)
+def blip2_processor(size: int = 24, queries: int = 5) -> transformers.Blip2Processor:
+    """BLIP-2's own processor; with an image, it puts <image> before a text for each of the queries."""
+    return transformers.Blip2Processor(blip_image_processor(size), blip2_tokenizer(), num_query_tokens=queries)
+
+
+def save_blip2(path: pathlib.Path, *, lm_head: bool, seed: int = 0, older: bool = True) -> None:
+    """Write `blip2()` and its processor, in the files of transformers 4 if `older`; `lm_head` adds what only stage-1 weights
+    have."""
+    module, processor = blip2(seed), blip2_processor()
     module.save_pretrained(path)
-    blip2_tokenizer().save_pretrained(path)
-    (path / "preprocessor_config.json").write_text(json.dumps({"image_mean": CLIP_MEAN, "image_std": CLIP_STD}))
+    if older:
+        processor.tokenizer.save_pretrained(path)
+        processor.image_processor.save_pretrained(path)
+    else:
+        processor.save_pretrained(path)
     if not lm_head:
         return
     width, vocab = module.config.qformer_config.hidden_size, module.config.qformer_config.vocab_size
@@ -365,10 +376,9 @@ def align_processor(side: int = 33, resized: int = 40, **changes) -> EfficientNe
 def save_align(
     module: transformers.AlignModel, path: pathlib.Path, *, side: int = 33, resized: int = 40, **how
 ) -> pathlib.Path:
-    """Write network, tokenizer and preprocessor_config.json of these sizes; `how` is for save_pretrained."""
+    """Write network and ALIGN's own processor of these sizes; `how` is for save_pretrained."""
     module.save_pretrained(path, **how)
-    blip_tokenizer(64).save_pretrained(path)
-    align_processor(side, resized).save_pretrained(path)
+    transformers.AlignProcessor(align_processor(side, resized), blip_tokenizer(64)).save_pretrained(path)
     return path
 
 
@@ -482,7 +492,7 @@ def save(
 
 
 def save_clip(path: pathlib.Path, *, seed: int = 1, image_size: int = 32) -> None:
-    """Write `clip()`, tokenizer and preprocessing."""
+    """Write `clip()`, tokenizer and preprocessing in the files of the published directories, which are transformers 4's."""
     clip(seed, image_size).save_pretrained(path)
     save_tokenizer(path)
     (path / "preprocessor_config.json").write_text(

@@ -28,7 +28,7 @@ PROMPT = 'A "red circle" and a BLUE square!'
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("blip2")
-    networks.save_blip2(path, lm_head=True)
+    networks.save_blip2(path, lm_head=True, older=False)
     return path
 
 
@@ -169,7 +169,7 @@ def test_scores(judge):
 
 
 def test_captions_need_the_language_head(tmp_path):
-    networks.save_blip2(tmp_path, lm_head=False)
+    networks.save_blip2(tmp_path, lm_head=False, older=False)
     judge = referees.load_referee(spec(tmp_path, "itm", "itc"))
     text = encode(judge.referee, judge.tokenize(PROMPT))
     image = jnp.asarray(views(1)[0])

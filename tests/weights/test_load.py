@@ -1,6 +1,7 @@
 """Loading what transformers and diffusers write, and what is said of what cannot be loaded."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -168,17 +169,173 @@ def test_parts_are_written_for_their_library(part, published, tmp_path):
     assert sum(x.numel() for x in oracle.parameters()) == sum(x.size for x in jax.tree.leaves(network))
 
 
-# Tensors that do not fit.
+# How images are prepared.
 
 
-def test_dropped_tensor(directory):
-    edit_tensors(directory / "model.safetensors", lambda t: t.pop("text_model.final_layer_norm.bias"))
-    fails(directory, r"clip/model\.safetensors: parameters without a tensor: text_model\.final_layer_norm\.bias$")
+def blip_directory(path, size=32):
+    """What is read of a checkpoint besides its network."""
+    path.mkdir()
+    networks.save_blip_processor(path, size)
+    return path
 
 
-def test_added_tensor(directory):
-    edit_tensors(directory / "model.safetensors", lambda t: t.update(classifier=np.zeros(2)))
-    fails(directory, r"clip/model\.safetensors: tensors that no parameter takes: classifier$")
+def older_file(path, **changes):
+    """Adds what transformers 4 would have written beside."""
+    networks.blip_image_processor(32).save_pretrained(path)
+    edit_json(path / "preprocessor_config.json", **changes)
+
+
+def test_preprocessing_of_a_processor_saved_today(tmp_path):
+    """It is one part of one file, as the processor itself reads it."""
+    path = blip_directory(tmp_path / "blip", 48)
+    assert not (path / "preprocessor_config.json").exists()
+    settings = load.read_preprocessing(path)
+    assert settings["size"] == {"height": 48, "width": 48} and settings["image_mean"] == list(networks.CLIP_MEAN)
+    processor = load.load_image_processor(path)
+    assert processor.to_dict() == transformers.BlipProcessor.from_pretrained(path).image_processor.to_dict()
+
+
+def test_preprocessing_in_a_file_of_its_own(tmp_path):
+    """As published checkpoints have it; beside it, their processor_config.json says other things, or nothing is there."""
+    path = blip_directory(tmp_path / "blip")
+    older_file(path, size={"height": 40, "width": 40})
+    (path / "processor_config.json").write_text('{"num_query_tokens": 32, "processor_class": "Blip2Processor"}')
+    for _ in range(2):
+        assert load.read_preprocessing(path)["size"] == {"height": 40, "width": 40}
+        assert dict(load.load_image_processor(path).size) == {"height": 40, "width": 40}
+        (path / "processor_config.json").unlink(missing_ok=True)
+
+
+def test_of_two_preprocessings_the_one_that_transformers_takes(tmp_path):
+    path = blip_directory(tmp_path / "blip")
+    older_file(path, size={"height": 40, "width": 40}, image_mean=[0.0, 0.0, 0.0])
+    settings, processor = load.read_preprocessing(path), load.load_image_processor(path)
+    assert settings["size"] == dict(processor.size) == {"height": 32, "width": 32}
+    assert settings["image_mean"] == list(processor.image_mean) == list(networks.CLIP_MEAN)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            None,
+            r"preprocessor_config\.json is missing, and there is no processor_config\.json that says how an image is",
+        ),
+        (
+            "{}",
+            r"preprocessor_config\.json is missing, and there is no processor_config\.json that says how an image is",
+        ),
+        (
+            '{"image_processor": null}',
+            r"preprocessor_config\.json is missing, and there is no processor_config\.json that says how an image is",
+        ),
+        ("[]", r"processor_config\.json does not hold a JSON object$"),
+        ("{", r"processor_config\.json is not valid JSON"),
+        ('{"image_processor": [1]}', r"processor_config\.json: image_processor does not hold a JSON object$"),
+    ],
+)
+def test_without_preprocessing(tmp_path, text, message):
+    path = blip_directory(tmp_path / "blip")
+    (path / "processor_config.json").unlink()
+    if text is not None:
+        (path / "processor_config.json").write_text(text)
+    for read in (load.read_preprocessing, load.load_image_processor):
+        with pytest.raises(load.WeightsError, match=message) as caught:
+            read(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Tensors and files that do not fit, of each family of referees.
+
+# Kind -> writes a tiny directory of it.
+FAMILIES = {
+    "clip": lambda path: networks.clip().save_pretrained(path),
+    "siglip": lambda path: networks.siglip().save_pretrained(path),
+    "blip_itm": lambda path: networks.blip(transformers.BlipForImageTextRetrieval).save_pretrained(path),
+    "blip_caption": lambda path: networks.blip(transformers.BlipForConditionalGeneration).save_pretrained(path),
+    "blip_vqa": lambda path: networks.blip(transformers.BlipForQuestionAnswering).save_pretrained(path),
+    "blip2": lambda path: networks.blip2().save_pretrained(path),
+    "align": lambda path: networks.align().save_pretrained(path),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Kind -> its directory, as transformers writes it; not to be changed."""
+    root = tmp_path_factory.mktemp("families")
+    for kind, save in FAMILIES.items():
+        save(root / kind)
+    return {kind: root / kind for kind in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, saved, tmp_path):
+    """A kind, and a directory of it to spoil."""
+    return request.param, shutil.copytree(saved[request.param], tmp_path / request.param)
+
+
+def test_dropped_tensor(family):
+    kind, path = family
+    names = set(load.Tensors(path, load.TRANSFORMERS))
+    for part in ("text_model", "vision_model", "text_encoder", "qformer", "text_decoder"):
+        name = min((n for n in names if n.startswith(part) and n.endswith("bias")), default=None)
+        if name is None:
+            continue
+        kept = {}
+        edit_tensors(path / "model.safetensors", lambda t, name=name, kept=kept: kept.update({name: t.pop(name)}))
+        fails(path, rf"{kind}/model\.safetensors: parameters without a tensor: {re.escape(name)}$", kind)
+        edit_tensors(path / "model.safetensors", lambda t, kept=kept: t.update(kept))
+    load.load(kind, path)
+
+
+def test_added_tensor(family):
+    kind, path = family
+    edit_tensors(path / "model.safetensors", lambda t: t.update(classifier=np.zeros(2)))
+    fails(path, rf"{kind}/model\.safetensors: tensors that no parameter takes: classifier$", kind)
+
+
+@pytest.mark.parametrize("keep", [4, -1])
+def test_truncated_file(family, keep):
+    kind, path = family
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    fails(path, r"model\.safetensors is damaged or not a safetensors file", kind)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth"])
+def test_pickled_files_are_not_opened(family, name):
+    kind, path = family
+    (path / "model.safetensors").rename(path / name)
+    fails(path, rf"model\.safetensors is missing \(there is {name}\); only safetensors.*save_pretrained", kind)
+
+
+def test_pickle_by_the_name_of_another_kind_of_file(family):
+    kind, path = family
+    tensors = {"logit_scale": torch.zeros(())}
+    torch.save(tensors, path / "model.safetensors")
+    fails(path, r"model\.safetensors is damaged or not a safetensors file", kind)
+
+
+@pytest.mark.parametrize("said", FAMILIES)
+def test_checkpoint_of_another_kind(family, said):
+    """One sentence that names both; BLIPs, too, whose model_type is the same."""
+    kind, path = family
+    if said == kind:
+        load.load(kind, path)
+        return
+    fails(path, rf"{kind}/config\.json is of another kind of network: {kind} \(\w+\), not {said}$", said)
+
+
+def test_checkpoint_that_does_not_say_its_kind(saved, tmp_path):
+    """It is what it is taken for, if its tensors are; so is one of an architecture that is not known."""
+    path = shutil.copytree(saved["blip_itm"], tmp_path / "blip")
+    for architectures in (None, [], ["BlipModel"], "BlipForQuestionAnswering", {"a": 1}):
+        edit_json(path / "config.json", architectures=architectures)
+        same(load.load("blip_itm", path), load.load("blip_itm", saved["blip_itm"]))
+        fails(path, r"model\.safetensors: parameters without a tensor: ", "blip_vqa")
+
+
+# Tensors that do not fit in other ways.
 
 
 def test_old_buffers_are_no_weights(directory, published):
@@ -206,8 +363,8 @@ def vision_config(directory):
 # Files that are missing or damaged.
 
 
-@pytest.mark.parametrize("keep", [0, 4, 200, -1])
-def test_truncated_file(directory, keep):
+@pytest.mark.parametrize("keep", [0, 200])
+def test_file_that_ends_in_its_header(directory, keep):
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     fails(directory, r"model\.safetensors is damaged or not a safetensors file")
@@ -277,12 +434,6 @@ def test_the_largest_number_is_one(directory):
 def test_missing_file(directory):
     (directory / "model.safetensors").unlink()
     fails(directory, r"model\.safetensors is missing; only safetensors are read")
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth"])
-def test_pickled_files_are_not_opened(directory, name):
-    (directory / "model.safetensors").rename(directory / name)
-    fails(directory, rf"model\.safetensors is missing \(there is {name}\); only safetensors.*save_pretrained")
 
 
 @pytest.fixture
@@ -475,6 +626,20 @@ def test_hub_is_asked_for_the_needed_files_at_the_revision(published, monkeypatc
     ]
     filtered = list(huggingface_hub.utils.filter_repo_objects([*wanted, *unwanted], allow_patterns=patterns))
     assert filtered == wanted
+
+
+def test_either_file_of_preprocessing_is_fetched(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **how: asked.append(how["allow_patterns"]) or str(tmp_path)
+    )
+    networks.save_blip_processor(tmp_path, 32)
+    load.fetch_referee("someone/some-model")
+    load.load_image_processor("someone/some-model")
+    files = ["preprocessor_config.json", "processor_config.json"]
+    for patterns in asked:
+        assert list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=patterns)) == files
+    assert len(asked) == 2
 
 
 LOAD = """
