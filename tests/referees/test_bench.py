@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import transformers
 
-from referee_jax import config, parallel, prompts, referees
+from referee_jax import config, parallel, program, prompts, referees
+from referee_jax.weights import load
 from tests.conftest import cosine, relative_l2
 from tests.oracles import networks
 
@@ -30,7 +31,7 @@ DIRECTORIES = {
     "blip_itm": _blip(transformers.BlipForImageTextRetrieval),
     "blip_caption": _blip(transformers.BlipForConditionalGeneration),
     "blip_vqa": _blip(transformers.BlipForQuestionAnswering),
-    "blip2": functools.partial(networks.save_blip2, lm_head=True),
+    "blip2": functools.partial(networks.save_blip2, lm_head=True, older=False),
     "image_reward": networks.save_image_reward,
     "align": lambda path: networks.save_align(networks.align(), path),
 }
@@ -41,6 +42,11 @@ STEPS, VIEWS = 2, 2
 def test_every_referee_is_on_the_bench():
     assert referees.REFEREES.keys() == config.LOSSES.keys()
     assert referees.REFEREES.keys() == DIRECTORIES.keys()
+
+
+def test_architectures_are_those_that_loading_tells_apart():
+    families = referees.REFEREES.values()
+    assert {load.KINDS[family.kind].architecture for family in families} <= {family.architecture for family in families}
 
 
 @pytest.fixture(scope="module", params=referees.REFEREES)
@@ -108,6 +114,35 @@ def test_losses(judge, texts, images):
         assert loss.shape == (len(images),) and loss.dtype == jnp.float32 and np.isfinite(loss).all()
         assert np.ptp(loss) > 1e-3
         assert np.abs(other[name] - loss).max() > 1e-3
+
+
+def test_a_text_is_encoded_once(judge, texts, images):
+    """No product of the losses depends on the text alone; the same count finds all of an encoding that is put into them.
+
+    Under vmap over images, a product that sees none of them keeps one copy, however many they are. Of these, those that see
+    a text are copied once texts are mapped too; what is left is of weights alone. A loop over layers sees what its last does.
+    """
+    tokens = jax.tree.map(lambda *x: np.stack(x), *map(judge.tokenize, PROMPTS))
+
+    def kept(loss, read, over):
+        """Operations of which two images need no more than one, by vmap `over` them and, or not, their texts."""
+        one, two = (
+            program.flops(
+                jax.vmap(loss, over), judge.referee, images[:n, None], of(read, 0 if over[2] is None else np.s_[:n])
+            )
+            for n in (1, 2)
+        )
+        assert two > one > 0
+        return 2 * one - two
+
+    def of_text_alone(loss, read):
+        return kept(loss, read, (None, 0, None)) - kept(loss, read, (None, 0, 0))
+
+    encoding = program.flops(lambda r, t: r.encode(t), judge.referee, of(tokens, 0))
+    assert of_text_alone(lambda r, x, text: r.views_losses(x, text), texts) == 0
+    assert of_text_alone(lambda r, x, read: r.views_losses(x, r.encode(read)), tokens) == encoding
+    # What reads its image from the first layer on has nothing to encode.
+    assert (encoding == 0) == (judge.spec.name in ("blip_caption", "blip_vqa", "image_reward"))
 
 
 def test_scores(judge, texts, views):
