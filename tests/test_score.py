@@ -9,6 +9,8 @@ import PIL.Image
 import pytest
 import torch
 import transformers
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from referee_jax import config, referees, score
 from tests.oracles import networks
@@ -112,6 +114,114 @@ def test_align_is_resized_and_cropped_once(images, tmp_path):
     with torch.no_grad():
         out = module(input_ids=ids, pixel_values=pixels)
     assert abs(line["cosine"] - (out.image_embeds @ out.text_embeds.T).item()) < 1e-5
+
+
+# Published classes, behind the processors that their own save_pretrained left: absolute differences of what is printed.
+TOLERANCE = 3e-5
+
+
+def oracle(cls, path):
+    """The class of a directory, and its processor, which resizes as PIL does."""
+    return cls.from_pretrained(path).eval(), transformers.AutoProcessor.from_pretrained(path, backend="pil")
+
+
+def compare(lines, asked, *names):
+    """`asked(PIL image, text)` against each of `lines`: `names` of its scores in order; and both images and texts count."""
+    with torch.no_grad():
+        theirs = np.array([asked(PIL.Image.open(line["image"]), line["text"]) for line in lines])
+    made = np.array([[line[name] for name in names] for line in lines])
+    print(names, np.abs(made - theirs).max(0), np.ptp(theirs, axis=0))
+    assert made.shape == theirs.shape and np.abs(made - theirs).max() < TOLERANCE
+    theirs = theirs.reshape(len(theirs) // len(TEXTS), len(TEXTS), -1)
+    moves = [np.ptp(theirs, axis=axis).max(0).min() for axis in (0, 1)]
+    assert min(moves) > 0.02
+
+
+def test_blip2(images, tmp_path):
+    """One softmax of the matching head, and the cosine of the nearest query; the class takes <image> off the text again."""
+    networks.save_blip2(tmp_path, lm_head=False, older=False)
+    values = json.loads((tmp_path / "config.json").read_text())
+    words = values["qformer_config"]["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps(values | {"image_token_index": words}))
+    network, processor = oracle(transformers.Blip2ForImageTextRetrieval, tmp_path)
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == words
+
+    def asked(image, text):
+        read = processor(images=image, text=text, return_tensors="pt")
+        assert read["pixel_values"].shape == (1, 3, 24, 24) and read["input_ids"][0, :5].tolist() == [words] * 5
+        match, contrast = (
+            network(**read, use_image_text_matching_head=head).logits_per_image for head in (True, False)
+        )
+        return match.softmax(1)[0, 1].item(), contrast[0, 0].item()
+
+    compare(scored(str(tmp_path), images, TEXTS), asked, "itm_probability", "cosine")
+
+
+def test_blip_caption(images, tmp_path):
+    """The mean log-likelihood of the tokens behind the template's, by the class's own loss, of which nothing is smoothed."""
+    networks.save_blip(networks.blip(transformers.BlipForConditionalGeneration), tmp_path)
+    network, processor = oracle(transformers.BlipForConditionalGeneration, tmp_path)
+
+    def asked(image, text):
+        read = processor(images=image, text="a picture of " + text, return_tensors="pt")
+        read["input_ids"][:, 0] = network.config.text_config.bos_token_id
+        behind = torch.arange(read["input_ids"].shape[1]) > 3  # [DEC] a picture of
+        return [-network(**read, labels=read["input_ids"].where(behind, -100)).loss.item()]
+
+    compare(scored(str(tmp_path), images, TEXTS), asked, "caption_log_likelihood")
+
+
+@pytest.mark.parametrize("first", ["[CLS]", "[ENC]"])
+def test_blip_vqa(images, tmp_path, first):
+    """The probability of "yes" of the two answers, each by the class's own loss."""
+    networks.save_blip(networks.blip(transformers.BlipForQuestionAnswering), tmp_path)
+    network, processor = oracle(transformers.BlipForQuestionAnswering, tmp_path)
+    begin = network.config.text_config.bos_token_id
+
+    def asked(image, text):
+        read = processor(images=image, text=text + "?", return_tensors="pt")
+        if first == "[ENC]":
+            read["input_ids"][:, 0] = begin + 1
+        answers = [torch.tensor([[begin, networks.BLIP_WORDS.index(word)]]) for word in ("yes", "no")]
+        yes, no = (network(**read, labels=answer).loss for answer in answers)
+        return [(no - yes).sigmoid().item()]
+
+    compare(scored(str(tmp_path), images, TEXTS, first_token=first), asked, "vqa_probability")
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["published", "saved today"])
+def test_siglip(images, tmp_path, older):
+    """Cosine and probability of a match: Google's files, and the processor's own, which resizes otherwise."""
+    networks.save_siglip(networks.siglip(), tmp_path)
+    if not older:
+        bicubic = SiglipImageProcessorPil(size={"height": 36, "width": 36})
+        (tmp_path / "preprocessor_config.json").unlink()
+        transformers.SiglipProcessor(bicubic, networks.gemma_tokenizer()).save_pretrained(tmp_path)
+    network, processor = oracle(transformers.SiglipModel, tmp_path)
+
+    def asked(image, text):
+        read = processor(images=image, text=text, padding="max_length", max_length=64, return_tensors="pt")
+        assert read["pixel_values"].shape == (1, 3, 36, 36) and read["input_ids"].shape == (1, 64)
+        out = network(**read)
+        return (out.image_embeds @ out.text_embeds.T).item(), out.logits_per_image.sigmoid().item()
+
+    compare(scored(str(tmp_path), images, TEXTS), asked, "cosine", "probability")
+
+
+def test_pickscore(images, tmp_path):
+    """The cosine at the temperature, of a CLIP with exact GELUs saved with its processor, by its name."""
+    networks.clip(act="gelu").save_pretrained(tmp_path)
+    square = {"height": 32, "width": 32}
+    preparing = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square)
+    transformers.CLIPProcessor(preparing, networks.tokenizer()).save_pretrained(tmp_path)
+    network, processor = oracle(transformers.CLIPModel, tmp_path)
+
+    def asked(image, text):
+        read = processor(images=image, text=text, padding="max_length", return_tensors="pt")
+        assert read["pixel_values"].shape == (1, 3, 32, 32) and image.width != image.height
+        return [network(**read).logits_per_image.item()]
+
+    compare(scored(str(tmp_path), images, TEXTS, name="pickscore"), asked, "score")
 
 
 @pytest.mark.parametrize("name", [name for name, family in referees.REFEREES.items() if family.architecture])
