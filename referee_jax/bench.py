@@ -94,15 +94,15 @@ def bench(settings: config.Settings, batches: Sequence[int], *, least: float) ->
     sized = sizes.at_random(sizes.abstract(settings))
     rows, asked = [], settings
     for batch in batches:
-        settings = dataclasses.replace(asked, batch_size=batch)
-        remat = cost.fitting_remat(settings, sized, devices.memory(device))
-        settings = dataclasses.replace(settings, remat=remat)
+        settings = cost.fitting(dataclasses.replace(asked, batch_size=batch), sized, devices.memory(device))
         step = cost.make_step(settings, sized)
         for piece in cost.parts(step):
             logging.info("%s, %d at once", piece.name, batch)
             rows.append({"part": piece.name, "batch": batch} | part(step, piece, batch, least))
         logging.info("iteration, %d at once", batch)
-        rows.append({"part": "iteration", "batch": batch, "remat": remat} | whole(settings, sized, device, batch))
+        rows.append(
+            {"part": "iteration", "batch": batch, "remat": settings.remat} | whole(settings, sized, device, batch)
+        )
         rows[-1]["peak"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
         rows[-1]["images_per_hour"] = 3600 * batch / (settings.steps * rows[-1]["seconds"])
     return {

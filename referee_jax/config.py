@@ -182,7 +182,7 @@ class Settings:
     steps: int = _field(160, low=1)
     image_size: int = _field(512, low=8)
     precision: str = _field("float32", allowed=("float32", "bfloat16"))
-    batch_size: int = _field(8, low=1)  # items per device (or group of them)
+    batch_size: int = _field(8, low=0)  # items per device (or group of them); 0: what an accelerator's memory holds
     # What is kept of each layer of BLIP, BLIP-2 and ALIGN for the backward pass: its input, products with weights besides, or
     # all. auto: products, where an accelerator's memory allows.
     remat: str = _field("auto", allowed=("auto", "full", "dots", "none"))

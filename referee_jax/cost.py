@@ -33,6 +33,7 @@ CHIPS = (
     Chip("TPU v4", 275, 32), Chip("TPU v5e", 197, 16), Chip("TPU v5p", 459, 95), Chip("TPU v6e", 918, 32),
     Chip("TPU7x", 2307, 192),
 )  # fmt: skip
+UNKNOWN, MOST = 8, 64  # images at once where the memory is not known, and where it is: more are no faster
 USABLE = 0.9  # of a chip's memory: the rest is the runtime's, and lost between buffers
 
 
@@ -86,8 +87,11 @@ class Estimate:
 
     def fits(self, chip: Chip) -> int:
         """Images of a batch on one chip."""
-        free = USABLE * chip.memory * 1e9 - sum(self.weights.values()) - self.fixed
-        return max(0, int(free // self.live))
+        return self.holds(chip.memory * 1e9)
+
+    def holds(self, limit: float) -> int:
+        """Images of a batch in so many bytes."""
+        return max(0, int((USABLE * limit - sum(self.weights.values()) - self.fixed) // self.live))
 
 
 def abstract_step(settings: config.Settings) -> Step:
@@ -108,15 +112,34 @@ def make_step(settings: config.Settings, sized: sizes.Sized) -> Step:
     return Step(settings, networks, sized.prior.text_encoder, prompt, hyper, plan, sized.assumed)
 
 
-def fitting_remat(settings: config.Settings, sized: sizes.Sized, limit: int | None) -> str:
-    """`settings.remat`; for "auto", "dots" if a batch then fits into `limit` bytes (None: unknown), else "full"."""
-    if settings.remat != "auto":
-        return settings.remat
+def fitting(settings: config.Settings, sized: sizes.Sized, limit: int | None) -> config.Settings:
+    """`settings` with what they leave open decided by memory of `limit` bytes (None: unknown).
+
+    `remat` "auto" becomes "dots" if a batch then fits, else "full"; `batch_size` 0 the images that fit, at most MOST, or UNKNOWN
+    where the memory is.
+    """
+    is_open = settings.remat == "auto"
     if limit is None:
-        return "full"
-    step = make_step(dataclasses.replace(settings, remat="dots"), sized)
-    needed = sum(_weights(step).values()) + memory.peak(_traced(step, settings.batch_size))
-    return "dots" if needed <= USABLE * limit else "full"
+        remat = "full" if is_open else settings.remat
+        return dataclasses.replace(settings, remat=remat, batch_size=settings.batch_size or UNKNOWN)
+    if not is_open and settings.batch_size:
+        return settings
+    for remat in ("dots", "full") if is_open else (settings.remat,):
+        tried = dataclasses.replace(settings, remat=remat)
+        if batch := _fitting_batch(tried, sized, limit):
+            return dataclasses.replace(tried, batch_size=batch)
+    return dataclasses.replace(tried, batch_size=settings.batch_size or 1)  # the device will say
+
+
+def _fitting_batch(settings: config.Settings, sized: sizes.Sized, limit: int) -> int:
+    """The batch that is asked for, if it fits, else 0; where none is, the largest that does."""
+    step = make_step(settings, sized)
+    free = USABLE * limit - sum(_weights(step).values())
+    needed = lambda batch: memory.peak(_traced(step, batch))  # noqa: E731
+    if settings.batch_size:
+        return settings.batch_size if needed(settings.batch_size) <= free else 0
+    least, most = needed(1), needed(2)
+    return min(MOST, 1 + int((free - least) // (most - least))) if least <= free else 0
 
 
 def parts(step: Step) -> list[Part]:

@@ -168,13 +168,13 @@ def price(command: run.Command | None) -> list[Finding]:
         found = cost.estimate(command.settings)
     except (ValueError, convert.WeightsError) as error:
         return [Finding("cost", f"not known: {error}")]
-    weights, size = sum(found.weights.values()) + found.fixed, command.settings.batch_size
+    weights, limit = sum(found.weights.values()) + found.fixed, devices.memory(jax.local_devices()[0])
+    size = command.settings.batch_size or (found.holds(limit) if limit else cost.UNKNOWN)
     needed = weights + size * found.live
     text = (
         f"{found.step / 1e12:.3g} TFLOP for an iteration of an image, {found.image / 1e12:.3g} for all; "
         f"{needed / GB:.1f} GB for {size} images at once, {weights / GB:.1f} GB of them whatever the batch"
     )
-    limit = devices.memory(jax.local_devices()[0])
     if limit and needed > limit:
         return [Finding("cost", f"{text}; the device has {limit / GB:.1f} GB", "a smaller --config.batch_size")]
     return [Finding("cost", text)]

@@ -97,16 +97,15 @@ class Inverter:
         judges: Sequence[referees.Judge],
         devices: Sequence[jax.Device] | None = None,
     ):
-        self.settings, self.tokenizer = settings, prior.tokenizer
-        self.mesh = assembly.make_mesh(settings, devices)
+        self.mesh, self.tokenizer = assembly.make_mesh(settings, devices), prior.tokenizer
+        limit = devices_lib.memory(self.mesh.devices.flat[0])
+        self.settings = settings = cost.fitting(settings, sizes.Sized(prior, tuple(judges), ()), limit)
         self.steps, self.chunk = settings.steps, settings.chunk
         self.groups = self.mesh.shape[parallel.AXIS]
         self.batch_size = settings.batch_size * self.groups
         self.judges = [judge for judge in judges if judge.spec.role == "optimise"]
         self.held_out = [judge for judge in judges if judge.spec.role == "held_out"]
-        limit = devices_lib.memory(self.mesh.devices.flat[0])
-        remat = cost.fitting_remat(settings, sizes.Sized(prior, tuple(judges), ()), limit)
-        networks = assembly.make_networks(prior, self.judges, self.held_out, remat=remat)
+        networks = assembly.make_networks(prior, self.judges, self.held_out, remat=settings.remat)
         self.networks = parallel.place(networks, self.mesh, batched=False)
         self.text_encoder = prior.text_encoder
         self.plan = assembly.make_plan(settings, prior, self.judges, self.held_out)
@@ -143,6 +142,8 @@ class Inverter:
         for judge in (*self.judges, *self.held_out):
             if not judge.clean(prompt):
                 return f"nothing in it that {judge.spec.name} reads"
+            if token := judge.unknown(prompt):
+                return f"it holds {token}, for which {judge.spec.name} has no word"
             counts.append((judge.count(prompt), judge.length, judge.spec.name))
         for count, limit, who in counts:
             if count > limit:
@@ -232,10 +233,12 @@ class Inverter:
 
     def halved(self) -> "Inverter | None":
         """The same with half as many items at once, where that is possible."""
-        if self.settings.batch_size == 1:
-            return None
+        return None if self.settings.batch_size == 1 else self.at_once(self.settings.batch_size // 2)
+
+    def at_once(self, size: int) -> "Inverter":
+        """The same with so many items at once on each device."""
         smaller = copy.copy(self)
-        smaller.settings = dataclasses.replace(self.settings, batch_size=self.settings.batch_size // 2)
+        smaller.settings = dataclasses.replace(self.settings, batch_size=size)
         smaller.batch_size = smaller.settings.batch_size * self.groups
         smaller.compiled = False
         return smaller

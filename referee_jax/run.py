@@ -68,15 +68,16 @@ def execute(
         command.workdir, settings, device=device, process=command.shard_index, resume=command.resume
     )
     report_rejected(run, rejected)
-    wanted = queue.items(texts, settings.samples)
+    wanted = everything = queue.items(texts, settings.samples)
     if not command.claim:
         wanted = queue.share(wanted, command.shard_index, command.shard_count)
-    missing = queue.missing(wanted, run.done())
+    done = run.done()
+    missing = queue.missing(wanted, done)
     if len(missing) < len(wanted):
         say(f"{len(wanted) - len(missing)} of {len(wanted)} images are there already")
     made = generation.Made()
     if missing:
-        run.check_space(len(missing))
+        run.check_space(len(queue.missing(everything, done)))  # the others write to the same disk
         say(f"loading {settings.generator.checkpoint} and {len(settings.referees)} referees")
         engine = load(settings)
         refused = {item.prompt: engine.check(item.prompt) for item in missing}
@@ -86,6 +87,8 @@ def execute(
         missing = [item for item in missing if not refused[item.prompt]]
         if not missing and not run.done():
             raise CommandError(f"no prompt can be used; {unfit[0]}")
+        if not settings.batch_size:  # no larger than there is to do: what is missing from a batch is computed as well
+            engine = engine.at_once(max(1, min(engine.settings.batch_size, -(-len(missing) // engine.groups))))
         made = generate(engine, run, missing, command, stop or generation.Stop())
     finish(run, made, len(rejected), time.monotonic() - start)
     return 0

@@ -131,8 +131,7 @@ def unloaded(settings: config.Settings, there: Sequence[jax.Device], memory: int
     Raises ConfigError; WeightsError for a checkpoint of unknown sizes.
     """
     sized = sizes.abstract(settings)
-    settings = dataclasses.replace(settings, remat=cost.fitting_remat(settings, sized, memory))
-    return inverter.Inverter(settings, sized.prior, sized.judges, there)
+    return inverter.Inverter(cost.fitting(settings, sized, memory), sized.prior, sized.judges, there)
 
 
 def compile_for(settings: config.Settings, name: str) -> Report:
@@ -142,7 +141,7 @@ def compile_for(settings: config.Settings, name: str) -> Report:
     batch = engine.shapes()
     flops = engine.flops(batch)
     report = Report(
-        topology=name, chips=len(there), batch=settings.batch_size, fits=False, needed=None, flops=flops,
+        topology=name, chips=len(there), batch=engine.settings.batch_size, fits=False, needed=None, flops=flops,
         weights=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(engine.networks)),
         floor=flops * settings.steps / (chip.peak * 1e12),
     )  # fmt: skip

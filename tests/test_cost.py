@@ -161,17 +161,26 @@ def test_xla_needs_as_much_memory(checkpoints, tiny):
     assert tiny.fixed + 6 * tiny.live == pytest.approx(needed, rel=0.33)
 
 
-def test_remat_by_memory():
-    """What works least is taken where it fits, and is no more than what a batch and all weights need."""
+def test_what_is_left_to_the_memory():
+    """What works least is taken where it fits, and is no more than what a batch and all weights need; so are batches."""
     settings = config.override(config.load("configs/shapes_blip.py"), {"batch_size": 4})
     sized = sizes.abstract(settings)
-    fits = lambda limit, **how: cost.fitting_remat(dataclasses.replace(settings, **how), sized, limit)  # noqa: E731
-    assert fits(None) == "full" and fits(10**6) == "full" and fits(10**12) == "dots"
-    assert fits(None, remat="none") == fits(10**6, remat="none") == "none"
-    least = next(n for n in range(20, 40) if fits(2**n) == "dots")
-    assert fits(2**least, batch_size=64) == "full"
+
+    def fitting(limit, **how):
+        found = cost.fitting(dataclasses.replace(settings, **how), sized, limit)
+        return found.remat, found.batch_size
+
+    assert fitting(None) == fitting(10**6) == ("full", 4) and fitting(10**12) == ("dots", 4)
+    assert fitting(None, remat="none") == fitting(10**6, remat="none") == ("none", 4)
+    least = next(n for n in range(20, 40) if fitting(2**n)[0] == "dots")
+    assert fitting(2**least, batch_size=64) == ("full", 64)
     kept = {name: cost.estimate(dataclasses.replace(settings, remat=name)) for name in ("full", "dots")}
     assert kept["dots"].step < kept["full"].step and kept["dots"].live > kept["full"].live
+    assert fitting(None, batch_size=0) == ("full", cost.UNKNOWN) and fitting(10**6, batch_size=0) == ("full", 1)
+    assert fitting(10**12, batch_size=0) == ("dots", cost.MOST)
+    for limit in (2**least, 2 ** (least + 1)):
+        batch = fitting(limit, remat="full", batch_size=0)[1]
+        assert 1 < batch < cost.MOST and batch == kept["full"].holds(limit)
 
 
 @pytest.mark.parametrize(("memory", "remat"), [(None, "full"), (10**6, "full"), (10**12, "dots")])

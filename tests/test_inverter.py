@@ -136,6 +136,34 @@ def test_devices(checkpoints, straight):
     assert re.findall(COLLECTIVES, text) == []
 
 
+def test_no_program_of_a_run_speaks(checkpoints, monkeypatch):
+    """Every one, as it is called in a run with candidates and a held-out referee on eight devices."""
+    judge = {"checkpoint": str(checkpoints[1]), "losses": {"cosine": 1.0}}
+    engine = build(
+        checkpoints, devices=8, batch_size=1, init="sample", init_steps=2, init_candidates=2, look_every=2,
+        referees=(judge, judge | {"role": "held_out"}),
+    )  # fmt: skip
+    seen, ask = {}, engine._program
+
+    def watched(name, *swept, **static):
+        compiled = ask(name, *swept, **static)
+
+        def call(*args):
+            placed = lambda x: x.sharding if getattr(x, "committed", False) else None  # noqa: E731
+            told = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed(x))  # noqa: E731
+            seen[name, *static.items()] = compiled, jax.tree.map(lambda x: told(x) if hasattr(x, "shape") else x, args)
+            return compiled(*args)
+
+        return call
+
+    monkeypatch.setattr(engine, "_program", watched)
+    engine(PROMPTS, seed=3)
+    assert {name for name, *_ in seen} == set(inverter_lib.PROGRAMS) and len(seen) == len(inverter_lib.PROGRAMS) + 1
+    for compiled, shapes in seen.values():
+        text = compiled.lower(*shapes).compile().as_text()
+        assert "num_partitions=8" in text and re.findall(COLLECTIVES, text) == []
+
+
 def test_weights_split_within_groups(checkpoints, straight, monkeypatch):
     """Four groups of two devices: each holds half of the large weights, and speaks to its neighbour alone."""
     monkeypatch.setattr(parallel, "LARGE", 256)

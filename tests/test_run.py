@@ -50,7 +50,8 @@ class FakeInverter:
     devices = "fake x 1"
 
     def __init__(self, settings, failures=()):
-        self.settings, self.steps, self.chunk, self.batch_size = settings, settings.steps, settings.chunk, 3
+        self.steps, self.chunk, self.batch_size, self.groups = settings.steps, settings.chunk, 3, 1
+        self.settings = dataclasses.replace(settings, batch_size=settings.batch_size or 3)
         self.failures, self.compiled, self.calls, self.begun, self.resumed = dict(failures), False, 0, [], []
 
     def check(self, prompt):
@@ -72,10 +73,11 @@ class FakeInverter:
         return Batch(part.items, seed, part.step)
 
     def halved(self):
-        if self.batch_size == 1:
-            return None
-        self.batch_size //= 2
-        self.settings = dataclasses.replace(self.settings, batch_size=self.batch_size)
+        return None if self.batch_size == 1 else self.at_once(self.batch_size // 2)
+
+    def at_once(self, size):
+        self.batch_size = size
+        self.settings = dataclasses.replace(self.settings, batch_size=size)
         return self
 
     def advance(self, batch):
@@ -291,6 +293,14 @@ def test_too_little_memory(tmp_path, capsys):
         "memory is too small even for --config.batch_size=1 (--config.remat=full needs least); the finished images"
         in capsys.readouterr().err
     )
+
+
+def test_a_batch_that_is_chosen_is_no_larger_than_what_there_is_to_do(tmp_path):
+    for count, begun in ((2, [2]), (5, [3, 2])):
+        asked = [f"--prompt={n}" for n in range(count)]
+        code, engine = execute(*asked, "--config.batch_size=0", f"--workdir={tmp_path / str(count)}")
+        assert code == 0 and [len(items) for items in engine.begun] == begun
+        assert engine.batch_size == min(3, count)
 
 
 def test_a_device_that_fails(tmp_path, capsys):
@@ -600,7 +610,7 @@ def test_signals(tmp_path, sent, code):
 
 
 def test_outputs_are_what_the_engine_gave(tmp_path):
-    execute("--prompt=one", "--seed=5", f"--workdir={tmp_path}")
+    execute("--prompt=one", "--seed=5", "--config.outputs.stretch=False", f"--workdir={tmp_path}")
     name = queue.Item("one", 0).id
     assert colours(tmp_path)[f"{name}.png"] == tuple(hashlib.sha256(b"one 0 5").digest()[:3])
     assert formats.read_settings(tmp_path / "images" / f"{name}.png")["settings"]["steps"] == 25
