@@ -186,7 +186,7 @@ def _judge(spec: config.RefereeSpec, dtype: Any, assumed: list[str]) -> referees
     preprocessing = _PREPROCESSING
     if directory.is_dir():
         sizes = _read(family.kind, directory)
-        preprocessing = configs.read_json(directory / "preprocessor_config.json")
+        preprocessing = load.read_preprocessing(directory)
     else:
         taken = spec.checkpoint if spec.checkpoint in family.published else family.published[0]
         if taken != spec.checkpoint:

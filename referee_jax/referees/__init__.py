@@ -50,8 +50,17 @@ class Judge:
         """Tokens of that text, or of a longer one that it is compared with, both ends included; at most `length` fit."""
         return max(prompts.token_count(self.tokenizer, text) for text in REFEREES[self.spec.name].texts(self, prompt))
 
+    def unknown(self, prompt: str) -> str | None:
+        """A token of that text that the network has no word for, as the tokenizer of a processor may add ("<image>")."""
+        sizes = self.referee.network.config
+        words = (getattr(sizes, "text_config", None) or sizes.qformer_config).vocab_size
+        ids = [n for text in REFEREES[self.spec.name].texts(self, prompt) for n in self.tokenizer(text)["input_ids"]]
+        return next((self.tokenizer.convert_ids_to_tokens(n) for n in ids if n >= words), None)
+
     def tokenize(self, prompt: str) -> dict[str, np.ndarray]:
-        """What `referee.encode` reads: arrays of one shape for all prompts."""
+        """What `referee.encode` reads: arrays of one shape for all prompts. PromptError for what it cannot read."""
+        if token := self.unknown(prompt):
+            raise prompts.PromptError(f"the prompt {prompt[:60]!r} holds {token}, for which {self.spec.name} has no word")
         return REFEREES[self.spec.name].tokenize(self, prompt)
 
     def score(self, images: Sequence[PIL.Image.Image], texts: Sequence[str]) -> list[list[dict[str, float]]]:

@@ -272,7 +272,7 @@ def blip2_processor(size: int = 24, queries: int = 5) -> transformers.Blip2Proce
     return transformers.Blip2Processor(blip_image_processor(size), blip2_tokenizer(), num_query_tokens=queries)
 
 
-def save_blip2(path: pathlib.Path, *, lm_head: bool, seed: int = 0, older: bool = True) -> None:
+def save_blip2(path: pathlib.Path, *, lm_head: bool, seed: int = 0, older: bool = False) -> None:
     """Write `blip2()` and its processor, in the files of transformers 4 if `older`; `lm_head` adds what only stage-1 weights
     have."""
     module, processor = blip2(seed), blip2_processor()

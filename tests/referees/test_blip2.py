@@ -186,6 +186,15 @@ def edit_json(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def test_a_word_that_the_network_does_not_have(tmp_path):
+    """Today's processor adds one to the tokenizer: it would have no embedding, and losses be NaN."""
+    networks.save_blip2(tmp_path, lm_head=False)
+    judge = referees.load_referee(str(tmp_path))
+    assert judge.unknown("a dog") is None and judge.unknown("an <image> of a dog") == "<image>"
+    with pytest.raises(prompts.PromptError, match="'an <image> of a dog' holds <image>, for which blip2 has no word"):
+        judge.tokenize("an <image> of a dog")
+
+
 def test_padded_table_of_words(judge, directory, tmp_path):
     """[DEC] is where the tokenizer has it, not the last row; without one in the tokenizer, it is the last."""
     path = shutil.copytree(directory, tmp_path / "padded")
