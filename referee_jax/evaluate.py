@@ -25,7 +25,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import app, flags, logging
 
 from referee_jax import command, disk, outputs
@@ -85,25 +84,6 @@ class Evaluation:
                     if isinstance(value, int | float):
                         found.setdefault(part, {}).setdefault(name, []).append((entry.prompt, value))
         return {part: {name: statistics.mean(values) for name, values in own.items()} for part, own in found.items()}
-
-
-def mean_over_tags(tags: Sequence[Sequence[tuple[str, float]]]) -> statistics.Mean:
-    """GenEval's overall score, the mean of its tags' means, of each tag's `(prompt, value)` pairs.
-
-    The interval is statistics.mean's, but for prompts being drawn within their tag: how many it has is no chance.
-    """
-    rng, means, draws, prompts, images = np.random.default_rng(0), [], [], 0, 0
-    for values in tags:
-        by_prompt: dict[str, list[float]] = {}
-        for prompt, value in values:
-            by_prompt.setdefault(prompt, []).append(value)
-        sums, counts = (np.array([kind(own) for own in by_prompt.values()], float) for kind in (sum, len))
-        picked = rng.integers(len(sums), size=(statistics.DRAWS, len(sums)))
-        means.append(sums.sum() / counts.sum())
-        draws.append(sums[picked].sum(1) / counts[picked].sum(1))
-        prompts, images = prompts + len(sums), images + len(values)
-    low, high = np.percentile(np.mean(draws, 0), [2.5, 97.5])
-    return statistics.Mean(float(np.mean(means)), float(low), float(high), prompts, images)
 
 
 def table(found: Mapping[str, Mapping[str, statistics.Mean]], titles: Mapping[str, str] | None = None) -> str:
@@ -174,7 +154,7 @@ def evaluate(args) -> str:
     if not found:
         raise ValueError("there is nothing to measure by: give --benchmark, --referee or --import_scores")
     if args.benchmark == "geneval" and brought:
-        found[ALL]["geneval"] = mean_over_tags([evaluation.of_name(tag) for tag in brought if tag != "geneval"])
+        found[ALL]["geneval"] = statistics.mean_of_means([evaluation.of_name(tag) for tag in brought if tag != "geneval"])
     lines = [
         {"file": str(entry.file), "prompt": entry.prompt, "sample": entry.sample, **evaluation.scores[str(entry.file)]}
         for entry in entries

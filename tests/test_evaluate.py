@@ -11,7 +11,7 @@ import transformers
 from absl import flags
 
 from referee_jax import disk, evaluate
-from referee_jax.benchmarks import layouts, measures, noun_phrases, statistics
+from referee_jax.benchmarks import layouts, measures, noun_phrases
 from referee_jax.shapes import world
 from tests.oracles import networks
 
@@ -381,20 +381,6 @@ def test_geneval_there_and_back(run, tmp_path_factory):
     found = json.loads((root / "out" / "evaluation" / "scores.json").read_text())
     assert found["scores"]["all"]["geneval"]["mean"] == 0.375 and found["scores"]["all"]["geneval"]["images"] == 6
     assert found["measures"]["geneval"] == {"imported": str(root / "results.jsonl")}
-
-
-def test_the_interval_of_a_mean_over_tags():
-    """Against the normal approximation, of prompts within tags of 40 and 160 prompts with two pictures each."""
-    tags = [[(str(n), float(n % 4 == 0)) for n in range(size) for _ in range(2)] for size in (40, 160)]
-    tags[1] = [(prompt, 1 - value) for prompt, value in tags[1]]
-    found = evaluate.mean_over_tags(tags)
-    error = 1.96 * 0.5 * np.sqrt(0.25 * 0.75 * (1 / 40 + 1 / 160))
-    assert found.mean == 0.5 and (found.prompts, found.images) == (200, 400)
-    assert (found.low, found.high) == pytest.approx((0.5 - error, 0.5 + error), abs=0.01)
-    # Between the tags nothing is drawn, and a single one is the mean that others are.
-    constant = evaluate.mean_over_tags([[("a", 1.0), ("b", 1.0)], [("c", 0.0)]])
-    assert constant[:3] == (0.5, 0.5, 0.5)
-    assert evaluate.mean_over_tags(tags[:1]) == pytest.approx(statistics.mean(tags[0]), abs=0.02)
 
 
 def test_bad_input(run, tmp_path_factory):

@@ -26,20 +26,36 @@ def mean(values: Iterable[tuple[Hashable, float]]) -> Mean:
 
     NaN throughout where there are none.
     """
-    by_prompt: dict[Hashable, list[float]] = {}
-    for prompt, value in values:
-        by_prompt.setdefault(prompt, []).append(float(value))
-    if not by_prompt:
+    return mean_of_means([values])
+
+
+def mean_of_means(groups: Sequence[Iterable[tuple[Hashable, float]]]) -> Mean:
+    """The mean of the means of several groups (GenEval's overall score, of its tags), whatever their sizes.
+
+    Prompts are drawn within their group: how many it has is no chance.
+    """
+    counted = []
+    for values in groups:
+        by_prompt: dict[Hashable, list[float]] = {}
+        for prompt, value in values:
+            by_prompt.setdefault(prompt, []).append(float(value))
+        counted.append([np.array([kind(own) for own in by_prompt.values()], float) for kind in (sum, len)])
+    if not all(len(sums) for sums, _ in counted):
         return Mean(np.nan, np.nan, np.nan, 0, 0)
-    sums, counts = (np.array([kind(own) for own in by_prompt.values()], float) for kind in (sum, len))
-    picked = resamples(len(sums))
-    low, high = np.percentile(sums[picked].sum(1) / counts[picked].sum(1), [2.5, 97.5])
-    return Mean(float(sums.sum() / counts.sum()), float(low), float(high), len(sums), int(counts.sum()))
+    middle = np.mean([sums.sum() / counts.sum() for sums, counts in counted])
+    drawn = [(sums, counts, resamples(len(sums), n)) for n, (sums, counts) in enumerate(counted)]
+    low, high = np.percentile(
+        np.mean([sums[picked].sum(1) / counts[picked].sum(1) for sums, counts, picked in drawn], 0), [2.5, 97.5]
+    )
+    prompts, images = (
+        int(sum(count)) for count in zip(*((len(sums), counts.sum()) for sums, counts in counted), strict=True)
+    )
+    return Mean(float(middle), float(low), float(high), prompts, images)
 
 
-def resamples(count: int) -> np.ndarray:
-    """The bootstrap's draws with replacement of `count` things, int `[DRAWS, count]`; always the same ones."""
-    return np.random.default_rng(0).integers(count, size=(DRAWS, count))
+def resamples(count: int, seed: int = 0) -> np.ndarray:
+    """The bootstrap's draws with replacement of `count` things, int `[DRAWS, count]`; always the same ones for a `seed`."""
+    return np.random.default_rng(seed).integers(count, size=(DRAWS, count))
 
 
 def markdown(columns: Sequence[str], rows: Mapping[str, Sequence[object]]) -> str:

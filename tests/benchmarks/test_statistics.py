@@ -35,3 +35,17 @@ def test_of_nothing():
 def test_markdown():
     table = statistics.markdown(["method", "seen"], {"a": [statistics.mean([("p", 1)])], "b": ["-"]})
     assert table == "| method | seen |\n|---|---|\n| a | 1.000 (1.00..1.00) |\n| b | - |\n"
+
+
+def test_the_interval_of_a_mean_of_means():
+    """Against the normal approximation, of prompts within groups of 40 and 160 prompts with two pictures each."""
+    tags = [[(str(n), float(n % 4 == 0)) for n in range(size) for _ in range(2)] for size in (40, 160)]
+    tags[1] = [(prompt, 1 - value) for prompt, value in tags[1]]
+    found = statistics.mean_of_means(tags)
+    error = 1.96 * 0.5 * np.sqrt(0.25 * 0.75 * (1 / 40 + 1 / 160))
+    assert found.mean == 0.5 and (found.prompts, found.images) == (200, 400)
+    assert (found.low, found.high) == pytest.approx((0.5 - error, 0.5 + error), abs=0.01)
+    # Between the groups nothing is drawn, and a single one is the mean that others are.
+    constant = statistics.mean_of_means([[("a", 1.0), ("b", 1.0)], [("c", 0.0)]])
+    assert constant[:3] == (0.5, 0.5, 0.5)
+    assert statistics.mean_of_means(tags[:1]) == statistics.mean(tags[0])
