@@ -24,10 +24,9 @@ def choose(wanted: str = "auto", *, root: Path = Path("/")) -> str:
     of the machine (of which `root` is the file system) cannot be used, DeviceError is raised: the work would take
     many times as long. So it is where "gpu" or "tpu" is not what JAX computes on.
     """
+    keep_freed_memory(wanted, root=root)
     if wanted == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    if jax.config.jax_platforms == "cpu" or not accelerators(root):
-        _keep_freed_memory()
     try:
         device = jax.local_devices()[0]
     except RuntimeError as error:
@@ -46,17 +45,19 @@ def choose(wanted: str = "auto", *, root: Path = Path("/")) -> str:
 _MALLOPT = {
     -8: 1,  # M_ARENA_MAX: threads, too, use the heap, the only place where large pieces are kept
     -4: 0,  # M_MMAP_MAX: what is large is not given back as soon as it is freed
-    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: nor is the end of the heap, but for what exceeds 2 GB
+    -1: -1,  # M_TRIM_THRESHOLD: nor is the end of the heap, however much of it is free
 }
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory(wanted: str = "auto", *, root: Path = Path("/")) -> None:
     """Has glibc keep what is freed for the next iteration, a quarter of which on a CPU were else the kernel's handing out pages.
 
-    It has to come before JAX begins, whose threads have heaps of their own by then.
+    It has to come before JAX begins, whose threads have heaps of their own by then. Where JAX will compute on an accelerator, and
+    where there is no glibc, nothing is done. Programs ask for this (`choose`), who only imports the package has to by himself.
     """
+    is_cpu = "cpu" in (wanted, jax.config.jax_platforms) or not accelerators(root)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if is_cpu and mallopt is not None:
         for parameter, value in _MALLOPT.items():
             mallopt(parameter, value)
 

@@ -154,7 +154,9 @@ def evaluate(args) -> str:
     if not found:
         raise ValueError("there is nothing to measure by: give --benchmark, --referee or --import_scores")
     if args.benchmark == "geneval" and brought:
-        found[ALL]["geneval"] = statistics.mean_of_means([evaluation.of_name(tag) for tag in brought if tag != "geneval"])
+        found[ALL]["geneval"] = statistics.mean_of_means(
+            [evaluation.of_name(tag) for tag in brought if tag != "geneval"]
+        )
     lines = [
         {"file": str(entry.file), "prompt": entry.prompt, "sample": entry.sample, **evaluation.scores[str(entry.file)]}
         for entry in entries

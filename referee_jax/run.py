@@ -246,6 +246,7 @@ def _absl_main(argv: list[str]) -> int:
     catch_signals(stop)
     try:
         command = read_command(flags.FLAGS, argv[1:])
+        devices.keep_freed_memory(flags.FLAGS.device)
         if command.distributed:  # which must come before any device is looked at
             index, count = parallel.join(command.shard_index, command.shard_count, command.workdir.expanduser())
             command = dataclasses.replace(command, shard_index=index, shard_count=count)

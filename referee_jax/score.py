@@ -15,7 +15,7 @@ from referee_jax import command, config, formats, referees
 
 
 def listing() -> str:
-    """The referees: names, losses, published checkpoints."""
+    """The referees: names, losses, published checkpoints, and the commands that convert their authors' files."""
     lines = []
     for name, family in referees.REFEREES.items():
         lines.append(f"{name} (losses: {', '.join(config.LOSSES[name])})")
@@ -34,7 +34,7 @@ def score(
     """
     if not images or not texts:
         raise ValueError("there is nothing to score; give --image=FILE and --text=TEXT, each as often as you like")
-    if reading.get("template", "{}").count("{}") != 1:
+    if reading.get("template") and reading["template"].count("{}") != 1:
         raise ValueError(f"--template={reading['template']!r} is not a text with one {{}} where the prompt is put")
     opened = [formats.read_image(file) for file in images]
     spec = config.RefereeSpec(

@@ -142,7 +142,7 @@ def means(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, statistic
     """Variant -> score -> mean.
 
     `right` is also told of seen and of unseen prompts, and `right` and `quality` as the `GAINS` on the first variant, picture by
-    picture of the same prompts and samples, whose intervals are narrower than those of two means.
+    picture of the same prompts and samples: what prompts have in common does not widen their intervals.
     """
     found: dict[str, dict[str, list[tuple[str, float]]]] = {}
     first: dict[tuple[str, int], Mapping[str, float]] = {}
@@ -185,14 +185,10 @@ def sweep(
     workdir.mkdir(parents=True, exist_ok=True)
     asked = {name: variants[name] for name in names or variants}
     records = run(asked, workdir)
-    order = {name: place for place, name in enumerate(asked)}
+    order = {name: place for place, name in enumerate(variants)}  # also those of an earlier command
     found = means(sorted((x for x in records if x["variant"] in order), key=lambda x: order[x["variant"]]))
     shown = columns(found)
-    printed = report.table(found, "variant", shown)
-    disk.write_atomic(workdir / "table.md", printed.encode())
-    disk.write_atomic(workdir / "table.csv", report.as_csv(found, "variant").encode())
-    report.draw(found, [name for name in GAINS if name in shown] or shown[:1], workdir / "figure.png")
-    return printed
+    return report.write(found, "variant", shown, [name for name in GAINS if name in shown] or shown[:1], workdir)
 
 
 def main(argv: list[str]) -> int:

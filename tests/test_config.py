@@ -242,7 +242,6 @@ def test_every_config_is_possible(file):
     """Its settings, and those of its variants if it is of a sweep; each of the package's checkpoints that it names is there."""
     made = runpy.run_path(str(file)).get("get_variants")
     variants = sweep.read(str(file)) if made else {"": config.load(str(file))}
-    assert not made or len(variants) == len(made())
     for settings in variants.values():
         for name in (settings.generator.checkpoint, *(spec.checkpoint for spec in settings.referees)):
             assert not name.startswith("shapes/") or pathlib.Path(config.checkpoint_path(name)).is_dir()

@@ -81,7 +81,7 @@ def test_a_cpu_keeps_its_memory_between_iterations():
         command = [sys.executable, "-c", FAULTS, how]
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
         faults[how] = int(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
-    assert faults["choose"] < 200 and faults["not"] > 4000
+    assert faults["choose"] < faults["not"] / 10
 
 
 @pytest.mark.parametrize(

@@ -170,11 +170,7 @@ def compare(args: flags.FlagValues) -> str:
             measured[row, category, split] = done
     found = summary(measured)
     names = list(dict.fromkeys([*shapes.SPLITS, *(name for own in found.values() for name in own)]))
-    printed = report.table(found, "method", names)
-    (out / "table.md").write_text(printed)
-    (out / "table.csv").write_text(report.as_csv(found, "method"))
-    report.draw(found, [*shapes.SPLITS, "quality, dB"], out / "figure.png")
-    return printed
+    return report.write(found, "method", names, [*shapes.SPLITS, "quality, dB"], out)
 
 
 def main(argv: list[str]) -> int:

@@ -20,6 +20,16 @@ def table(found: Rows, first: str, names: Sequence[str]) -> str:
     )
 
 
+def write(found: Rows, first: str, names: Sequence[str], shown: Sequence[str], out: Path) -> str:
+    """Writes table.md, table.csv and, of the scores `shown`, figure.png; returns the table."""
+    told = table(found, first, names)
+    disk.write_atomic(out / "table.md", told.encode())
+    disk.write_atomic(out / "table.csv", as_csv(found, first).encode())
+    if shown:
+        draw(found, shown, out / "figure.png")
+    return told
+
+
 def as_csv(found: Rows, first: str) -> str:
     """A line per row and score."""
     text = io.StringIO()

@@ -60,7 +60,9 @@ class Judge:
     def tokenize(self, prompt: str) -> dict[str, np.ndarray]:
         """What `referee.encode` reads: arrays of one shape for all prompts. PromptError for what it cannot read."""
         if token := self.unknown(prompt):
-            raise prompts.PromptError(f"the prompt {prompt[:60]!r} holds {token}, for which {self.spec.name} has no word")
+            raise prompts.PromptError(
+                f"the prompt {prompt[:60]!r} holds {token}, for which {self.spec.name} has no word"
+            )
         return REFEREES[self.spec.name].tokenize(self, prompt)
 
     def score(self, images: Sequence[PIL.Image.Image], texts: Sequence[str]) -> list[list[dict[str, float]]]:
@@ -239,7 +241,12 @@ REFEREES = {
             "Salesforce/blip-itm-base-flickr",
             "Salesforce/blip-itm-large-flickr",
         ),
-        files=("model_base_retrieval_coco.pth", "model_large_retrieval_coco.pth", "model_base_retrieval_flickr.pth"),
+        files=(
+            "model_base_retrieval_coco.pth",
+            "model_large_retrieval_coco.pth",
+            "model_base_retrieval_flickr.pth",
+            "model_large_retrieval_flickr.pth",
+        ),
     ),
     "blip_caption": _blip(
         kind="blip_caption",
