@@ -644,7 +644,12 @@ def test_warmup_compiles_and_writes_nothing(tmp_path, capsys):
     engines = []
     load = lambda settings: engines.append(FakeInverter(settings)) or engines[-1]  # noqa: E731
     asked = command("--warmup", "--seed=3", f"--workdir={tmp_path / 'run'}")
-    assert run.main(asked, load=load, work=run.warm_up) == 0
+    before = jax.config.jax_compilation_cache_dir  # whoever runs the tests may have one
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        assert run.main(asked, load=load, work=run.warm_up) == 0
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
     (engine,) = engines
     assert engine.calls == 1 and len(engine.begun) == 1 and not (tmp_path / "run").exists()
     out = capsys.readouterr().out

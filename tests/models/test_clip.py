@@ -229,16 +229,17 @@ def test_published_text_encoder(sizes):
 
 
 @pytest.mark.slow
-def test_full_size_matches_transformers():
-    """B/32 at its published size."""
-    published_config = PUBLISHED["openai/clip-vit-base-patch32"]
+@pytest.mark.parametrize("name", ["openai/clip-vit-base-patch32", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"])
+def test_full_size_matches_transformers(name):
+    """B/32, and H/14, which is PickScore's and HPSv2's."""
+    published_config = PUBLISHED[name]
     oracle = networks.redraw(transformers.CLIPModel(transformers.CLIPConfig.from_dict(published_config)), seed=0)
     config = load.KINDS["clip"].config(published_config, where="config.json")
     network = fill(config, {name: x.numpy() for name, x in oracle.state_dict().items()})
     x, ids = images(config), np.random.default_rng(2).integers(0, 49408, (2, 77))
     pixels = to_torch(x).requires_grad_()
     theirs = oracle(input_ids=torch.from_numpy(ids), pixel_values=pixels)
-    cotangent = np.random.default_rng(1).normal(size=(2, 512)).astype(np.float32)
+    cotangent = np.random.default_rng(1).normal(size=theirs.image_embeds.shape).astype(np.float32)
     (theirs.image_embeds * torch.from_numpy(cotangent)).sum().backward()
     image, pullback = jax.vjp(network.encode_image, jnp.asarray(x))
     assert conftest.relative_l2(image, theirs.image_embeds.detach()) < 1e-4
