@@ -14,7 +14,7 @@ It is a Hugging Face ImageFolder: `load_dataset("imagefolder", data_files=["RUN/
 journal, so an item is done if both are there, whatever happened in between.
 
 Several processes may write to one directory: all but number 0 have a metadata-<number>.jsonl of their own, whose lines come into
-metadata.jsonl by and by (`RunDirectory.merge`).
+metadata.jsonl when one of them ends (`RunDirectory.merge`).
 """
 
 import bisect
@@ -163,10 +163,7 @@ class RunDirectory:
         shards.recover(self.path / "shards", self.journal, clock)
         for folder in ("", *FOLDERS, "trajectories"):
             disk.remove_abandoned(self.path / folder, clock)
-        if self.process:
-            self._gather([])
-        else:
-            self.merge()
+        self._gather(self.journal, [] if self.process else self._others())
 
     def _compare(self, file: Path) -> str:
         """How the settings of a run differ from ours as far as images go, a line each. Raises RunError."""
@@ -180,22 +177,26 @@ class RunDirectory:
         return config.diff(config.image_part(settings), config.image_settings(self.settings)) or "(of another version)"
 
     def merge(self) -> None:
-        """Takes the lines of the other processes' journals into metadata.jsonl; for process 0, at any time.
+        """Takes the lines of all processes' journals into metadata.jsonl; for any of them, at any time.
 
         A line that another process adds meanwhile stays in, or comes into, a journal of its own.
         """
-        self._gather(sorted(self.path.glob("metadata-*.jsonl")))
+        with disk.locked(self.path / "config.json"):  # two at once would overwrite each other's
+            self._gather(self.path / "metadata.jsonl", self._others())
 
-    def _gather(self, others: Sequence[Path]) -> None:
-        """The lines of other journals into ours; images that are no longer there lose theirs: they will be made again."""
-        self.journal.touch()
+    def _others(self) -> list[Path]:
+        return sorted(self.path.glob("metadata-*.jsonl"))
+
+    def _gather(self, into: Path, others: Sequence[Path]) -> None:
+        """The lines of other journals into one; images that are no longer there lose theirs: they will be made again."""
+        into.touch()
         with contextlib.ExitStack() as stack:
-            for file in (self.journal, *others):
+            for file in (into, *others):
                 stack.enter_context(disk.locked(file))
-            records = [line for file in (self.journal, *others) for line in disk.read_lines(file)]
+            records = [line for file in (into, *others) for line in disk.read_lines(file)]
             kept = _there(self.path, records)
             if others or len(kept) < len(records):
-                disk.write_atomic(self.journal, disk.encode_lines(*kept))
+                disk.write_atomic(into, disk.encode_lines(*kept))
             for file in others:
                 file.unlink()
 

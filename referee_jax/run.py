@@ -118,8 +118,7 @@ def generate(
 def finish(run: outputs.RunDirectory, made: generation.Made, skipped: int, seconds: float) -> None:
     """Joins the journals, draws the contact sheet and the gallery, and tells what was done."""
     checkpoint.Checkpoints(run.path / "checkpoints").forget(run.done())
-    if not run.process:
-        run.merge()
+    run.merge()  # whoever is last brings all together
     sheet, page = run.contact_sheet(), gallery.write(run)
     finished = run.finished()
     hacked = [record["id"] for record in finished if record.get("hacked")]

@@ -1,5 +1,6 @@
 """The run directory: nothing half written, nothing lost, nothing mixed."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -227,8 +228,8 @@ def test_an_image_that_two_made_counts_once(tmp_path):
 
 
 def test_no_line_is_lost_while_journals_are_merged(tmp_path):
-    """Two processes add lines, as fast as they can, while another merges."""
-    main = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    """Two processes add lines, as fast as they can, while two others merge."""
+    main, other = (outputs.RunDirectory.open(tmp_path, SETTINGS, process=n) for n in (0, 3))
     for n in range(100):
         (main.images / f"{n}.png").touch()
     script = conftest.BARE + (
@@ -238,12 +239,18 @@ def test_no_line_is_lost_while_journals_are_merged(tmp_path):
         "    disk.append(file, {'id': str(n), 'file_name': f'images/{n}.png'})\n"
     )
     adding = [subprocess.Popen([sys.executable, "-c", script, str(n)]) for n in range(2)]
-    merges = 0
-    while any(process.poll() is None for process in adding):
-        main.merge()
-        merges += 1
-    assert [process.returncode for process in adding] == [0, 0] and merges > 5
-    main.merge()
+    merges = []
+
+    def merge(run):
+        while any(process.poll() is None for process in adding):
+            run.merge()
+            merges.append(run)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(merge, (main, other)))
+    assert [process.returncode for process in adding] == [0, 0]
+    assert merges.count(main) > 3 and merges.count(other) > 3
+    other.merge()
     assert sorted(int(x["id"]) for x in lines(main.journal)) == [*range(100)]
 
 

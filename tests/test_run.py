@@ -394,10 +394,11 @@ def test_other_formats_lose_nothing_either(tmp_path, form, call):
 
 
 @pytest.mark.parametrize("form", ["png", "webdataset"])
-def test_processes_share_a_directory(tmp_path, form):
-    """Each makes its share; the journals are joined by the first, at its end or its next start."""
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_processes_share_a_directory(tmp_path, form, order):
+    """Each makes its share; the journals are joined by whoever ends last."""
     arguments = *(f"--prompt={n}" for n in range(5)), f"--config.outputs.format={form}", f"--workdir={tmp_path}"
-    for index in (1, 0):
+    for index in order:
         assert execute(*arguments, f"--shard_index={index}", "--shard_count=2")[0] == 0
     assert len(shown(tmp_path)) == len(lines(tmp_path / "metadata.jsonl")) == 5
     assert [x.name for x in tmp_path.glob("metadata*")] == ["metadata.jsonl"]
