@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -13,6 +16,7 @@ from PIL import Image
 from tests.conftest import relative_l2
 
 pytestmark = pytest.mark.timeout(1800)  # kill_fuzz.LONGEST for each of several rounds
+ROOT = pathlib.Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("kill_fuzz", pathlib.Path(__file__).parent / "bench" / "kill_fuzz.py")
 kill_fuzz = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kill_fuzz)
@@ -53,6 +57,29 @@ def test_the_dead_and_the_stopped_delay_nobody(place):
     assert kill_fuzz.problems(cut, workdir / "whole") == []
     journal = [json.loads(line) for line in (cut / "metadata.jsonl").read_text().splitlines()]
     assert {record["status"] for record in journal} == {"done"}
+
+
+def test_a_stop_is_obeyed_while_compiling(tmp_path):
+    """Which is one line of Python, and half a minute: SIGTERM ends the process within its ten seconds."""
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "referee_jax.run",
+        "--config=configs/shapes.py",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert any("compiling for" in line for line in process.stdout)
+        time.sleep(3)  # the start is sampled first, by small programs
+        assert process.poll() is None and not list((tmp_path / "run" / "images").iterdir())
+        process.terminate()
+        begun = time.monotonic()
+        process.stdout.read()
+        assert process.wait(kill_fuzz.LONGEST) == 143
+    assert time.monotonic() - begun < 12  # two for a machine that has more to do
 
 
 @pytest.mark.slow
