@@ -6,6 +6,7 @@ import re
 import time
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,6 +126,21 @@ def test_an_expired_claim_is_taken_over_once(tmp_path):
         for rival in rivals:
             rival.close()
         assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("hours", [-24, 1, 24])
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch, hours):
+    """A worker's own clock, put forward or back: claims age by that of the file system."""
+    one, two = queue.Claims(tmp_path, 900), queue.Claims(tmp_path, 900)
+    item = queue.Item("a", 0)
+    assert one.take(item)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600 * hours)
+    assert not two.take(item)
+    one.refresh()
+    assert not two.take(item)
+    os.utime(tmp_path / f"{item.id}.claim", (now - 901, now - 901))
+    assert two.take(item)
 
 
 def test_a_pool_makes_each_item_once(tmp_path, monkeypatch):
