@@ -127,30 +127,8 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
         """`size` (twice the input's, or one less) is where an odd number of rows was halved on the way down."""
-        doubled = (2 * x.shape[1], 2 * x.shape[2])
-        if size in (None, doubled):
-            return convolve_doubled(x, self.conv)
-        return self.conv(double(x)[:, : size[0], : size[1]])
-
-
-def convolve_doubled(x: Array, conv: nnx.Conv) -> Array:
-    """`conv(double(x))` of a 3 x 3 convolution in 4/9 of its operations, `[B, H, W, C] -> [B, 2 H, 2 W, D]`.
-
-    An even and an odd row of the result each see two rows of x, one of them twice; so do columns: four kernels of 2 x 2
-    (Shi et al. 2016, arXiv 1609.05158, section 3.2).
-    """
-    kernel = conv.kernel[...].astype(jnp.float32)
-    for axis in (0, 2):  # rows [3, ...] -> [tap, phase, ...], then columns
-        first, middle, last = jnp.split(kernel, 3, axis)
-        phases = jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
-        kernel = jnp.stack(phases, axis + 1)
-    taps = kernel.transpose(0, 2, 4, 1, 3, 5)
-    flat = taps.reshape(*taps.shape[:3], -1).astype(x.dtype)
-    y = jax.lax.conv_general_dilated(x, flat, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    y = y.reshape(*y.shape[:3], 2, 2, -1)  # [B, H + 1, W + 1, phase, phase, D]
-    y = jnp.stack([y[:, :-1, :, 0], y[:, 1:, :, 1]], 2)  # [B, H, 2, W + 1, phase, D]
-    y = jnp.stack([y[:, :, :, :-1, 0], y[:, :, :, 1:, 1]], 4)
-    return y.reshape(x.shape[0], 2 * x.shape[1], 2 * x.shape[2], -1) + conv.bias[...].astype(x.dtype)
+        x = double(x)
+        return self.conv(x if size is None else x[:, : size[0], : size[1]])
 
 
 def double(x: Array) -> Array:

@@ -270,24 +270,6 @@ def test_double_is_torchs_nearest(shape):
     np.testing.assert_array_equal(vae.double(jnp.asarray(x)), to_numpy(theirs))
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 4)])
-@pytest.mark.parametrize("size", [None, "twice", "one less"])
-def test_an_upsampler_is_a_convolution_of_the_doubled_image(rows, columns, size):
-    """With its gradient, where four kernels of 2 x 2 do it, and to the border of an odd size, where they could not."""
-    upsample = vae.Upsample(6, rngs=nnx.Rngs(0))
-    upsample.conv.bias[...] = jnp.arange(6.0)
-    sizes = {"twice": (2 * rows, 2 * columns), "one less": (2 * rows - 1, 2 * columns - 1)}
-    size = sizes.get(size)
-    cut = size or sizes["twice"]
-    x = jnp.asarray(draw(0, 2, rows, columns, 6))
-    ours = jax.vjp(lambda x: upsample(x, size), x)
-    theirs = jax.vjp(lambda x: upsample.conv(vae.double(x)[:, : cut[0], : cut[1]]), x)
-    cotangent = jnp.asarray(draw(1, *theirs[0].shape))
-    assert ours[0].shape == (2, *cut, 6)
-    assert error(ours[0], theirs[0]) < 1e-6
-    assert error(ours[1](cotangent)[0], theirs[1](cotangent)[0]) < 1e-6
-
-
 @pytest.mark.parametrize(
     "config, key, value",
     [
