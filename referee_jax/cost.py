@@ -87,11 +87,8 @@ class Estimate:
 
     def fits(self, chip: Chip) -> int:
         """Images of a batch on one chip."""
-        return self.holds(chip.memory * 1e9)
-
-    def holds(self, limit: float) -> int:
-        """Images of a batch in so many bytes."""
-        return max(0, int((USABLE * limit - sum(self.weights.values()) - self.fixed) // self.live))
+        free = USABLE * chip.memory * 1e9 - sum(self.weights.values()) - self.fixed
+        return max(0, int(free // self.live))
 
 
 def abstract_step(settings: config.Settings) -> Step:

@@ -162,14 +162,15 @@ def price(command: run.Command | None) -> list[Finding]:
     """What the config costs (cost.py), and whether a batch fits the device."""
     if not command:
         return []
-    from referee_jax import cost  # the networks' code is slow to import
+    from referee_jax import cost, sizes  # the networks' code is slow to import
 
     try:
-        found = cost.estimate(command.settings)
+        limit = devices.memory(jax.local_devices()[0])
+        settings = cost.fitting(command.settings, sizes.abstract(command.settings), limit)  # as the engine will
+        found = cost.estimate(settings)
     except (ValueError, convert.WeightsError) as error:
         return [Finding("cost", f"not known: {error}")]
-    weights, limit = sum(found.weights.values()) + found.fixed, devices.memory(jax.local_devices()[0])
-    size = command.settings.batch_size or (found.holds(limit) if limit else cost.UNKNOWN)
+    weights, size = sum(found.weights.values()) + found.fixed, settings.batch_size
     needed = weights + size * found.live
     text = (
         f"{found.step / 1e12:.3g} TFLOP for an iteration of an image, {found.image / 1e12:.3g} for all; "

@@ -23,6 +23,9 @@ from referee_jax import disk, progress
 
 AXIS, MODEL = "prompt", "model"
 LARGE = 2**16  # elements; smaller weights are whole on every device
+OTHERS = 30 * 24 * 3600  # seconds for which one that is done waits for the others, who may have more to do
+# Where launchers say which process of a job this is: Slurm, Open MPI, TPU slices, Kubernetes.
+RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "JOB_COMPLETION_INDEX")
 
 
 def prompt_mesh(devices: Sequence[jax.Device] | None = None, *, prompt: int = 0, model: int = 1) -> Mesh:
@@ -70,13 +73,6 @@ def _spec(x: Any, mesh: Mesh, batched: bool) -> PartitionSpec:
         return PartitionSpec()
     longest = max(axes, key=lambda axis: x.shape[axis])
     return PartitionSpec(*[None] * longest, MODEL)
-
-
-OTHERS = 30 * 24 * 3600  # seconds for which one that is done waits for the others, who may have more to do
-
-
-# Where launchers say which process of a job this is: Slurm, Open MPI, TPU slices, Kubernetes.
-RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "JOB_COMPLETION_INDEX")
 
 
 def join(index: int, count: int, place: Path, *, timeout: int = 300) -> tuple[int, int]:

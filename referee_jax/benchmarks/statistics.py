@@ -47,10 +47,8 @@ def mean_of_means(groups: Sequence[Iterable[tuple[Hashable, float]]]) -> Mean:
     low, high = np.percentile(
         np.mean([sums[picked].sum(1) / counts[picked].sum(1) for sums, counts, picked in drawn], 0), [2.5, 97.5]
     )
-    prompts, images = (
-        int(sum(count)) for count in zip(*((len(sums), counts.sum()) for sums, counts in counted), strict=True)
-    )
-    return Mean(float(middle), float(low), float(high), prompts, images)
+    prompts, images = sum(len(sums) for sums, _ in counted), sum(counts.sum() for _, counts in counted)
+    return Mean(float(middle), float(low), float(high), prompts, int(images))
 
 
 def resamples(count: int, seed: int = 0) -> np.ndarray:

@@ -52,18 +52,22 @@ class Judge:
 
     def unknown(self, prompt: str) -> str | None:
         """A token of that text that the network has no word for, as the tokenizer of a processor may add ("<image>")."""
+        texts = REFEREES[self.spec.name].texts(self, prompt)
+        return self._unknown(np.concatenate([self.tokenizer(text)["input_ids"] for text in texts]))
+
+    def _unknown(self, ids: np.ndarray) -> str | None:
         sizes = self.referee.network.config
         words = (getattr(sizes, "text_config", None) or sizes.qformer_config).vocab_size
-        ids = [n for text in REFEREES[self.spec.name].texts(self, prompt) for n in self.tokenizer(text)["input_ids"]]
-        return next((self.tokenizer.convert_ids_to_tokens(n) for n in ids if n >= words), None)
+        return self.tokenizer.convert_ids_to_tokens(int(ids.max())) if ids.max() >= words else None
 
     def tokenize(self, prompt: str) -> dict[str, np.ndarray]:
         """What `referee.encode` reads: arrays of one shape for all prompts. PromptError for what it cannot read."""
-        if token := self.unknown(prompt):
+        tokens = REFEREES[self.spec.name].tokenize(self, prompt)
+        if token := self._unknown(tokens["input_ids"]):
             raise prompts.PromptError(
                 f"the prompt {prompt[:60]!r} holds {token}, for which {self.spec.name} has no word"
             )
-        return REFEREES[self.spec.name].tokenize(self, prompt)
+        return tokens
 
     def score(self, images: Sequence[PIL.Image.Image], texts: Sequence[str]) -> list[list[dict[str, float]]]:
         """The scores of each image with each text, behind the checkpoint's own preprocessing.
