@@ -25,6 +25,7 @@ setuptools.setup(
         "absl-py>=2.1",
         "filelock>=3.10",
         "flax>=0.12",
+        "fsspec>=2025.3",
         "huggingface_hub>=2.4",
         "jax>=0.10",
         "jinja2>=3.1",
@@ -42,6 +43,8 @@ setuptools.setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "gs": ["gcsfs>=2025.3"],  # run directories in buckets
+        "s3": ["s3fs>=2025.3"],
         "siglip": ["sentencepiece>=0.2", "protobuf>=4"],  # the tokenizer of SigLIP 1; that of SigLIP 2 needs neither
         # Figures, and noun phrases as papers count them (besides: python -m spacy download en_core_web_sm).
         "eval": ["matplotlib>=3.9", "spacy>=3.8"],

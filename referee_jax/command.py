@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import compile_cache, config, devices, prompts
+from referee_jax import compile_cache, config, devices, prompts, remote
 
 
 class CommandError(ValueError):
@@ -21,13 +21,14 @@ class CommandError(ValueError):
 class Command:
     """What was asked for: settings, the prompts as they were given, the run directory, and who shares the work.
 
-    Process `shard_index` of `shard_count` makes its fixed share, unless each takes what nobody has (`claim`); a claim that is not
-    refreshed for `claim_expiry` seconds may be taken over. With `distributed`, JAX says who this process is.
+    One in a bucket is text, "gs://bucket/run" say. Process `shard_index` of `shard_count` makes its fixed share, unless
+    each takes what nobody has (`claim`); a claim that is not refreshed for `claim_expiry` seconds may be taken over. With
+    `distributed`, JAX says who this process is.
     """
 
     settings: config.Settings
     entries: tuple[prompts.Entry, ...]
-    workdir: Path
+    workdir: Path | str
     shard_index: int = 0
     shard_count: int = 1
     claim: bool = False
@@ -168,4 +169,5 @@ def read_command(values: flags.FlagValues, rest: Sequence[str]) -> Command:
         raise CommandError(f"--shard_index={values.shard_index} is not one of 0 to {values.shard_count - 1}")
     if values.claim and values.shard_count > 1:
         raise CommandError("--claim and --shard_count are two ways to share a run; give one of them")
-    return Command(settings, tuple(entries), Path(workdir), **shared)
+    workdir = workdir if remote.is_remote(workdir) else Path(workdir)
+    return Command(settings, tuple(entries), workdir, **shared)

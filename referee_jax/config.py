@@ -44,8 +44,8 @@ WEBP_SIDE = 16383  # pixels; the format has no larger images
 
 # What decides which images are made, how they are stored or how fast, but not what any one of them looks like.
 _NOT_OF_THE_IMAGE = (
-    "prompts", "samples", "workdir", "batch_size", "remat", "mesh", "chunk", "checkpoint_seconds", "outputs.trajectory",
-    "outputs.format", "outputs.shard_size", "outputs.shard_images",
+    "prompts", "samples", "workdir", "batch_size", "remat", "mesh", "chunk", "checkpoint_seconds", "stall_seconds",
+    "outputs.trajectory", "outputs.format", "outputs.shard_size", "outputs.shard_images",
 )  # fmt: skip
 
 
@@ -189,6 +189,7 @@ class Settings:
     mesh: Mesh = _group(Mesh)
     chunk: int = _field(10, low=1)  # iterations between two looks at the clock, the log and the stop request
     checkpoint_seconds: float = _field(60.0, above=0.0)  # between two checkpoints of what is in flight
+    stall_seconds: float = _field(0.0, low=0.0)  # in which nothing moves, then a run ends; 0: see trouble.Watchdog
     seed: int = _field(0, low=0, high=2**32 - 1)
     samples: int = _field(1, low=1)  # images per prompt
     workdir: str = ""  # the run directory; empty: runs/<config>-<fingerprint>
@@ -479,6 +480,17 @@ def _flat(values: Any, key: str = "") -> dict[str, Any]:
     else:
         return {key: values}
     return {name: x for part, inner in parts for name, x in _flat(inner, part).items()}
+
+
+def checkpoints(settings: Settings) -> list[tuple[str, str]]:
+    """The checkpoints that settings name, each once, with its revision."""
+    return list(dict.fromkeys((x.checkpoint, x.revision) for x in (settings.generator, *settings.referees)))
+
+
+def pinned(settings: Settings, commits: Mapping[str, str]) -> Settings:
+    """The settings with the commit of each checkpoint that names no revision, where `commits` has it."""
+    pin = lambda x: dataclasses.replace(x, revision=x.revision or commits.get(x.checkpoint, ""))  # noqa: E731
+    return dataclasses.replace(settings, generator=pin(settings.generator), referees=tuple(map(pin, settings.referees)))
 
 
 def checkpoint_path(name: str) -> str:

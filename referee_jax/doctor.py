@@ -32,8 +32,9 @@ from absl import app, flags, logging
 from huggingface_hub import constants, errors
 from packaging import requirements
 
-from referee_jax import compile_cache, config, devices, outputs, prompts, run
+from referee_jax import compile_cache, config, devices, outputs, prompts, remote, run
 from referee_jax.weights import convert
+from referee_jax.weights import hub as hub_files
 
 GB = 1e9
 KNOWN = "openai/clip-vit-large-patch14"  # which the hub is asked about where no config names a checkpoint
@@ -115,6 +116,8 @@ def cache(command: run.Command | None) -> list[Finding]:
 def workdir(command: run.Command | None) -> list[Finding]:
     """The run directory: can it be written, is there room, and does its clock (a file server's, perhaps) agree with ours."""
     path = command.workdir if command else Path("runs")
+    if remote.is_remote(path):
+        return bucket(str(path))
     if problem := unwritable(path):
         return [Finding("workdir", problem, "choose another --workdir, or get the right to write there")]
     found = [Finding("workdir", f"{path} can be written")]
@@ -127,12 +130,28 @@ def workdir(command: run.Command | None) -> list[Finding]:
     with tempfile.NamedTemporaryFile(dir=place, prefix=".doctor-") as probe:
         probe.write(b"x")
         probe.flush()
-        skew = os.stat(probe.name).st_mtime - time.time()
-    text = f"the file system of {path} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}"
-    found.append(
-        Finding("clock", text, "" if abs(skew) < SKEW_SECONDS else "set the clocks by NTP: claims expire by them")
-    )
+        found.append(clock(f"the file system of {path}", os.stat(probe.name).st_mtime))
     return found
+
+
+def bucket(url: str) -> list[Finding]:
+    """A run directory in a bucket: can it be written, and how does its clock agree with ours."""
+    try:
+        place = remote.Bucket(url)
+        now = place.now()
+    except ValueError as error:
+        return [Finding("workdir", str(error), "install it, or choose another --workdir")]
+    except OSError as error:
+        remedy = "choose another --workdir, or get the right to write, read and remove there (gcloud auth, AWS_PROFILE)"
+        return [Finding("workdir", str(error), remedy)]
+    return [Finding("workdir", f"{url} can be written"), clock(url, now)]
+
+
+def clock(whose: str, now: float) -> Finding:
+    """Whether a clock that says `now` agrees with this machine's."""
+    skew = now - time.time()
+    text = f"{whose} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}"
+    return Finding("clock", text, "" if abs(skew) < SKEW_SECONDS else "set the clocks by NTP: claims expire by them")
 
 
 def prompts_of(command: run.Command | None) -> list[Finding]:
@@ -153,8 +172,7 @@ def checkpoints(command: run.Command | None) -> list[Finding]:
         return [
             Finding("hub", text, "" if constants.HF_HUB_OFFLINE else remedy)
         ]  # chosen, and perhaps nothing is missing
-    settings = command.settings
-    named = dict.fromkeys((x.checkpoint, x.revision) for x in (settings.generator, *settings.referees))
+    named = config.checkpoints(command.settings)
     return [Finding("checkpoint", *checkpoint(name, revision)) for name, revision in named]
 
 
@@ -214,12 +232,10 @@ def checkpoint(name: str, revision: str) -> tuple[str, str]:
             return f"{name} is here", ""
     except config.ConfigError as error:
         return str(error), "name one of those"
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if not hub_files.is_id(name):
         return f"{name} is not here", "correct the path, or make the checkpoint as the config's docstring says"
-    for file in ("config.json", "unet/config.json"):
-        # What is damaged or missing of it, the run says.
-        if isinstance(huggingface_hub.try_to_load_from_cache(name, file, revision=revision or None), str):
-            return f"{name} is in the hub's cache", ""
+    if commit := hub_files.commit(name, revision or None):  # what is damaged or missing of it, the run says
+        return f"{name} is in the hub's cache, commit {commit[:12]}", ""
     text, remedy = hub(name)
     return f"{name} is not here; {text}", remedy
 

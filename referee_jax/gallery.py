@@ -39,21 +39,23 @@ def write(run: outputs.RunDirectory) -> Path | None:
     path = run.path / "gallery.html"
     # A text may hold half a character (a lone surrogate), which no file can.
     disk.write_atomic(path, page(run, records).encode("utf-8", "replace"))
+    run.publish(path.name)
     return path
 
 
 def page(run: outputs.RunDirectory, records: list[dict[str, Any]]) -> str:
     """The page of these lines of the journal."""
-    trajectories = {file.stem for file in (run.path / "trajectories").glob("*.webp")}
+    trajectories = {name.removesuffix(".webp") for name in run.listing("trajectories")}
     count, is_sharded = len(records), any(x["file_name"].startswith("shards/") for x in records)
     records = records[:EMBEDDED] if is_sharded else records
     is_embedded = len(records) <= EMBEDDED
+    run.bring(records if is_embedded else [])
     begun = json.loads((run.path / "config.json").read_bytes())
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template("gallery.html").render(
-        title=run.path.resolve().name,
+        title=run.title,
         nonce=secrets.token_urlsafe(16),  # drawn after the prompts were written: none of them can know it
         records=[_shown(x, run.path, x["id"] in trajectories, is_embedded) for x in records],
         left_out=count - len(records),

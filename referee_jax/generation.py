@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from referee_jax import checkpoint, outputs, progress, queue, writers
+from referee_jax import checkpoint, disk, outputs, progress, queue, trouble, writers
 
 
 class Stopped(Exception):
@@ -41,7 +42,7 @@ class Made:
 class Generator:
     """Makes images with an engine and writes them to a run with `writer`, beside the next ones; `made` counts.
 
-    `checkpoints` are saved every `save_every` seconds and when a stop comes.
+    `checkpoints` are saved every `checkpoint_seconds` and when a stop comes.
     """
 
     def __init__(
@@ -53,35 +54,31 @@ class Generator:
         bar: progress.Progress,
         *,
         stop: Stop,
-        save_every: float,
     ):
         self.engine, self.run, self.writer, self.checkpoints, self.bar = engine, run, writer, checkpoints, bar
-        self.stop, self.save_every, self.made, self.is_settled = stop, save_every, Made(), True
+        self.stop, self.save_every, self.made, self.is_settled = stop, run.settings.checkpoint_seconds, Made(), True
+        self.watchdog, self.at = trouble.Watchdog(run.settings.stall_seconds, self.tell_stall), ""
 
     def work(self, work: queue.Work) -> None:
         """Makes all that `work` hands out.
 
-        Where the device's memory is too small the batch is halved, once for each size; another error of the device is met by
-        trying its batch once more. Raises Stopped, and what is not mended so.
+        Where the device's memory is too small the batch is halved, once for each size. Raises Stopped, DeviceFailed, and the
+        error of a device whose memory is too small for one image.
         """
-        tried: set[queue.Item] = set()
         # Others may wait for what is in our open shard, while we wait for theirs.
         commit = lambda: self.settle(work.claims, commit=True)  # noqa: E731
-        while part := work.take(self.engine.batch_size, stopped=self.stop, before_waiting=commit):
-            try:
-                self.make(part, work.claims)
-            except jax.errors.JaxRuntimeError as error:
-                if is_memory(error):
+        with self.watchdog.watching():
+            while part := work.take(self.engine.batch_size, stopped=self.stop, before_waiting=commit):
+                try:
+                    self.make(part, work.claims)
+                except jax.errors.JaxRuntimeError as error:
+                    if not is_memory(error):
+                        why = str(error).strip().splitlines()[0][:200]
+                        self.run.log("device failed", items=[item.id for item in part.items], error=why)
+                        raise trouble.DeviceFailed(part.items, self.made.images, why) from error
                     self.halve(error)
-                elif tried.issuperset(part.items):
-                    raise
-                else:
-                    why = str(error).strip().splitlines()[0][:200]
-                    progress.say(f"the device failed ({why}); its {len(part.items)} images are tried once more")
-                    self.run.log("retry", items=[item.id for item in part.items], error=why)
-                    tried |= set(part.items)
-                work.put_back(part)
-        self.settle(work.claims)
+                    work.put_back(part)
+            self.settle(work.claims)
         self.check()
 
     def make(self, part: queue.Part, claims: queue.Claims | None = None) -> None:
@@ -98,10 +95,12 @@ class Generator:
         if not engine.compiled:
             tell_cost(engine, self.run, batch)
         self.bar.skip(part.step * len(part.items))
+        self.at = f"{part.items[0].id} and {len(part.items) - 1} others"
         frames = []
         while batch.step < engine.steps:
             before = batch.step
             batch, metrics = engine.advance(batch)
+            self.watchdog.moved()
             log_chunk(self.run, part.items, batch.step, metrics)
             self.bar.advance((batch.step - before) * len(part.items), metrics)
             if claims:
@@ -112,6 +111,7 @@ class Generator:
                 frames.append(engine.preview(batch))
             if batch.step < engine.steps and (self.stop() or time.monotonic() - saved > self.save_every):
                 self.checkpoints.save(engine.snapshot(batch), self.run.fingerprint)
+                self.run.send()
                 saved = time.monotonic()
                 self.check()
         for n, picture in enumerate(engine.finish(batch)):
@@ -128,8 +128,18 @@ class Generator:
         if not self.is_settled:
             self.checkpoints.clear()
             self.is_settled = True
+        self.run.send()
         if claims:
             claims.release(written)
+        if self.engine.compiled:
+            self.watchdog.moved()
+
+    def tell_stall(self, seconds: float) -> None:
+        """Says and notes who hangs, and at what."""
+        progress.say(
+            f"error: {disk.HOST}: nothing has moved for {seconds:.0f} s, at {self.at}; ending", file=sys.stderr
+        )
+        self.run.log("stalled", host=disk.HOST, at=self.at, seconds=round(seconds))
 
     def halve(self, error: jax.errors.JaxRuntimeError) -> None:
         """Goes on with batches half as large; raises `error` where they are of one already."""

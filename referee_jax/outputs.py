@@ -1,6 +1,6 @@
 """A run directory: images, their journal, the log, and what was asked for. Nothing in it is ever half written.
 
-    config.json         settings, fingerprint, versions, device
+    config.json         settings, fingerprint, versions, device, commits of checkpoints from the hub
     images/<id>.png     one per item, with its prompt, scores and settings in it (formats.py); or .webp
     shards/<name>.tar   instead, many images each, where `outputs.format` is webdataset (shards.py)
     metadata.jsonl      the journal: one line per finished image, with `file_name`
@@ -14,7 +14,8 @@ It is a Hugging Face ImageFolder: `load_dataset("imagefolder", data_files=["RUN/
 journal, so an item is done if both are there, whatever happened in between.
 
 Several processes may write to one directory: all but number 0 have a metadata-<number>.jsonl of their own, whose lines come into
-metadata.jsonl when one of them ends (`RunDirectory.merge`).
+metadata.jsonl when one of them ends (`RunDirectory.merge`). In a bucket (remote.py) each has a local
+directory, which it sends there.
 """
 
 import bisect
@@ -36,7 +37,7 @@ import numpy as np
 import tqdm
 from PIL import Image, ImageDraw, ImageFont
 
-from referee_jax import config, disk, formats, shards, writers
+from referee_jax import config, disk, formats, queue, remote, shards, writers
 
 PACKAGES = ("referee_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "pillow")
 FOLDERS = ("images", "shards")
@@ -59,16 +60,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
+def read_journal(path: Path, *, bucket: remote.Bucket | None = None) -> list[dict[str, Any]]:
     """The lines of a run directory's journals, of all processes, whose images are there; each image once."""
     # These first: `merge` moves lines to the main one, where they may be seen again but must not be missed.
     others = [line for file in sorted(path.glob("metadata-*.jsonl")) for line in disk.read_lines(file)]
-    return _there(path, disk.read_lines(path / "metadata.jsonl") + others)
+    return _there(path, disk.read_lines(path / "metadata.jsonl") + others, bucket)
 
 
-def _there(path: Path, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _there(path: Path, records: Sequence[Mapping[str, Any]], bucket: remote.Bucket | None) -> list[dict[str, Any]]:
     """Those of images that are there. The folders are listed: to ask for each file is slow on a network's disk."""
-    names = {f"{folder}/{name}" for folder in FOLDERS for name in _listing(path / folder)}
+    names = {f"{folder}/{name}" for folder in FOLDERS for name in _listing(path / folder, bucket)}
     kept = {}
     for record in records:
         name = record.get("file_name")
@@ -77,15 +78,19 @@ def _there(path: Path, records: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     return list(kept.values())
 
 
-def _listing(folder: Path) -> list[str]:
-    return os.listdir(folder) if folder.is_dir() else []
+def _listing(folder: Path, bucket: remote.Bucket | None) -> list[str]:
+    here = os.listdir(folder) if folder.is_dir() else []
+    return here + bucket.names(folder.name) if bucket else here
 
 
 class RunDirectory:
     """A run directory that is written to, by this process and perhaps others; each has a journal of its own."""
 
-    def __init__(self, path: Path, settings: config.Settings, *, process: int = 0):
-        self.path, self.settings, self.process = path, settings, process
+    def __init__(
+        self, path: Path, settings: config.Settings, *, process: int | str = 0, bucket: remote.Bucket | None = None
+    ):
+        self.path, self.settings, self.process, self.bucket = path, settings, process, bucket
+        self.name = bucket.url if bucket else str(path)  # for people
         journal = f"metadata-{process}.jsonl" if process else "metadata.jsonl"
         self.images, self.journal, self.log_file = path / "images", path / journal, path / "log.jsonl"
         self.fingerprint = config.fingerprint(settings)
@@ -108,36 +113,49 @@ class RunDirectory:
         `process` is this process's number among those that write to the directory at the same time; 0 if it is the only one.
         Raises RunError where it cannot be written, holds something else, or was begun for other images.
         """
-        run = cls(Path(path).expanduser(), settings, process=process)
+        if remote.is_remote(path):
+            try:
+                bucket = remote.Bucket(str(path))
+            except ValueError as error:
+                raise RunError(str(error)) from error
+            run = cls(bucket.local, settings, process=bucket.who, bucket=bucket)
+        else:
+            run = cls(Path(path).expanduser(), settings, process=process)
         try:
             run._begin(device, resume)
         except OSError as error:
-            raise RunError(f"the run directory {run.path} cannot be written: {error.strerror or error}") from error
+            raise RunError(f"the run directory {run.name} cannot be written: {error.strerror or error}") from error
         return run
 
     def _begin(self, device: str, resume: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "config.json"
         # Listed before config.json is looked for, which another process that begins the run writes first.
-        is_empty = all(x.name.startswith(".") for x in self.path.iterdir())
+        names = self.bucket.names() if self.bucket else os.listdir(self.path)
+        is_empty = all(name.startswith(".") for name in names)
+        if self.bucket:
+            self.bucket.fetch()
         if file.exists() and resume == "never":
-            raise RunError(f"{self.path} is a run already, and --resume=never; choose another --workdir")
+            raise RunError(f"{self.name} is a run already, and --resume=never; choose another --workdir")
         if file.exists():
             changes = self._compare(file)
             if changes and resume != "force":
                 raise RunError(
-                    f"{self.path} was begun with other settings; choose another --workdir, go on with these by --resume=force, "
+                    f"{self.name} was begun with other settings; choose another --workdir, go on with these by --resume=force, "
                     f"or take back:\n{changes}"
                 )
             if changes:
                 self._write_settings(file, device)
+                self.publish(file.name)
                 self.log("settings", changes=changes.splitlines())
         elif not is_empty:
             raise RunError(
-                f"{self.path} is not empty and not a run directory (no config.json); choose another --workdir"
+                f"{self.name} is not empty and not a run directory (no config.json); choose another --workdir"
             )
         else:
             self._write_settings(file, device)
+            if self.bucket and not self.bucket.create(file.name, file.read_bytes()):
+                return self._begin(device, resume)  # another began it this moment, perhaps with other settings
         # One process after the other, so that what a crash left is taken up by one, and the next sees it done.
         with disk.locked(file):
             self._take_up(device)
@@ -149,6 +167,7 @@ class RunDirectory:
             "versions": versions(),
             "device": device,
             "created": disk.now(),
+            "commits": self.commits() if file.exists() else {},
         }
         disk.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
 
@@ -171,18 +190,40 @@ class RunDirectory:
             old = json.loads(file.read_bytes())
             fingerprint, settings = old["fingerprint"], old["settings"]
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{file} is damaged ({error!r}); choose another --workdir") from error
+            raise RunError(f"{self.name}/{file.name} is damaged ({error!r}); choose another --workdir") from error
         if fingerprint == self.fingerprint:
             return ""
         return config.diff(config.image_part(settings), config.image_settings(self.settings)) or "(of another version)"
+
+    def commits(self) -> dict[str, str]:
+        """Checkpoint -> the commit of it that the run began with, of those that come from the hub."""
+        return json.loads((self.path / "config.json").read_bytes()).get("commits", {})
+
+    def note_commits(self, found: Mapping[str, str]) -> None:
+        """Notes the commits of checkpoints; of those that are noted already nothing changes."""
+        file = self.path / "config.json"
+        with disk.locked(file):
+            record = json.loads(file.read_bytes())
+            if found.keys() - record.get("commits", {}).keys():
+                record["commits"] = {**found, **record.get("commits", {})}
+                disk.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
+                self.publish(file.name)
 
     def merge(self) -> None:
         """Takes the lines of all processes' journals into metadata.jsonl; for any of them, at any time.
 
         A line that another process adds meanwhile stays in, or comes into, a journal of its own.
         """
-        with disk.locked(self.path / "config.json"):  # two at once would overwrite each other's
-            self._gather(self.path / "metadata.jsonl", self._others())
+        if not self.bucket:
+            with disk.locked(self.path / "config.json"):  # two at once would overwrite each other's
+                self._gather(self.path / "metadata.jsonl", self._others())
+            return
+        self.bucket.send()
+        with self.bucket.locked("merge"):
+            self.bucket.fetch()
+            others = self._others()
+            self._gather(self.path / "metadata.jsonl", others)
+            self.bucket.replace_lines("metadata.jsonl", [file.name for file in others])
 
     def _others(self) -> list[Path]:
         return sorted(self.path.glob("metadata-*.jsonl"))
@@ -194,7 +235,7 @@ class RunDirectory:
             for file in (into, *others):
                 stack.enter_context(disk.locked(file))
             records = [line for file in (into, *others) for line in disk.read_lines(file)]
-            kept = _there(self.path, records)
+            kept = _there(self.path, records, self.bucket)
             if others or len(kept) < len(records):
                 disk.write_atomic(into, disk.encode_lines(*kept))
             for file in others:
@@ -202,7 +243,9 @@ class RunDirectory:
 
     def finished(self) -> list[dict[str, Any]]:
         """The lines of all journals whose images are there, each image once."""
-        return read_journal(self.path)
+        if self.bucket:
+            self.bucket.fetch()
+        return read_journal(self.path, bucket=self.bucket)
 
     def done(self) -> set[str]:
         """The ids of all items that are journalled, by any process, and whose images are there."""
@@ -213,7 +256,9 @@ class RunDirectory:
         return self.images / f"{name}.{writers.ending(self.settings.outputs)}"
 
     def check_space(self, items: int) -> None:
-        """RunError if the disk has no room for so many more images."""
+        """RunError if the disk has no room for so many more images. A bucket has no end."""
+        if self.bucket:
+            return
         needed, free = items * bytes_per_item(self.settings), shutil.disk_usage(self.path).free
         if needed > free:
             size = functools.partial(tqdm.tqdm.format_sizeof, suffix="B")
@@ -230,11 +275,37 @@ class RunDirectory:
             yield writer
         finally:
             writer.close()
+            self.send()
+
+    def send(self) -> None:
+        """Where the run is in a bucket: brings it up to date."""
+        if self.bucket:
+            self.bucket.send()
+
+    def publish(self, *names: str) -> None:
+        """Where the run is in a bucket: sends these files, in place of what they were."""
+        if self.bucket:
+            self.bucket.publish(*names)
+
+    def bring(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Where the run is in a bucket: fetches the images of these lines, or the shards that they are in."""
+        if self.bucket:
+            names = (x["file_name"] for x in records)
+            names = dict.fromkeys(x.rpartition("/")[0] if ".tar/" in x else x for x in names)
+            self.bucket.bring([name for name in names if not (self.path / name).exists()])
+
+    def listing(self, folder: str) -> set[str]:
+        """The names of the files in one of its folders."""
+        return set(_listing(self.path / folder, self.bucket))
 
     def write(self, picture: writers.Picture, *, seconds: float, frames: Sequence[np.ndarray] = ()) -> str:
         """Writes one image by itself, in a shard of its own if shards are asked for; see writers.Writer.write."""
         with self.writing() as writer:
             return writer.write(picture, seconds=seconds, frames=frames)
+
+    def claims(self, expiry: float) -> queue.Claims | remote.Claims:
+        """Who makes what, in a pool of workers."""
+        return remote.Claims(self.bucket, expiry) if self.bucket else queue.Claims(self.path / "claims", expiry)
 
     def log(self, event: str, **values: Any) -> None:
         """Adds a line to log.jsonl."""
@@ -249,15 +320,20 @@ class RunDirectory:
         records.sort(key=lambda x: (order[x["text"]], x["sample"]))
         if not records:
             return None
+        self.bring(records[:SHEET_PICTURES])
         shown = [(self.path / x["file_name"], x["text"], x["scores"]) for x in records[:SHEET_PICTURES]]
-        title = (
-            f"{self.path.resolve().name}: {len(shown)} of {len(records)} images" if len(records) > len(shown) else ""
-        )
+        title = f"{self.title}: {len(shown)} of {len(records)} images" if len(records) > len(shown) else ""
         buffer = io.BytesIO()
         draw_sheet(shown, title=title).save(buffer, "PNG")
         path = self.path / "contact_sheet.png"
         disk.write_atomic(path, buffer.getvalue())
+        self.publish(path.name)
         return path
+
+    @property
+    def title(self) -> str:
+        """The last part of its name."""
+        return self.bucket.url.rpartition("/")[2] if self.bucket else self.path.resolve().name
 
 
 def bytes_per_item(settings: config.Settings) -> int:

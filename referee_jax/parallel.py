@@ -75,19 +75,23 @@ def _spec(x: Any, mesh: Mesh, batched: bool) -> PartitionSpec:
     return PartitionSpec(*[None] * longest, MODEL)
 
 
-def join(index: int, count: int, place: Path, *, timeout: int = 300) -> tuple[int, int]:
+def join(index: int, count: int, place: Path | None, *, timeout: int = 300) -> tuple[int, int]:
     """Joins the other processes of a job by jax.distributed; which one of how many this is. They exchange nothing afterwards.
 
     On a TPU slice and under Slurm, GKE or Open MPI JAX finds them itself; elsewhere `index` and `count` say who this is, and
     JAX_COORDINATOR_ADDRESS where process 0 listens. Where some are missing after `timeout` seconds JAX ends the process; before
-    that it is told who has come to the directory `place`, which all share. So JAX does later, within two minutes, when one of
-    them dies. Who is done ends when all are.
+    that it is told who has come to the directory `place`, which all share, if there is one. So JAX does later, within two
+    minutes, when one of them dies. Who is done ends when all are.
     """
     given = {"process_id": index, "num_processes": count} if "JAX_COORDINATOR_ADDRESS" in os.environ else {}
     # JAX would take SIGTERM for itself, and tell nobody.
     jax.config.update("jax_enable_preemption_service", False)
     number = str(index) if given else next((os.environ[name] for name in RANKS if name in os.environ), "?")
-    with _presence(place / ".joining", f"process {number} on {disk.HOST}", timeout):
+    with (
+        _presence(place / ".joining", f"process {number} on {disk.HOST}", timeout)
+        if place
+        else contextlib.nullcontext()
+    ):
         jax.distributed.initialize(**given, initialization_timeout=timeout, shutdown_timeout_seconds=OTHERS)
         # Of these processes, and not of their devices: so it ends in time.
         ocp.multihost.sync_global_processes("start", timeout=timeout, processes=set(range(jax.process_count())))

@@ -5,7 +5,8 @@
 
 Any setting can be changed: --config.sds.guidance=20. The same command on the same run directory continues it, in the middle of
 its images. Several processes may share one: --shard_index and --shard_count, or --claim for workers that come and go.
-Exit codes: 0 done, 1 disk, memory or device failed, 2 the command cannot be carried out, 130 or 143 interrupted.
+Exit codes: 0 done, 1 disk, memory or device failed, or nothing moved any more, 2 the command cannot be carried out, 130 or 143
+interrupted.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,10 +35,12 @@ from referee_jax import (
     progress,
     prompts,
     queue,
+    remote,
+    trouble,
 )
 from referee_jax.command import Command, CommandError, parse_flags, read_command
 from referee_jax.progress import say
-from referee_jax.weights import convert
+from referee_jax.weights import convert, hub
 
 SHOWN_REJECTED = 20
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -55,8 +59,12 @@ def execute(
     *,
     load: Callable[[config.Settings], Any] = load_inverter,
     stop: generation.Stop | None = None,
+    tried: trouble.Tried | None = None,
 ) -> int:
-    """Carries out a command and returns the exit code; `load` gives the engine. Raises what `main` explains."""
+    """Carries out a command and returns the exit code; `load` gives the engine, and what was `tried` in vain is left out.
+
+    Raises what `main` explains.
+    """
     settings, start = command.settings, time.monotonic()
     if not command.entries:
         raise CommandError("there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts")
@@ -75,11 +83,16 @@ def execute(
     missing = queue.missing(wanted, done)
     if len(missing) < len(wanted):
         say(f"{len(wanted) - len(missing)} of {len(wanted)} images are there already")
+    failed = [item for item in missing if tried and tried.says(item)]
+    missing = [item for item in missing if item not in failed]
     made = generation.Made()
     if missing:
         run.check_space(len(queue.missing(everything, done)))  # the others write to the same disk
         say(f"loading {settings.generator.checkpoint} and {len(settings.referees)} referees")
-        engine = load(settings)
+        # What was begun with one state of a checkpoint goes on with it, whatever its owners do meanwhile.
+        engine = load(config.pinned(settings, run.commits()))
+        found = {name: hub.commit(name, revision or None) for name, revision in config.checkpoints(settings)}
+        run.note_commits({name: commit for name, commit in found.items() if commit})
         refused = {item.prompt: engine.check(item.prompt) for item in missing}
         unfit = [prompts.Rejected(text, "prompt", reason) for text, reason in refused.items() if reason]
         report_rejected(run, unfit)
@@ -91,6 +104,11 @@ def execute(
             engine = engine.at_once(max(1, min(engine.settings.batch_size, -(-len(missing) // engine.groups))))
         made = generate(engine, run, missing, command, stop or generation.Stop())
     finish(run, made, len(rejected), time.monotonic() - start)
+    if failed:
+        run.log("failed", items=[item.id for item in failed])
+        run.send()
+        names = ", ".join(item.id for item in failed[:5]) + (", ..." if len(failed) > 5 else "")
+        return _fail(1, f"the device failed twice at {len(failed)} images, which the same command tries again: {names}")
     return 0
 
 
@@ -98,16 +116,14 @@ def generate(
     engine: Any, run: outputs.RunDirectory, items: Sequence[queue.Item], command: Command, stop: generation.Stop
 ) -> generation.Made:
     """Makes and writes all of `items`; in a pool of workers, those that no other makes."""
-    claims = queue.Claims(run.path / "claims", command.claim_expiry) if command.claim else None
-    checkpoints = checkpoint.Checkpoints(run.path / "checkpoints")
+    claims = run.claims(command.claim_expiry) if command.claim else None
+    checkpoints = in_flight(run)
     work = queue.Work(items, checkpoints.begun(run.fingerprint), claims=claims, done=run.done)
     if begun := sum(len(part.items) for part in work.begun):
         say(f"{begun} images go on where they were left")
     try:
         with progress.shown(len(items), engine.steps) as bar, run.writing() as writer:
-            generator = generation.Generator(
-                engine, run, writer, checkpoints, bar, stop=stop, save_every=run.settings.checkpoint_seconds
-            )
+            generator = generation.Generator(engine, run, writer, checkpoints, bar, stop=stop)
             generator.work(work)
     finally:
         if claims:
@@ -115,9 +131,16 @@ def generate(
     return generator.made
 
 
+def in_flight(run: outputs.RunDirectory) -> checkpoint.Checkpoints:
+    """What any process has left in the middle."""
+    if run.bucket:
+        run.bucket.fetch_checkpoints()
+    return checkpoint.Checkpoints(run.path / "checkpoints")
+
+
 def finish(run: outputs.RunDirectory, made: generation.Made, skipped: int, seconds: float) -> None:
     """Joins the journals, draws the contact sheet and the gallery, and tells what was done."""
-    checkpoint.Checkpoints(run.path / "checkpoints").forget(run.done())
+    in_flight(run).forget(run.done())
     run.merge()  # whoever is last brings all together
     sheet, page = run.contact_sheet(), gallery.write(run)
     finished = run.finished()
@@ -131,7 +154,8 @@ def finish(run: outputs.RunDirectory, made: generation.Made, skipped: int, secon
     run.log(
         "end", hacked=hacked, images=made.images, skipped=skipped, nonfinite=made.nonfinite, seconds=round(seconds, 1)
     )
-    see = f"{sheet} and {page.name}" if sheet and page else run.path
+    run.send()
+    see = f"{run.name}/{sheet.name} and {page.name}" if sheet and page else run.name
     broken = f" ({made.nonfinite} of them not finite)" if made.nonfinite else ""
     say(f"{made.images} images done{broken}, {skipped} prompts skipped, {seconds:.0f} s; see {see}")
 
@@ -181,11 +205,24 @@ def main(
     load: Callable[[config.Settings], Any] = load_inverter,
     stop: generation.Stop | None = None,
     work: Callable[..., int] = execute,
+    begin_anew: Callable[[trouble.Tried], int] = trouble.begin_anew,
 ) -> int:
-    """Carries out a command by `work`; the exit code. What goes wrong is told in a sentence."""
+    """Carries out a command by `work`; the exit code. What goes wrong is told in a sentence.
+
+    Where the device fails, the command begins anew in a fresh process (`begin_anew`).
+    """
     keeps = f"the finished images are in {command.workdir}, and the same command continues"
+    tried = trouble.Tried.read()
     try:
-        return work(command, load=load, stop=stop)
+        return work(command, load=load, stop=stop, tried=tried)
+    except trouble.DeviceFailed as error:
+        tried = tried.after(error)
+        if command.distributed:  # JAX lets nobody join again
+            return _fail(1, f"the device failed ({error.why}); {keeps}")
+        if tried.in_a_row >= trouble.FAILURES:
+            return _fail(1, f"the device fails at whatever it is given ({error.why}); {keeps}")
+        say(f"the device failed ({error.why}) at {len(error.items)} images; a fresh process goes on", file=sys.stderr)
+        return begin_anew(tried)
     except (CommandError, config.ConfigError, prompts.PromptError, outputs.RunError, convert.WeightsError) as error:
         return _fail(2, str(error))
     except KeyboardInterrupt:
@@ -202,7 +239,7 @@ def main(
                 1,
                 f"the device's memory is too small even for --config.batch_size=1 (--config.remat=full needs least); {keeps}",
             )
-        return _fail(1, f"the device failed twice at the same images: {str(error).splitlines()[0][:300]}; {keeps}")
+        return _fail(1, f"the device failed: {str(error).splitlines()[0][:300]}; {keeps}")
 
 
 def catch_signals(stop: generation.Stop) -> None:
@@ -247,7 +284,8 @@ def _absl_main(argv: list[str]) -> int:
         command = read_command(flags.FLAGS, argv[1:])
         devices.keep_freed_memory(flags.FLAGS.device)
         if command.distributed:  # which must come before any device is looked at
-            index, count = parallel.join(command.shard_index, command.shard_count, command.workdir.expanduser())
+            place = None if remote.is_remote(command.workdir) else Path(command.workdir).expanduser()
+            index, count = parallel.join(command.shard_index, command.shard_count, place)
             command = dataclasses.replace(command, shard_index=index, shard_count=count)
         device = devices.choose(flags.FLAGS.device)
     except (CommandError, config.ConfigError, prompts.PromptError, devices.DeviceError) as error:

@@ -25,11 +25,11 @@ END = 2 * tarfile.BLOCKSIZE  # bytes of zeros that end a tar
 class Shard:
     """One that is being written: `add`, then `commit`. OSErrors name the file, and leave what was added before."""
 
-    def __init__(self, directory: Path, process: int):
+    def __init__(self, directory: Path, process: int | str):
         directory.mkdir(exist_ok=True)
         # Told apart by the random part, whoever else writes; the rest is for those who look at the folder.
         time = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
-        self.path = directory / f"{process:03d}-{time}-{secrets.token_hex(4)}.tar"
+        self.path = directory / f"{process:0>3}-{time}-{secrets.token_hex(4)}.tar"
         self.lines = directory / f".{self.path.name}.lines"
         self.file, self.count = disk.open_temporary(self.path), 0
 

@@ -78,7 +78,7 @@ class Pool:
 class Writer:
     """Writes the images of a run directory and their lines; from `RunDirectory.writing`."""
 
-    def __init__(self, path: Path, journal: Path, settings: config.Settings, *, process: int = 0):
+    def __init__(self, path: Path, journal: Path, settings: config.Settings, *, process: int | str = 0):
         self.path, self.journal, self.settings, self.process = path, journal, settings, process
         self.made_from = {"fingerprint": config.fingerprint(settings), "settings": config.image_settings(settings)}
         self._pool, self._shard, self._listed = Pool(), None, queues.SimpleQueue()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import fsspec
 import huggingface_hub
 import jax
 import pytest
@@ -120,6 +121,26 @@ def test_the_run_directory(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.time, "time", lambda: now + 3600)
     clock = {x.name: x for x in doctor.workdir(command(f"--workdir={tmp_path}"))}["clock"]
     assert "behind" in clock.text and "NTP" in clock.remedy
+
+
+def test_a_bucket(monkeypatch):
+    """Can it be written, and does its clock agree; what cannot be reached is told with the remedy."""
+    asked = command("--workdir=memory://doctor/run")
+    assert asked.workdir == "memory://doctor/run"
+    assert [(x.name, x.remedy) for x in doctor.workdir(asked)] == [("workdir", ""), ("clock", "")]
+    assert not fsspec.filesystem("memory").find("/doctor")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 100)
+    assert "NTP" in doctor.workdir(asked)[1].remedy
+
+    def forbidden(*args, **kwargs):
+        raise PermissionError("403 Forbidden")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "pipe_file", forbidden)
+    (found,) = doctor.workdir(asked)
+    assert "403" in found.text and "the right to write" in found.remedy
+    (found,) = doctor.workdir(command("--workdir=nothing://bucket/run"))
+    assert "nothing" in found.text and found.remedy
 
 
 def test_prompts():

@@ -1,6 +1,5 @@
 """Processes of a real run in the shapes world that are killed, stopped and replaced: tests/bench/kill_fuzz.py, in short."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -13,13 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.bench import kill_fuzz
 from tests.conftest import relative_l2
 
 pytestmark = pytest.mark.timeout(1800)  # kill_fuzz.LONGEST for each of several rounds
 ROOT = pathlib.Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("kill_fuzz", pathlib.Path(__file__).parent / "bench" / "kill_fuzz.py")
-kill_fuzz = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kill_fuzz)
 
 
 @pytest.fixture(scope="module")

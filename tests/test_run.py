@@ -19,7 +19,7 @@ from absl import flags
 from PIL import Image
 
 from referee_jax import command as commands
-from referee_jax import config, formats, generation, outputs, queue, run
+from referee_jax import config, disk, formats, generation, outputs, queue, run, trouble
 from referee_jax.weights import convert
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -275,6 +275,25 @@ def test_weights_that_cannot_be_loaded(tmp_path, capsys):
     assert capsys.readouterr().err == "error: x/config.json is missing\n"
 
 
+def test_a_run_goes_on_with_the_commits_that_it_began_with(tmp_path, monkeypatch):
+    """Whatever has become of the checkpoints on the hub meanwhile; a revision in the config stays what it is."""
+    loaded, newest = [], "a" * 40
+
+    def load(settings):
+        loaded.append((settings.generator.revision, settings.referees[0].revision))
+        return FakeInverter(settings)
+
+    monkeypatch.setattr(run.hub, "commit", lambda name, revision: revision or newest)
+    asked = [f"--workdir={tmp_path}", "--config.referees[0].revision=v1"]
+    assert run.main(command("--prompt=one", *asked), load=load) == 0
+    newest = "b" * 40
+    assert run.main(command("--prompt=two", *asked), load=load) == 0
+    assert run.main(command("--prompt=3", "--config.sds.guidance=1", "--resume=force", *asked), load=load) == 0
+    assert loaded == [("", "v1"), ("a" * 40, "v1"), ("a" * 40, "v1")]
+    commits = json.loads((tmp_path / "config.json").read_text())["commits"]
+    assert commits == {config.Settings().generator.checkpoint: "a" * 40, "checkpoints/blip2-stage1": "v1"}
+
+
 MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
 BUG = jax.errors.JaxRuntimeError("INTERNAL: bug")
 
@@ -303,16 +322,81 @@ def test_a_batch_that_is_chosen_is_no_larger_than_what_there_is_to_do(tmp_path):
         assert engine.batch_size == min(3, count)
 
 
-def test_a_device_that_fails(tmp_path, capsys):
-    """A batch is tried once more, a second failure at the same images ends the run; another batch has its own second try."""
-    prompts = [f"--prompt={n}" for n in range(4)]
-    code, engine = execute(*prompts, f"--workdir={tmp_path}", failures={2: BUG, 6: BUG})
-    assert code == 0 and [len(items) for items in engine.begun] == [3, 3, 1, 1]
-    assert [len(x["items"]) for x in lines(tmp_path / "log.jsonl") if x["event"] == "retry"] == [3, 1]
-    assert "the device failed (INTERNAL: bug); its 3 images are tried once more" in capsys.readouterr().out
-    code, engine = execute("--prompt=5", f"--workdir={tmp_path}", failures={1: BUG, 2: BUG})
-    assert code == 1 and len(engine.begun) == 2
-    assert "failed twice at the same images: INTERNAL: bug; the finished images" in capsys.readouterr().err
+def test_a_device_that_fails(tmp_path, monkeypatch, capsys):
+    """A batch is tried once more in a fresh process, then left out, and the others are made; the same command tries it again."""
+    bad, engines = ["3"], []
+
+    class Engine(FakeInverter):
+        def advance(self, batch):
+            if set(bad) & {item.prompt for item in batch.items}:
+                raise BUG
+            return super().advance(batch)
+
+    def load(settings):
+        engines.append(Engine(settings))
+        return engines[-1]
+
+    def begin_anew(tried):
+        left = {"once": sorted(tried.once), "failed": sorted(tried.failed), "in_a_row": tried.in_a_row}
+        monkeypatch.setenv(trouble.VARIABLE, json.dumps(left))
+        return run.main(asked, load=load, begin_anew=begin_anew)
+
+    asked = command("--config.steps=25", *[f"--prompt={n}" for n in range(8)], f"--workdir={tmp_path}")
+    assert run.main(asked, load=load, begin_anew=begin_anew) == 1
+    made = [[item.prompt for items in engine.begun for item in items] for engine in engines]
+    assert made == [["0", "1", "2", "3", "4", "5"], ["3", "4", "5"], ["6", "7"]]
+    assert sorted(json.loads(line)["text"] for line in open(tmp_path / "metadata.jsonl")) == ["0", "1", "2", "6", "7"]
+    told = [(x["event"], len(x["items"])) for x in lines(tmp_path / "log.jsonl") if x["event"].endswith("failed")]
+    assert told == [("device failed", 3), ("device failed", 3), ("failed", 3)]
+    err = capsys.readouterr().err
+    assert err.count("the device failed (INTERNAL: bug) at 3 images; a fresh process goes on") == 2
+    assert "error: the device failed twice at 3 images, which the same command tries again: 3-" in err
+    monkeypatch.delenv(trouble.VARIABLE)
+    bad.clear()
+    assert run.main(asked, load=load) == 0 and len(pixels(tmp_path)) == 8
+
+
+def test_a_device_that_always_fails_ends_the_run(tmp_path, monkeypatch, capsys):
+    """After two batches that failed twice, without an image between them."""
+    count = []
+
+    def begin_anew(tried):
+        count.append(tried)
+        left = {"once": sorted(tried.once), "failed": sorted(tried.failed), "in_a_row": tried.in_a_row}
+        monkeypatch.setenv(trouble.VARIABLE, json.dumps(left))
+        return again()
+
+    prompts = [f"--prompt={n}" for n in range(50)]
+    asked = command("--config.steps=25", *prompts, f"--workdir={tmp_path}")
+    again = lambda: run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=begin_anew)  # noqa: E731
+    assert again() == 1 and len(count) == 3
+    assert "the device fails at whatever it is given (INTERNAL: bug); the finished images" in capsys.readouterr().err
+    monkeypatch.delenv(trouble.VARIABLE)
+    distributed = dataclasses.replace(asked, distributed=True)
+    assert run.main(distributed, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=None) == 1
+
+
+def test_what_hangs_ends(tmp_path):
+    """And says who and at what; a second process makes its share as ever, a restart the rest."""
+    arguments = [f"--prompt={n}" for n in range(6)] + [f"--workdir={tmp_path}", "--shard_count=2"]
+    script = (
+        "import sys, time\n"
+        "from tests import test_run\n"
+        "advance = test_run.FakeInverter.advance\n"
+        "test_run.FakeInverter.advance = lambda *x: x[0].calls and time.sleep(1000) or advance(*x)\n"
+        f"sys.exit(test_run.execute('--config.stall_seconds=2', *{arguments}, '--shard_index=0')[0])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert execute(*arguments, "--shard_index=1")[0] == 0 and len(pixels(tmp_path)) == 3
+    err = process.communicate(timeout=100)[1]
+    assert process.returncode == 1
+    assert (
+        f"error: {disk.HOST}: nothing has moved for 2 s, at 0-" in err
+        and "in advance" not in err.partition("Thread")[0]
+    )
+    (stalled,) = [x for x in lines(tmp_path / "log.jsonl") if x["event"] == "stalled"]
+    assert stalled["host"] == disk.HOST and "and 2 others" in stalled["at"]
+    assert execute(*arguments, "--shard_index=0")[0] == 0 and len(pixels(tmp_path)) == 6
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4])

@@ -47,6 +47,7 @@ RULES = {
     ("writers.py", "formats.py"): ["referee_jax.outputs"],
     ("shards.py",): ["referee_jax.outputs", "referee_jax.writers", "referee_jax.formats", "referee_jax.config"],
     ("disk.py",): ["referee_jax"],
+    ("remote.py",): ["referee_jax.config", "referee_jax.outputs", "referee_jax.run", "referee_jax.inverter"],
     ("program.py", "memory.py"): ["referee_jax"],
     ("cost.py", "sizes.py"): ["referee_jax.run", "referee_jax.outputs", "transformers", "absl"],
 }  # fmt: skip
@@ -85,6 +86,10 @@ def test_only_the_outermost_reads_flags_and_devices():
         str(f.relative_to(ROOT)) for f in FILES if "jax.devices(" in f.read_text() or "local_devices(" in f.read_text()
     }
     assert devices <= {"run.py", "devices.py", "doctor.py", "parallel.py", "outputs.py"}
+
+
+def test_one_file_knows_buckets():
+    assert {str(file.relative_to(ROOT)) for file in FILES if uses(file, "fsspec")} == {"remote.py"}
 
 
 def test_the_walk_sees_imports():

@@ -38,7 +38,7 @@ def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str
         return path
     if name and path.exists():
         raise WeightsError(f"{name} is not a directory")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if not is_id(name):
         raise WeightsError(f"{name!r} is not a directory, nor the id of a repository on the hub")
     try:
         with _one_at_a_time(name), _bounded_silence():
@@ -50,6 +50,22 @@ def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str
         ) from error
     _check_sizes(directory, name, revision)
     return directory
+
+
+def is_id(name: str) -> bool:
+    """Whether it can be the id of a repository on the hub."""
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name))
+
+
+def commit(name: str, revision: str | None) -> str | None:
+    """The commit of a repository that is in the cache; None where there is none, or for a directory."""
+    if not is_id(name) or Path(name).is_dir():
+        return None
+    for file in ("config.json", "unet/config.json"):
+        found = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(found, str):
+            return Path(found[: -len(file)]).name
+    return None
 
 
 def download_command(name: str, revision: str | None, patterns: Sequence[str], *options: str) -> str:

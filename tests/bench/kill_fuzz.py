@@ -1,6 +1,7 @@
 """Kills a run again and again, at random moments, and looks whether anything is lost, doubled or changed.
 
     python tests/bench/kill_fuzz.py --kills=50 --seed=0
+    python tests/bench/kill_fuzz.py --kills=50 --claim --format=webdataset
 
 Runs of the shapes world, by one to three processes (another number after each kill), end by SIGTERM or SIGKILL; the last one may
 finish. Asked then: is every image there, once, to the byte what an uninterrupted run makes, and is nothing else left behind?
@@ -17,6 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+
+from referee_jax import outputs, shards
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "blue") for shape in ("circle", "star", "ring")]
@@ -27,15 +31,26 @@ SETTINGS = {
 # By the run itself; killed; before Python had begun to catch signals; by the kernel, when its time was over.
 TERMINATED = (128 + signal.SIGTERM, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGALRM)
 LONGEST = 300  # seconds that a process may take
+EXPIRY = 15  # seconds after which a dead worker's claims are taken over
 
 
 def start(
-    workdir: pathlib.Path, cache: pathlib.Path, index: int = 0, count: int = 1, *, devices: int = 1
+    workdir: pathlib.Path,
+    cache: pathlib.Path,
+    index: int = 0,
+    count: int = 1,
+    *,
+    devices: int = 1,
+    url: str = "",
+    flags: Sequence[str] = (),
 ) -> subprocess.Popen:
-    """One process of a run, with so many simulated devices."""
-    command = [sys.executable, "-m", "referee_jax.run", "--config=configs/shapes.py", f"--workdir={workdir}"]
+    """One process of a run, with so many simulated devices; in a bucket if there is a `url`. Its log is beside `workdir`.
+
+    It makes its share, unless `flags` say --claim.
+    """
+    command = [sys.executable, "-m", "referee_jax.run", "--config=configs/shapes.py", f"--workdir={url or workdir}"]
     command += [f"--config.{key}={value}" for key, value in SETTINGS.items()] + [f"--prompt={x}" for x in PROMPTS]
-    command += [f"--shard_index={index}", f"--shard_count={count}"]
+    command += [*flags] + ([] if "--claim" in flags else [f"--shard_index={index}", f"--shard_count={count}"])
     # Many processes on few cores: one thread each, and what is compiled once is not compiled again.
     threads = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     environment = os.environ | {
@@ -48,7 +63,7 @@ def start(
 
 
 def ended(*processes: subprocess.Popen) -> list[int]:
-    """Their exit codes. RuntimeError where one takes more than LONGEST seconds; its log then says what it was at."""
+    """Their exit codes. RuntimeError where one takes more than LONGEST seconds, with what it was at."""
     try:
         return [process.wait(LONGEST) for process in processes]
     except subprocess.TimeoutExpired as error:
@@ -60,8 +75,10 @@ def ended(*processes: subprocess.Popen) -> list[int]:
 
 
 def images(workdir: pathlib.Path) -> dict[str, bytes]:
-    """File name -> its bytes."""
-    return {file.name: file.read_bytes() for file in (workdir / "images").glob("*")}
+    """File name -> its bytes; of images by themselves, and of those in shards that are in the journal."""
+    found = {file.name: file.read_bytes() for file in (workdir / "images").glob("*")}
+    sharded = [x["file_name"] for x in outputs.read_journal(workdir) if x["file_name"].startswith("shards/")]
+    return found | {pathlib.Path(name).name: shards.read_bytes(workdir / name) for name in sharded}
 
 
 def problems(workdir: pathlib.Path, reference: pathlib.Path) -> list[str]:
@@ -71,9 +88,11 @@ def problems(workdir: pathlib.Path, reference: pathlib.Path) -> list[str]:
     wrong += [f"{name} should not be there" for name in found.keys() - wanted.keys()]
     wrong += [f"{name} is another image" for name in found.keys() & wanted.keys() if found[name] != wanted[name]]
     journal = [json.loads(line) for file in workdir.glob("metadata*.jsonl") for line in file.read_text().splitlines()]
-    names = [record["file_name"].removeprefix("images/") for record in journal]
+    names = [pathlib.Path(record["file_name"]).name for record in journal]
     wrong += [f"{name} is {names.count(name)} times in the journal" for name in wanted if names.count(name) != 1]
-    expected = {file.name for file in reference.iterdir()}
+    expected = {file.name for file in reference.iterdir()} | {"shards"}
+    hidden = [file for folder in ("images", "shards") for file in (workdir / folder).glob(".*")]
+    wrong += [f"{file.name} was left behind" for file in hidden]
     wrong += [f"{file.name} was left behind" for file in workdir.iterdir() if file.name not in expected]
     return wrong
 
@@ -89,13 +108,14 @@ def uninterrupted(workdir: pathlib.Path) -> float:
     return time.monotonic() - began
 
 
-def fuzz(kills: int, seed: int, workdir: pathlib.Path, lasted: float) -> list[str]:
+def fuzz(kills: int, seed: int, workdir: pathlib.Path, lasted: float, flags: Sequence[str] = ()) -> list[str]:
     """Kills a run in `workdir / "cut"`, which alone would last `lasted` seconds; what is wrong in the end."""
     rng, cut, whole, cache = random.Random(seed), workdir / "cut", workdir / "whole", workdir / "cache"
+    shutil.rmtree(cut, ignore_errors=True)
     wrong, codes, killed = [], [], 0
     while killed < kills:
         count = rng.randint(1, 3)
-        running = [start(cut, cache, index, count) for index in range(count)]
+        running = [start(cut, cache, index, count, flags=flags) for index in range(count)]
         # Together they need no more than one alone, and start several times as slowly: kills fall on all they do.
         for process in rng.sample(running, count):
             time.sleep(rng.uniform(0, lasted * (1 + count) / 2 / count))
@@ -110,14 +130,14 @@ def fuzz(kills: int, seed: int, workdir: pathlib.Path, lasted: float) -> list[st
         wrong += [f"it took {took:.0f} s to end"] if (took := time.monotonic() - begun) > 10 else []
         print(f"{killed} kills, {len(images(cut))} images", flush=True)
         if len(images(cut)) == len(PROMPTS):
-            for name in images(cut):  # all is done before the last kill: half of it is to be made again
-                if rng.random() < 0.5:
-                    (cut / "images" / name).unlink()
-    last = [start(cut, cache, index, 2) for index in range(2)]
+            for file in sorted(x for folder in ("images", "shards") for x in (cut / folder).glob("[!.]*")):
+                if rng.random() < 0.5:  # all is done before the last kill: half of it is to be made again
+                    file.unlink()
+    last = [start(cut, cache, index, 2, flags=flags) for index in range(2)]
     codes_of_last = ended(*last)
     wrong += [f"a process ended with {code}" for code in codes if code not in (0, *TERMINATED)]
     wrong += [f"the last run ended with {code}" for code in codes_of_last if code]
-    ended(start(cut, cache))  # alone: it finds all done, and joins the journals
+    ended(start(cut, cache, flags=flags))  # alone: it finds all done, and joins the journals
     return wrong + problems(cut, whole)
 
 
@@ -127,10 +147,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=pathlib.Path, help="a new directory; default: a temporary one")
+    parser.add_argument("--claim", action="store_true", help="workers take what nobody has, instead of fixed shares")
+    parser.add_argument("--format", choices=("png", "webdataset"), default="png")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         workdir = args.workdir or pathlib.Path(temporary)
-        wrong = fuzz(args.kills, args.seed, workdir, uninterrupted(workdir))
+        flags = [f"--config.outputs.format={args.format}", "--config.outputs.shard_size=3"]
+        flags += ["--claim", f"--claim_expiry={EXPIRY}"] if args.claim else []
+        wrong = fuzz(args.kills, args.seed, workdir, uninterrupted(workdir), flags)
     print("\n".join(wrong) or f"nothing lost, doubled or changed by {args.kills} kills")
     return bool(wrong)
 

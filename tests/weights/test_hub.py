@@ -213,6 +213,16 @@ def test_the_cache_serves_while_the_hub_is_away(revision, requests, client):
     assert len(server.models) == requests
 
 
+def test_the_commit_of_what_is_in_the_cache(client, tmp_path):
+    with serve() as server:
+        client(server)
+        assert hub.commit("some/model", None) is None
+        hub.resolve("some/model", None, PATTERNS)
+        assert hub.commit("some/model", None) == hub.commit("some/model", COMMIT) == COMMIT
+        assert hub.commit("some/model", "0" * 40) is None
+    assert hub.commit(str(tmp_path), None) is None and hub.commit("no id!", None) is None
+
+
 def test_half_a_snapshot_is_not_taken_for_one(client):
     with serve() as server:
         client(server)

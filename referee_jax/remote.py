@@ -1,0 +1,290 @@
+"""A run directory in a bucket: gs://, s3://, and whatever else fsspec reaches.
+
+A bucket has no locks, appends nothing and shows no half object. So each process works in a local directory of its own
+(`Bucket.local`), and sends what is new there. An object is written once and whole:
+
+    images/, shards/, trajectories/         as in any run directory; what is sent leaves the local disk
+    metadata-<who>-<n>.jsonl, log-...       lines of the journal and of the log that came since the last time
+    metadata.jsonl                          the lines of all, when somebody ends (`Bucket.locked`)
+    checkpoints/                            removed there when they are removed here
+    claims/<id>.claim                       who makes what, in a pool of workers (`Claims`)
+
+An image is there before its line. Only this file knows fsspec.
+"""
+
+import collections
+import contextlib
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import fsspec
+
+from referee_jax import queue
+
+CONTENT = ("images", "shards", "trajectories")
+LINES = ("metadata", "log")
+CHECKPOINTS = "checkpoints"
+LOCK = 120.0  # seconds after which a lock's owner is taken for dead
+SEEN = 30.0  # seconds between two looks at a claim that is another's
+
+
+def is_remote(where: object) -> bool:
+    """Whether it names a place in a bucket, as gs://bucket/run."""
+    return "://" in str(where)
+
+
+class Bucket:
+    """The place `url` in a bucket, and the local directory of this process that is sent there.
+
+    Every method raises OSError where the bucket does not answer as it should. ValueError for a `url` whose kind is not known,
+    or needs a package that is not installed.
+    """
+
+    def __init__(self, url: str):
+        self.url, self.who = url.rstrip("/"), queue.name_process()
+        kind = url.partition("://")[0]
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{url} cannot be reached: {error} (gs:// and s3:// need the extra [{kind}])") from error
+        self._directory = tempfile.TemporaryDirectory(prefix="referee_jax-")
+        self.local = Path(self._directory.name)
+        self._ends = dict.fromkeys(LINES, 0)  # how far each file of lines has been sent
+        self._parts: collections.Counter[str] = collections.Counter()
+        self._there: set[str] = set()  # checkpoints that the bucket has, as far as we know
+        self._keys: dict[str, str] = {}  # of what was fetched and may change
+        self._brought: set[str] = set()
+
+    # --- objects ------------------------------------------------------------------------------------------------------
+
+    def names(self, folder: str = "") -> list[str]:
+        """What is in a folder."""
+        with self._asked(), contextlib.suppress(FileNotFoundError):
+            found = self.fs.ls(self._at(folder), detail=False)
+            return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+        return []
+
+    def write(self, name: str, data: bytes) -> None:
+        """An object, anew or in place of what it was."""
+        with self._asked():
+            self.fs.pipe_file(self._at(name), data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """An object, unless there is one; whether it is ours now."""
+        try:
+            with self._asked():
+                self.fs.pipe_file(self._at(name), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def read(self, name: str) -> bytes | None:
+        """An object's content; None where there is none."""
+        with self._asked(), contextlib.suppress(FileNotFoundError):
+            return self.fs.cat_file(self._at(name))
+        return None
+
+    def remove(self, *names: str) -> None:
+        """Removes objects, those that are there."""
+        for name in names:
+            with self._asked(), contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(self._at(name))
+
+    def age(self, name: str) -> float | None:
+        """Seconds since an object was written, by the bucket's own clock; None where there is none."""
+        with self._asked(), contextlib.suppress(FileNotFoundError):
+            written = self.fs.modified(self._at(name)).timestamp()
+            return self.now() - written
+        return None
+
+    def now(self) -> float:
+        """The bucket's clock, seconds since 1970."""
+        probe = f".{self.who}.now"
+        self.write(probe, b"")
+        with self._asked():
+            now = self.fs.modified(self._at(probe)).timestamp()
+        self.remove(probe)
+        return now
+
+    @contextlib.contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Holds a lock that one process has at a time."""
+        locks = Claims(self, LOCK, folder="locks", patience=0.0)
+        while not locks.take_name(name):
+            time.sleep(queue.WAIT)
+        try:
+            yield
+        finally:
+            locks.close()
+
+    def _at(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, FileNotFoundError | FileExistsError):
+                raise
+            raise OSError(f"{self.url}: {error}") from error
+        except Exception as error:  # each kind of bucket raises errors of its own library
+            if "412" in str(getattr(error, "code", "")):  # a precondition failed: there is an object
+                raise FileExistsError(str(error)) from error
+            raise OSError(f"{self.url}: {type(error).__name__}: {str(error)[:200]}") from error
+
+    # --- what is fetched and sent -------------------------------------------------------------------------------------
+
+    def fetch(self) -> None:
+        """Brings settings and journals as they are now into the local directory."""
+        names = [name for name in self.names() if name.startswith("metadata") and name.endswith(".jsonl")]
+        fixed = [name for name in names if name != "metadata.jsonl" and not (self.local / name).exists()]
+        changed = [name for name in ("config.json", "metadata.jsonl") if self._is_new(name)]
+        # The parts first: `RunDirectory.merge` moves lines to the main one, where they may be seen again but must not be missed.
+        self.bring(fixed)
+        self.bring(changed)
+
+    def fetch_checkpoints(self) -> None:
+        """Brings what any process has left in flight."""
+        with self._asked():
+            found = self.fs.find(self._at(CHECKPOINTS))
+        names = [name[len(self.root) + 1 :] for name in found]
+        self.bring([name for name in names if not (self.local / name).exists()])
+        self._there.update(names)
+
+    def bring(self, names: Sequence[str]) -> None:
+        """Brings objects into the local directory, those that are there; many at once."""
+        if not names:
+            return
+        with self._asked():
+            found = self.fs.cat([self._at(name) for name in names], on_error="return")
+            for name in names:
+                data = found[self._at(name)]
+                if isinstance(data, FileNotFoundError):
+                    continue
+                if isinstance(data, Exception):
+                    raise data
+                file = self.local / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data)
+        self._brought.update(names)
+
+    def send(self) -> None:
+        """Brings the bucket up to the local directory; whatever happens meanwhile, no line comes before its image."""
+        lines = {kind: self._news(kind) for kind in LINES}
+        content = [file for folder in CONTENT for file in _files(self.local / folder)]
+        content = [file for file in content if self._name(file) not in self._brought]
+        states = [file for file in _files(self.local / CHECKPOINTS, "*/[0-9]*/default/*")]
+        new = [file for file in states if self._name(file) not in self._there]
+        self._put(content + new)
+        for kind, data in lines.items():
+            if data:
+                self._parts[kind] += 1
+                self.write(f"{kind}-{self.who}-{self._parts[kind]:06d}.jsonl", data)
+                self._ends[kind] += len(data)
+        for file in content:
+            file.unlink(missing_ok=True)
+        kept = {self._name(file) for file in states}
+        self.remove(*(self._there - kept))
+        self._there = kept
+
+    def publish(self, *names: str) -> None:
+        """Sends these files as they are, in place of what they were."""
+        self._put([self.local / name for name in names if (self.local / name).exists()])
+
+    def replace_lines(self, into: str, names: Sequence[str]) -> None:
+        """Sends a journal into which those of these names were taken, our own among them."""
+        self.publish(into)
+        self.remove(*names)
+        self._ends["metadata"] = 0
+
+    def _is_new(self, name: str) -> bool:
+        with self._asked(), contextlib.suppress(FileNotFoundError):
+            key = self.fs.ukey(self._at(name))
+            before, self._keys[name] = self._keys.get(name), key
+            return key != before
+        return False
+
+    def _news(self, kind: str) -> bytes:
+        """The whole lines of a local file that were not sent yet."""
+        file = self.local / (f"{kind}-{self.who}.jsonl" if kind == "metadata" else f"{kind}.jsonl")
+        if not file.exists():
+            return b""
+        with open(file, "rb") as lines:
+            lines.seek(self._ends[kind])
+            data = lines.read()
+        return data[: data.rfind(b"\n") + 1]
+
+    def _put(self, files: Sequence[Path]) -> None:
+        if files:
+            with self._asked():
+                self.fs.put([str(file) for file in files], [self._at(self._name(file)) for file in files])
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.local).as_posix()
+
+
+def _files(folder: Path, pattern: str = "*") -> list[Path]:
+    """The finished files in a folder; others begin with a dot."""
+    return [file for file in sorted(folder.glob(pattern)) if file.is_file() and not file.name.startswith(".")]
+
+
+class Claims:
+    """Who makes what, in a pool of workers that come and go: queue.Claims in a bucket.
+
+    A claim is an object that only one can create. One that its owner has not written anew for `expiry` seconds, by the bucket's
+    clock, may be taken over; where two take over the same at the same instant, both may make the item: the images are the same,
+    and the journal counts it once.
+    """
+
+    def __init__(self, bucket: Bucket, expiry: float, *, folder: str = "claims", patience: float = SEEN):
+        self.bucket, self.expiry, self.folder, self.patience = bucket, expiry, folder, patience
+        self.held: dict[str, float] = {}  # id -> when it was last written, by this machine's monotonic clock
+        self._others: dict[str, float] = {}  # id -> when to look at it again
+
+    def take(self, item: queue.Item) -> bool:
+        """Whether the item is ours now: nobody had it, or who had it is gone."""
+        return self.take_name(item.id)
+
+    def take_name(self, name: str) -> bool:
+        """`take` of anything with a name."""
+        now = time.monotonic()
+        if self._others.get(name, now) > now:
+            return False
+        path = self._path(name)
+        if not self.bucket.create(path, self.bucket.who.encode()):
+            age = self.bucket.age(path)
+            if age is not None and age <= self.expiry:
+                self._others[name] = now + min(self.patience, self.expiry - age)
+                return False
+            self.bucket.remove(path)
+            if not self.bucket.create(path, self.bucket.who.encode()):
+                return False
+        self.held[name] = now
+        return True
+
+    def refresh(self) -> None:
+        """Says that we are still at work on what we hold; a few times before it expires, since each is a request."""
+        now = time.monotonic()
+        for name, written in self.held.items():
+            if now - written > self.expiry / 4 and self._is_ours(name):
+                self.bucket.write(self._path(name), self.bucket.who.encode())
+                self.held[name] = now
+
+    def release(self, ids: Collection[str]) -> None:
+        """Gives items back, done or not."""
+        for name in ids:
+            if self.held.pop(name, None) is not None and self._is_ours(name):
+                self.bucket.remove(self._path(name))
+
+    def close(self) -> None:
+        """Gives everything back."""
+        self.release(list(self.held))
+
+    def _is_ours(self, name: str) -> bool:
+        return self.bucket.read(self._path(name)) == self.bucket.who.encode()
+
+    def _path(self, name: str) -> str:
+        return f"{self.folder}/{name}.claim"

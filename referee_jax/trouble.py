@@ -1,0 +1,112 @@
+"""Bad days of a device: what it failed at is tried once more, then left out; where nothing moves any more, the process ends.
+
+After an error the device's runtime is often of no use to the process that met it. So the process begins anew: the same number,
+the same command (exec), and `Tried` in its environment.
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
+
+from referee_jax import queue
+
+VARIABLE = "REFEREE_JAX_TRIED"
+FAILURES = 2  # batches given up in a row, with no image made between them: then the device is given up
+HOUR = 3600.0
+
+
+class DeviceFailed(Exception):
+    """The device failed at a batch, after so many images were made."""
+
+    def __init__(self, items: Sequence[queue.Item], made: int, why: str):
+        super().__init__(why)
+        self.items, self.made, self.why = items, made, why
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """At what the device failed: items, by `key`, `once` or twice (`failed`), and batches given up `in_a_row`."""
+
+    once: frozenset[str] = frozenset()
+    failed: frozenset[str] = frozenset()
+    in_a_row: int = 0
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> "Tried":
+        """What an earlier process of this number has left."""
+        found = json.loads(environment.get(VARIABLE, "{}"))
+        return cls(frozenset(found.get("once", ())), frozenset(found.get("failed", ())), found.get("in_a_row", 0))
+
+    def after(self, error: DeviceFailed) -> "Tried":
+        """With one failure more."""
+        keys = frozenset(map(key, error.items))
+        in_a_row = (0 if error.made else self.in_a_row) + bool(keys & self.once)
+        return Tried(self.once | keys, self.failed | (keys & self.once), in_a_row)
+
+    def says(self, item: queue.Item) -> bool:
+        """Whether an item is to be left out."""
+        return key(item) in self.failed
+
+
+def key(item: queue.Item) -> str:
+    """An item in few letters: an environment variable holds some 100,000."""
+    return f"{item.prompt_id:x}.{item.sample}"
+
+
+def begin_anew(tried: Tried) -> NoReturn:
+    """This command once more, in the place of this process."""
+    left = {"once": sorted(tried.once), "failed": sorted(tried.failed), "in_a_row": tried.in_a_row}
+    os.environ[VARIABLE] = json.dumps(left)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.closerange(3, 65536)  # the device's files, locked perhaps, which the new process opens for itself
+    os.execv(sys.executable, sys.orig_argv)
+
+
+class Watchdog:
+    """Ends the process with code 1 when nothing has `moved` for so many seconds: what hangs raises no error.
+
+    0 seconds: ten times as long as it ever took, an hour at least, six hours the first time (compilation). Seconds are counted
+    and not read from a clock: a process that was stopped for a night and goes on has not hung.
+    """
+
+    def __init__(self, seconds: float, tell: Callable[[float], None], *, end: Callable[[int], None] = os._exit):
+        self.seconds, self.tell, self.end = seconds, tell, end
+        self.still, self.longest = 0.0, None
+        self._over, self._tick = threading.Event(), 1.0 if not seconds else min(1.0, seconds / 4)
+
+    def moved(self) -> None:
+        """Something came to its end."""
+        self.longest, self.still = max(self.longest or 0.0, self.still), 0.0
+
+    @property
+    def limit(self) -> float:
+        """Seconds that it may take now."""
+        return self.seconds or (6 * HOUR if self.longest is None else max(HOUR, 10 * self.longest))
+
+    @contextlib.contextmanager
+    def watching(self):
+        """Watches meanwhile."""
+        thread = threading.Thread(target=self._watch, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._over.set()
+            thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._tick):
+            self.still += self._tick
+            if self.still > self.limit:
+                self.tell(self.still)
+                with contextlib.suppress(Exception):  # where each thread is; no stderr, no help
+                    faulthandler.dump_traceback(sys.stderr)
+                self.end(1)
+                return

@@ -1,0 +1,307 @@
+"""Run directories in buckets: what is there in the end, and that nothing is lost, doubled or sent before its image."""
+
+import concurrent.futures
+import io
+import json
+import secrets
+import threading
+import time
+
+import fsspec
+import pytest
+from PIL import Image
+
+from referee_jax import outputs, queue, remote, run
+from tests.bench import kill_fuzz
+from tests.test_run import FakeInverter, colours, command, execute
+
+PROMPTS = ["--prompt=one", "--prompt=two", "--prompt=three", "--prompt=four"]
+
+
+@pytest.fixture
+def url():
+    """A place in a bucket of this process's memory."""
+    where = f"memory://{secrets.token_hex(8)}/run"
+    yield where
+    place = where.removeprefix("memory:/").rpartition("/")[0]
+    if fsspec.filesystem("memory").exists(place):
+        fsspec.filesystem("memory").rm(place, recursive=True)
+
+
+def there(url):
+    """Name -> content of all objects of a run."""
+    fs, root = fsspec.core.url_to_fs(url)
+    return {name[len(root) + 1 :]: fs.cat_file(name) for name in fs.find(root)}
+
+
+def journal(url):
+    return [json.loads(line) for line in there(url)["metadata.jsonl"].splitlines()]
+
+
+def finished(url, count):
+    """The colours of the images of a finished run, in which nothing is left that should not be."""
+    objects, lines = there(url), journal(url)
+    images = {name for name in objects if name.startswith("images/")}
+    assert sorted(x["file_name"] for x in lines) == sorted(images) and len(images) == count
+    others = {name for name in objects if not name.startswith(("images/", "log-", "trajectories/"))}
+    assert others == {"config.json", "metadata.jsonl", "contact_sheet.png", "gallery.html"}
+    return {name.removeprefix("images/"): Image.open(io.BytesIO(objects[name])).getpixel((0, 0)) for name in images}
+
+
+def test_a_run_in_a_bucket(tmp_path, url, capsys):
+    """Is what it is on a disk; done is done; the settings of another are refused."""
+    assert execute(*PROMPTS, "--samples=2", f"--workdir={tmp_path}")[0] == 0
+    assert execute(*PROMPTS, "--samples=2", f"--workdir={url}")[0] == 0
+    assert finished(url, 8) == colours(tmp_path)
+    assert f"see {url}/contact_sheet.png and gallery.html" in capsys.readouterr().out
+    assert b"data:image/webp" in there(url)["gallery.html"]
+    assert {"start", "chunk", "end"} <= {
+        json.loads(line)["event"]
+        for name, data in there(url).items()
+        if name.startswith("log-")
+        for line in data.splitlines()
+    }
+    code, engine = execute(*PROMPTS, "--samples=2", f"--workdir={url}")
+    assert (code, engine) == (0, None) and "8 of 8 images are there already" in capsys.readouterr().out
+    assert execute(*PROMPTS, "--config.sds.guidance=1", f"--workdir={url}")[0] == 2
+    assert f"{url} was begun with other settings" in capsys.readouterr().err
+    assert execute(*PROMPTS, "--samples=2", f"--workdir={url}", "--resume=never")[0] == 2
+    fsspec.filesystem("memory").rm_file(url.removeprefix("memory:/") + "/images/" + min(finished(url, 8)))
+    assert execute(*PROMPTS, "--samples=2", f"--workdir={url}")[0] == 0
+    assert finished(url, 8) == colours(tmp_path)
+
+
+@pytest.mark.parametrize("call", [1, 2, 4, 6])
+def test_a_run_that_was_cut_short_goes_on(tmp_path, url, call):
+    """From its checkpoint, on another machine: nothing but the bucket is left."""
+    execute(*PROMPTS, f"--workdir={tmp_path}")
+    saving = "--config.checkpoint_seconds=1e-9", "--config.chunk=10"
+    assert execute(*PROMPTS, f"--workdir={url}", *saving, failures={call: KeyboardInterrupt()})[0] == 130
+    assert any(name.startswith("checkpoints/") for name in there(url)) == (call > 1)
+    code, engine = execute(*PROMPTS, f"--workdir={url}", *saving)
+    assert code == 0 and [step for _, step in engine.resumed] == {2: [10], 6: [20]}.get(call, [])
+    assert finished(url, 4) == colours(tmp_path)
+
+
+@pytest.mark.parametrize("asked", [(), ("--config.outputs.trajectory=True",), ("--config.outputs.format=webdataset",)])
+def test_no_line_comes_before_its_image(url, monkeypatch, asked):
+    """At every moment, as a machine that is lost then would leave it; and the local disk is emptied."""
+    put, wrong, locals_ = remote.Bucket.write, [], []
+
+    def write(self, name, data):
+        put(self, name, data)
+        if name.startswith("metadata"):
+            objects = there(url).keys()
+            for line in data.splitlines():
+                name = json.loads(line)["file_name"]
+                wrong.extend({name.rpartition("/")[0] if ".tar/" in name else name} - objects)
+            locals_.append(self.local)
+
+    monkeypatch.setattr(remote.Bucket, "write", write)
+    assert execute(*PROMPTS, "--samples=2", f"--workdir={url}", *asked, failures={7: KeyboardInterrupt()})[0] == 130
+    assert locals_ and not wrong
+    assert not any(list((local / folder).glob("*")) for local in locals_ for folder in remote.CONTENT)
+    assert execute(*PROMPTS, "--samples=2", f"--workdir={url}", *asked)[0] == 0
+    assert not wrong and len(journal(url)) == 8
+    assert ("trajectories/" in str(there(url).keys())) == ("trajectory" in str(asked))
+
+
+@pytest.mark.parametrize("process", ["--claim", "--shard_count=3"])
+def test_processes_share_a_bucket(tmp_path, url, monkeypatch, process):
+    """At the same time; each item once, and whoever ends last brings the journals together."""
+    monkeypatch.setattr(queue, "WAIT", 0.01)
+    monkeypatch.setattr(remote, "SEEN", 0.01)
+    prompts = [f"--prompt=number {n}" for n in range(12)]
+    execute(*prompts, f"--workdir={tmp_path}")
+    begun, lock = [], threading.Lock()
+
+    class Engine(FakeInverter):
+        def begin(self, items, seed):
+            with lock:
+                begun.extend(items)
+            time.sleep(0.01)
+            return super().begin(items, seed)
+
+    def work(index):
+        share = [process] if process == "--claim" else [process, f"--shard_index={index}"]
+        asked = command("--config.steps=25", *prompts, f"--workdir={url}", *share)
+        return run.main(asked, load=Engine)
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(work, range(3))) == [0, 0, 0]
+    assert sorted(begun) == sorted(queue.items([f"number {n}" for n in range(12)], 1))
+    assert finished(url, 12) == colours(tmp_path)
+
+
+def test_what_a_dead_worker_left_in_flight_goes_with_the_last(url):
+    """Also where it came after all others had begun, and where nothing is left to do."""
+    dead = ["--config.checkpoint_seconds=1e-9", "--config.chunk=10"]
+    execute(*PROMPTS, f"--workdir={url}", *dead, failures={2: KeyboardInterrupt()})
+    objects = {name: data for name, data in there(url).items() if name.startswith("checkpoints/")}
+    assert execute(*PROMPTS, f"--workdir={url}")[0] == 0
+    fs, root = fsspec.core.url_to_fs(url)
+    fs.pipe({f"{root}/{name}": data for name, data in objects.items()})
+    assert execute(*PROMPTS, f"--workdir={url}")[0] == 0
+    assert finished(url, 4)
+
+
+def test_claims(url):
+    """One owner; given back, or silent for longer than the expiry by the bucket's clock, it may be taken by another."""
+    one, two = (remote.Claims(remote.Bucket(url), 60, patience=0) for _ in range(2))
+    item, other = queue.items(["a", "b"], 1)
+    assert one.take(item) and not two.take(item) and two.take(other)
+    one.release([item.id])
+    assert two.take(item)
+    fs, path = fsspec.filesystem("memory"), f"{url.removeprefix('memory:/')}/claims/{item.id}.claim"
+    made = fs.store[path]
+    made.modified -= made.modified.resolution * 59_000_000
+    assert not one.take(item)
+    two.held[item.id] -= 20  # by its own clock it is time to say that it is still at work
+    two.refresh()
+    made = fs.store[path]
+    made.modified -= made.modified.resolution * 59_000_000
+    assert not one.take(item)
+    made.modified -= made.modified.resolution * 2_000_000
+    assert one.take(item) and fs.cat_file(path) == one.bucket.who.encode()
+    two.close()  # what was taken over is left to its new owner
+    assert [name for name in there(url)] == [f"claims/{item.id}.claim"]
+    one.close()
+    assert not there(url)
+
+
+def test_a_claim_of_another_is_not_asked_for_again_at_once(url, monkeypatch):
+    one, two = (remote.Claims(remote.Bucket(url), 60) for _ in range(2))
+    (item,) = queue.items(["a"], 1)
+    assert one.take(item) and not two.take(item)
+    one.close()
+    monkeypatch.setattr(remote.Bucket, "create", None)
+    assert not two.take(item)
+    monkeypatch.undo()
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + remote.SEEN + 1)
+    assert two.take(item)
+
+
+def test_one_lock_at_a_time(url, monkeypatch):
+    monkeypatch.setattr(queue, "WAIT", 0.001)
+    inside, most = [], []
+
+    def work(number):
+        with remote.Bucket(url).locked("merge"):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.005)
+            inside.remove(number)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(8)))
+    assert most == [1] * 8 and not there(url)
+
+
+def test_what_cannot_be_reached_is_a_sentence(url, monkeypatch, capsys):
+    code, _ = execute(*PROMPTS, "--workdir=nothing://bucket/run")
+    assert code == 2 and "nothing://bucket/run cannot be reached" in capsys.readouterr().err
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("403 Forbidden")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "pipe_file", fail)
+    code, _ = execute(*PROMPTS, f"--workdir={url}")
+    assert code == 2 and f"the run directory {url} cannot be written" in capsys.readouterr().err
+
+
+def test_a_bucket_that_fails_meanwhile_ends_the_run_and_loses_nothing(tmp_path, url, monkeypatch, capsys):
+    execute(*PROMPTS, f"--workdir={tmp_path}")
+    put = remote.Bucket._put
+
+    def fail(self, files):
+        if any(file.parent.name == "images" for file in files):
+            raise OSError(f"{self.url}: 503 Service Unavailable")
+        put(self, files)
+
+    monkeypatch.setattr(remote.Bucket, "_put", fail)
+    assert execute(*PROMPTS, f"--workdir={url}")[0] == 1
+    assert "503 Service Unavailable; the finished images are in memory://" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert execute(*PROMPTS, f"--workdir={url}")[0] == 0
+    assert finished(url, 4) == colours(tmp_path)
+
+
+def test_another_place_is_refused(url, capsys):
+    fs, root = fsspec.core.url_to_fs(url)
+    fs.pipe_file(f"{root}/photo.png", b"x")
+    assert execute(*PROMPTS, f"--workdir={url}")[0] == 2
+    assert f"{url} is not empty and not a run directory" in capsys.readouterr().err
+
+
+def test_two_begin_at_once_with_other_settings(url, monkeypatch):
+    """One of them is refused, whoever is later."""
+    create = remote.Bucket.create
+
+    def late(self, name, data):
+        if name == "config.json":
+            monkeypatch.setattr(remote.Bucket, "create", create)
+            assert execute("--prompt=a", f"--workdir={url}")[0] == 0
+        return create(self, name, data)
+
+    monkeypatch.setattr(remote.Bucket, "create", late)
+    assert execute("--prompt=a", "--config.sds.guidance=1", f"--workdir={url}")[0] == 2
+    assert finished(url, 1)
+
+
+def test_settings_that_are_forced_are_kept(url):
+    execute("--prompt=a", f"--workdir={url}")
+    assert execute("--prompt=a", "--prompt=b", "--config.sds.guidance=1", f"--workdir={url}", "--resume=force")[0] == 0
+    assert json.loads(there(url)["config.json"])["settings"]["sds"]["guidance"] == 1
+    assert finished(url, 2)
+
+
+def test_a_journal_in_a_bucket_is_that_of_a_directory(tmp_path, url):
+    """Copied down, it is a run directory like any other."""
+    execute(*PROMPTS, f"--workdir={url}")
+    for name, data in there(url).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert len(outputs.read_journal(tmp_path)) == 4
+
+
+# --- a real protocol ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """A bucket of moto's S3 server, on this machine; needs `pip install s3fs "moto[server]"`."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    pytest.importorskip("s3fs")
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    bucket = f"bucket-{secrets.token_hex(8)}"
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir(bucket)
+    yield f"s3://{bucket}/run"
+    server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("flags", [[], ["--claim", f"--claim_expiry={kill_fuzz.EXPIRY}"]], ids=["shares", "claims"])
+def test_processes_that_are_killed_lose_nothing_in_s3(tmp_path, s3, flags):
+    """Three real processes of the shapes world, over S3's own protocol, one killed, one asked to stop; others finish."""
+    kill_fuzz.uninterrupted(tmp_path)
+    fs, cache = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True), tmp_path / "cache"
+    running = [kill_fuzz.start(tmp_path / "cut", cache, n, 3, url=s3, flags=flags) for n in range(3)]
+    while not fs.glob(f"{s3}/checkpoints/*/*/default/*"):
+        time.sleep(0.1)
+    running[0].kill()
+    running[1].terminate()
+    assert set(kill_fuzz.ended(*running)) <= {0, *kill_fuzz.TERMINATED}
+    last = [kill_fuzz.start(tmp_path / "cut", cache, n, 2, url=s3, flags=flags) for n in range(2)]
+    assert kill_fuzz.ended(*last) == [0, 0]
+    fs.get(s3, str(tmp_path / "down"), recursive=True)
+    for file in (tmp_path / "down").glob("log-*.jsonl"):
+        file.rename(tmp_path / "down" / "log.jsonl")
+    assert kill_fuzz.problems(tmp_path / "down", tmp_path / "whole") == []
