@@ -11,7 +11,6 @@ import dataclasses
 import json
 import pathlib
 import statistics as stats
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,12 +18,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import config, cost, devices, disk, inverter, outputs, parallel, program, queue, sizes
+from referee_jax import command, config, cost, devices, disk, inverter, outputs, parallel, program, queue, sizes
 from referee_jax.benchmarks import statistics
-from referee_jax.weights import convert
 
 RUNS = 3  # at least; the median counts
 
@@ -137,14 +135,15 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([title, statistics.markdown(columns, rows), statistics.markdown(heads, runs)])
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """The command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     args = flags.FLAGS
-    if not args.batches or not all(x.isdigit() and int(x) for x in args.batches):
-        raise app.UsageError(f"--batches={','.join(args.batches)}: numbers of images are needed, at least 1")
-    try:
+
+    def work() -> str:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}")
+        if not args.batches or not all(x.isdigit() and int(x) for x in args.batches):
+            raise ValueError(f"--batches={','.join(args.batches)}: numbers of images are needed, at least 1")
         settings = config.from_config(args.config)
         devices.choose()
         with tempfile.TemporaryDirectory() as cache:
@@ -152,11 +151,11 @@ def main(argv: list[str]) -> None:
             jax.config.update("jax_compilation_cache_dir", cache)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
             found = bench(settings, list(map(int, args.batches)), least=args.seconds)
-    except (config.ConfigError, convert.WeightsError, devices.DeviceError) as error:
-        sys.exit(f"error: {error}")
-    if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(disk.finite(found), indent=2) + "\n")
-    print(table(found))
+        if args.out:
+            pathlib.Path(args.out).write_text(json.dumps(disk.finite(found), indent=2) + "\n")
+        return table(found)
+
+    return command.tell(work)
 
 
 if __name__ == "__main__":
@@ -164,4 +163,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("batches", ["1", "8"], "numbers of images at once")
     flags.DEFINE_float("seconds", 1.0, "time each part for so long at least", lower_bound=0)
     flags.DEFINE_string("out", None, "JSON file to write")
-    app.run(main)
+    command.start(main)

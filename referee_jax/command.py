@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
-from referee_jax import compile_cache, config, devices, prompts, remote
+from referee_jax import compile_cache, config, devices, parsing, prompts, remote
+
+# config_flags reads the file and sets what is overridden while flags are parsed, and raises what comes.
+FLAG_ERRORS = (flags.Error, AttributeError, LookupError, TypeError, ValueError, SyntaxError, OSError)
 
 
 class CommandError(ValueError):
@@ -90,20 +93,36 @@ def tell(work: Callable[[], str]) -> int:
     return 0
 
 
+def start(main: Callable[[list[str]], int]) -> None:
+    """Runs a program whose flags are defined. A flag that cannot be is one sentence and code 2."""
+    app.run(main, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return _parsed(argv, flags.FLAGS)
+    except FLAG_ERRORS as error:
+        print(f"error: {_why(error, argv)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parsed(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
+    rest = values(list(argv))
+    if "config" in values and values.config is not None:
+        values.config.keys()  # a file that could not be read says so when its values are asked for
+    return rest
+
+
 def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     """Parses `argv` into `values`; what is left of it. Raises CommandError."""
     define_flags(values, argv)
     try:
-        rest = values(list(argv))
-        is_missing = values.config is None
-        if not is_missing:
-            values.config.keys()  # a file that could not be read says so when its values are asked for
+        rest = _parsed(argv, values)
     except config.ConfigError as error:
         raise CommandError(str(error)) from error
-    except (flags.Error, AttributeError, LookupError, TypeError, ValueError, SyntaxError, OSError) as error:
-        # config_flags reads the file and sets what is overridden while flags are parsed, and raises what comes.
+    except FLAG_ERRORS as error:
         raise CommandError(_why(error, argv)) from error
-    if is_missing:
+    if values.config is None:
         raise CommandError("--config is missing, for example --config=configs/shapes.py")
     return rest
 
@@ -121,7 +140,7 @@ def _why(error: Exception, argv: Sequence[str]) -> str:
         return f"{locked[1]} is not a setting" + (f"; did you mean {near[1]}?" if near else "")
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, flags.IllegalFlagValueError) and "Traceback" in text:
-        return f"the config file fails: {lines[-1].removeprefix('referee_jax.config.ConfigError: ')}"
+        return f"the config file fails: {lines[-1].removeprefix('referee_jax.parsing.ConfigError: ')}"
     if override := re.match(r"flag --config\.(\S+?)=(.*?): (.*)", lines[0]):
         return f"{override[1]} = {override[2]!r} is not possible: {override[3]}"
     if keys and isinstance(error, AttributeError | LookupError):
@@ -142,7 +161,7 @@ def _unknown(path: str) -> str | None:
             return None
         known = [field.name for field in dataclasses.fields(group)]
         if name not in known:
-            return config.unknown_key(f"{done}{name}", known)
+            return parsing.unknown_key(f"{done}{name}", known)
         group, done = getattr(group, name), f"{done}{part}."
         if index and isinstance(group, tuple) and group:
             group = group[0]

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from referee_jax import command, disk, outputs
 from referee_jax.benchmarks import agreement, layouts, measures, noun_phrases, shapes, statistics, t2i_compbench
@@ -323,4 +323,4 @@ def main(argv: list[str], args: flags.FlagValues = flags.FLAGS) -> int:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    command.start(main)

@@ -9,7 +9,7 @@ Which referee a checkpoint is, is seen from it, or said with --name. Exit codes:
 import json
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from referee_jax import command, config, formats, referees
 
@@ -81,4 +81,4 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("image", [], "image file; may be repeated")
     flags.DEFINE_multi_string("text", [], "text; may be repeated")
     flags.DEFINE_bool("list", False, "name the referees and their published checkpoints")
-    app.run(main)
+    command.start(main)

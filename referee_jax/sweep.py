@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import tqdm
-from absl import app, flags
+from absl import flags
 
 from referee_jax import assembly, command, config, disk, formats, inverter, queue
 from referee_jax.benchmarks import report, shapes, statistics
@@ -214,4 +214,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("samples", None, "images per prompt; default: the config's", lower_bound=1)
     flags.DEFINE_multi_string("vary", [], "setting=value,value,...: variants with these; may be repeated")
     flags.DEFINE_multi_string("variant", [], "only this variant; may be repeated")
-    app.run(main)
+    command.start(main)

@@ -14,7 +14,7 @@ import functools
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from referee_jax import command, config, referees
 from referee_jax.benchmarks import shapes, statistics
@@ -117,4 +117,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("scenes", 192, "of each split", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of the scenes")
     command.define_device()
-    app.run(main)
+    command.start(main)

@@ -16,7 +16,7 @@ import json
 import pathlib
 from collections.abc import Callable, Sequence
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from referee_jax import command, config, disk, formats, inverter, queue
@@ -194,4 +194,4 @@ if __name__ == "__main__":
     flags.DEFINE_multi_enum("category", ["colour"], ["all", *world.CATEGORIES], "of the prompts; may be repeated")
     flags.DEFINE_multi_enum("rows", None, list(ROWS), "only these rows")
     flags.DEFINE_string("out", "runs/methods", "directory of records and pictures")
-    app.run(main)
+    command.start(main)

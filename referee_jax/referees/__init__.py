@@ -123,7 +123,7 @@ class Family:
         template: text with one {} where the prompt is put, unless the settings have another.
         length: tokens of text that it reads; None: as many as the tokenizer says.
         published: hub ids of its checkpoints.
-        architecture: what config.json calls such a checkpoint, where that tells the name.
+        architecture: what config.json calls such a checkpoint, where it is not what it calls others of its kind.
         files: originals of its authors that weights.lavis converts.
         is_converted: whether `published` holds nothing but such.
         squared: an image and the side of a square, to what the checkpoint's own preprocessing then reads.
@@ -202,7 +202,6 @@ REFEREES = {
     "clip": _clip(
         "clip",
         clip.CLIP,
-        architecture="CLIPModel",
         published=(
             "openai/clip-vit-base-patch32",
             "openai/clip-vit-large-patch14",
@@ -215,7 +214,6 @@ REFEREES = {
     "siglip": _clip(
         "siglip",
         clip.SIGLIP,
-        architecture="SiglipModel",
         length=64,
         clean=str.lower,
         published=(
@@ -237,7 +235,6 @@ REFEREES = {
     "blip_itm": _blip(
         kind="blip_itm",
         build=functools.partial(_blip_referee, blip.Itm),
-        architecture="BlipForImageTextRetrieval",
         tokenize=blip.tokenize,
         published=(
             "Salesforce/blip-itm-base-coco",
@@ -255,7 +252,6 @@ REFEREES = {
     "blip_caption": _blip(
         kind="blip_caption",
         build=functools.partial(_blip_referee, blip.Caption),
-        architecture="BlipForConditionalGeneration",
         tokenize=blip.tokenize_caption,
         template="a picture of {}",
         published=("Salesforce/blip-image-captioning-base", "Salesforce/blip-image-captioning-large"),
@@ -265,7 +261,6 @@ REFEREES = {
         kind="blip_vqa",
         check=blip.answer_tokens,
         build=functools.partial(_blip_referee, blip.Vqa),
-        architecture="BlipForQuestionAnswering",
         tokenize=blip.tokenize,
         clean=prompts.question,
         template="{}?",
@@ -275,7 +270,6 @@ REFEREES = {
     "blip2": Family(
         kind="blip2",
         build=_blip2_referee,
-        architecture="Blip2ForImageTextRetrieval",
         tokenize=blip2.tokenize,
         clean=prompts.caption,
         length=blip2.TOKENS,
@@ -287,7 +281,6 @@ REFEREES = {
         build=_image_reward_referee,
         tokenize=blip.tokenize,
         length=image_reward.TOKENS,
-        architecture="ImageReward",
         published=("THUDM/ImageReward",),
         files=("ImageReward.pt",),
         is_converted=True,
@@ -295,7 +288,6 @@ REFEREES = {
     "align": Family(
         kind="align",
         build=_align_referee,
-        architecture="AlignModel",
         tokenize=align.tokenize,
         texts=clip.texts,
         length=align.TOKENS,
@@ -314,8 +306,8 @@ def name_of(path_or_id: str, revision: str | None = None) -> str:
             return name
     directory = hub.resolve(config.checkpoint_path(path_or_id), revision, ["config.json"])
     said = configs.read_json(directory / "config.json").get("architectures") or ["none"]
-    for name, family in REFEREES.items():
-        if family.architecture == said[0]:
+    for name, family in REFEREES.items():  # of those that are called the same, the first
+        if said[0] == (family.architecture or load.KINDS[family.kind].architecture):
             return name
     raise ValueError(f"{path_or_id}: which referee it is cannot be seen (architecture {said[0]}); say so by its name")
 

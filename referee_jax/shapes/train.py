@@ -20,8 +20,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from absl import app, flags, logging
+from absl import flags, logging
 
+from referee_jax import command
 from referee_jax.shapes import recipes_generator, recipes_referees
 from referee_jax.shapes.recipes_referees import Batch
 
@@ -138,37 +139,32 @@ def resume(checkpoint: pathlib.Path, parts: dict, data: dict) -> int:
 def card(network: torch.nn.Module, said: dict, *, step: int, figures: dict) -> str:
     """What stands beside a network trained with the flags `said`."""
     values = {key: round(float(value), 4) for key, value in figures.items()}
-    command = " ".join(f"--{key}={value}" for key, value in said.items())
+    asked = " ".join(f"--{key}={value}" for key, value in said.items())
     new = f"{said['epoch']} batches, again and again." if "epoch" in said else "new in every step."
     names = "Captions name" if said.get("named") else "No caption names"
     return (
         f"# {said['network']}\n\n{inspect.getdoc(type(network))}\n\n"
         f"Data: scenes of `referee_jax.shapes.world`, {new} {network.batch.__doc__.strip().splitlines()[0]}\n"
         f"{names} an attribute pair of `world.UNSEEN`.\n\n"
-        f"Trained by `python -m referee_jax.shapes.train {command}`, "
+        f"Trained by `python -m referee_jax.shapes.train {asked}`, "
         f"{step} steps done; the weights are a running average. Figures of the last batch: {json.dumps(values)}\n"
     )
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """The command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     args = flags.FLAGS
-    data = {name: args[name].value for name in ("noise", "named") if args[name].present}
-    try:
-        train(
-            args.network,
-            steps=args.steps,
-            seed=args.seed,
-            out=pathlib.Path(args.out),
-            workdir=pathlib.Path(args.workdir),
-            epoch=args.epoch,
-            workers=args.workers,
-            **data,
-        )
-    except ValueError as error:
-        raise app.UsageError(str(error)) from error
+
+    def work() -> str:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}")
+        data = {name: args[name].value for name in ("noise", "named") if args[name].present}
+        out, workdir = pathlib.Path(args.out), pathlib.Path(args.workdir)
+        own = {"epoch": args.epoch, "workers": args.workers}
+        train(args.network, steps=args.steps, seed=args.seed, out=out, workdir=workdir, **own, **data)
+        return f"{args.network} is in {out}"
+
+    return command.tell(work)
 
 
 if __name__ == "__main__":
@@ -181,4 +177,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("workers", 1, "processes that draw batches, a tenth of a second each", lower_bound=1)
     flags.DEFINE_string("out", "shapes_networks", "directory that the trained networks are written to")
     flags.DEFINE_string("workdir", "shapes_training", "directory of the training's checkpoints")
-    app.run(main)
+    command.start(main)

@@ -1,0 +1,105 @@
+"""Values as they come from a config file or the command line, into frozen dataclasses of settings.
+
+Names, types and ranges are those of the dataclass' fields; what does not fit is one sentence.
+"""
+
+import dataclasses
+import difflib
+import math
+import numbers
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """One sentence: which key, what was given, what is allowed."""
+
+
+def bounded(default: Any, *, low: float = None, above: float = None, high: float = None, allowed: tuple = None) -> Any:
+    """A field with a range: at least `low`, more than `above`, at most `high`, one of `allowed`."""
+    limits = {"low": low, "above": above, "high": high, "allowed": allowed}
+    return dataclasses.field(default=default, metadata={name: x for name, x in limits.items() if x is not None})
+
+
+def wrong(key: str, value: Any, allowed: str) -> ConfigError:
+    """What is said of a value that is not `allowed`."""
+    given = repr(value)
+    return ConfigError(
+        f"{key} = {given if len(given) <= 200 else given[:200] + '...'} is not possible: it must be {allowed}"
+    )
+
+
+def parse(value: Any, hint: Any, key: str, limits: Mapping) -> Any:
+    """`value` as type `hint` and within `limits` of its field's metadata. Raises ConfigError."""
+    if dataclasses.is_dataclass(hint):
+        return _parse_group(value, hint, key)
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is tuple:
+        return _parse_tuple(value, inner, key)
+    if kind is dict:
+        if not isinstance(value, Mapping | ml_collections.ConfigDict):
+            raise wrong(key, value, "a dictionary of names and numbers")
+        return {name: parse(x, inner[1], f"{key}.{name}", {}) for name, x in sorted(value.items())}
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise wrong(key, value, "True or False")
+        return value
+    if kind is str:
+        if not isinstance(value, str):
+            raise wrong(key, value, "a text")
+    else:
+        number = numbers.Integral if kind is int else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, number) or not math.isfinite(value):
+            raise wrong(key, value, "a whole number" if kind is int else "a finite number")
+        value = kind(value)
+    return _within(value, key, limits)
+
+
+def _within(value: Any, key: str, limits: Mapping) -> Any:
+    if "allowed" in limits and value not in limits["allowed"]:
+        raise wrong(key, value, "one of " + ", ".join(map(repr, limits["allowed"])))
+    for name, words, is_met in (
+        ("low", "at least", lambda limit: value >= limit),
+        ("above", "more than", lambda limit: value > limit),
+        ("high", "at most", lambda limit: value <= limit),
+    ):
+        if name in limits and not is_met(limits[name]):
+            raise wrong(key, value, f"{words} {limits[name]}")
+    return value
+
+
+def _parse_tuple(value: Any, inner: tuple, key: str) -> tuple:
+    is_open = inner[-1] is Ellipsis
+    if not isinstance(value, list | tuple) or not (is_open or len(value) == len(inner)):
+        length = "" if is_open else f" of {len(inner)}"
+        raise wrong(
+            key,
+            value,
+            f"a tuple{length}, as in --config.{key}=\"('first', 'second')\"" if is_open else f"a tuple{length}",
+        )
+    hints = [inner[0]] * len(value) if is_open else inner
+    return tuple(parse(x, hint, f"{key}[{n}]", {}) for n, (x, hint) in enumerate(zip(value, hints, strict=True)))
+
+
+def _parse_group(value: Any, cls: type, key: str) -> Any:
+    if isinstance(value, cls):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(cls)}
+    if not isinstance(value, Mapping | ml_collections.ConfigDict):
+        raise wrong(key or "the config", value, "a group of settings (a ConfigDict or a dictionary)")
+    value, hints = dict(value.items()), typing.get_type_hints(cls)
+    fields, prefix = {field.name: field for field in dataclasses.fields(cls)}, f"{key}." if key else ""
+    for name in value:
+        if name not in fields:
+            raise ConfigError(unknown_key(f"{prefix}{name}", fields))
+    return cls(**{name: parse(x, hints[name], prefix + name, fields[name].metadata) for name, x in value.items()})
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """What is said of a key that there is not, beside the `known` ones of its group."""
+    *path, name = key.split(".")
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean {'.'.join([*path, near[0]])}?" if near else f"there are {', '.join(sorted(known))}"
+    return f"{key} is not a setting; {hint}"
