@@ -38,6 +38,9 @@ PARTS = {
     "referee late": {"referee.start": 20},
     "referee early": {"referee.stop": 20},
     "the hardest 4 of 8 views": {"views.count": 8},
+    "from noise": {"init": "noise"},
+    "half as many steps": {"steps": 20, "sds.weight_steps": 20, "referee.stop": 18},
+    "twice as many steps": {"steps": 80, "sds.weight_steps": 80, "referee.stop": 78},
 }
 # Setting -> other values than the config's.
 NUMBERS = {

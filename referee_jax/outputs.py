@@ -219,11 +219,15 @@ class RunDirectory:
                 self._gather(self.path / "metadata.jsonl", self._others())
             return
         self.bucket.send()
-        with self.bucket.locked("merge"):
-            self.bucket.fetch()
-            others = self._others()
-            self._gather(self.path / "metadata.jsonl", others)
-            self.bucket.replace_lines("metadata.jsonl", [file.name for file in others])
+        is_merged = False
+        while not is_merged:
+            with self.bucket.locked("merge") as is_ours:
+                self.bucket.fetch()
+                others = self._others()
+                self._gather(self.path / "metadata.jsonl", others)
+                self.bucket.forget_lines()
+                if is_merged := is_ours():  # else it took so long that another does the same
+                    self.bucket.replace_lines("metadata.jsonl", [file.name for file in others])
 
     def _others(self) -> list[Path]:
         return sorted(self.path.glob("metadata-*.jsonl"))

@@ -14,9 +14,10 @@ An image is there before its line. Only this file knows fsspec.
 
 import collections
 import contextlib
+import math
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import fsspec
@@ -26,8 +27,8 @@ from referee_jax import queue
 CONTENT = ("images", "shards", "trajectories")
 LINES = ("metadata", "log")
 CHECKPOINTS = "checkpoints"
-LOCK = 120.0  # seconds after which a lock's owner is taken for dead
-SEEN = 30.0  # seconds between two looks at a claim that is another's
+LOCK = 300.0  # seconds after which a lock's owner is taken for dead
+SEEN = 10.0  # seconds between two looks at what others have claimed
 
 
 def is_remote(where: object) -> bool:
@@ -92,30 +93,30 @@ class Bucket:
             with self._asked(), contextlib.suppress(FileNotFoundError):
                 self.fs.rm_file(self._at(name))
 
-    def age(self, name: str) -> float | None:
-        """Seconds since an object was written, by the bucket's own clock; None where there is none."""
+    def modified(self, name: str) -> float | None:
+        """When an object was last written, by the bucket's own clock, seconds since 1970; None where there is none."""
         with self._asked(), contextlib.suppress(FileNotFoundError):
-            written = self.fs.modified(self._at(name)).timestamp()
-            return self.now() - written
+            return self.fs.modified(self._at(name)).timestamp()
         return None
 
     def now(self) -> float:
         """The bucket's clock, seconds since 1970."""
         probe = f".{self.who}.now"
         self.write(probe, b"")
-        with self._asked():
-            now = self.fs.modified(self._at(probe)).timestamp()
+        now = self.modified(probe)
         self.remove(probe)
+        if now is None:
+            raise OSError(f"{self.url}: what was written this moment is not there")
         return now
 
     @contextlib.contextmanager
-    def locked(self, name: str) -> Iterator[None]:
-        """Holds a lock that one process has at a time."""
+    def locked(self, name: str) -> Iterator[Callable[[], bool]]:
+        """Holds a lock that one process has at a time; gives what tells whether it is still ours."""
         locks = Claims(self, LOCK, folder="locks", patience=0.0)
         while not locks.take_name(name):
             time.sleep(queue.WAIT)
         try:
-            yield
+            yield lambda: locks.is_ours(name)
         finally:
             locks.close()
 
@@ -195,9 +196,12 @@ class Bucket:
         self._put([self.local / name for name in names if (self.local / name).exists()])
 
     def replace_lines(self, into: str, names: Sequence[str]) -> None:
-        """Sends a journal into which those of these names were taken, our own among them."""
+        """Sends a journal into which those of these names were taken."""
         self.publish(into)
         self.remove(*names)
+
+    def forget_lines(self) -> None:
+        """Our own journal, all of which was sent, begins anew."""
         self._ends["metadata"] = 0
 
     def _is_new(self, name: str) -> bool:
@@ -236,13 +240,16 @@ class Claims:
 
     A claim is an object that only one can create. One that its owner has not written anew for `expiry` seconds, by the bucket's
     clock, may be taken over; where two take over the same at the same instant, both may make the item: the images are the same,
-    and the journal counts it once.
+    and the journal counts it once. The claims of others are listed, once in `patience` seconds, and not asked for one by one.
     """
 
     def __init__(self, bucket: Bucket, expiry: float, *, folder: str = "claims", patience: float = SEEN):
         self.bucket, self.expiry, self.folder, self.patience = bucket, expiry, folder, patience
         self.held: dict[str, float] = {}  # id -> when it was last written, by this machine's monotonic clock
-        self._others: dict[str, float] = {}  # id -> when to look at it again
+        self._others: dict[str, float] = {}  # id -> when it may have expired
+        self._listed: set[str] = set()
+        self._list_again = -math.inf
+        self._ahead: float | None = None  # seconds of the bucket's clock before the monotonic one
 
     def take(self, item: queue.Item) -> bool:
         """Whether the item is ours now: nobody had it, or who had it is gone."""
@@ -251,17 +258,20 @@ class Claims:
     def take_name(self, name: str) -> bool:
         """`take` of anything with a name."""
         now = time.monotonic()
-        if self._others.get(name, now) > now:
-            return False
+        if now >= self._list_again:
+            self._listed = {x.removesuffix(".claim") for x in self.bucket.names(self.folder)}
+            self._list_again = now + self.patience
         path = self._path(name)
-        if not self.bucket.create(path, self.bucket.who.encode()):
-            age = self.bucket.age(path)
-            if age is not None and age <= self.expiry:
-                self._others[name] = now + min(self.patience, self.expiry - age)
+        if name in self._listed:
+            if self._others.get(name, 0.0) <= now:
+                self._others[name] = self._expires(path)
+            if self._others[name] > now:
                 return False
             self.bucket.remove(path)
-            if not self.bucket.create(path, self.bucket.who.encode()):
-                return False
+        if not self.bucket.create(path, self.bucket.who.encode()):
+            self._listed.add(name)
+            self._others[name] = now + self.expiry
+            return False
         self.held[name] = now
         return True
 
@@ -269,22 +279,30 @@ class Claims:
         """Says that we are still at work on what we hold; a few times before it expires, since each is a request."""
         now = time.monotonic()
         for name, written in self.held.items():
-            if now - written > self.expiry / 4 and self._is_ours(name):
+            if now - written > self.expiry / 4 and self.is_ours(name):
                 self.bucket.write(self._path(name), self.bucket.who.encode())
                 self.held[name] = now
 
     def release(self, ids: Collection[str]) -> None:
         """Gives items back, done or not."""
         for name in ids:
-            if self.held.pop(name, None) is not None and self._is_ours(name):
+            if self.held.pop(name, None) is not None and self.is_ours(name):
                 self.bucket.remove(self._path(name))
 
     def close(self) -> None:
         """Gives everything back."""
         self.release(list(self.held))
 
-    def _is_ours(self, name: str) -> bool:
+    def is_ours(self, name: str) -> bool:
+        """Whether nobody has taken it over."""
         return self.bucket.read(self._path(name)) == self.bucket.who.encode()
+
+    def _expires(self, path: str) -> float:
+        """When a claim expires that its owner writes no more, by the monotonic clock."""
+        if self._ahead is None:
+            self._ahead = self.bucket.now() - time.monotonic()
+        written = self.bucket.modified(path)
+        return -math.inf if written is None else written - self._ahead + self.expiry
 
     def _path(self, name: str) -> str:
         return f"{self.folder}/{name}.claim"

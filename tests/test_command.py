@@ -1,4 +1,4 @@
-"""What all programs have in common: a mistake in a command is one sentence and code 2, never a traceback."""
+"""Commands: what flags say, and that a mistake in one is a sentence and code 2, never a traceback."""
 
 import os
 import pathlib
@@ -6,8 +6,98 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
-ROOT = pathlib.Path(__file__).parent.parent
+from referee_jax import command as commands
+from referee_jax import config, run
+from tests.fakes import ROOT, command, program
+
+
+@pytest.mark.parametrize("arguments", [["--shard_index=2", "--shard_count=2"], ["--claim", "--shard_count=2"]])
+def test_impossible_shares(arguments):
+    with pytest.raises(commands.CommandError, match="shard_(index|count)"):
+        command("--prompt=one", *arguments)
+
+
+def test_flags_change_the_config(tmp_path):
+    asked = command(
+        "--prompt=a", "--samples=3", "--seed=9", "--config.sds.guidance=7", "--config.views.affine_translate=0.1,0.2"
+    )
+    assert (asked.settings.samples, asked.settings.seed, asked.settings.sds.guidance) == (3, 9, 7.0)
+    assert asked.settings.views.affine_translate == (0.1, 0.2)
+    assert asked.workdir == pathlib.Path("runs", f"paper-{config.fingerprint(asked.settings)[:8]}")
+    assert command("--prompt=a", "--workdir=x").workdir == pathlib.Path("x")
+    asked = command(path=ROOT / "configs" / "shapes.py")
+    assert (asked.entries[0].text, asked.entries[0].where) == (asked.settings.prompts[0], "prompt 1 of the config")
+    assert command("--prompt=b", path=ROOT / "configs" / "shapes.py").entries[0].text == "b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.stepz=3"], "stepz is not a setting; did you mean steps?"),
+        (["--config.sds.guidanse=3"], "sds.guidanse is not a setting; did you mean sds.guidance?"),
+        (["--config.referees[0].rolle=held_out"], "referees[0].rolle is not a setting; did you mean referees[0].role?"),
+        (["--config.steps=many"], "steps = 'many' is not possible: invalid literal for int()"),
+        (["--config.steps=0"], "steps = 0 is not possible: it must be at least 1"),
+        (["--seed=-1"], "seed = -1 is not possible: it must be at least 0"),
+        (["--samples=two"], "flag --samples=two: invalid literal for int()"),
+        (["--promt=a"], "Unknown command line flag 'promt'. Did you mean: prompt"),
+        (["a", "cat"], "unexpected argument 'a'; prompts are given with --prompt or --prompts"),
+        (["--config.referees[3].name=clip"], "referees[3].name cannot be set: tuple index out of range"),
+        (["--config.referees[0].losses.l2=1"], "referees[0].losses.l2 cannot be set: "),
+        (["--config.ema=3"], "ema = '3' is not possible: "),
+        (["--prompts=none.txt"], "the prompt file none.txt cannot be read: No such file or directory"),
+    ],
+)
+def test_mistakes_in_the_command(arguments, message):
+    with pytest.raises(ValueError) as caught:
+        command(*arguments)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_prompts_are_needed(capsys, tmp_path):
+    """Of who wants images; what a config costs, and whether a machine is fit for it, can be asked without."""
+    asked = command(f"--workdir={tmp_path / 'none'}")
+    assert run.main(asked) == 2 and not asked.workdir.exists()
+    assert "there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts" in capsys.readouterr().err
+
+
+def test_a_config_is_needed():
+    values = flags.FlagValues()
+    with pytest.raises(commands.CommandError, match="--config is missing, for example --config=configs/shapes.py"):
+        commands.parse_flags(["run", "--prompt=a"], values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "the config file cannot be read: No such file or directory: "),
+        ("x = (", "the config file fails: '(' was never closed (mine.py, line 5)"),
+        ("settings.stepz = 3", "stepz is not a setting; did you mean steps?"),
+        ("settings.steps = 'a'", "the config file fails: TypeError: "),
+        (
+            "config.referee(rolle='a')",
+            "the config file fails: referee.rolle is not a setting; did you mean referee.role?",
+        ),
+    ],
+)
+def test_mistakes_in_the_config_file(tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    if text is not None:
+        body = f"    settings = config.default()\n    {text}\n    return settings\n"
+        file.write_text(f"from referee_jax import config\n\ndef get_config():\n{body}")
+    with pytest.raises(commands.CommandError) as caught:
+        command("--prompt=a", path=file)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_program_fails_without_a_traceback(tmp_path):
+    done = program("--config=configs/paper.py", "--config.sds.guidanse=3", capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: sds.guidanse is not a setting; did you mean sds.guidance?\n"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from PIL import ImageFont
 
 from referee_jax import formats, outputs, prompts, queue, run
 from tests import pages
-from tests.test_run import execute, lines
+from tests.fakes import execute, lines
 
 
 def every_script() -> list[str]:

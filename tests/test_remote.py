@@ -1,6 +1,7 @@
 """Run directories in buckets: what is there in the end, and that nothing is lost, doubled or sent before its image."""
 
 import concurrent.futures
+import datetime
 import io
 import json
 import secrets
@@ -13,7 +14,7 @@ from PIL import Image
 
 from referee_jax import outputs, queue, remote, run
 from tests.bench import kill_fuzz
-from tests.test_run import FakeInverter, colours, command, execute
+from tests.fakes import FakeInverter, colours, command, execute
 
 PROMPTS = ["--prompt=one", "--prompt=two", "--prompt=three", "--prompt=four"]
 
@@ -147,39 +148,74 @@ def test_what_a_dead_worker_left_in_flight_goes_with_the_last(url):
 
 def test_claims(url):
     """One owner; given back, or silent for longer than the expiry by the bucket's clock, it may be taken by another."""
-    one, two = (remote.Claims(remote.Bucket(url), 60, patience=0) for _ in range(2))
-    item, other = queue.items(["a", "b"], 1)
+    claims = lambda: remote.Claims(remote.Bucket(url), 60, patience=0)  # noqa: E731
+    one, two, (item, other) = claims(), claims(), queue.items(["a", "b"], 1)
     assert one.take(item) and not two.take(item) and two.take(other)
     one.release([item.id])
+    two = claims()
     assert two.take(item)
     fs, path = fsspec.filesystem("memory"), f"{url.removeprefix('memory:/')}/claims/{item.id}.claim"
-    made = fs.store[path]
-    made.modified -= made.modified.resolution * 59_000_000
-    assert not one.take(item)
+
+    def wait(seconds):
+        fs.store[path].modified -= datetime.timedelta(seconds=seconds)
+
+    wait(59)
+    assert not claims().take(item)
     two.held[item.id] -= 20  # by its own clock it is time to say that it is still at work
     two.refresh()
-    made = fs.store[path]
-    made.modified -= made.modified.resolution * 59_000_000
-    assert not one.take(item)
-    made.modified -= made.modified.resolution * 2_000_000
-    assert one.take(item) and fs.cat_file(path) == one.bucket.who.encode()
+    wait(59)
+    assert not claims().take(item)
+    wait(2)
+    three = claims()
+    assert three.take(item) and fs.cat_file(path) == three.bucket.who.encode()
     two.close()  # what was taken over is left to its new owner
-    assert [name for name in there(url)] == [f"claims/{item.id}.claim"]
-    one.close()
-    assert not there(url)
+    assert f"claims/{item.id}.claim" in there(url)
+    three.close()
+    assert f"claims/{item.id}.claim" not in there(url)
 
 
-def test_a_claim_of_another_is_not_asked_for_again_at_once(url, monkeypatch):
+def test_the_claims_of_others_are_listed_and_not_asked_for_one_by_one(url, monkeypatch):
+    """Some requests for any number of them; what is given back is seen at the next look."""
     one, two = (remote.Claims(remote.Bucket(url), 60) for _ in range(2))
-    (item,) = queue.items(["a"], 1)
-    assert one.take(item) and not two.take(item)
-    one.close()
+    items = queue.items([str(n) for n in range(50)], 1)
+    assert all(map(one.take, items))
     monkeypatch.setattr(remote.Bucket, "create", None)
-    assert not two.take(item)
+    assert not any(map(two.take, items))
+    one.release([items[3].id])
+    monkeypatch.setattr(remote.Bucket, "modified", None)
+    assert not any(map(two.take, items))
     monkeypatch.undo()
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + remote.SEEN + 1)
-    assert two.take(item)
+    assert [item for item in items if two.take(item)] == [items[3]]
+
+
+@pytest.mark.parametrize("hours", [-24, 24])
+def test_a_clock_that_jumps_changes_nothing(url, monkeypatch, hours):
+    one, two = (remote.Claims(remote.Bucket(url), 60, patience=0) for _ in range(2))
+    (item,) = queue.items(["a"], 1)
+    assert one.take(item)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600 * hours)
+    assert not two.take(item)
+
+
+def test_who_merges_too_slowly_does_it_again(url, monkeypatch):
+    """Its lock was taken over meanwhile: what it has gathered may be old."""
+    monkeypatch.setattr(queue, "WAIT", 0.001)
+    monkeypatch.setattr(remote, "LOCK", 0.2)
+    gather, slow = outputs.RunDirectory._gather, [True]
+
+    def late(self, into, others):
+        gather(self, into, others)
+        if into.name == "metadata.jsonl" and slow:
+            slow.clear()
+            time.sleep(0.3)
+            assert execute("--prompt=b", f"--workdir={url}", "--config.samples=1")[0] == 0
+
+    monkeypatch.setattr(outputs.RunDirectory, "_gather", late)
+    assert execute("--prompt=a", f"--workdir={url}")[0] == 0
+    assert finished(url, 2)
 
 
 def test_one_lock_at_a_time(url, monkeypatch):

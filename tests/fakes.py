@@ -1,0 +1,147 @@
+"""An engine without networks, and what tests of runs ask with it."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from referee_jax import command as commands
+from referee_jax import formats, outputs, queue, run
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "paper.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    items: tuple
+    seed: int
+    step: int = 0
+    begun: np.ndarray = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    item: queue.Item
+    image: np.ndarray
+    scores: dict
+    latents: np.ndarray
+    status: str = "done"
+    losses: dict | None = None
+
+
+class FakeInverter:
+    """The engine's methods; an image is one colour, of the prompt, the sample and the seed. Fails as `failures` say."""
+
+    devices = "fake x 1"
+
+    def __init__(self, settings, failures=()):
+        self.steps, self.chunk, self.batch_size, self.groups = settings.steps, settings.chunk, 3, 1
+        self.settings = dataclasses.replace(settings, batch_size=settings.batch_size or 3)
+        self.failures, self.compiled, self.calls, self.begun, self.resumed = dict(failures), False, 0, [], []
+
+    def check(self, prompt):
+        return "99 tokens, the prior reads 77" if "too long" in prompt else None
+
+    def flops(self, batch):
+        return 1.5e9
+
+    def begin(self, items, seed):
+        self.begun.append(tuple(items))
+        return Batch(tuple(items), seed)
+
+    def snapshot(self, batch):
+        return queue.Part(batch.items, batch.step, {"prompt": np.array([item.prompt_id for item in batch.items])})
+
+    def resume(self, part, seed):
+        assert part.state["prompt"].tolist() == [item.prompt_id for item in part.items]
+        self.resumed.append((part.items, part.step))
+        return Batch(part.items, seed, part.step)
+
+    def halved(self):
+        return None if self.batch_size == 1 else self.at_once(self.batch_size // 2)
+
+    def at_once(self, size):
+        self.batch_size = size
+        self.settings = dataclasses.replace(self.settings, batch_size=size)
+        return self
+
+    def advance(self, batch):
+        self.calls += 1
+        self.compiled = True
+        if failure := self.failures.get(self.calls):
+            if callable(failure) and not isinstance(failure, type):
+                failure()
+            else:
+                raise failure
+        count = min(self.chunk, self.steps - batch.step)
+        loss = np.tile(np.arange(batch.step, batch.step + count, dtype=np.float32), (len(batch.items), 1))
+        return dataclasses.replace(batch, step=batch.step + count), {"loss": loss, "norm": np.full_like(loss, np.nan)}
+
+    def preview(self, batch):
+        return np.full((len(batch.items), 8, 8, 3), batch.step, np.uint8)
+
+    def finish(self, batch):
+        pictures = []
+        for item in batch.items:
+            colour = hashlib.sha256(f"{item.prompt} {item.sample} {batch.seed}".encode()).digest()[:3]
+            image = np.broadcast_to(np.frombuffer(colour, np.uint8) / np.float32(255), (8, 8, 3))
+            score = float("nan") if "broken" in item.prompt else 0.5
+            losses = {"referee": (2.0, 1.0), "held_out": (0.5, 0.75)} if "hacked" in item.prompt else None
+            pictures.append(Picture(item, image, {"cosine": score}, np.zeros((1, 1, 4)), losses=losses))
+        return pictures
+
+
+def command(*arguments, path=CONFIG):
+    argv = ["run", f"--config={path}", *map(str, arguments)]
+    values = flags.FlagValues()
+    return commands.read_command(values, commands.parse_flags(argv, values)[1:])
+
+
+def execute(*arguments, failures=(), stop=None):
+    """Exit code and engine (None where it was not loaded)."""
+    engines = []
+
+    def load(settings):
+        engines.append(FakeInverter(settings, failures))
+        return engines[-1]
+
+    code = run.main(command("--config.steps=25", *arguments), load=load, stop=stop)
+    return code, engines[0] if engines else None
+
+
+def pixels(path):
+    return {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in (path / "images").iterdir()}
+
+
+def colours(path):
+    return {x.name: Image.open(x).getpixel((0, 0)) for x in (path / "images").iterdir()}
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def program(*arguments, **options):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "referee_jax.run", *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        timeout=300,
+        **options,
+    )
+
+
+def shown(path):
+    """Id -> colour of all finished images, wherever they are."""
+    records = outputs.read_journal(path)
+    return {x["id"]: formats.read_image(path / x["file_name"]).getpixel((0, 0)) for x in records}

@@ -1,0 +1,261 @@
+"""Runs on bad days: devices, disks, signals and processes that fail; nothing is lost."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import pytest
+
+from referee_jax import disk, generation, queue, run, trouble
+from tests.fakes import ROOT, FakeInverter, colours, command, execute, lines, pixels, shown
+
+MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+BUG = jax.errors.JaxRuntimeError("INTERNAL: bug")
+
+
+def test_too_little_memory(tmp_path, capsys):
+    """Halved once for each size, and told; nothing is lost. With one image at once it is the end."""
+    prompts = [f"--prompt={n}" for n in range(4)]
+    code, engine = execute(*prompts, f"--workdir={tmp_path / 'cut'}", failures={2: MEMORY})
+    assert code == 0 and [len(items) for items in engine.begun] == [3, 1, 1, 1, 1]
+    assert capsys.readouterr().out.count("memory is too small, going on with --config.batch_size=1") == 1
+    execute(*prompts, f"--workdir={tmp_path / 'whole'}")
+    assert colours(tmp_path / "cut") == colours(tmp_path / "whole")
+    code, engine = execute("--prompt=one", f"--workdir={tmp_path / 'small'}", failures={1: MEMORY, 2: MEMORY})
+    assert code == 1 and len(engine.begun) == 2
+    assert (
+        "memory is too small even for --config.batch_size=1 (--config.remat=full needs least); the finished images"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_batch_that_is_chosen_is_no_larger_than_what_there_is_to_do(tmp_path):
+    for count, begun in ((2, [2]), (5, [3, 2])):
+        asked = [f"--prompt={n}" for n in range(count)]
+        code, engine = execute(*asked, "--config.batch_size=0", f"--workdir={tmp_path / str(count)}")
+        assert code == 0 and [len(items) for items in engine.begun] == begun
+        assert engine.batch_size == min(3, count)
+
+
+def test_a_device_that_fails(tmp_path, monkeypatch, capsys):
+    """A batch is tried once more in a fresh process, then left out, and the others are made; the same command tries it again."""
+    bad, engines = ["3"], []
+
+    class Engine(FakeInverter):
+        def advance(self, batch):
+            if set(bad) & {item.prompt for item in batch.items}:
+                raise BUG
+            return super().advance(batch)
+
+    def load(settings):
+        engines.append(Engine(settings))
+        return engines[-1]
+
+    def begin_anew(tried):
+        left = {"once": sorted(tried.once), "failed": sorted(tried.failed), "in_a_row": tried.in_a_row}
+        monkeypatch.setenv(trouble.VARIABLE, json.dumps(left))
+        return run.main(asked, load=load, begin_anew=begin_anew)
+
+    asked = command("--config.steps=25", *[f"--prompt={n}" for n in range(8)], f"--workdir={tmp_path}")
+    assert run.main(asked, load=load, begin_anew=begin_anew) == 1
+    made = [[item.prompt for items in engine.begun for item in items] for engine in engines]
+    assert made == [["0", "1", "2", "3", "4", "5"], ["3", "4", "5"], ["6", "7"]]
+    assert sorted(json.loads(line)["text"] for line in open(tmp_path / "metadata.jsonl")) == ["0", "1", "2", "6", "7"]
+    told = [(x["event"], len(x["items"])) for x in lines(tmp_path / "log.jsonl") if x["event"].endswith("failed")]
+    assert told == [("device failed", 3), ("device failed", 3), ("failed", 3)]
+    err = capsys.readouterr().err
+    assert err.count("the device failed (INTERNAL: bug) at 3 images; a fresh process goes on") == 2
+    assert "error: the device failed twice at 3 images, which the same command tries again: 3-" in err
+    monkeypatch.delenv(trouble.VARIABLE)
+    bad.clear()
+    assert run.main(asked, load=load) == 0 and len(pixels(tmp_path)) == 8
+
+
+def test_a_device_that_always_fails_ends_the_run(tmp_path, monkeypatch, capsys):
+    """After two batches that failed twice, without an image between them."""
+    count = []
+
+    def begin_anew(tried):
+        count.append(tried)
+        left = {"once": sorted(tried.once), "failed": sorted(tried.failed), "in_a_row": tried.in_a_row}
+        monkeypatch.setenv(trouble.VARIABLE, json.dumps(left))
+        return again()
+
+    prompts = [f"--prompt={n}" for n in range(50)]
+    asked = command("--config.steps=25", *prompts, f"--workdir={tmp_path}")
+    again = lambda: run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=begin_anew)  # noqa: E731
+    assert again() == 1 and len(count) == 3
+    assert "the device fails at whatever it is given (INTERNAL: bug); the finished images" in capsys.readouterr().err
+    monkeypatch.delenv(trouble.VARIABLE)
+    distributed = dataclasses.replace(asked, distributed=True)
+    assert run.main(distributed, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=None) == 1
+
+
+def test_what_hangs_ends(tmp_path):
+    """And says who and at what; a second process makes its share as ever, a restart the rest."""
+    arguments = [f"--prompt={n}" for n in range(6)] + [f"--workdir={tmp_path}", "--shard_count=2"]
+    script = (
+        "import sys, time\n"
+        "from tests import fakes\n"
+        "advance = fakes.FakeInverter.advance\n"
+        "fakes.FakeInverter.advance = lambda *x: x[0].calls and time.sleep(1000) or advance(*x)\n"
+        f"sys.exit(fakes.execute('--config.stall_seconds=2', *{arguments}, '--shard_index=0')[0])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert execute(*arguments, "--shard_index=1")[0] == 0 and len(pixels(tmp_path)) == 3
+    err = process.communicate(timeout=100)[1]
+    assert process.returncode == 1
+    assert (
+        f"error: {disk.HOST}: nothing has moved for 2 s, at 0-" in err
+        and "in advance" not in err.partition("Thread")[0]
+    )
+    (stalled,) = [x for x in lines(tmp_path / "log.jsonl") if x["event"] == "stalled"]
+    assert stalled["host"] == disk.HOST and "and 2 others" in stalled["at"]
+    assert execute(*arguments, "--shard_index=0")[0] == 0 and len(pixels(tmp_path)) == 6
+
+
+def test_checkpoints_of_another_number_of_processes_go_on(tmp_path):
+    """Each process takes the rows that are its own; what all have done is forgotten."""
+    arguments = [f"--prompt={n}" for n in range(3)]
+    stop = generation.Stop()
+    end = lambda: setattr(stop, "number", signal.SIGTERM)  # noqa: E731
+    execute(*arguments, f"--workdir={tmp_path}", failures={1: end}, stop=stop)
+    items = [queue.Item(str(n), 0) for n in range(3)]
+    for index, own in enumerate([(items[0], items[2]), (items[1],)]):
+        code, engine = execute(*arguments, f"--workdir={tmp_path}", f"--shard_index={index}", "--shard_count=2")
+        assert code == 0 and engine.resumed == [(own, 10)] and not engine.begun
+        assert (tmp_path / "checkpoints").exists() == (index == 0)
+    assert len(pixels(tmp_path)) == 3
+
+
+def test_workers_that_come_and_go(tmp_path, monkeypatch):
+    """What another worker holds is waited for; what its silence gives up is taken over."""
+    monkeypatch.setattr(queue, "WAIT", 0.05)
+    execute("--prompt=3", f"--workdir={tmp_path}")
+    other = queue.Claims(tmp_path / "claims", 900)
+    item = queue.Item("1", 0)
+    assert other.take(item)
+    begun = time.time()
+    os.utime(tmp_path / "claims" / f"{item.id}.claim", (begun - 2, begun - 2))
+    arguments = [f"--prompt={n}" for n in range(3)]
+    code, engine = execute(*arguments, f"--workdir={tmp_path}", "--claim", "--claim_expiry=3")
+    assert code == 0 and engine.begun == [(queue.Item("0", 0), queue.Item("2", 0)), (item,)]
+    assert time.time() - begun > 0.9
+    assert not (tmp_path / "claims").exists()
+    other.close()
+
+
+@pytest.mark.parametrize("form", ["png", "webdataset"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_processes_share_a_directory(tmp_path, form, order):
+    """Each makes its share; the journals are joined by whoever ends last."""
+    arguments = *(f"--prompt={n}" for n in range(5)), f"--config.outputs.format={form}", f"--workdir={tmp_path}"
+    for index in order:
+        assert execute(*arguments, f"--shard_index={index}", "--shard_count=2")[0] == 0
+    assert len(shown(tmp_path)) == len(lines(tmp_path / "metadata.jsonl")) == 5
+    assert [x.name for x in tmp_path.glob("metadata*")] == ["metadata.jsonl"]
+    assert execute(*arguments) == (0, None)
+
+
+def test_workers_do_not_wait_for_what_is_in_each_others_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue, "WAIT", 0.05)
+    arguments = *(f"--prompt={n}" for n in range(9)), f"--workdir={tmp_path}", "--config.outputs.format=webdataset"
+    codes = []
+    workers = [threading.Thread(target=lambda: codes.append(execute(*arguments, "--claim")[0])) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert codes == [0, 0] and len(shown(tmp_path)) == 9
+    assert not (tmp_path / "claims").exists()
+
+
+def test_a_disk_without_room_is_refused_before_weights_are_loaded(small_disk, capsys):
+    work = small_disk(500) / "run"
+    code, engine = execute("--prompt=one", "--samples=500", f"--workdir={work}")
+    assert (code, engine) == (2, None)
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {work} has ") and "and 500 images need about" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", ["png", "webdataset"])
+def test_a_disk_that_fills_while_images_are_made(small_disk, capsys, form):
+    """It ends cleanly, tells the path, and goes on when there is room."""
+    path = small_disk(4000)
+    arguments = *(f"--prompt={n}" for n in range(5)), f"--workdir={path / 'run'}", f"--config.outputs.format={form}"
+    arguments += "--config.image_size=64", "--config.outputs.shard_size=2"
+
+    def fill():
+        with open(path / "other", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def filled():
+        with pytest.raises(OSError):
+            fill()
+
+    code, _ = execute(*arguments, failures={4: filled})
+    err = capsys.readouterr().err
+    assert code == 1 and f"No space left on device: '{path / 'run'}" in err and err.count("\n") == 1
+    assert err.endswith("the same command continues\n")
+    assert all(json.loads(line) for line in (path / "run" / "metadata.jsonl").read_text().splitlines())
+    (path / "other").unlink()
+    code, engine = execute(*arguments)
+    assert code == 0 and len(shown(path / "run")) == 5 == len(lines(path / "run" / "metadata.jsonl"))
+    assert [x for x in (path / "run").rglob("*") if x.name.startswith(".")] == []
+
+
+def test_nobody_reads(tmp_path):
+    # `... | head -0`: the pipe is closed before the first word.
+    script = (
+        "import pathlib, sys, time\n"
+        "from tests import fakes\n"
+        "sys.stdin.read()\n"
+        f"sys.exit(fakes.execute('--prompt=one', '--prompt=two', '--prompt= ', '--workdir={tmp_path}')[0])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    process.stdin.close()
+    err = process.stderr.read().decode()
+    assert process.wait(timeout=300) == 0, err
+    assert "Traceback" not in err and "BrokenPipe" not in err
+    assert len(pixels(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_signals(tmp_path, sent, code):
+    arguments = [f"--prompt={n}" for n in range(9)]
+    script = (
+        "import signal, sys, time\n"
+        # A shell's background job starts with Ctrl-C ignored, and so would its children.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from tests import fakes\n"
+        "from referee_jax import generation, run\n"
+        "advance = fakes.FakeInverter.advance\n"
+        "fakes.FakeInverter.advance = lambda *x: time.sleep(0.1) or advance(*x)\n"
+        "stop = generation.Stop()\n"
+        "run.catch_signals(stop)\n"
+        f"sys.exit(fakes.execute('--workdir={tmp_path / 'cut'}', *{arguments}, stop=stop)[0])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    journal, end = tmp_path / "cut" / "metadata.jsonl", time.monotonic() + 200
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 3) and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(sent)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    execute(*arguments, f"--workdir={tmp_path / 'cut'}")
+    execute(*arguments, f"--workdir={tmp_path / 'whole'}")
+    assert len(colours(tmp_path / "cut")) == 9 and colours(tmp_path / "cut") == colours(tmp_path / "whole")
+    assert len(lines(journal)) == 9
+    starts = [x["event"] for x in lines(tmp_path / "cut" / "log.jsonl")].count("start")
+    assert starts == 2
