@@ -6,7 +6,7 @@
 `step` is a function of (networks, prompt, hyper, state, i, noise); vmap adds prompts, samples and settings, and devices come
 outside. All randomness of an iteration is `draw`n from one key and handed to `step`. What is static, because it shapes the
 program, is in `Plan`; every number is traced, in `Hyper`. The loop over iterations is the caller's, who may know beforehand
-whether the referees are in their phase; else it branches on the iteration index, which is the same for all prompts of a batch.
+whether the referees are in their phase.
 """
 
 from typing import Any
@@ -202,8 +202,8 @@ def step(
 ) -> tuple[InversionState, dict[str, Array]]:
     """Iteration `i`. Metrics: losses, norms of both gradients, their ratio, the learning rates' effect on the latents.
 
-    `on` says whether the referees are in their phase where that is known beforehand; else the program branches. Off it the losses
-    are NaN. What has stopped, or is frozen, does not move; of what has stopped all metrics are NaN.
+    `on` says whether the referees are in their phase where that is known beforehand; else they are asked, and heard if they are
+    (no branch: of rows that differ it would take both, with networks of its own for each). Off it the losses are NaN. What has stopped, or is frozen, does not move; of what has stopped all metrics are NaN.
     """
     z = state.latents
     prior = jnp.zeros_like(z)
@@ -212,14 +212,11 @@ def step(
             networks.unet, z, t=noise.t, eps=noise.eps, cond=prompt.cond, uncond=prompt.uncond, hyper=hyper.prior, i=i,
             alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
         )  # fmt: skip
-    judge = lambda z: referees_gradient(networks, prompt, hyper, plan, z, noise)  # noqa: E731
-    unjudged = dict.fromkeys(loss_names(plan), jnp.full((), jnp.nan))
-    rest = lambda z: (jnp.zeros_like(z), unjudged)  # noqa: E731
-    if on is None:
-        on = hyper.referee.is_on(i)
-        referee, metrics = jax.lax.cond(on, judge, rest, z)
-    else:
-        referee, metrics = judge(z) if on else rest(z)
+    referee, metrics = jnp.zeros_like(z), dict.fromkeys(loss_names(plan), jnp.full((), jnp.nan))
+    if on is None or on:
+        judged = referees_gradient(networks, prompt, hyper, plan, z, noise)
+        on = hyper.referee.is_on(i) if on is None else on
+        referee, metrics = optax.tree.where(on, judged, (referee, metrics))
     ratio = objective.balance(prior, referee, hyper.referee.balance_epsilon) if plan.use_balance else jnp.ones(())
     ratio = jnp.where(on, ratio, 0.0)
 

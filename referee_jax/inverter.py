@@ -252,9 +252,9 @@ class Inverter:
         done = min(self.chunk, self.steps - batch.step)
         # Loop and phases are the host's: XLA:CPU works at less than half its speed within a loop or a branch. Nothing is waited
         # for in between.
-        phase = range(0) if is_swept or not self.judges else _phase(batch.hyper)
+        numbers = jax.tree.map(np.asarray, batch.hyper.referee)
         for i in range(batch.step, batch.step + done):
-            run = self._program("step", is_swept, on=None if is_swept else i in phase)
+            run = self._program("step", is_swept, on=_all(numbers.is_on(i)) if self.judges else False)
             state, metrics = run(self.networks, batch.prompt, batch.hyper, state, batch.keys, jnp.int32(i))
             if self.held_out and (i + 1) % self.plan.look_every == 0:
                 state, loss = self._program("look")(self.networks, batch.prompt, state)
@@ -281,7 +281,7 @@ class Inverter:
     def trace(self, batch: Batch) -> jax.stages.Traced:
         """The program of an iteration, before it is compiled."""
         args = self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, np.int32(0)
-        return self._program("step", self._is_swept(batch), on=None if self._is_swept(batch) else True).trace(*args)
+        return self._program("step", self._is_swept(batch), on=True).trace(*args)
 
     def flops(self, batch: Batch) -> float:
         """Floating-point operations of one image in an iteration with all that there is to do; nothing is compiled."""
@@ -359,9 +359,9 @@ class Inverter:
         return jax.jit(parallel.across_devices(fn, self.mesh, batched), donate_argnums=donated)
 
 
-def _phase(hyper: inversion.Hyper) -> range:
-    """The iterations in which the referees act; objective.Hyper.is_on says the same inside a program."""
-    return range(int(hyper.referee.start), int(hyper.referee.stop))
+def _all(values: np.ndarray) -> bool | None:
+    """The truth of all; None where it differs."""
+    return None if values.any() != values.all() else bool(values.all())
 
 
 def _result(pictures: Sequence[Picture], history: dict[str, np.ndarray]) -> Result:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import assembly, config, cost, inversion, parallel, prompts, queue, referees, topology
+from referee_jax import assembly, config, cost, inversion, parallel, program, prompts, queue, referees, topology
 from referee_jax import inverter as inverter_lib
 from tests.conftest import relative_l2
 from tests.oracles import networks
@@ -257,6 +257,45 @@ def test_settings_as_an_axis(inverter, monkeypatch):
         monkeypatch.setattr(inverter, "hyper", hyper)
         assert relative_l2(latents, inverter(PROMPTS[:1], seed=0).latents[0]) < TOLERANCE
     assert relative_l2(swept[0], swept[2]) > 1e-3
+
+
+def test_rows_whose_referees_act_at_other_times(inverter, monkeypatch):
+    """Each as it would be alone: from the start, later, never."""
+    items = queue.items(PROMPTS[:1], 1) * 3
+    times = [(0, 2), (1, 2), (0, 0)]
+    hypers = [
+        inverter.hyper.replace(referee=inverter.hyper.referee.replace(start=jnp.int32(start), stop=jnp.int32(stop)))
+        for start, stop in times
+    ]
+    batch, metrics = inverter.advance(inverter.begin(items, 0, hypers))
+    losses = metrics["loss"][:, :2]
+    assert np.isfinite(losses).tolist() == [[start <= i < stop for i in range(2)] for start, stop in times]
+    while batch.step < inverter.steps:
+        batch, _ = inverter.advance(batch)
+    for picture, hyper in zip(inverter.finish(batch), hypers, strict=True):
+        monkeypatch.setattr(inverter, "hyper", hyper)
+        assert relative_l2(picture.latents, inverter(PROMPTS[:1], seed=0).latents[0]) < TOLERANCE
+
+
+def test_rows_with_numbers_of_their_own_share_the_weights(inverter):
+    """What differs from row to row must not give each a copy of the networks: no convolution or product has groups for it."""
+    items = queue.items(PROMPTS[:1], 1) * 3
+    shapes = []
+    for hypers, on in ((None, True), ([inverter.hyper] * 3, True), ([inverter.hyper] * 3, None)):
+        batch = inverter.begin(items, 0, hypers)
+        step = inverter._program("step", hypers is not None, on=on)
+        traced = step.trace(inverter.networks, batch.prompt, batch.hyper, batch.state, batch.keys, np.int32(0))
+        shapes.append(sorted(weights(traced.jaxpr.jaxpr)))
+    assert shapes[0] == shapes[1] == shapes[2] and len(shapes[0]) > 20
+
+
+def weights(jaxpr):
+    """The shapes of all that images are convolved with, and groups."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            yield eqn.invars[1].aval.shape, eqn.params["feature_group_count"], eqn.params["batch_group_count"]
+        for inner in program._inner(eqn.params):
+            yield from weights(inner)
 
 
 def test_a_nonfinite_prompt_is_frozen_alone(checkpoints, inverter):

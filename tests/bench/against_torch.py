@@ -69,12 +69,15 @@ def is_here(settings: config.Settings) -> bool:
 def ours(settings: config.Settings, runs: int) -> Measured:
     """The iteration in JAX."""
     device = jax.devices()[0]
+    # On a CPU, JAX_NUM_CPU_DEVICES devices share the cores, and the batch.
+    there = jax.devices() if device.platform == "cpu" else [device]
+    settings = dataclasses.replace(settings, batch_size=-(-settings.batch_size // len(there)))
     if is_here(settings):
-        engine = inverter.Inverter.from_config(settings, [device])
+        engine = inverter.Inverter.from_config(settings, there)
     else:
         sized = sizes.at_random(sizes.abstract(settings))
-        engine = inverter.Inverter(settings, sized.prior, sized.judges, [device])
-    batch, _ = engine.advance(engine.begin(queue.items([PROMPT], settings.batch_size), 0))
+        engine = inverter.Inverter(settings, sized.prior, sized.judges, there)
+    batch, _ = engine.advance(engine.begin(queue.items([PROMPT], engine.batch_size), 0))
     times = []
     for _ in range(runs):
         start = time.monotonic()

@@ -1,7 +1,7 @@
 """Many images in one run: does the memory stay as it is, how fast is the writer, how long does the next start take?
 
     python tests/bench/load_test.py --items=10000                       # the writer alone: an engine that makes noise
-    python tests/bench/load_test.py --items=10000 --engine=shapes       # configs/shapes.py, 2 steps each
+    python tests/bench/load_test.py --items=10000 --engine=shapes       # configs/shapes.py from noise, 2 steps each
     python tests/bench/load_test.py --items=300 --image_size=512 --format=webp
 
 Prints a line of JSON. Exit code 1 if the last quarter's peak of memory is more than 5 % above that of the second, or an image
@@ -24,7 +24,7 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from referee_jax import command, config, inverter, outputs, prompts, run  # noqa: E402
+from referee_jax import command, config, devices, inverter, outputs, prompts, run  # noqa: E402
 
 LIMIT = 1.05
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -109,10 +109,11 @@ def measure(
     """What the docstring asks, of a run of so many items in an empty directory."""
     settings = config.override(
         config.load(ROOT / "configs" / "shapes.py"),
-        {"steps": 2, "outputs.format": form, "outputs.shard_size": shard_size},
+        {"steps": 2, "init": "noise", "init_candidates": 1, "outputs.format": form, "outputs.shard_size": shard_size},
     )
     if image_size:
         settings = config.override(settings, {"image_size": image_size})
+    devices.keep_freed_memory()  # as the program does
     make = NoiseEngine if engine == "fake" else inverter.Inverter.from_config
     colours, shapes = ("red", "blue", "green", "yellow"), ("circle", "square", "ring", "star")
     texts = [f"{n}: a {colours[n % 4]} {shapes[n // 4 % 4]}" for n in range(items)]
