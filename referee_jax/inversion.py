@@ -203,7 +203,8 @@ def step(
     """Iteration `i`. Metrics: losses, norms of both gradients, their ratio, the learning rates' effect on the latents.
 
     `on` says whether the referees are in their phase where that is known beforehand; else they are asked, and heard if they are
-    (no branch: of rows that differ it would take both, with networks of its own for each). Off it the losses are NaN. What has stopped, or is frozen, does not move; of what has stopped all metrics are NaN.
+    (no branch: of rows that differ it would take both, with networks of its own for each). Off it the losses are NaN. What has
+    stopped, or is frozen, does not move; of what has stopped all metrics are NaN.
     """
     z = state.latents
     prior = jnp.zeros_like(z)
