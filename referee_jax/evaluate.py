@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from referee_jax import command, disk, outputs
+from referee_jax import command, disk, outputs, remote
 from referee_jax.benchmarks import agreement, layouts, measures, noun_phrases, shapes, statistics, t2i_compbench
 
 ALL = "all"
@@ -131,7 +131,7 @@ def plan(
 
 def evaluate(args) -> str:
     """What the command line says; returns what is to be printed. Raises ValueError for what cannot be done."""
-    directory = Path(args.workdir)
+    directory = remote.local_only(args.workdir)
     entries = read(directory)
     if args.export:
         return export(args.export, entries, Path(args.out or directory / args.export), args)

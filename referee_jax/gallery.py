@@ -24,7 +24,7 @@ from urllib.parse import quote
 import jinja2
 from absl import app
 
-from referee_jax import config, disk, formats, outputs, prompts
+from referee_jax import config, disk, formats, outputs, prompts, remote
 
 EMBEDDED = 300  # pictures; of 512 px they make a page of about 5 MB
 THUMBNAIL = 256  # pixels at most, of a picture in the page
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
     try:
         if len(argv) != 2:
             raise ValueError("name one run directory: python -m referee_jax.gallery RUN")
-        file = write(read(Path(argv[1])))
+        file = write(read(remote.local_only(argv[1])))
         if file is None:
             raise ValueError(f"{argv[1]} holds no finished image")
         print(prompts.printable(str(file), sys.stdout.encoding))

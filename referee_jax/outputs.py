@@ -105,7 +105,7 @@ class RunDirectory:
         process: int = 0,
         resume: str = "auto",
     ) -> "RunDirectory":
-        """Begins a run directory or continues one; `device` is noted in it.
+        """Begins a run directory or continues one, here or in a bucket ("gs://bucket/run"); `device` is noted in it.
 
         One that was begun for other images is refused, but with `resume` "force": then what is missing is made with these
         settings, and what is there stays. With "never", none is continued.

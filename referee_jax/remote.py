@@ -36,6 +36,15 @@ def is_remote(where: object) -> bool:
     return "://" in str(where)
 
 
+def local_only(where: str) -> Path:
+    """A path. ValueError for a place in a bucket, where only runs are made."""
+    if is_remote(where):
+        raise ValueError(
+            f"{where} is in a bucket: copy it down first (gcloud storage rsync, aws s3 sync), and give its path"
+        )
+    return Path(where)
+
+
 class Bucket:
     """The place `url` in a bucket, and the local directory of this process that is sent there.
 

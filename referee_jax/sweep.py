@@ -24,7 +24,7 @@ from typing import Any
 import tqdm
 from absl import flags
 
-from referee_jax import assembly, command, config, disk, formats, inverter, queue
+from referee_jax import assembly, command, config, disk, formats, inverter, queue, remote
 from referee_jax.benchmarks import report, shapes, statistics
 
 Row = tuple[str, queue.Item]  # name of the variant, what is made
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> int:
             raise ValueError("--sweep=FILE and --workdir=DIRECTORY are needed")
         command.prepare(args.device)
         changes = {} if args.samples is None else {"samples": args.samples}
-        return sweep(args.sweep, Path(args.workdir), vary=args.vary, names=args.variant, changes=changes)
+        return sweep(args.sweep, remote.local_only(args.workdir), vary=args.vary, names=args.variant, changes=changes)
 
     return command.tell(work)
 

@@ -105,6 +105,7 @@ def test_the_program_fails_without_a_traceback(tmp_path):
     [
         ("evaluate", ["--benchmark=nothing"], "flag --benchmark=nothing: value should be one of"),
         ("sweep", ["--samples=0"], "flag --samples=0"),
+        ("evaluate", ["--workdir=gs://bucket/run", "--benchmark=shapes"], "is in a bucket: copy it down first"),
         ("score", ["--nothing=1"], "Unknown command line flag 'nothing'"),
         ("bench", ["--config=configs/shapes.py", "--config.sds.guidanse=3"], "sds.guidanse is not a setting; did you mean"),
         ("bench", ["--batches=0"], "--batches=0: numbers of images are needed"),
