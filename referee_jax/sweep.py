@@ -188,7 +188,8 @@ def sweep(
     order = {name: place for place, name in enumerate(variants)}  # also those of an earlier command
     found = means(sorted((x for x in records if x["variant"] in order), key=lambda x: order[x["variant"]]))
     shown = columns(found)
-    return report.write(found, "variant", shown, [name for name in GAINS if name in shown] or shown[:1], workdir)
+    drawn = [name for name in ("right", *GAINS.values()) if name in shown]
+    return report.write(found, "variant", shown, drawn or shown[:1], workdir)
 
 
 def main(argv: list[str]) -> int:
