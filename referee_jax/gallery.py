@@ -22,9 +22,8 @@ from typing import Any
 from urllib.parse import quote
 
 import jinja2
-from absl import app
 
-from referee_jax import config, disk, formats, outputs, prompts, remote
+from referee_jax import command, config, disk, formats, outputs, prompts, remote
 
 EMBEDDED = 300  # pictures; of 512 px they make a page of about 5 MB
 THUMBNAIL = 256  # pixels at most, of a picture in the page
@@ -49,7 +48,7 @@ def page(run: outputs.RunDirectory, records: list[dict[str, Any]]) -> str:
     count, is_sharded = len(records), any(x["file_name"].startswith("shards/") for x in records)
     records = records[:EMBEDDED] if is_sharded else records
     is_embedded = len(records) <= EMBEDDED
-    run.bring(records if is_embedded else [])
+    records = run.bring(records) if is_embedded else records
     begun = json.loads((run.path / "config.json").read_bytes())
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
@@ -121,4 +120,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start(main)

@@ -65,15 +65,19 @@ class Generator:
         Where the device's memory is too small the batch is halved, once for each size. Raises Stopped, DeviceFailed, and the
         error of a device whose memory is too small for one image.
         """
+
         # Others may wait for what is in our open shard, while we wait for theirs.
-        commit = lambda: self.settle(work.claims, commit=True)  # noqa: E731
+        def commit() -> None:
+            self.settle(work.claims, commit=True)
+            self.watchdog.waits()
+
         with self.watchdog.watching():
             while part := work.take(self.engine.batch_size, stopped=self.stop, before_waiting=commit):
                 try:
                     self.make(part, work.claims)
                 except jax.errors.JaxRuntimeError as error:
                     if not is_memory(error):
-                        why = str(error).strip().splitlines()[0][:200]
+                        why = first_line(error)
                         self.run.log("device failed", items=[item.id for item in part.items], error=why)
                         raise trouble.DeviceFailed(part.items, self.made.images, why) from error
                     self.halve(error)
@@ -121,6 +125,8 @@ class Generator:
         self.is_settled = False
         self.made.images += len(part.items)
         self.bar.finished(len(part.items))
+        if self.run.bucket:
+            self.settle(claims)  # at once: what is on this machine alone is lost with it
 
     def settle(self, claims: queue.Claims | None, *, commit: bool = False) -> None:
         """Waits for the images written so far, and gives up their checkpoint and claims; see writers.Writer.flush."""
@@ -140,6 +146,7 @@ class Generator:
             f"error: {disk.HOST}: nothing has moved for {seconds:.0f} s, at {self.at}; ending", file=sys.stderr
         )
         self.run.log("stalled", host=disk.HOST, at=self.at, seconds=round(seconds))
+        self.run.send()
 
     def halve(self, error: jax.errors.JaxRuntimeError) -> None:
         """Goes on with batches half as large; raises `error` where they are of one already."""
@@ -160,6 +167,11 @@ class Generator:
 def is_memory(error: jax.errors.JaxRuntimeError) -> bool:
     """Whether it says that memory was too small."""
     return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def tell_cost(engine: Any, run: outputs.RunDirectory, batch: Any) -> None:

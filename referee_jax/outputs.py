@@ -42,6 +42,7 @@ from referee_jax import config, disk, formats, queue, remote, shards, writers
 PACKAGES = ("referee_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "pillow")
 FOLDERS = ("images", "shards")
 SHEET_PICTURES = 200
+SHOWN_SHARDS = 4  # of a bucket: each is fetched as a whole
 # For the space on disk: a compressed image by what it is raw, at most; and what is written besides, in bytes.
 SHARE = {"png": 0.9, "webp": 0.75, "frame": 0.25}
 OVERHEAD = 16384
@@ -202,6 +203,8 @@ class RunDirectory:
     def note_commits(self, found: Mapping[str, str]) -> None:
         """Notes the commits of checkpoints; of those that are noted already nothing changes."""
         file = self.path / "config.json"
+        if self.bucket:
+            self.bucket.fetch()
         with disk.locked(file):
             record = json.loads(file.read_bytes())
             if found.keys() - record.get("commits", {}).keys():
@@ -278,8 +281,15 @@ class RunDirectory:
         try:
             yield writer
         finally:
-            writer.close()
-            self.send()
+            try:
+                writer.close()
+            finally:
+                self.send()  # what is whole, also if something was not
+
+    def close(self) -> None:
+        """Removes what a run in a bucket has on this machine; of another, nothing."""
+        if self.bucket:
+            self.bucket.close()
 
     def send(self) -> None:
         """Where the run is in a bucket: brings it up to date."""
@@ -291,12 +301,20 @@ class RunDirectory:
         if self.bucket:
             self.bucket.publish(*names)
 
-    def bring(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Where the run is in a bucket: fetches the images of these lines, or the shards that they are in."""
-        if self.bucket:
-            names = (x["file_name"] for x in records)
-            names = dict.fromkeys(x.rpartition("/")[0] if ".tar/" in x else x for x in names)
-            self.bucket.bring([name for name in names if not (self.path / name).exists()])
+    def bring(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of these lines whose images can be opened: all, or, of shards in a bucket, those in the first ones.
+
+        Where the run is in a bucket the images are fetched.
+        """
+        if not self.bucket:
+            return list(records)
+        file = lambda x: x["file_name"].rpartition("/")[0] if ".tar/" in x["file_name"] else x["file_name"]  # noqa: E731
+        names = list(dict.fromkeys(map(file, records)))
+        names = [name for name in names if not name.endswith(".tar")] + [x for x in names if x.endswith(".tar")][
+            :SHOWN_SHARDS
+        ]
+        self.bucket.bring([name for name in names if not (self.path / name).exists()])
+        return [record for record in records if file(record) in names]
 
     def listing(self, folder: str) -> set[str]:
         """The names of the files in one of its folders."""
@@ -324,8 +342,8 @@ class RunDirectory:
         records.sort(key=lambda x: (order[x["text"]], x["sample"]))
         if not records:
             return None
-        self.bring(records[:SHEET_PICTURES])
-        shown = [(self.path / x["file_name"], x["text"], x["scores"]) for x in records[:SHEET_PICTURES]]
+        brought = self.bring(records[:SHEET_PICTURES])
+        shown = [(self.path / x["file_name"], x["text"], x["scores"]) for x in brought]
         title = f"{self.title}: {len(shown)} of {len(records)} images" if len(records) > len(shown) else ""
         buffer = io.BytesIO()
         draw_sheet(shown, title=title).save(buffer, "PNG")

@@ -104,7 +104,9 @@ class Claims:
         directory.mkdir(parents=True, exist_ok=True)
 
     def take(self, item: Item) -> bool:
-        """Whether the item is ours now: nobody had it, or who had it is gone."""
+        """Whether the item is ours now: it was already, nobody had it, or who had it is gone."""
+        if item.id in self.held:
+            return True
         path = self.directory / f"{item.id}.claim"
         for _ in range(3):
             try:

@@ -27,7 +27,8 @@ from referee_jax import queue
 CONTENT = ("images", "shards", "trajectories")
 LINES = ("metadata", "log")
 CHECKPOINTS = "checkpoints"
-LOCK = 300.0  # seconds after which a lock's owner is taken for dead
+TOGETHER = 32  # objects that are fetched at once
+LOCK = 600.0  # seconds after which a lock's owner is taken for dead
 SEEN = 10.0  # seconds between two looks at what others have claimed
 
 
@@ -66,6 +67,10 @@ class Bucket:
         self._there: set[str] = set()  # checkpoints that the bucket has, as far as we know
         self._keys: dict[str, str] = {}  # of what was fetched and may change
         self._brought: set[str] = set()
+
+    def close(self) -> None:
+        """Removes the local directory."""
+        self._directory.cleanup()
 
     # --- objects ------------------------------------------------------------------------------------------------------
 
@@ -136,12 +141,10 @@ class Bucket:
     def _asked(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            if isinstance(error, FileNotFoundError | FileExistsError):
-                raise
-            raise OSError(f"{self.url}: {error}") from error
+        except (FileNotFoundError, FileExistsError):
+            raise
         except Exception as error:  # each kind of bucket raises errors of its own library
-            if "412" in str(getattr(error, "code", "")):  # a precondition failed: there is an object
+            if _is_conflict(error):
                 raise FileExistsError(str(error)) from error
             raise OSError(f"{self.url}: {type(error).__name__}: {str(error)[:200]}") from error
 
@@ -151,10 +154,9 @@ class Bucket:
         """Brings settings and journals as they are now into the local directory."""
         names = [name for name in self.names() if name.startswith("metadata") and name.endswith(".jsonl")]
         fixed = [name for name in names if name != "metadata.jsonl" and not (self.local / name).exists()]
-        changed = [name for name in ("config.json", "metadata.jsonl") if self._is_new(name)]
         # The parts first: `RunDirectory.merge` moves lines to the main one, where they may be seen again but must not be missed.
         self.bring(fixed)
-        self.bring(changed)
+        self.bring([name for name in ("config.json", "metadata.jsonl") if self._is_new(name)])
 
     def fetch_checkpoints(self) -> None:
         """Brings what any process has left in flight."""
@@ -165,20 +167,23 @@ class Bucket:
         self._there.update(names)
 
     def bring(self, names: Sequence[str]) -> None:
-        """Brings objects into the local directory, those that are there; many at once."""
-        if not names:
-            return
-        with self._asked():
-            found = self.fs.cat([self._at(name) for name in names], on_error="return")
-            for name in names:
-                data = found[self._at(name)]
-                if isinstance(data, FileNotFoundError):
-                    continue
-                if isinstance(data, Exception):
-                    raise data
-                file = self.local / name
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(data)
+        """Brings objects into the local directory, those that are there; some at once."""
+        for name in names:
+            (self.local / name).parent.mkdir(parents=True, exist_ok=True)
+        large = [name for name in names if name.startswith("shards/")]
+        for name in large:
+            with self._asked(), contextlib.suppress(FileNotFoundError):
+                self.fs.get_file(self._at(name), str(self.local / name))
+        small = [name for name in names if name not in large]
+        for share in queue.batches(small, TOGETHER):
+            with self._asked():
+                found = self.fs.cat([self._at(name) for name in share], on_error="return")
+                for name in share:
+                    data = found[self._at(name)]
+                    if isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
+                        raise data
+                    if isinstance(data, bytes):
+                        (self.local / name).write_bytes(data)
         self._brought.update(names)
 
     def send(self) -> None:
@@ -239,6 +244,17 @@ class Bucket:
         return file.relative_to(self.local).as_posix()
 
 
+def _is_conflict(error: BaseException | None) -> bool:
+    """Whether it says that there is an object already, or that another writes it this moment."""
+    while error is not None:
+        answer = getattr(error, "response", None)
+        told = answer.get("Error", {}).get("Code") if isinstance(answer, dict) else getattr(error, "code", None)
+        if str(told) in ("412", "PreconditionFailed", "ConditionalRequestConflict"):
+            return True
+        error = error.__cause__
+    return False
+
+
 def _files(folder: Path, pattern: str = "*") -> list[Path]:
     """The finished files in a folder; others begin with a dot."""
     return [file for file in sorted(folder.glob(pattern)) if file.is_file() and not file.name.startswith(".")]
@@ -261,25 +277,30 @@ class Claims:
         self._ahead: float | None = None  # seconds of the bucket's clock before the monotonic one
 
     def take(self, item: queue.Item) -> bool:
-        """Whether the item is ours now: nobody had it, or who had it is gone."""
+        """Whether the item is ours now: it was already, nobody had it, or who had it is gone."""
         return self.take_name(item.id)
 
     def take_name(self, name: str) -> bool:
         """`take` of anything with a name."""
+        if name in self.held:
+            return True
         now = time.monotonic()
         if now >= self._list_again:
             self._listed = {x.removesuffix(".claim") for x in self.bucket.names(self.folder)}
             self._list_again = now + self.patience
         path = self._path(name)
         if name in self._listed:
-            if self._others.get(name, 0.0) <= now:
-                self._others[name] = self._expires(path)
-            if self._others[name] > now:
-                return False
-            self.bucket.remove(path)
+            expires = self._others.get(name, 0.0)
+            if expires <= now:
+                expires = self._expires(path)
+            if expires is not None:  # else it was given back meanwhile, and may be another's by now
+                self._others[name] = expires
+                if expires > now:
+                    return False
+                self.bucket.remove(path)
         if not self.bucket.create(path, self.bucket.who.encode()):
             self._listed.add(name)
-            self._others[name] = now + self.expiry
+            self._others[name] = now + self.patience
             return False
         self.held[name] = now
         return True
@@ -306,12 +327,12 @@ class Claims:
         """Whether nobody has taken it over."""
         return self.bucket.read(self._path(name)) == self.bucket.who.encode()
 
-    def _expires(self, path: str) -> float:
-        """When a claim expires that its owner writes no more, by the monotonic clock."""
+    def _expires(self, path: str) -> float | None:
+        """When a claim expires that its owner writes no more, by the monotonic clock; None where there is none."""
         if self._ahead is None:
             self._ahead = self.bucket.now() - time.monotonic()
         written = self.bucket.modified(path)
-        return -math.inf if written is None else written - self._ahead + self.expiry
+        return None if written is None else written - self._ahead + self.expiry
 
     def _path(self, name: str) -> str:
         return f"{self.folder}/{name}.claim"

@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 disk, memory or device failed, or nothing moved any more, 
 interrupted.
 """
 
+import contextlib
 import dataclasses
 import os
 import select
@@ -65,16 +66,33 @@ def execute(
 
     Raises what `main` explains.
     """
-    settings, start = command.settings, time.monotonic()
     if not command.entries:
         raise CommandError("there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts")
     texts, rejected = prompts.sift(command.entries)
     if not texts:
         raise CommandError(f"no prompt can be used; {rejected[0]}")
     device = f"{jax.local_devices()[0].device_kind} x {jax.local_device_count()}"
+    # A fresh process finds what the one before it has begun.
+    resume = "auto" if tried and tried.once and command.resume == "never" else command.resume
     run = outputs.RunDirectory.open(
-        command.workdir, settings, device=device, process=command.shard_index, resume=command.resume
+        command.workdir, command.settings, device=device, process=command.shard_index, resume=resume
     )
+    with contextlib.closing(run):
+        return carry_out(command, run, texts, rejected, load=load, stop=stop, tried=tried or trouble.Tried())
+
+
+def carry_out(
+    command: Command,
+    run: outputs.RunDirectory,
+    texts: Sequence[str],
+    rejected: list[prompts.Rejected],
+    *,
+    load: Callable[[config.Settings], Any],
+    stop: generation.Stop | None,
+    tried: trouble.Tried,
+) -> int:
+    """`execute` in an open run directory."""
+    settings, start = command.settings, time.monotonic()
     report_rejected(run, rejected)
     wanted = everything = queue.items(texts, settings.samples)
     if not command.claim:
@@ -83,16 +101,16 @@ def execute(
     missing = queue.missing(wanted, done)
     if len(missing) < len(wanted):
         say(f"{len(wanted) - len(missing)} of {len(wanted)} images are there already")
-    failed = [item for item in missing if tried and tried.says(item)]
-    missing = [item for item in missing if item not in failed]
+    failed = [item for item in missing if tried.says(item)]
+    missing = [item for item in missing if not tried.says(item)]
     made = generation.Made()
     if missing:
         run.check_space(len(queue.missing(everything, done)))  # the others write to the same disk
         say(f"loading {settings.generator.checkpoint} and {len(settings.referees)} referees")
         # What was begun with one state of a checkpoint goes on with it, whatever its owners do meanwhile.
         engine = load(config.pinned(settings, run.commits()))
-        found = {name: hub.commit(name, revision or None) for name, revision in config.checkpoints(settings)}
-        run.note_commits({name: commit for name, commit in found.items() if commit})
+        newest = [name for name, revision in config.checkpoints(settings) if not revision]
+        run.note_commits({name: commit for name in newest if (commit := hub.commit(name, None))})
         refused = {item.prompt: engine.check(item.prompt) for item in missing}
         unfit = [prompts.Rejected(text, "prompt", reason) for text, reason in refused.items() if reason]
         report_rejected(run, unfit)
@@ -104,7 +122,7 @@ def execute(
             engine = engine.at_once(max(1, min(engine.settings.batch_size, -(-len(missing) // engine.groups))))
         made = generate(engine, run, missing, command, stop or generation.Stop())
     finish(run, made, len(rejected), time.monotonic() - start)
-    if failed:
+    if failed := queue.missing(failed, run.done()):  # another may have made them meanwhile
         run.log("failed", items=[item.id for item in failed])
         run.send()
         names = ", ".join(item.id for item in failed[:5]) + (", ..." if len(failed) > 5 else "")
@@ -127,7 +145,8 @@ def generate(
             generator.work(work)
     finally:
         if claims:
-            claims.close()
+            with contextlib.suppress(OSError):  # they expire, and what went wrong before is what counts
+                claims.close()
     return generator.made
 
 
@@ -205,24 +224,30 @@ def main(
     load: Callable[[config.Settings], Any] = load_inverter,
     stop: generation.Stop | None = None,
     work: Callable[..., int] = execute,
-    begin_anew: Callable[[trouble.Tried], int] = trouble.begin_anew,
+    begin_anew: Callable[[trouble.Tried], int] | None = trouble.begin_anew,
 ) -> int:
     """Carries out a command by `work`; the exit code. What goes wrong is told in a sentence.
 
-    Where the device fails, the command begins anew in a fresh process (`begin_anew`).
+    Where the device fails, the command begins anew in a fresh process (`begin_anew`), unless it cannot (None).
     """
     keeps = f"the finished images are in {command.workdir}, and the same command continues"
     tried = trouble.Tried.read()
     try:
         return work(command, load=load, stop=stop, tried=tried)
     except trouble.DeviceFailed as error:
+        if stop and stop.number:
+            say(f"interrupted; {keeps}", file=sys.stderr)
+            return 128 + stop.number
         tried = tried.after(error)
-        if command.distributed:  # JAX lets nobody join again
+        if begin_anew is None:
             return _fail(1, f"the device failed ({error.why}); {keeps}")
         if tried.in_a_row >= trouble.FAILURES:
             return _fail(1, f"the device fails at whatever it is given ({error.why}); {keeps}")
         say(f"the device failed ({error.why}) at {len(error.items)} images; a fresh process goes on", file=sys.stderr)
-        return begin_anew(tried)
+        try:
+            return begin_anew(tried)
+        except OSError as why:
+            return _fail(1, f"no fresh process can be begun ({why}); {keeps}")
     except (CommandError, config.ConfigError, prompts.PromptError, outputs.RunError, convert.WeightsError) as error:
         return _fail(2, str(error))
     except KeyboardInterrupt:
@@ -239,7 +264,7 @@ def main(
                 1,
                 f"the device's memory is too small even for --config.batch_size=1 (--config.remat=full needs least); {keeps}",
             )
-        return _fail(1, f"the device failed: {str(error).splitlines()[0][:300]}; {keeps}")
+        return _fail(1, f"the device failed: {generation.first_line(error)}; {keeps}")
 
 
 def catch_signals(stop: generation.Stop) -> None:
@@ -293,7 +318,9 @@ def _absl_main(argv: list[str]) -> int:
     if trouble := compile_cache.use(device):
         say(f"warning: {trouble}", file=sys.stderr)
     work = estimate if flags.FLAGS.estimate else warm_up if flags.FLAGS.warmup else execute
-    return main(command, stop=stop, work=work)
+    # JAX lets nobody join a job again, and what came through a pipe does not come twice.
+    once = command.distributed or (flags.FLAGS.prompts and not Path(flags.FLAGS.prompts).is_file())
+    return main(command, stop=stop, work=work, begin_anew=None if once else trouble.begin_anew)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import dataclasses
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from referee_jax import queue
 VARIABLE = "REFEREE_JAX_TRIED"
 FAILURES = 2  # batches given up in a row, with no image made between them: then the device is given up
 HOUR = 3600.0
+LAST = 10.0  # seconds for last words
 
 
 class DeviceFailed(Exception):
@@ -41,7 +43,13 @@ class Tried:
     def read(cls, environment: Mapping[str, str] = os.environ) -> "Tried":
         """What an earlier process of this number has left."""
         found = json.loads(environment.get(VARIABLE, "{}"))
-        return cls(frozenset(found.get("once", ())), frozenset(found.get("failed", ())), found.get("in_a_row", 0))
+        failed = frozenset(found.get("failed", ()))
+        return cls(failed.union(found.get("once", ())), failed, found.get("in_a_row", 0))
+
+    def to_json(self) -> str:
+        """What `read` reads."""
+        left = {"once": sorted(self.once - self.failed), "failed": sorted(self.failed), "in_a_row": self.in_a_row}
+        return json.dumps(left, separators=(",", ":"))
 
     def after(self, error: DeviceFailed) -> "Tried":
         """With one failure more."""
@@ -60,12 +68,14 @@ def key(item: queue.Item) -> str:
 
 
 def begin_anew(tried: Tried) -> NoReturn:
-    """This command once more, in the place of this process."""
-    left = {"once": sorted(tried.once), "failed": sorted(tried.failed), "in_a_row": tried.in_a_row}
-    os.environ[VARIABLE] = json.dumps(left)
+    """This command once more, in the place of this process. OSError where the system does not let it."""
+    os.environ[VARIABLE] = tried.to_json()
     sys.stdout.flush()
     sys.stderr.flush()
-    os.closerange(3, 65536)  # the device's files, locked perhaps, which the new process opens for itself
+    signal.setitimer(signal.ITIMER_REAL, 0)  # which the new process would inherit
+    for number in filter(lambda x: x > 2, map(int, os.listdir("/dev/fd"))):
+        with contextlib.suppress(OSError):  # the device's files, locked perhaps, which the new process opens for itself
+            os.set_inheritable(number, False)
     os.execv(sys.executable, sys.orig_argv)
 
 
@@ -78,12 +88,23 @@ class Watchdog:
 
     def __init__(self, seconds: float, tell: Callable[[float], None], *, end: Callable[[int], None] = os._exit):
         self.seconds, self.tell, self.end = seconds, tell, end
-        self.still, self.longest = 0.0, None
+        self.longest: float | None = None
+        self._ticks, self._mark = 0, 0  # each is written by one thread
         self._over, self._tick = threading.Event(), 1.0 if not seconds else min(1.0, seconds / 4)
+
+    @property
+    def still(self) -> float:
+        """Seconds since something moved."""
+        return (self._ticks - self._mark) * self._tick
 
     def moved(self) -> None:
         """Something came to its end."""
-        self.longest, self.still = max(self.longest or 0.0, self.still), 0.0
+        self.longest = max(self.longest or 0.0, self.still)
+        self.waits()
+
+    def waits(self) -> None:
+        """It is others that are waited for."""
+        self._mark = self._ticks
 
     @property
     def limit(self) -> float:
@@ -103,10 +124,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._over.wait(self._tick):
-            self.still += self._tick
+            self._ticks += 1
             if self.still > self.limit:
-                self.tell(self.still)
-                with contextlib.suppress(Exception):  # where each thread is; no stderr, no help
-                    faulthandler.dump_traceback(sys.stderr)
+                last = threading.Thread(target=self._tell, daemon=True)  # a disk that hangs lets nobody tell of it
+                last.start()
+                last.join(LAST)
                 self.end(1)
                 return
+
+    def _tell(self) -> None:
+        with contextlib.suppress(Exception):
+            faulthandler.dump_traceback(sys.stderr)  # where each thread is; no stderr, no help
+        with contextlib.suppress(Exception):
+            self.tell(self.still)

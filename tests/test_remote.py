@@ -78,7 +78,7 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path, url, call):
     execute(*PROMPTS, f"--workdir={tmp_path}")
     saving = "--config.checkpoint_seconds=1e-9", "--config.chunk=10"
     assert execute(*PROMPTS, f"--workdir={url}", *saving, failures={call: KeyboardInterrupt()})[0] == 130
-    assert any(name.startswith("checkpoints/") for name in there(url)) == (call > 1)
+    assert any(name.startswith("checkpoints/") for name in there(url)) == (call in (2, 6))
     code, engine = execute(*PROMPTS, f"--workdir={url}", *saving)
     assert code == 0 and [step for _, step in engine.resumed] == {2: [10], 6: [20]}.get(call, [])
     assert finished(url, 4) == colours(tmp_path)
@@ -188,6 +188,59 @@ def test_the_claims_of_others_are_listed_and_not_asked_for_one_by_one(url, monke
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + remote.SEEN + 1)
     assert [item for item in items if two.take(item)] == [items[3]]
+
+
+def test_a_merge_of_another_hides_no_line(url, monkeypatch):
+    """It moves lines from parts to the journal while both are fetched."""
+    execute("--prompt=a", f"--workdir={url}")
+    bucket, other, bring = remote.Bucket(url), remote.Bucket(url), remote.Bucket.bring
+    bucket.fetch()
+    line = there(url)["metadata.jsonl"].replace(b'"text": "a"', b'"text": "b"').replace(b'"id": "a-', b'"id": "b-')
+    other.write("metadata-x-000001.jsonl", line)
+
+    def late(self, names):
+        if "metadata-x-000001.jsonl" in names:
+            monkeypatch.setattr(remote.Bucket, "bring", bring)
+            other.write("metadata.jsonl", there(url)["metadata.jsonl"] + line)
+            other.remove("metadata-x-000001.jsonl")
+        bring(self, names)
+
+    monkeypatch.setattr(remote.Bucket, "bring", late)
+    bucket.fetch()
+    ids = [json.loads(x)["id"][0] for file in bucket.local.glob("metadata*") for x in file.read_text().splitlines()]
+    assert sorted(ids) == ["a", "b"]
+
+
+def test_a_claim_given_back_and_taken_by_another_is_left(url, monkeypatch):
+    """Between two of our requests."""
+    one, two, three = (remote.Claims(remote.Bucket(url), 60, patience=0) for _ in range(3))
+    (item,) = queue.items(["a"], 1)
+    assert one.take(item)
+    modified = remote.Bucket.modified
+
+    def late(self, name):
+        if self is two.bucket and name.endswith(".claim"):
+            one.release([item.id])
+            found = modified(self, name)
+            assert three.take(item)
+            return found
+        return modified(self, name)
+
+    monkeypatch.setattr(remote.Bucket, "modified", late)
+    assert not two.take(item) and three.is_ours(item.id)
+
+
+@pytest.mark.parametrize("form", ["png", "webdataset"])
+def test_nothing_is_left_on_the_machine(url, monkeypatch, form):
+    """Of a run that ended or was interrupted; and of shards the pictures show the first ones."""
+    places, init = [], remote.Bucket.__init__
+    monkeypatch.setattr(remote.Bucket, "__init__", lambda self, url: init(self, url) or places.append(self.local))
+    monkeypatch.setattr(outputs, "SHOWN_SHARDS", 1)
+    asked = [*PROMPTS, f"--workdir={url}", f"--config.outputs.format={form}", "--config.outputs.shard_size=1"]
+    assert execute(*asked, failures={5: KeyboardInterrupt()})[0] == 130
+    assert execute(*asked)[0] == 0
+    assert len(places) == 2 and not any(place.exists() for place in places)
+    assert there(url)["gallery.html"].count(b"data:image/webp") == (4 if form == "png" else 1)
 
 
 @pytest.mark.parametrize("hours", [-24, 24])

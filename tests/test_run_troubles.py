@@ -1,6 +1,5 @@
 """Runs on bad days: devices, disks, signals and processes that fail; nothing is lost."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -58,8 +57,7 @@ def test_a_device_that_fails(tmp_path, monkeypatch, capsys):
         return engines[-1]
 
     def begin_anew(tried):
-        left = {"once": sorted(tried.once), "failed": sorted(tried.failed), "in_a_row": tried.in_a_row}
-        monkeypatch.setenv(trouble.VARIABLE, json.dumps(left))
+        monkeypatch.setenv(trouble.VARIABLE, tried.to_json())
         return run.main(asked, load=load, begin_anew=begin_anew)
 
     asked = command("--config.steps=25", *[f"--prompt={n}" for n in range(8)], f"--workdir={tmp_path}")
@@ -83,8 +81,7 @@ def test_a_device_that_always_fails_ends_the_run(tmp_path, monkeypatch, capsys):
 
     def begin_anew(tried):
         count.append(tried)
-        left = {"once": sorted(tried.once), "failed": sorted(tried.failed), "in_a_row": tried.in_a_row}
-        monkeypatch.setenv(trouble.VARIABLE, json.dumps(left))
+        monkeypatch.setenv(trouble.VARIABLE, tried.to_json())
         return again()
 
     prompts = [f"--prompt={n}" for n in range(50)]
@@ -93,8 +90,47 @@ def test_a_device_that_always_fails_ends_the_run(tmp_path, monkeypatch, capsys):
     assert again() == 1 and len(count) == 3
     assert "the device fails at whatever it is given (INTERNAL: bug); the finished images" in capsys.readouterr().err
     monkeypatch.delenv(trouble.VARIABLE)
-    distributed = dataclasses.replace(asked, distributed=True)
-    assert run.main(distributed, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=None) == 1
+    assert run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=None) == 1
+
+    def refused(tried):
+        raise OSError(7, "Argument list too long")
+
+    assert run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=refused) == 1
+    assert "no fresh process can be begun ([Errno 7] Argument list too long)" in capsys.readouterr().err
+
+
+def test_a_stop_that_came_before_the_device_failed_is_obeyed(tmp_path, capsys):
+    stop = generation.Stop()
+
+    def fail():
+        stop.number = signal.SIGTERM
+        raise BUG
+
+    asked = command("--prompt=one", f"--workdir={tmp_path}")
+    assert run.main(asked, load=lambda s: FakeInverter(s, {1: fail}), stop=stop, begin_anew=None) == 143
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_new_run_begins_anew(tmp_path, monkeypatch):
+    """With --resume=never, too: the run that is there is its own."""
+
+    def begin_anew(tried):
+        monkeypatch.setenv(trouble.VARIABLE, tried.to_json())
+        return run.main(asked, load=FakeInverter)
+
+    asked = command("--prompt=one", f"--workdir={tmp_path}", "--resume=never")
+    assert run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=begin_anew) == 0
+    assert len(pixels(tmp_path)) == 1
+    monkeypatch.delenv(trouble.VARIABLE)
+    assert run.main(asked, load=FakeInverter) == 2
+
+
+def test_too_little_memory_in_a_pool(tmp_path):
+    """What a worker has claimed it may take again in smaller batches."""
+    prompts = [f"--prompt={n}" for n in range(4)]
+    code, engine = execute(*prompts, "--claim", f"--workdir={tmp_path}", failures={2: MEMORY})
+    assert code == 0 and [len(items) for items in engine.begun] == [3, 1, 1, 1, 1]
+    assert len(pixels(tmp_path)) == 4 and not (tmp_path / "claims").exists()
 
 
 def test_what_hangs_ends(tmp_path):

@@ -1,6 +1,5 @@
 """What becomes of what a device fails at, and the watch over what hangs."""
 
-import json
 import os
 import pathlib
 import signal
@@ -57,7 +56,9 @@ def test_a_fresh_process_is_this_command_once_more(tmp_path):
 
 def test_an_environment_holds_a_large_batch():
     tried = trouble.Tried().after(trouble.DeviceFailed(queue.items(list(map(str, range(4000))), 2), 0, ""))
-    assert len(json.dumps(sorted(tried.once))) < 128 * 1024
+    tried = tried.after(trouble.DeviceFailed(queue.items(list(map(str, range(4000))), 2), 0, ""))
+    assert len(tried.failed) == 8000 and len(tried.to_json()) < 128 * 1024
+    assert trouble.Tried.read({trouble.VARIABLE: tried.to_json()}) == tried
 
 
 def test_the_watchdog():
@@ -72,14 +73,26 @@ def test_the_watchdog():
     assert ended == [1] and told[0] > 0.2
 
 
+def test_the_watchdog_bites_whatever_becomes_of_its_bark(monkeypatch):
+    """A disk that is full or hangs lets nobody tell of it."""
+    monkeypatch.setattr(trouble, "LAST", 0.1)
+    for bark in (lambda seconds: 1 / 0, lambda seconds: time.sleep(1000)):
+        ended = []
+        with trouble.Watchdog(0.05, bark, end=ended.append).watching():
+            time.sleep(0.6)
+        assert ended == [1]
+
+
 def test_how_long_it_waits():
     """An hour, or ten times as long as it ever took; and longer for what is compiled."""
     dog = trouble.Watchdog(0, print)
     assert dog.limit == 6 * trouble.HOUR
-    dog.still = 20.0
+    dog._ticks += 20
     dog.moved()
     assert dog.limit == trouble.HOUR
-    dog.still = 1000.0
+    dog._ticks += 5000
+    dog.waits()
+    dog._ticks += 1000
     dog.moved()
     dog.moved()
     assert dog.limit == 10_000
