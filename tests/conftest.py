@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing that a test compiles is of use to another run
@@ -96,6 +97,9 @@ class Room:
 
     left = float("inf")
 
+    def __init__(self):
+        self.lock = threading.Lock()
+
 
 @pytest.fixture
 def room(monkeypatch):
@@ -104,11 +108,12 @@ def room(monkeypatch):
 
     class File(io.FileIO):
         def write(self, data):
-            if not room.left:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            taken = super().write(data[: min(len(data), room.left)])
-            room.left -= taken
-            return taken
+            with room.lock:  # files are written by several threads
+                if not room.left:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                taken = super().write(data[: min(len(data), room.left)])
+                room.left -= taken
+                return taken
 
     def opened(path, mode, buffering=-1):
         return File(path, mode) if buffering == 0 else open(path, mode, buffering)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +246,7 @@ def test_no_line_is_lost_while_journals_are_merged(tmp_path):
         while any(process.poll() is None for process in adding):
             run.merge()
             merges.append(run)
+            time.sleep(0.015)  # who waits for the lock looks for it every 10 ms: the other's turn
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(merge, (main, other)))
