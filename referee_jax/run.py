@@ -315,8 +315,8 @@ def _absl_main(argv: list[str]) -> int:
         device = devices.choose(flags.FLAGS.device)
     except (CommandError, config.ConfigError, prompts.PromptError, devices.DeviceError) as error:
         return _fail(2, str(error))
-    if trouble := compile_cache.use(device):
-        say(f"warning: {trouble}", file=sys.stderr)
+    if problem := compile_cache.use(device):
+        say(f"warning: {problem}", file=sys.stderr)
     work = estimate if flags.FLAGS.estimate else warm_up if flags.FLAGS.warmup else execute
     # JAX lets nobody join a job again, and what came through a pipe does not come twice.
     once = command.distributed or (flags.FLAGS.prompts and not Path(flags.FLAGS.prompts).is_file())
