@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from referee_jax import checkpoint, disk, outputs, progress, queue, trouble, writers
+from referee_jax.weights import hub
 
 
 class Stopped(Exception):
@@ -77,7 +78,7 @@ class Generator:
                     self.make(part, work.claims)
                 except jax.errors.JaxRuntimeError as error:
                     if not is_memory(error):
-                        why = first_line(error)
+                        why = hub.first_line(error)[:300]
                         self.run.log("device failed", items=[item.id for item in part.items], error=why)
                         raise trouble.DeviceFailed(part.items, self.made.images, why) from error
                     self.halve(error)
@@ -167,11 +168,6 @@ class Generator:
 def is_memory(error: jax.errors.JaxRuntimeError) -> bool:
     """Whether it says that memory was too small."""
     return "RESOURCE_EXHAUSTED" in str(error)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def tell_cost(engine: Any, run: outputs.RunDirectory, batch: Any) -> None:

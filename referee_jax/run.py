@@ -264,7 +264,7 @@ def main(
                 1,
                 f"the device's memory is too small even for --config.batch_size=1 (--config.remat=full needs least); {keeps}",
             )
-        return _fail(1, f"the device failed: {generation.first_line(error)}; {keeps}")
+        return _fail(1, f"the device failed: {hub.first_line(error)[:300]}; {keeps}")
 
 
 def catch_signals(stop: generation.Stop) -> None:
