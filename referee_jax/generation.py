@@ -116,7 +116,7 @@ class Generator:
                 frames.append(engine.preview(batch))
             if batch.step < engine.steps and (self.stop() or time.monotonic() - saved > self.save_every):
                 self.checkpoints.save(engine.snapshot(batch), self.run.fingerprint)
-                self.run.send()
+                self.run.place.send()
                 saved = time.monotonic()
                 self.check()
         for n, picture in enumerate(engine.finish(batch)):
@@ -126,7 +126,7 @@ class Generator:
         self.is_settled = False
         self.made.images += len(part.items)
         self.bar.finished(len(part.items))
-        if self.run.bucket:
+        if self.run.place.is_remote:
             self.settle(claims)  # at once: what is on this machine alone is lost with it
 
     def settle(self, claims: queue.Claims | None, *, commit: bool = False) -> None:
@@ -135,7 +135,7 @@ class Generator:
         if not self.is_settled:
             self.checkpoints.clear()
             self.is_settled = True
-        self.run.send()
+        self.run.place.send()
         if claims:
             claims.release(written)
         if self.engine.compiled:
@@ -147,7 +147,7 @@ class Generator:
             f"error: {disk.HOST}: nothing has moved for {seconds:.0f} s, at {self.at}; ending", file=sys.stderr
         )
         self.run.log("stalled", host=disk.HOST, at=self.at, seconds=round(seconds))
-        self.run.send()
+        self.run.place.send()
 
     def halve(self, error: jax.errors.JaxRuntimeError) -> None:
         """Goes on with batches half as large; raises `error` where they are of one already."""

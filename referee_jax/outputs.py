@@ -28,7 +28,6 @@ import json
 import math
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,11 @@ import numpy as np
 import tqdm
 from PIL import Image, ImageDraw, ImageFont
 
-from referee_jax import config, disk, formats, queue, remote, shards, writers
+from referee_jax import config, disk, formats, place, remote, shards, writers
 
 PACKAGES = ("referee_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "pillow")
 FOLDERS = ("images", "shards")
 SHEET_PICTURES = 200
-SHOWN_SHARDS = 4  # of a bucket: each is fetched as a whole
 # For the space on disk: a compressed image by what it is raw, at most; and what is written besides, in bytes.
 SHARE = {"png": 0.9, "webp": 0.75, "frame": 0.25}
 OVERHEAD = 16384
@@ -61,16 +59,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read_journal(path: Path, *, bucket: remote.Bucket | None = None) -> list[dict[str, Any]]:
+def read_journal(path: Path, *, where: place.Disk | remote.Bucket | None = None) -> list[dict[str, Any]]:
     """The lines of a run directory's journals, of all processes, whose images are there; each image once."""
     # These first: `merge` moves lines to the main one, where they may be seen again but must not be missed.
     others = [line for file in sorted(path.glob("metadata-*.jsonl")) for line in disk.read_lines(file)]
-    return _there(path, disk.read_lines(path / "metadata.jsonl") + others, bucket)
+    return _there(where or place.Disk(path), disk.read_lines(path / "metadata.jsonl") + others)
 
 
-def _there(path: Path, records: Sequence[Mapping[str, Any]], bucket: remote.Bucket | None) -> list[dict[str, Any]]:
+def _there(where: place.Disk | remote.Bucket, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Those of images that are there. The folders are listed: to ask for each file is slow on a network's disk."""
-    names = {f"{folder}/{name}" for folder in FOLDERS for name in _listing(path / folder, bucket)}
+    names = {f"{folder}/{name}" for folder in FOLDERS for name in where.listing(folder)}
     kept = {}
     for record in records:
         name = record.get("file_name")
@@ -79,21 +77,14 @@ def _there(path: Path, records: Sequence[Mapping[str, Any]], bucket: remote.Buck
     return list(kept.values())
 
 
-def _listing(folder: Path, bucket: remote.Bucket | None) -> list[str]:
-    here = os.listdir(folder) if folder.is_dir() else []
-    return here + bucket.names(folder.name) if bucket else here
-
-
 class RunDirectory:
     """A run directory that is written to, by this process and perhaps others; each has a journal of its own."""
 
-    def __init__(
-        self, path: Path, settings: config.Settings, *, process: int | str = 0, bucket: remote.Bucket | None = None
-    ):
-        self.path, self.settings, self.process, self.bucket = path, settings, process, bucket
-        self.name = bucket.url if bucket else str(path)  # for people
+    def __init__(self, where: place.Disk | remote.Bucket, settings: config.Settings, *, process: int | str = 0):
+        self.place, self.path, self.name = where, where.local, where.name
+        self.settings, self.process = settings, process
         journal = f"metadata-{process}.jsonl" if process else "metadata.jsonl"
-        self.images, self.journal, self.log_file = path / "images", path / journal, path / "log.jsonl"
+        self.images, self.journal, self.log_file = (self.path / x for x in ("images", journal, "log.jsonl"))
         self.fingerprint = config.fingerprint(settings)
 
     @classmethod
@@ -119,9 +110,9 @@ class RunDirectory:
                 bucket = remote.Bucket(str(path))
             except ValueError as error:
                 raise RunError(str(error)) from error
-            run = cls(bucket.local, settings, process=bucket.who, bucket=bucket)
+            run = cls(bucket, settings, process=bucket.who)
         else:
-            run = cls(Path(path).expanduser(), settings, process=process)
+            run = cls(place.Disk(Path(path).expanduser()), settings, process=process)
         try:
             run._begin(device, resume)
         except OSError as error:
@@ -132,10 +123,8 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "config.json"
         # Listed before config.json is looked for, which another process that begins the run writes first.
-        names = self.bucket.names() if self.bucket else os.listdir(self.path)
-        is_empty = all(name.startswith(".") for name in names)
-        if self.bucket:
-            self.bucket.fetch()
+        is_empty = all(name.startswith(".") for name in self.place.names())
+        self.place.fetch()
         if file.exists() and resume == "never":
             raise RunError(f"{self.name} is a run already, and --resume=never; choose another --workdir")
         if file.exists():
@@ -147,7 +136,7 @@ class RunDirectory:
                 )
             if changes:
                 self._write_settings(file, device)
-                self.publish(file.name)
+                self.place.publish(file.name)
                 self.log("settings", changes=changes.splitlines())
         elif not is_empty:
             raise RunError(
@@ -155,7 +144,7 @@ class RunDirectory:
             )
         else:
             self._write_settings(file, device)
-            if self.bucket and not self.bucket.create(file.name, file.read_bytes()):
+            if not self.place.begin(file.name):
                 return self._begin(device, resume)  # another began it this moment, perhaps with other settings
         # One process after the other, so that what a crash left is taken up by one, and the next sees it done.
         with disk.locked(file):
@@ -203,34 +192,25 @@ class RunDirectory:
     def note_commits(self, found: Mapping[str, str]) -> None:
         """Notes the commits of checkpoints; of those that are noted already nothing changes."""
         file = self.path / "config.json"
-        if self.bucket:
-            self.bucket.fetch()
+        self.place.fetch()
         with disk.locked(file):
             record = json.loads(file.read_bytes())
             if found.keys() - record.get("commits", {}).keys():
                 record["commits"] = {**found, **record.get("commits", {})}
                 disk.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
-                self.publish(file.name)
+                self.place.publish(file.name)
 
     def merge(self) -> None:
         """Takes the lines of all processes' journals into metadata.jsonl; for any of them, at any time.
 
         A line that another process adds meanwhile stays in, or comes into, a journal of its own.
         """
-        if not self.bucket:
-            with disk.locked(self.path / "config.json"):  # two at once would overwrite each other's
-                self._gather(self.path / "metadata.jsonl", self._others())
-            return
-        self.bucket.send()
-        is_merged = False
-        while not is_merged:
-            with self.bucket.locked("merge") as is_ours:
-                self.bucket.fetch()
-                others = self._others()
-                self._gather(self.path / "metadata.jsonl", others)
-                self.bucket.forget_lines()
-                if is_merged := is_ours():  # else it took so long that another does the same
-                    self.bucket.replace_lines("metadata.jsonl", [file.name for file in others])
+        self.place.merge(self._merge)
+
+    def _merge(self) -> list[str]:
+        others = self._others()
+        self._gather(self.path / "metadata.jsonl", others)
+        return [file.name for file in others]
 
     def _others(self) -> list[Path]:
         return sorted(self.path.glob("metadata-*.jsonl"))
@@ -242,7 +222,7 @@ class RunDirectory:
             for file in (into, *others):
                 stack.enter_context(disk.locked(file))
             records = [line for file in (into, *others) for line in disk.read_lines(file)]
-            kept = _there(self.path, records, self.bucket)
+            kept = _there(self.place, records)
             if others or len(kept) < len(records):
                 disk.write_atomic(into, disk.encode_lines(*kept))
             for file in others:
@@ -250,9 +230,8 @@ class RunDirectory:
 
     def finished(self) -> list[dict[str, Any]]:
         """The lines of all journals whose images are there, each image once."""
-        if self.bucket:
-            self.bucket.fetch()
-        return read_journal(self.path, bucket=self.bucket)
+        self.place.fetch()
+        return read_journal(self.path, where=self.place)
 
     def done(self) -> set[str]:
         """The ids of all items that are journalled, by any process, and whose images are there."""
@@ -263,10 +242,8 @@ class RunDirectory:
         return self.images / f"{name}.{writers.ending(self.settings.outputs)}"
 
     def check_space(self, items: int) -> None:
-        """RunError if the disk has no room for so many more images. A bucket has no end."""
-        if self.bucket:
-            return
-        needed, free = items * bytes_per_item(self.settings), shutil.disk_usage(self.path).free
+        """RunError if there is no room for so many more images."""
+        needed, free = items * bytes_per_item(self.settings), self.place.free()
         if needed > free:
             size = functools.partial(tqdm.tqdm.format_sizeof, suffix="B")
             raise RunError(
@@ -284,50 +261,18 @@ class RunDirectory:
             try:
                 writer.close()
             finally:
-                self.send()  # what is whole, also if something was not
-
-    def close(self) -> None:
-        """Removes what a run in a bucket has on this machine; of another, nothing."""
-        if self.bucket:
-            self.bucket.close()
-
-    def send(self) -> None:
-        """Where the run is in a bucket: brings it up to date."""
-        if self.bucket:
-            self.bucket.send()
-
-    def publish(self, *names: str) -> None:
-        """Where the run is in a bucket: sends these files, in place of what they were."""
-        if self.bucket:
-            self.bucket.publish(*names)
+                self.place.send()  # what is whole, also if something was not
 
     def bring(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those of these lines whose images can be opened: all, or, of shards in a bucket, those in the first ones.
-
-        Where the run is in a bucket the images are fetched.
-        """
-        if not self.bucket:
-            return list(records)
-        file = lambda x: x["file_name"].rpartition("/")[0] if ".tar/" in x["file_name"] else x["file_name"]  # noqa: E731
-        names = list(dict.fromkeys(map(file, records)))
-        names = [name for name in names if not name.endswith(".tar")] + [x for x in names if x.endswith(".tar")][
-            :SHOWN_SHARDS
-        ]
-        self.bucket.bring([name for name in names if not (self.path / name).exists()])
-        return [record for record in records if file(record) in names]
-
-    def listing(self, folder: str) -> set[str]:
-        """The names of the files in one of its folders."""
-        return set(_listing(self.path / folder, self.bucket))
+        """Those of these lines whose images can be opened; where the run is in a bucket they are fetched."""
+        files = [shards.holder(x["file_name"]) for x in records]
+        there = set(self.place.bring_images(list(dict.fromkeys(files))))
+        return [record for record, file in zip(records, files, strict=True) if file in there]
 
     def write(self, picture: writers.Picture, *, seconds: float, frames: Sequence[np.ndarray] = ()) -> str:
         """Writes one image by itself, in a shard of its own if shards are asked for; see writers.Writer.write."""
         with self.writing() as writer:
             return writer.write(picture, seconds=seconds, frames=frames)
-
-    def claims(self, expiry: float) -> queue.Claims | remote.Claims:
-        """Who makes what, in a pool of workers."""
-        return remote.Claims(self.bucket, expiry) if self.bucket else queue.Claims(self.path / "claims", expiry)
 
     def log(self, event: str, **values: Any) -> None:
         """Adds a line to log.jsonl."""
@@ -344,18 +289,13 @@ class RunDirectory:
             return None
         brought = self.bring(records[:SHEET_PICTURES])
         shown = [(self.path / x["file_name"], x["text"], x["scores"]) for x in brought]
-        title = f"{self.title}: {len(shown)} of {len(records)} images" if len(records) > len(shown) else ""
+        title = f"{self.place.title}: {len(shown)} of {len(records)} images" if len(records) > len(shown) else ""
         buffer = io.BytesIO()
         draw_sheet(shown, title=title).save(buffer, "PNG")
         path = self.path / "contact_sheet.png"
         disk.write_atomic(path, buffer.getvalue())
-        self.publish(path.name)
+        self.place.publish(path.name)
         return path
-
-    @property
-    def title(self) -> str:
-        """The last part of its name."""
-        return self.bucket.url.rpartition("/")[2] if self.bucket else self.path.resolve().name
 
 
 def bytes_per_item(settings: config.Settings) -> int:

@@ -15,6 +15,7 @@ An image is there before its line. Only this file knows fsspec.
 import collections
 import contextlib
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -27,6 +28,7 @@ from referee_jax import queue
 CONTENT = ("images", "shards", "trajectories")
 LINES = ("metadata", "log")
 CHECKPOINTS = "checkpoints"
+SHOWN_SHARDS = 4  # each is fetched as a whole
 TOGETHER = 32  # objects that are fetched at once
 LOCK = 600.0  # seconds after which a lock's owner is taken for dead
 SEEN = 10.0  # seconds between two looks at what others have claimed
@@ -53,11 +55,13 @@ class Bucket:
     or needs a package that is not installed.
     """
 
+    is_remote = True
+
     def __init__(self, url: str):
-        self.url, self.who = url.rstrip("/"), queue.name_process()
+        self.name, self.who = url.rstrip("/"), queue.name_process()
         kind = url.partition("://")[0]
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            self.fs, self.root = fsspec.core.url_to_fs(self.name, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise ValueError(f"{url} cannot be reached: {error} (gs:// and s3:// need the extra [{kind}])") from error
         self._directory = tempfile.TemporaryDirectory(prefix="referee_jax-")
@@ -67,6 +71,19 @@ class Bucket:
         self._there: set[str] = set()  # checkpoints that the bucket has, as far as we know
         self._keys: dict[str, str] = {}  # of what was fetched and may change
         self._brought: set[str] = set()
+
+    @property
+    def title(self) -> str:
+        """The last part of its name."""
+        return self.name.rpartition("/")[2]
+
+    def free(self) -> float:
+        """A bucket has no end."""
+        return math.inf
+
+    def claims(self, expiry: float) -> "Claims":
+        """Who makes what, in a pool of workers."""
+        return Claims(self, expiry)
 
     def close(self) -> None:
         """Removes the local directory."""
@@ -80,6 +97,11 @@ class Bucket:
             found = self.fs.ls(self._at(folder), detail=False)
             return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
         return []
+
+    def listing(self, folder: str) -> list[str]:
+        """What is in a folder, and what will be sent there."""
+        here = self.local / folder
+        return (os.listdir(here) if here.is_dir() else []) + self.names(folder)
 
     def write(self, name: str, data: bytes) -> None:
         """An object, anew or in place of what it was."""
@@ -120,7 +142,7 @@ class Bucket:
         now = self.modified(probe)
         self.remove(probe)
         if now is None:
-            raise OSError(f"{self.url}: what was written this moment is not there")
+            raise OSError(f"{self.name}: what was written this moment is not there")
         return now
 
     @contextlib.contextmanager
@@ -146,9 +168,13 @@ class Bucket:
         except Exception as error:  # each kind of bucket raises errors of its own library
             if _is_conflict(error):
                 raise FileExistsError(str(error)) from error
-            raise OSError(f"{self.url}: {type(error).__name__}: {str(error)[:200]}") from error
+            raise OSError(f"{self.name}: {type(error).__name__}: {str(error)[:200]}") from error
 
     # --- what is fetched and sent -------------------------------------------------------------------------------------
+
+    def begin(self, name: str) -> bool:
+        """Gives a local file to all, unless another process was first; whether it was ours."""
+        return self.create(name, (self.local / name).read_bytes())
 
     def fetch(self) -> None:
         """Brings settings and journals as they are now into the local directory."""
@@ -186,6 +212,12 @@ class Bucket:
                         (self.local / name).write_bytes(data)
         self._brought.update(names)
 
+    def bring_images(self, files: Sequence[str]) -> list[str]:
+        """Brings images, and of shards the first few; those that can be opened now."""
+        shown = [x for x in files if not x.endswith(".tar")] + [x for x in files if x.endswith(".tar")][:SHOWN_SHARDS]
+        self.bring([name for name in shown if not (self.local / name).exists()])
+        return shown
+
     def send(self) -> None:
         """Brings the bucket up to the local directory; whatever happens meanwhile, no line comes before its image."""
         lines = {kind: self._news(kind) for kind in LINES}
@@ -209,14 +241,18 @@ class Bucket:
         """Sends these files as they are, in place of what they were."""
         self._put([self.local / name for name in names if (self.local / name).exists()])
 
-    def replace_lines(self, into: str, names: Sequence[str]) -> None:
-        """Sends a journal into which those of these names were taken."""
-        self.publish(into)
-        self.remove(*names)
-
-    def forget_lines(self) -> None:
-        """Our own journal, all of which was sent, begins anew."""
-        self._ends["metadata"] = 0
+    def merge(self, gather: Callable[[], Sequence[str]]) -> None:
+        """Calls what takes all journals into metadata.jsonl, and tells which; one process at a time."""
+        self.send()
+        is_merged = False
+        while not is_merged:
+            with self.locked("merge") as is_ours:
+                self.fetch()
+                taken = gather()
+                self._ends["metadata"] = 0  # our own journal, all of which was sent, begins anew
+                if is_merged := is_ours():  # else it took so long that another does the same
+                    self.publish("metadata.jsonl")
+                    self.remove(*taken)
 
     def _is_new(self, name: str) -> bool:
         with self._asked(), contextlib.suppress(FileNotFoundError):

@@ -77,7 +77,7 @@ def execute(
     run = outputs.RunDirectory.open(
         command.workdir, command.settings, device=device, process=command.shard_index, resume=resume
     )
-    with contextlib.closing(run):
+    with contextlib.closing(run.place):
         return carry_out(command, run, texts, rejected, load=load, stop=stop, tried=tried or trouble.Tried())
 
 
@@ -124,7 +124,7 @@ def carry_out(
     finish(run, made, len(rejected), time.monotonic() - start)
     if failed := queue.missing(failed, run.done()):  # another may have made them meanwhile
         run.log("failed", items=[item.id for item in failed])
-        run.send()
+        run.place.send()
         names = ", ".join(item.id for item in failed[:5]) + (", ..." if len(failed) > 5 else "")
         return _fail(1, f"the device failed twice at {len(failed)} images, which the same command tries again: {names}")
     return 0
@@ -134,7 +134,7 @@ def generate(
     engine: Any, run: outputs.RunDirectory, items: Sequence[queue.Item], command: Command, stop: generation.Stop
 ) -> generation.Made:
     """Makes and writes all of `items`; in a pool of workers, those that no other makes."""
-    claims = run.claims(command.claim_expiry) if command.claim else None
+    claims = run.place.claims(command.claim_expiry) if command.claim else None
     checkpoints = in_flight(run)
     work = queue.Work(items, checkpoints.begun(run.fingerprint), claims=claims, done=run.done)
     if begun := sum(len(part.items) for part in work.begun):
@@ -152,8 +152,7 @@ def generate(
 
 def in_flight(run: outputs.RunDirectory) -> checkpoint.Checkpoints:
     """What any process has left in the middle."""
-    if run.bucket:
-        run.bucket.fetch_checkpoints()
+    run.place.fetch_checkpoints()
     return checkpoint.Checkpoints(run.path / "checkpoints")
 
 
@@ -173,7 +172,7 @@ def finish(run: outputs.RunDirectory, made: generation.Made, skipped: int, secon
     run.log(
         "end", hacked=hacked, images=made.images, skipped=skipped, nonfinite=made.nonfinite, seconds=round(seconds, 1)
     )
-    run.send()
+    run.place.send()
     see = f"{run.name}/{sheet.name} and {page.name}" if sheet and page else run.name
     broken = f" ({made.nonfinite} of them not finite)" if made.nonfinite else ""
     say(f"{made.images} images done{broken}, {skipped} prompts skipped, {seconds:.0f} s; see {see}")

@@ -99,6 +99,11 @@ def recover(directory: Path, journal: Path, clock: float) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def holder(name: str) -> str:
+    """The file that holds an image of this name: itself, or the shard that it is in."""
+    return name.rpartition("/")[0] if ".tar/" in name else name
+
+
 def read_bytes(file: Path) -> bytes:
     """The content of a file, or of a member of a tar that is named like a file in it. OSError where there is none."""
     if file.parent.suffix != ".tar":

@@ -235,7 +235,7 @@ def test_nothing_is_left_on_the_machine(url, monkeypatch, form):
     """Of a run that ended or was interrupted; and of shards the pictures show the first ones."""
     places, init = [], remote.Bucket.__init__
     monkeypatch.setattr(remote.Bucket, "__init__", lambda self, url: init(self, url) or places.append(self.local))
-    monkeypatch.setattr(outputs, "SHOWN_SHARDS", 1)
+    monkeypatch.setattr(remote, "SHOWN_SHARDS", 1)
     asked = [*PROMPTS, f"--workdir={url}", f"--config.outputs.format={form}", "--config.outputs.shard_size=1"]
     assert execute(*asked, failures={5: KeyboardInterrupt()})[0] == 130
     assert execute(*asked)[0] == 0
@@ -305,7 +305,7 @@ def test_a_bucket_that_fails_meanwhile_ends_the_run_and_loses_nothing(tmp_path, 
 
     def fail(self, files):
         if any(file.parent.name == "images" for file in files):
-            raise OSError(f"{self.url}: 503 Service Unavailable")
+            raise OSError(f"{self.name}: 503 Service Unavailable")
         put(self, files)
 
     monkeypatch.setattr(remote.Bucket, "_put", fail)
