@@ -135,27 +135,20 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([title, statistics.markdown(columns, rows), statistics.markdown(heads, runs)])
 
 
-def main(argv: list[str]) -> int:
+def main(args: flags.FlagValues) -> str:
     """The command line."""
-    args = flags.FLAGS
-
-    def work() -> str:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}")
-        if not args.batches or not all(x.isdigit() and int(x) for x in args.batches):
-            raise ValueError(f"--batches={','.join(args.batches)}: numbers of images are needed, at least 1")
-        settings = config.from_config(args.config)
-        devices.choose()
-        with tempfile.TemporaryDirectory() as cache:
-            # Nothing is compiled before: the first time is without, the second with what the cache holds.
-            jax.config.update("jax_compilation_cache_dir", cache)
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-            found = bench(settings, list(map(int, args.batches)), least=args.seconds)
-        if args.out:
-            pathlib.Path(args.out).write_text(json.dumps(disk.finite(found), indent=2) + "\n")
-        return table(found)
-
-    return command.tell(work)
+    if not args.batches or not all(x.isdigit() and int(x) for x in args.batches):
+        raise ValueError(f"--batches={','.join(args.batches)}: numbers of images are needed, at least 1")
+    settings = config.from_config(args.config)
+    devices.choose()
+    with tempfile.TemporaryDirectory() as cache:
+        # Nothing is compiled before: the first time is without, the second with what the cache holds.
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        found = bench(settings, list(map(int, args.batches)), least=args.seconds)
+    if args.out:
+        pathlib.Path(args.out).write_text(json.dumps(disk.finite(found), indent=2) + "\n")
+    return table(found)
 
 
 if __name__ == "__main__":

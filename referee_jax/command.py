@@ -86,24 +86,35 @@ def prepare(wanted: str) -> None:
 def tell(work: Callable[[], str]) -> int:
     """Prints what a program's work has to say; its exit code. What cannot be done is one sentence and code 2."""
     try:
-        print(work().rstrip("\n"))
+        print(prompts.printable(work().rstrip("\n"), sys.stdout.encoding))
     except (ValueError, OSError, devices.DeviceError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(prompts.printable(f"error: {error}", sys.stderr.encoding), file=sys.stderr)
         return 2
     return 0
 
 
-def start(main: Callable[[list[str]], int]) -> None:
-    """Runs a program whose flags are defined. A flag that cannot be is one sentence and code 2."""
-    app.run(main, flags_parser=_parse)
+def start(main: Callable[..., str], *, arguments: int = 0, hint: str = "") -> None:
+    """Runs a program whose flags are defined: `main` has their values, and so many arguments, and gives what there is to say.
+
+    `hint` says where else something belongs that is one argument too many. A flag or an argument that cannot be is one
+    sentence and code 2, as is what cannot be done.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = _parsed(argv, flags.FLAGS)
+            if len(rest) > 1 + arguments:
+                raise flags.Error(_unexpected(rest[1 + arguments], hint))
+        except FLAG_ERRORS as error:
+            print(prompts.printable(f"error: {_why(error, argv)}", sys.stderr.encoding), file=sys.stderr)
+            sys.exit(2)
+        return rest
+
+    app.run(lambda argv: tell(lambda: main(flags.FLAGS, *argv[1:])), flags_parser=parse)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return _parsed(argv, flags.FLAGS)
-    except FLAG_ERRORS as error:
-        print(f"error: {_why(error, argv)}", file=sys.stderr)
-        sys.exit(2)
+def _unexpected(argument: str, hint: str) -> str:
+    return f"unexpected argument {argument!r}" + (f"; {hint}" if hint else "")
 
 
 def _parsed(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
@@ -171,7 +182,7 @@ def _unknown(path: str) -> str | None:
 def read_command(values: flags.FlagValues, rest: Sequence[str]) -> Command:
     """The command of parsed flags. Raises CommandError, ConfigError or PromptError."""
     if rest:
-        raise CommandError(f"unexpected argument {rest[0]!r}; prompts are given with --prompt or --prompts")
+        raise CommandError(_unexpected(rest[0], "prompts are given with --prompt or --prompts"))
     wanted = dict(values.config.items())
     wanted |= {key: values[key].value for key in ("samples", "seed", "workdir") if values[key].value is not None}
     settings = config.from_config(wanted)

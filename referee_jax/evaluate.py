@@ -304,21 +304,15 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("out", None, "directory to write; default: within --workdir", **own)
 
 
-def main(argv: list[str], args: flags.FlagValues = flags.FLAGS) -> int:
+def main(args: flags.FlagValues) -> str:
     """The command line."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-
-    def work() -> str:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}")
-        if not args.workdir:
-            raise ValueError("--workdir is missing: a run directory, or a folder of images in a benchmark's layout")
-        if args.referee or args.vqa or args.benchmark == "t2i_compbench":  # who scores needs a device
-            command.prepare(args.device)
-        return evaluate(args)
-
-    return command.tell(work)
+    if not args.workdir:
+        raise ValueError("--workdir is missing: a run directory, or a folder of images in a benchmark's layout")
+    if args.referee or args.vqa or args.benchmark == "t2i_compbench":  # who scores needs a device
+        command.prepare(args.device)
+    return evaluate(args)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import base64
 import io
 import json
 import secrets
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from urllib.parse import quote
 
 import jinja2
 
-from referee_jax import command, config, disk, formats, outputs, prompts, remote
+from referee_jax import command, config, disk, formats, outputs, place, remote, shards
 
 EMBEDDED = 300  # pictures; of 512 px they make a page of about 5 MB
 THUMBNAIL = 256  # pixels at most, of a picture in the page
@@ -38,13 +37,13 @@ def write(run: outputs.RunDirectory) -> Path | None:
     path = run.path / "gallery.html"
     # A text may hold half a character (a lone surrogate), which no file can.
     disk.write_atomic(path, page(run, records).encode("utf-8", "replace"))
-    run.publish(path.name)
+    run.place.publish(path.name)
     return path
 
 
 def page(run: outputs.RunDirectory, records: list[dict[str, Any]]) -> str:
     """The page of these lines of the journal."""
-    trajectories = {name.removesuffix(".webp") for name in run.listing("trajectories")}
+    trajectories = {name.removesuffix(".webp") for name in run.place.listing("trajectories")}
     count, is_sharded = len(records), any(x["file_name"].startswith("shards/") for x in records)
     records = records[:EMBEDDED] if is_sharded else records
     is_embedded = len(records) <= EMBEDDED
@@ -54,7 +53,7 @@ def page(run: outputs.RunDirectory, records: list[dict[str, Any]]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template("gallery.html").render(
-        title=run.title,
+        title=run.place.title,
         nonce=secrets.token_urlsafe(16),  # drawn after the prompts were written: none of them can know it
         records=[_shown(x, run.path, x["id"] in trajectories, is_embedded) for x in records],
         left_out=count - len(records),
@@ -73,7 +72,7 @@ def _shown(record: Mapping[str, Any], path: Path, has_trajectory: bool, is_embed
     kept = ("text", "sample", "seed", "scores", "status", "losses", "hacked", "seconds")
     shown = {key: disk.finite(record[key]) for key in kept if key in record}
     name = record["file_name"]
-    shown["image"] = _link(name.rpartition("/")[0] if ".tar/" in name else name)  # a browser opens no file in a shard
+    shown["image"] = _link(shards.holder(name))  # a browser opens no file in a shard
     shown["thumbnail"] = thumbnail(path / name) if is_embedded else shown["image"]
     if has_trajectory:
         shown["trajectory"] = _link(f"trajectories/{record['id']}.webp")
@@ -101,23 +100,18 @@ def read(path: Path) -> outputs.RunDirectory:
         settings = json.loads((path / "config.json").read_bytes())["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise outputs.RunError(f"{path} is not a run directory (no config.json that can be read)") from error
-    return outputs.RunDirectory(path, config.from_config(settings))
+    return outputs.RunDirectory(place.Disk(path), config.from_config(settings))
 
 
-def main(argv: list[str]) -> int:
+def main(_: Any, run_directory: str = "") -> str:
     """The command line."""
-    try:
-        if len(argv) != 2:
-            raise ValueError("name one run directory: python -m referee_jax.gallery RUN")
-        file = write(read(remote.local_only(argv[1])))
-        if file is None:
-            raise ValueError(f"{argv[1]} holds no finished image")
-        print(prompts.printable(str(file), sys.stdout.encoding))
-    except (ValueError, OSError) as error:
-        print(prompts.printable(f"error: {error}", sys.stderr.encoding), file=sys.stderr)
-        return 2
-    return 0
+    if not run_directory:
+        raise ValueError("name one run directory: python -m referee_jax.gallery RUN")
+    file = write(read(remote.local_only(run_directory)))
+    if file is None:
+        raise ValueError(f"{run_directory} holds no finished image")
+    return str(file)
 
 
 if __name__ == "__main__":
-    command.start(main)
+    command.start(main, arguments=1)

@@ -48,24 +48,17 @@ def score(
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
+def main(args: flags.FlagValues) -> str:
     """The command line."""
-    args = flags.FLAGS
     if not args["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    if args.list:
+        return listing()
+    if not args.referee:
+        raise ValueError("--referee is missing: a directory or a hub id, see --list")
+    command.prepare(args.device)
     reading = {name: args[name].value for name in ("template", "first_token") if args[name].present}
-
-    def work() -> str:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}; texts are given with --text")
-        if args.list:
-            return listing()
-        if not args.referee:
-            raise ValueError("--referee is missing: a directory or a hub id, see --list")
-        command.prepare(args.device)
-        return score(args.referee, args.image, args.text, name=args.name or "", revision=args.revision, **reading)
-
-    return command.tell(work)
+    return score(args.referee, args.image, args.text, name=args.name or "", revision=args.revision, **reading)
 
 
 if __name__ == "__main__":
@@ -81,4 +74,4 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("image", [], "image file; may be repeated")
     flags.DEFINE_multi_string("text", [], "text; may be repeated")
     flags.DEFINE_bool("list", False, "name the referees and their published checkpoints")
-    command.start(main)
+    command.start(main, hint="texts are given with --text")

@@ -192,20 +192,13 @@ def sweep(
     return report.write(found, "variant", shown, drawn or shown[:1], workdir)
 
 
-def main(argv: list[str]) -> int:
+def main(args: flags.FlagValues) -> str:
     """The command line."""
-    args = flags.FLAGS
-
-    def work() -> str:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}")
-        if not args.sweep or not args.workdir:
-            raise ValueError("--sweep=FILE and --workdir=DIRECTORY are needed")
-        command.prepare(args.device)
-        changes = {} if args.samples is None else {"samples": args.samples}
-        return sweep(args.sweep, remote.local_only(args.workdir), vary=args.vary, names=args.variant, changes=changes)
-
-    return command.tell(work)
+    if not args.sweep or not args.workdir:
+        raise ValueError("--sweep=FILE and --workdir=DIRECTORY are needed")
+    command.prepare(args.device)
+    changes = {} if args.samples is None else {"samples": args.samples}
+    return sweep(args.sweep, remote.local_only(args.workdir), vary=args.vary, names=args.variant, changes=changes)
 
 
 if __name__ == "__main__":

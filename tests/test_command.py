@@ -112,6 +112,9 @@ def test_the_program_fails_without_a_traceback(tmp_path):
         ("benchmarks.methods", ["--config=nothing.py"], "the config file cannot be read: No such file"),
         ("shapes.train", [], "Flag --network must have a value other than None"),
         ("shapes.train", ["--network=clip", "more"], "unexpected argument 'more'"),
+        ("score", ["cat.png"], "unexpected argument 'cat.png'; texts are given with --text"),
+        ("gallery", ["one", "two"], "unexpected argument 'two'"),
+        ("gallery", [], "name one run directory"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_a_sentence(program, arguments, said):

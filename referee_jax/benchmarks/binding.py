@@ -97,17 +97,12 @@ def table(args) -> str:
     return statistics.markdown(["referee", *(f"{kind}, {x}" for kind in ("swap", "near") for x in splits)], rows)
 
 
-def main(argv: list[str]) -> int:
+def main(args: flags.FlagValues) -> str:
     """The command line."""
-    args = flags.FLAGS
-
-    def work() -> str:
-        if len(argv) > 1 or not args.referee:
-            raise ValueError("--referee=DIRECTORY_OR_ID is needed, as often as you like, and nothing but flags")
-        command.prepare(args.device)
-        return table(args)
-
-    return command.tell(work)
+    if not args.referee:
+        raise ValueError("--referee=DIRECTORY_OR_ID is needed, as often as you like")
+    command.prepare(args.device)
+    return table(args)
 
 
 if __name__ == "__main__":

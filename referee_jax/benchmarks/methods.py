@@ -173,17 +173,10 @@ def compare(args: flags.FlagValues) -> str:
     return report.write(found, "method", names, [*shapes.SPLITS, "quality, dB"], out)
 
 
-def main(argv: list[str]) -> int:
+def main(args: flags.FlagValues) -> str:
     """The command line."""
-    args = flags.FLAGS
-
-    def work() -> str:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}")
-        command.prepare(args.device)
-        return compare(args)
-
-    return command.tell(work)
+    command.prepare(args.device)
+    return compare(args)
 
 
 if __name__ == "__main__":

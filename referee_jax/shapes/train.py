@@ -151,20 +151,13 @@ def card(network: torch.nn.Module, said: dict, *, step: int, figures: dict) -> s
     )
 
 
-def main(argv: list[str]) -> int:
+def main(args: flags.FlagValues) -> str:
     """The command line."""
-    args = flags.FLAGS
-
-    def work() -> str:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}")
-        data = {name: args[name].value for name in ("noise", "named") if args[name].present}
-        out, workdir = pathlib.Path(args.out), pathlib.Path(args.workdir)
-        own = {"epoch": args.epoch, "workers": args.workers}
-        train(args.network, steps=args.steps, seed=args.seed, out=out, workdir=workdir, **own, **data)
-        return f"{args.network} is in {out}"
-
-    return command.tell(work)
+    data = {name: args[name].value for name in ("noise", "named") if args[name].present}
+    out, workdir = pathlib.Path(args.out), pathlib.Path(args.workdir)
+    own = {"epoch": args.epoch, "workers": args.workers}
+    train(args.network, steps=args.steps, seed=args.seed, out=out, workdir=workdir, **own, **data)
+    return f"{args.network} is in {out}"
 
 
 if __name__ == "__main__":
