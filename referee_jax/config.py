@@ -400,12 +400,17 @@ def pinned(settings: Settings, commits: Mapping[str, str]) -> Settings:
     return dataclasses.replace(settings, generator=pin(settings.generator), referees=tuple(map(pin, settings.referees)))
 
 
+def is_embedded(name: str) -> bool:
+    """Whether a checkpoint is part of the package."""
+    return name.startswith(EMBEDDED)
+
+
 def checkpoint_path(name: str) -> str:
     """The local directory of one of the package's own checkpoints (`shapes/...`); any other name as it is.
 
     Raises ConfigError where the package holds no such checkpoint.
     """
-    if not name.startswith(EMBEDDED):
+    if not is_embedded(name):
         return name
     path = ASSETS / name.removeprefix(EMBEDDED)
     if ".." in path.parts or not path.is_dir():

@@ -62,7 +62,7 @@ def page(run: outputs.RunDirectory, records: list[dict[str, Any]]) -> str:
         prompts=len({x["text"] for x in records}),
         hacked=sum(bool(x.get("hacked")) for x in records),
         is_small=run.settings.image_size <= SMALL,
-        about={key: begun.get(key) for key in ("created", "device", "fingerprint", "versions")},
+        about={key: begun.get(key) for key in ("created", "device", "fingerprint", "versions", "licenses")},
         settings=json.dumps(config.image_settings(run.settings), indent=2, ensure_ascii=False),
     )
 

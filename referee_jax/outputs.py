@@ -1,6 +1,6 @@
 """A run directory: images, their journal, the log, and what was asked for. Nothing in it is ever half written.
 
-    config.json         settings, fingerprint, versions, device, commits of checkpoints from the hub
+    config.json         settings, fingerprint, versions, device, and of checkpoints from the hub commits and licenses
     images/<id>.png     one per item, with its prompt, scores and settings in it (formats.py); or .webp
     shards/<name>.tar   instead, many images each, where `outputs.format` is webdataset (shards.py)
     metadata.jsonl      the journal: one line per finished image, with `file_name`
@@ -40,6 +40,7 @@ from referee_jax import config, disk, formats, place, remote, shards, writers
 
 PACKAGES = ("referee_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "pillow")
 FOLDERS = ("images", "shards")
+NOTED = ("commits", "licenses")
 SHEET_PICTURES = 200
 # For the space on disk: a compressed image by what it is raw, at most; and what is written besides, in bytes.
 SHARE = {"png": 0.9, "webp": 0.75, "frame": 0.25}
@@ -157,7 +158,7 @@ class RunDirectory:
             "versions": versions(),
             "device": device,
             "created": disk.now(),
-            "commits": self.commits() if file.exists() else {},
+            **{kind: self.noted(kind) if file.exists() else {} for kind in NOTED},
         }
         disk.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
 
@@ -185,18 +186,18 @@ class RunDirectory:
             return ""
         return config.diff(config.image_part(settings), config.image_settings(self.settings)) or "(of another version)"
 
-    def commits(self) -> dict[str, str]:
-        """Checkpoint -> the commit of it that the run began with, of those that come from the hub."""
-        return json.loads((self.path / "config.json").read_bytes()).get("commits", {})
+    def noted(self, kind: str) -> dict[str, str]:
+        """What is noted of checkpoints: of each, the "commits" that the run began with or the "licenses"."""
+        return json.loads((self.path / "config.json").read_bytes()).get(kind, {})
 
-    def note_commits(self, found: Mapping[str, str]) -> None:
-        """Notes the commits of checkpoints; of those that are noted already nothing changes."""
+    def note(self, kind: str, found: Mapping[str, str]) -> None:
+        """Notes the commits or licenses of checkpoints; of those that are noted already nothing changes."""
         file = self.path / "config.json"
         self.place.fetch()
         with disk.locked(file):
             record = json.loads(file.read_bytes())
-            if found.keys() - record.get("commits", {}).keys():
-                record["commits"] = {**found, **record.get("commits", {})}
+            if found.keys() - record.get(kind, {}).keys():
+                record[kind] = {**found, **record.get(kind, {})}
                 disk.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
                 self.place.publish(file.name)
 

@@ -108,9 +108,8 @@ def carry_out(
         run.check_space(len(queue.missing(everything, done)))  # the others write to the same disk
         say(f"loading {settings.generator.checkpoint} and {len(settings.referees)} referees")
         # What was begun with one state of a checkpoint goes on with it, whatever its owners do meanwhile.
-        engine = load(config.pinned(settings, run.commits()))
-        newest = [name for name, revision in config.checkpoints(settings) if not revision]
-        run.note_commits({name: commit for name in newest if (commit := hub.commit(name, None))})
+        engine = load(config.pinned(settings, run.noted("commits")))
+        note_checkpoints(run)
         refused = {item.prompt: engine.check(item.prompt) for item in missing}
         unfit = [prompts.Rejected(text, "prompt", reason) for text, reason in refused.items() if reason]
         report_rejected(run, unfit)
@@ -128,6 +127,16 @@ def carry_out(
         names = ", ".join(item.id for item in failed[:5]) + (", ..." if len(failed) > 5 else "")
         return _fail(1, f"the device failed twice at {len(failed)} images, which the same command tries again: {names}")
     return 0
+
+
+def note_checkpoints(run: outputs.RunDirectory) -> None:
+    """Notes of what others made which state of it is used, and under which license."""
+    used = [(name, revision) for name, revision in config.checkpoints(run.settings) if not config.is_embedded(name)]
+    run.note("commits", {name: x for name, revision in used if not revision and (x := hub.commit(name, None))})
+    new = [(name, revision) for name, revision in used if name not in run.noted("licenses")]
+    run.note(
+        "licenses", {name: hub.license_of(name, revision or run.noted("commits").get(name)) for name, revision in new}
+    )
 
 
 def generate(

@@ -16,6 +16,7 @@ from typing import Any
 
 import filelock
 import huggingface_hub
+import yaml
 from absl import logging
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
@@ -23,6 +24,7 @@ from huggingface_hub import errors as hub_errors
 from referee_jax.weights.convert import WeightsError
 
 TRIES = 4
+CARD = "README.md"
 FIRST_WAIT = 2.0  # seconds, twice as long each time
 LONGEST_WAIT = 300.0  # the window of the hub's rate limits: whoever asks for more than that is not waited for
 _PASSING = (408, 429, 500, 502, 503, 504)
@@ -31,7 +33,8 @@ _PASSING = (408, 429, 500, 502, 503, 504)
 def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str]) -> Path:
     """Returns the local directory of `path_or_id`: itself, or where the hub's files that match `patterns` are cached.
 
-    Respects HF_HUB_OFFLINE. Raises WeightsError with the command that would get the files.
+    The card (README.md) comes along, if it can be had. Respects HF_HUB_OFFLINE. Raises WeightsError with the command that would
+    get the files.
     """
     name, path = str(path_or_id), Path(path_or_id).expanduser()
     if name and path.is_dir():
@@ -42,12 +45,15 @@ def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str
         raise WeightsError(f"{name!r} is not a directory, nor the id of a repository on the hub")
     try:
         with _one_at_a_time(name), _bounded_silence():
-            directory = _download(name, revision, patterns)
+            directory = _download(name, revision, [*patterns, CARD])
     except (OSError, hub_errors.HTTPError, hub_errors.HFValidationError) as error:
-        raise WeightsError(
-            f"{name} is not a local directory, and getting it from the Hugging Face hub failed ({first_line(error)}); "
-            f"where there is a network, run: {download_command(name, revision, patterns)}"
-        ) from error
+        directory = _cached(name, revision, patterns)  # a card that is missing is no reason to fail
+        if not directory:
+            command = download_command(name, revision, [*patterns, CARD])
+            raise WeightsError(
+                f"{name} is not a local directory, and getting it from the Hugging Face hub failed "
+                f"({first_line(error)}); where there is a network, run: {command}"
+            ) from error
     _check_sizes(directory, name, revision)
     return directory
 
@@ -66,6 +72,16 @@ def commit(name: str, revision: str | None) -> str | None:
         if isinstance(found, str):
             return Path(found[: -len(file)]).name
     return None
+
+
+def license_of(name: str, revision: str | None) -> str:
+    """What the card of a checkpoint says of its license ("openrail++", say); "not stated" where there is no card here."""
+    is_cached = is_id(name) and not Path(name).is_dir()
+    card = huggingface_hub.try_to_load_from_cache(name, CARD, revision=revision) if is_cached else str(Path(name, CARD))
+    said = {}
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        said = huggingface_hub.metadata_load(card) or {} if isinstance(card, str) else {}
+    return str(said.get("license_name") or said.get("license") or "not stated")
 
 
 def download_command(name: str, revision: str | None, patterns: Sequence[str], *options: str) -> str:
@@ -93,6 +109,14 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
             logging.warning("%s (try %d of %d); again in %.0f s", first_line(error), tries, TRIES, wait)
         time.sleep(wait)
     raise AssertionError("the last try returns or raises")
+
+
+def _cached(name: str, revision: str | None, patterns: Sequence[str]) -> Path | None:
+    """The snapshot in the cache, if all of it is there; asks nobody."""
+    with contextlib.suppress(OSError, hub_errors.HFValidationError):
+        how = {"revision": revision, "allow_patterns": list(patterns), "local_files_only": True}
+        return Path(huggingface_hub.snapshot_download(name, **how))
+    return None
 
 
 def _wait(error: BaseException, tries: int) -> float | None:

@@ -22,6 +22,7 @@ from referee_jax.weights import hub, load
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {"config.json": b'{"model_type": "clip"}', "model.safetensors": b"weights " * 4000, "pytorch_model.bin": b"no"}
+FILES["README.md"] = b"---\nlicense: openrail++\ntags: [x]\n---\n# A model\n"
 
 
 class FakeHub(http.server.ThreadingHTTPServer):
@@ -153,7 +154,7 @@ def run_command(command, server, cache):
 
 def holds_the_files(directory):
     names = {file.name: file.read_bytes() for file in pathlib.Path(directory).iterdir()}
-    assert names == {name: FILES[name] for name in ("config.json", "model.safetensors")}
+    assert names == {name: FILES[name] for name in ("README.md", "config.json", "model.safetensors")}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_a_hub_that_stays_away(client, tmp_path, caplog):
     assert "\n" not in message and message.startswith("some/model is not a local directory, and getting it from the")
     assert "500 Internal Server Error" in message or "500 Server Error" in message
     command = message.partition("where there is a network, run: ")[2]
-    assert command == hub.download_command("some/model", None, PATTERNS)
+    assert command == hub.download_command("some/model", None, [*PATTERNS, "README.md"])
     with serve() as server:
         run_command(command, server, tmp_path)
     with serve(always=("", 500, {})) as server:
@@ -221,6 +222,29 @@ def test_the_commit_of_what_is_in_the_cache(client, tmp_path):
         assert hub.commit("some/model", None) == hub.commit("some/model", COMMIT) == COMMIT
         assert hub.commit("some/model", "0" * 40) is None
     assert hub.commit(str(tmp_path), None) is None and hub.commit("no id!", None) is None
+
+
+def test_the_license_of_a_checkpoint(client, tmp_path):
+    """As its card says, which came with the files."""
+    assert hub.license_of("some/model", None) == "not stated"
+    with serve() as server:
+        client(server)
+        resolve()
+    assert hub.license_of("some/model", None) == hub.license_of("some/model", COMMIT) == "openrail++"
+    for text in ("---\nlicense: [\n---\n", "# no front matter", "---\nlicense: \n---\n", "\udcff"):
+        (tmp_path / "README.md").write_text(text, errors="surrogateescape")
+        assert hub.license_of(str(tmp_path), None) == "not stated"
+
+
+def test_a_cache_without_the_card_serves_while_the_hub_is_away(client):
+    with serve() as server:
+        client(server)
+        (resolve() / "README.md").unlink()
+    with serve(always=("", 429, {"Retry-After": "400"})) as server:
+        client(server)
+        directory = resolve()
+    assert sorted(file.name for file in directory.iterdir()) == ["config.json", "model.safetensors"]
+    assert hub.license_of("some/model", None) == "not stated"
 
 
 def test_half_a_snapshot_is_not_taken_for_one(client):
@@ -257,7 +281,9 @@ def test_two_processes_download_once(tmp_path):
         for process in processes:
             holds_the_files(process.communicate(timeout=120)[0].strip())
     downloads = sorted(asked for asked in server.models if asked.startswith("GET /some"))
-    assert downloads == [f"GET /some/slow/resolve/{COMMIT}/{name}" for name in ("config.json", "model.safetensors")]
+    assert downloads == [
+        f"GET /some/slow/resolve/{COMMIT}/{name}" for name in ("README.md", "config.json", "model.safetensors")
+    ]
 
 
 def test_one_waits_for_the_other(client, caplog):
