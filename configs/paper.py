@@ -3,7 +3,8 @@
     python -m referee_jax.weights.lavis blip2_pretrained.pth eva_vit_g.pth checkpoints/blip2-stage1
     python -m referee_jax.run --config=configs/paper.py --prompts=prompts.txt
 
-The first line is needed once: transformers' checkpoint of BLIP-2 has no captions (ITG). The two files are LAVIS'.
+The first line is needed once (extra [train]): transformers' checkpoint of BLIP-2 has no captions (ITG). The two files are
+LAVIS', in https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/.
 
 Hardware: a GPU or TPU core with 40 GB; --config.batch_size=1 --config.precision=bfloat16 for 16 GB. 160 iterations of a
 512x512 image, seconds to a minute each image on a current accelerator.

@@ -2,7 +2,7 @@
 
     python -m referee_jax.run --config=configs/shapes.py
 
-Eight 64x64 images. Hardware: any CPU, two cores and 4 GB of memory will do; about two minutes, compiling included.
+Eight 64x64 images. Hardware: any CPU, two cores and 4 GB of memory will do; about a minute, compiling included.
 """
 
 import ml_collections

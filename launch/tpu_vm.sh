@@ -27,7 +27,7 @@ mountpoint -q /shared || sudo mount -t nfs ${SHARED:?HOST:/SHARE of an NFS share
 cd ~/referee_jax
 [[ -d ~/venv ]] || python3 -m venv ~/venv
 . ~/venv/bin/activate
-pip install --quiet -e ".[tpu]"
+pip install --quiet -e ".[tpu,gs]"
 . launch/env.sh
 until python -m referee_jax.run --distributed$(printf ' %q' "$@"); do
     (( \$? == 2 )) && exit 2 # a command that cannot be carried out will not do better

@@ -2,7 +2,7 @@
 
     python -m referee_jax.evaluate --workdir=runs/mine --benchmark=shapes
     python -m referee_jax.evaluate --workdir=runs/mine --benchmark=t2i_compbench --lists=T2I-CompBench/examples/dataset
-    python -m referee_jax.evaluate --workdir=runs/mine --referee=THUDM/ImageReward --referee=google/siglip2-base-patch16-224
+    python -m referee_jax.evaluate --workdir=runs/mine --referee=yuvalkirstain/PickScore_v1 --referee=shapes/blip_itm
     python -m referee_jax.evaluate --workdir=runs/mine --benchmark=shapes --vqa=shapes/blip_vqa --referee=shapes/clip
     python -m referee_jax.evaluate --workdir=runs/mine --export=t2i_compbench --out=exported \
         --lists=T2I-CompBench/examples/dataset
@@ -164,7 +164,7 @@ def evaluate(args) -> str:
     disk.write_atomic(out / "images.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     record = {
         "measures": dict.fromkeys(brought, {"imported": args.import_scores})
-        | {measure.name: measure.settings for measure, _ in wanted},
+        | {measure.settings.get("label", measure.name): measure.settings for measure, _ in wanted},
         "versions": outputs.versions(),
         "scores": {part: {name: mean._asdict() for name, mean in own.items()} for part, own in found.items()},
     }
