@@ -15,24 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
-from referee_jax import assembly, config, inversion, memory, program, sds, sizes, views, watch
+from referee_jax import assembly, chips, config, inversion, memory, program, sds, sizes, views, watch
 from referee_jax.benchmarks import statistics
 
-
-class Chip(NamedTuple):
-    """`rate` of products of bfloat16 matrices in TFLOP/s, `memory` in GB."""
-
-    name: str
-    rate: float
-    memory: float
-
-
-# Rates are the makers', but for the first, which was measured.
-CHIPS = (
-    Chip("H200", 790, 141), Chip("H100 SXM", 989, 80), Chip("A100", 312, 80), Chip("RTX 4090", 165, 24),
-    Chip("TPU v4", 275, 32), Chip("TPU v5e", 197, 16), Chip("TPU v5p", 459, 95), Chip("TPU v6e", 918, 32),
-    Chip("TPU7x", 2307, 192),
-)  # fmt: skip
 UNKNOWN, MOST = 8, 64  # images at once where the memory is not known, and where it is: more are no faster
 USABLE = 0.9  # of a chip's memory: the rest is the runtime's, and lost between buffers
 
@@ -81,13 +66,13 @@ class Estimate:
     live: int
     assumed: tuple[str, ...] = ()
 
-    def seconds(self, chip: Chip) -> float:
+    def seconds(self, chip: chips.Chip) -> float:
         """The least that an image takes, if the chip did nothing but multiply."""
         return self.image / (chip.rate * 1e12)
 
-    def fits(self, chip: Chip) -> int:
+    def fits(self, chip: chips.Chip) -> int:
         """Images of a batch on one chip."""
-        free = USABLE * chip.memory * 1e9 - sum(self.weights.values()) - self.fixed
+        free = USABLE * chip.bytes - sum(self.weights.values()) - self.fixed
         return max(0, int(free // self.live))
 
 
@@ -302,9 +287,9 @@ def table(found: Estimate, *, precision: str = "") -> str:
     work["**image**"] = found.image
     kept = found.weights | {"**weights**": sum(found.weights.values()), "program": found.fixed}
     kept["**each image at once**"] = found.live
-    chips = {
+    shown = {
         f"{chip.name} ({chip.rate:g}, {chip.memory:g})": [f"{found.seconds(chip):.3g}", str(found.fits(chip))]
-        for chip in CHIPS
+        for chip in chips.CHIPS
     }
     return "\n".join(
         [
@@ -312,7 +297,7 @@ def table(found: Estimate, *, precision: str = "") -> str:
             _scaled("operations", "FLOP", work),
             "A decoder or a forward pass alone is within the row that goes back as well.\n",
             _scaled(f"memory, {precision}" if precision else "memory", "B", kept),
-            statistics.markdown(["chip (bfloat16 TFLOP/s, GB)", "least s/image", "images at once"], chips),
+            statistics.markdown(["chip (bfloat16 TFLOP/s, GB)", "least s/image", "images at once"], shown),
         ]
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies  # nothing public describes devices that are not there
 
-from referee_jax import config, cost, hlo, inverter, sizes
+from referee_jax import chips, config, cost, hlo, inverter, sizes
 
 GIB = 2**30
 # libtpu asks no metadata server which TPU this is, and does not insist on being the only one to use it: no chip is touched.
@@ -25,28 +25,6 @@ ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 class TopologyError(ValueError):
     """A slice that cannot be compiled for; one sentence."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """HBM in GiB and bf16 peak in TFLOP/s (Google's Cloud TPU pages), and the clock in GHz that the peak implies.
-
-    `layout` is libtpu's name of the way in which a chip is one device, where it is not the first that it knows.
-    """
-
-    hbm: float
-    peak: float
-    clock: float
-    layout: str | None = None
-
-
-# The peak is matrix units x 128 x 128 (v6e: 256 x 256) x 2 x clock: 8 units for v4 and v5p, 4 for v5e and v6e.
-CHIPS = {
-    "v4": Chip(32, 275, 1.05, layout="megacore"),
-    "v5e": Chip(16, 197, 1.5),
-    "v5p": Chip(95, 459, 1.75),
-    "v6e": Chip(32, 918, 1.75),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +61,7 @@ class Report:
         needed = "more" if self.needed is None else f"{'' if self.fits else 'at least '}{self.needed / GIB:.2f} GiB"
         told = [
             f"{self.topology}: {self.chips} chips, {self.batch} images a chip, {self.chips * self.batch} at once",
-            f"memory: {needed} of the {chip.hbm:g} GiB of a chip, weights {self.weights / GIB:.2f} GiB: "
+            f"memory: {needed} of the {chip.memory:g} GiB of a chip, weights {self.weights / GIB:.2f} GiB: "
             + ("fits" if self.fits else "does not fit; the remedies are a smaller --config.batch_size and bfloat16"),
             f"work: {self.flops / 1e12:.3g} TFLOP for an iteration of an image; no chip does it all in "
             f"less than {self.floor:.3g} s an image",
@@ -104,11 +82,11 @@ class Report:
         return dataclasses.asdict(self)
 
 
-def _chip(name: str) -> Chip:
+def _chip(name: str) -> chips.Chip:
     match = re.fullmatch(r"(\w+):\d+x\d+(x\d+)?", name)
-    if not match or match[1] not in CHIPS:
-        raise TopologyError(f"{name!r} is no slice, as v5e:16x16 or v4:4x4x4 are; there are {', '.join(CHIPS)}")
-    return CHIPS[match[1]]
+    if not match or match[1] not in chips.TPUS:
+        raise TopologyError(f"{name!r} is no slice, as v5e:16x16 or v4:4x4x4 are; there are {', '.join(chips.TPUS)}")
+    return chips.TPUS[match[1]]
 
 
 def devices(name: str) -> list[jax.Device]:
@@ -137,13 +115,13 @@ def unloaded(settings: config.Settings, there: Sequence[jax.Device], memory: int
 def compile_for(settings: config.Settings, name: str) -> Report:
     """Compiles the program of an iteration for a slice. Raises TopologyError, and what `unloaded` does."""
     chip, there = _chip(name), devices(name)
-    engine = unloaded(settings, there, int(chip.hbm * GIB))
+    engine = unloaded(settings, there, int(chip.bytes))
     batch = engine.shapes()
     flops = engine.flops(batch)
     report = Report(
         topology=name, chips=len(there), batch=engine.settings.batch_size, fits=False, needed=None, flops=flops,
         weights=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(engine.networks)),
-        floor=flops * settings.steps / (chip.peak * 1e12),
+        floor=flops * settings.steps / (chip.rate * 1e12),
     )  # fmt: skip
     lowered, begun = engine.trace(batch).lower(), time.monotonic()
     try:
@@ -155,7 +133,7 @@ def compile_for(settings: config.Settings, name: str) -> Report:
     return measured(report, compiled, settings.steps, chip, time.monotonic() - begun)
 
 
-def measured(report: Report, compiled: jax.stages.Compiled, steps: int, chip: Chip, seconds: float) -> Report:
+def measured(report: Report, compiled: jax.stages.Compiled, steps: int, chip: chips.Chip, seconds: float) -> Report:
     """The report with what a compiled program says; an image takes so many `steps`."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from referee_jax import config, cost, devices, inverter, program, sizes
+from referee_jax import chips, config, cost, devices, inverter, program, sizes
 from referee_jax.models import blip, blip2, clip, layers, unet, vae
 
 
@@ -85,7 +85,7 @@ def test_the_paper(paper):
     assert paper.step / 1e12 == pytest.approx(18.0 + again, rel=0.02)
     assert paper.tail == paper.parts["U-Net"] and paper.look == 0
     assert paper.image == pytest.approx(150 * paper.step + 10 * paper.tail + 2.514e12, rel=0.01)
-    assert paper.seconds(cost.CHIPS[0]) == pytest.approx(paper.image / 790e12)
+    assert paper.seconds(chips.CHIPS[0]) == pytest.approx(paper.image / 790e12)
 
 
 def test_the_memory_of_the_paper(paper):
@@ -94,7 +94,7 @@ def test_the_memory_of_the_paper(paper):
     assert giga["decoder"] == pytest.approx(0.10, rel=0.02)
     # The Q-Former stays float32.
     assert giga["blip2"] == pytest.approx(1.97 + 2 * 0.38, rel=0.03)
-    fitting = {chip.name: paper.fits(chip) for chip in cost.CHIPS}
+    fitting = {chip.name: paper.fits(chip) for chip in chips.CHIPS}
     assert fitting["H200"] > fitting["H100 SXM"] > fitting["TPU v5e"] >= 1
     assert "U-Net" in cost.table(paper) and "checkpoints/blip2-stage1 is not here" in cost.table(paper)
 

@@ -11,7 +11,7 @@ import sys
 import jax
 import pytest
 
-from referee_jax import config, topology
+from referee_jax import chips, config, topology
 from referee_jax.weights import load
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -35,8 +35,8 @@ def test_without_libtpu(monkeypatch):
 def test_peaks_and_clocks_agree():
     """Peak = matrix units x their multiply-adds x 2 x clock."""
     for name, units, side in (("v4", 8, 128), ("v5p", 8, 128), ("v5e", 4, 128), ("v6e", 4, 256)):
-        chip = topology.CHIPS[name]
-        assert units * side**2 * 2 * chip.clock / 1e3 == pytest.approx(chip.peak, rel=0.01)
+        chip = chips.TPUS[name]
+        assert units * side**2 * 2 * chip.clock / 1e3 == pytest.approx(chip.rate, rel=0.01)
 
 
 class Compiled:
@@ -52,7 +52,7 @@ class Compiled:
 
 def test_a_measured_program():
     """Five iterations of 3e9 cycles at 1.5 GHz are 10 s for the two images of a chip."""
-    found = topology.measured(REPORT, Compiled(), 5, topology.CHIPS["v5e"], 60)
+    found = topology.measured(REPORT, Compiled(), 5, chips.TPUS["v5e"], 60)
     assert (found.fits, found.needed, found.collectives, found.uncounted) == (True, 10 * topology.GIB, [], 0)
     assert found.seconds == pytest.approx(5.0)
     text = "\n".join(found.lines())

@@ -1,0 +1,39 @@
+"""What is known of chips: rates, memory, and of TPUs what is needed to compile for them."""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """`rate` of products of bfloat16 matrices in TFLOP/s, `memory` in GB (of TPUs, as their makers count, GiB).
+
+    Of TPUs that can be compiled for: the `clock` in GHz that the rate implies, and `layout`, libtpu's name of the way in which a
+    chip is one device, where it is not the first that it knows.
+    """
+
+    name: str
+    rate: float
+    memory: float
+    clock: float | None = None
+    layout: str | None = None
+
+    @property
+    def bytes(self) -> float:
+        """Of its memory."""
+        return self.memory * (2**30 if self.name.startswith("TPU") else 1e9)
+
+
+# Rates are the makers' (of TPUs Google's Cloud TPU pages), but for the first, which was measured. A TPU's is matrix units x 128 x
+# 128 (v6e: 256 x 256) x 2 x clock: 8 units for v4 and v5p, 4 for v5e and v6e.
+CHIPS = (
+    Chip("H200", 790, 141),
+    Chip("H100 SXM", 989, 80),
+    Chip("A100", 312, 80),
+    Chip("RTX 4090", 165, 24),
+    Chip("TPU v4", 275, 32, clock=1.05, layout="megacore"),
+    Chip("TPU v5e", 197, 16, clock=1.5),
+    Chip("TPU v5p", 459, 95, clock=1.75),
+    Chip("TPU v6e", 918, 32, clock=1.75),
+    Chip("TPU7x", 2307, 192),
+)
+# As the names of slices have them, "v5e:2x4" say.
+TPUS = {chip.name.removeprefix("TPU "): chip for chip in CHIPS if chip.clock}
