@@ -87,6 +87,7 @@ class Engines:
     def __call__(self, settings: config.Settings) -> inverter.Inverter:
         """The one for these settings."""
         if self.last is None or self.last[0] != settings:
+            self.last = None  # its networks make room
             self.last = settings, inverter.Inverter.from_config(settings)
         return self.last[1]
 
@@ -103,12 +104,12 @@ def measure(
     limit: int | None = None,
 ) -> list[dict]:
     """The records of one row, category and split, {prompt, sample, right, quality}; what `out` has already is not made again."""
-    prompts = shapes.prompts(category, split)[:limit]
+    wanted = queue.items(shapes.prompts(category, split)[:limit], settings.samples)
     name = f"{row.replace(' ', '_')}-{category}-{split}"
     file = out / f"{name}.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = {(record["prompt"], record["sample"]) for record in records}
-    todo = [item for item in queue.items(prompts, settings.samples) if (item.prompt, item.sample) not in done]
+    disk.mend(file)
+    done = {(record["prompt"], record["sample"]): record for record in disk.read_lines(file)}
+    todo = [item for item in wanted if (item.prompt, item.sample) not in done]
     engine = engines(settings) if todo else None
     # Whole prompts at a time: all samples of as many as fill a batch.
     texts = list(dict.fromkeys(item.prompt for item in todo))
@@ -127,10 +128,20 @@ def measure(
             path = out / "images" / name / f"{item.id}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             disk.write_atomic(path, formats.encode_png(formats.to_uint8(result.images[n]), record))
-            records.append(record | {"file": str(path.relative_to(out))})
-        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+            if (item.prompt, item.sample) not in done:
+                record["file"] = str(path.relative_to(out))
+                disk.append(file, record)
+                done[item.prompt, item.sample] = record
         logging.info("%s, %s %s: %d of %d prompts", row, category, split, min(start + share, len(texts)), len(texts))
-    return records
+    return [done[item.prompt, item.sample] for item in wanted]
+
+
+def keep(settings: config.Settings, out: pathlib.Path) -> None:
+    """Writes of what settings the results are, or compares; ConfigError for others than what `out` has."""
+    file, said = out / "settings.json", config.image_settings(settings)
+    if file.exists() and (difference := config.diff(json.loads(file.read_text()), said)):
+        raise config.ConfigError(f"{out} has results of other settings; choose another --out\n{difference}")
+    disk.write_atomic(file, json.dumps(said, indent=2).encode() + b"\n")
 
 
 def summary(measured: dict[tuple[str, str, str], list[dict]]) -> dict[str, dict[str, statistics.Mean]]:
@@ -160,6 +171,7 @@ def compare(args: flags.FlagValues) -> str:
     settings = dataclasses.replace(config.from_config(args.config), samples=args.samples)
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    keep(settings, out)
     rows = args.rows or [row for row in ROWS if settings.init == "sample" or row not in OF_SAMPLES]
     engines, measured = Engines(), {}
     categories = world.CATEGORIES if "all" in args.category else args.category

@@ -1,9 +1,11 @@
 """The table of the shapes world: what is counted, what is not made twice."""
 
+import dataclasses
 import json
 import types
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from referee_jax import config, inverter, queue
@@ -51,6 +53,25 @@ def test_records_are_kept_and_not_made_again(tmp_path):
     lines = (tmp_path / "a_row-colour-seen.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == more
     assert all((tmp_path / record["file"]).is_file() for record in more)
+
+
+def test_only_what_is_asked_for_counts(tmp_path):
+    """Not what an earlier command made besides, and nothing twice, also after half a line."""
+    more = dataclasses.replace(SETTINGS, samples=3)
+    first = measured(Engine(), tmp_path, limit=2)
+    file = tmp_path / "a_row-colour-seen.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"prompt": "a r')
+    engine = Engine()
+    found = methods.measure("a row", "colour", "seen", more, engine.make, tmp_path, lambda settings: engine, limit=2)
+    assert [record["sample"] for record in found] == [0, 1, 2] * 2
+    assert len(file.read_text().splitlines()) == 6 and measured(engine, tmp_path, limit=1) == first[:2]
+
+
+def test_other_settings_are_refused(tmp_path):
+    methods.keep(SETTINGS, tmp_path)
+    methods.keep(dataclasses.replace(SETTINGS, samples=9), tmp_path)
+    with pytest.raises(config.ConfigError, match="other settings; choose another --out\nsteps: "):
+        methods.keep(dataclasses.replace(SETTINGS, steps=7), tmp_path)
 
 
 def test_summary(tmp_path):
