@@ -84,9 +84,15 @@ class Checkpoints:
         shutil.rmtree(self.own, ignore_errors=True)
 
     def forget(self, done: Collection[str]) -> None:
-        """Removes those of any process of which all items are `done`, and the folder when it is empty."""
+        """Removes those of any process of which all items are `done`, and the folder when it is empty.
+
+        One that is begun and not yet visible is left to its process, if that is at work.
+        """
         for place in _places(self.directory):
-            if all(item.id in done for part in self._of(place, None) for item in part.items):
+            parts = list(self._of(place, None))
+            if all(item.id in done for part in parts for item in part.items) and (
+                parts or not queue.is_alive(place.name)
+            ):
                 shutil.rmtree(place, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.directory.rmdir()

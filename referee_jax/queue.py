@@ -68,6 +68,20 @@ def name_process() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
+def is_alive(name: str) -> bool:
+    """Whether a process of this name may be at work: one of another machine may always."""
+    host, number, _ = name.rsplit("-", 2)
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A batch that is to be made: from the start, or from iteration `step` on with the `state` that was saved then.
@@ -213,9 +227,12 @@ class Work:
     ) -> Part | None:
         """The next at most `size` items, or None where nothing is left, or `stopped()` while the last ones are waited for."""
         while (self.begun or self.fresh) and not stopped():
+            is_begun = bool(self.begun)
             part = self._next(size)
             if not self.claims:
                 return part
+            if is_begun and not part.items:
+                continue  # another has it; the next may be had
             finished = self.done()  # also what others did between our last look and the claim
             self.claims.release({item.id for item in part.items} & set(finished))
             self.fresh = collections.deque(missing(self.fresh, finished))
@@ -243,5 +260,8 @@ class Work:
         return Part(tuple(taken))
 
     def put_back(self, part: Part) -> None:
-        """A part that was not made; it is begun anew, and first."""
-        self.fresh.extendleft(reversed(part.items))
+        """A part that was not made comes first; what was begun goes on from there."""
+        if part.state:
+            self.begun.insert(0, part)
+        else:
+            self.fresh.extendleft(reversed(part.items))

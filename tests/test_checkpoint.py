@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back to the bit, damage is seen, and only whole ones count."""
 
 import logging
+import socket
 
 import numpy as np
 import pytest
@@ -73,6 +74,15 @@ def test_one_that_its_owner_removes_meanwhile(tmp_path, monkeypatch):
     other = checkpoint.Checkpoints(one.directory)
     assert other.begun("print") == []
     other.forget(set())
+
+
+def test_one_that_is_being_written_is_left_to_its_process(tmp_path):
+    """Nothing of it can be read yet, by which anything could be known to be done."""
+    alive, dead = (tmp_path / "checkpoints" / x for x in (queue.name_process(), f"{socket.gethostname()}-99999999-aa"))
+    for place in (alive, dead):
+        (place / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    checkpoint.Checkpoints(tmp_path / "checkpoints").forget(set())
+    assert alive.exists() and not dead.exists()
 
 
 def test_forgotten_when_all_is_done(tmp_path):

@@ -84,12 +84,29 @@ def test_work_hands_out_each_item_once(parts, wanted, size):
     assert dict(given_out) == furthest and len(given_out) == len(wanted)
 
 
-def test_what_is_put_back_comes_first_and_anew():
+def test_what_is_put_back_comes_first():
+    """From where it was, in pieces that fit."""
     work = queue.Work(ITEMS, [begun(ITEMS[3:5], 7)])
     part = work.take(2)
     assert part.items == tuple(ITEMS[3:5]) and part.step == 7
     work.put_back(part)
-    assert work.take(3) == queue.Part((*ITEMS[3:5], ITEMS[0]))
+    assert [(x.items, x.step, x.state["x"].tolist()) for x in (work.take(1), work.take(1))] == [
+        ((item,), 7, [item.prompt_id]) for item in ITEMS[3:5]
+    ]
+    fresh = work.take(2)
+    work.put_back(fresh)
+    assert work.take(3) == queue.Part((*fresh.items, ITEMS[2]))
+
+
+def test_what_others_have_begun_is_not_waited_for(tmp_path, monkeypatch):
+    """While there is anything else to make."""
+    one, two = queue.Claims(tmp_path, 900), queue.Claims(tmp_path, 900)
+    assert all(one.take(item) for item in ITEMS[:4])
+    waited = []
+    monkeypatch.setattr(queue.time, "sleep", waited.append)
+    work = queue.Work(ITEMS, [begun([item], 7) for item in ITEMS[:4]], claims=two)
+    assert work.take(2, before_waiting=lambda: waited.append("commit")) == queue.Part(tuple(ITEMS[4:]))
+    assert not waited
 
 
 def test_claims(tmp_path):
