@@ -111,6 +111,6 @@ def normalised(gradient: Array, share: float, epsilon: Array) -> Array:
 
 
 def balance(prior: Array, referee: Array, epsilon: Array) -> Array:
-    """|prior| / (|referee| + epsilon), by which the referees' gradient is scaled to the prior's length; 1 without a prior."""
-    length = jnp.linalg.norm(prior)
-    return jnp.where(length > 0, length / (jnp.linalg.norm(referee) + epsilon), 1.0)
+    """|prior| / (|referee| + epsilon), by which the referees' gradient is scaled to the prior's length; 1 without one of them."""
+    length, pull = jnp.linalg.norm(prior), jnp.linalg.norm(referee) + epsilon
+    return jnp.where((length > 0) & (pull > 0), length / jnp.where(pull > 0, pull, 1), 1.0)

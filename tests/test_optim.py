@@ -77,6 +77,7 @@ def test_balance():
     assert float(objective.balance(prior, referee, 3.0)) == 1.0
     assert float(objective.balance(jnp.zeros(2), referee, 0.0)) == 1.0
     assert float(objective.balance(prior, jnp.zeros(2), 1e-8)) == pytest.approx(5e8)
+    assert float(objective.balance(prior, jnp.zeros(2), 0.0)) == 1.0  # a referee that is content: nothing to scale
 
 
 @pytest.mark.parametrize("how", ["hard", "straight_through"])
