@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import re
-import threading
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -56,11 +56,31 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
+def create(path: Path, data: bytes) -> bool:
+    """Writes a file whole, unless there is one; whether there was none."""
+    with open_temporary(path) as file:
+        try:
+            write_all(file, data, path)
+            os.link(file.name, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links: two at the same instant are not told apart
+            if path.exists() or not Path(file.name).exists():
+                return False
+            os.replace(file.name, path)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+    sync_directory(path.parent)
+    return True
+
+
 def open_temporary(path: Path) -> BinaryIO:
-    """Opens, empty and locked, this thread's temporary file of what is to be `path`; its name is the file's `name`."""
-    temporary = path.with_name(f".{path.name}.{HOST}.{threading.get_native_id()}.tmp")
+    """Opens, empty and locked, a temporary file of what is to be `path`; its name is the file's `name`.
+
+    By chance it is nobody else's, also where containers with the same host name count processes each for themselves.
+    """
     while True:
-        file = open(temporary, "wb", buffering=0)
+        file = open(path.with_name(f".{path.name}.{HOST}.{secrets.token_hex(6)}.tmp"), "xb", buffering=0)
         lock(file)
         if os.fstat(file.fileno()).st_nlink:
             return file
@@ -113,9 +133,13 @@ def lock(file: BinaryIO, seconds: float | None = None) -> bool | None:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds the lock of a file that is there. OSError if it cannot be written."""
-    with open(path, "rb+", buffering=0) as file:
-        lock(file)
-        yield
+    while True:
+        with open(path, "rb+", buffering=0) as file:
+            lock(file)
+            if not os.fstat(file.fileno()).st_nlink:
+                continue  # another was put in its place meanwhile
+            yield
+            return
 
 
 @contextlib.contextmanager
@@ -132,7 +156,7 @@ def abandoned(temporary: Path, clock: float) -> Iterator[BinaryIO | None]:
     with file:
         is_locked = lock(file, 0)
         # The lock of another machine's process is not seen on every network file system.
-        is_of_here = re.search(rf"\.{re.escape(HOST)}\.\d+\.tmp$", temporary.name)
+        is_of_here = re.search(rf"\.{re.escape(HOST)}\.\w+\.tmp$", temporary.name)
         is_old = clock - os.fstat(file.fileno()).st_mtime > STALE
         yield file if is_locked is not False and (is_old or (is_locked and is_of_here)) else None
 

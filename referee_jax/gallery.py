@@ -12,6 +12,7 @@ Exit codes: 0 done, 2 there is no such run directory, or nothing in it yet.
 """
 
 import base64
+import contextlib
 import io
 import json
 import secrets
@@ -73,7 +74,10 @@ def _shown(record: Mapping[str, Any], path: Path, has_trajectory: bool, is_embed
     shown = {key: disk.finite(record[key]) for key in kept if key in record}
     name = record["file_name"]
     shown["image"] = _link(shards.holder(name))  # a browser opens no file in a shard
-    shown["thumbnail"] = thumbnail(path / name) if is_embedded else shown["image"]
+    shown["thumbnail"] = shown["image"]
+    if is_embedded:
+        with contextlib.suppress(ValueError):  # of a damaged file the browser shows that it is
+            shown["thumbnail"] = thumbnail(path / name)
     if has_trajectory:
         shown["trajectory"] = _link(f"trajectories/{record['id']}.webp")
     return shown

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from referee_jax import checkpoint, disk, outputs, progress, queue, trouble, writers
 from referee_jax.weights import hub
@@ -58,6 +59,7 @@ class Generator:
     ):
         self.engine, self.run, self.writer, self.checkpoints, self.bar = engine, run, writer, checkpoints, bar
         self.stop, self.save_every, self.made, self.is_settled = stop, run.settings.checkpoint_seconds, Made(), True
+        self.committed = time.monotonic()  # when all that was finished was last sure
         self.watchdog, self.at = trouble.Watchdog(run.settings.stall_seconds, self.tell_stall), ""
 
     def work(self, work: queue.Work) -> None:
@@ -95,17 +97,17 @@ class Generator:
             progress.say(
                 f"compiling for {engine.devices}, {engine.batch_size} images at once (this takes a while, once)"
             )
-        seed = self.run.settings.seed
-        batch = engine.resume(part, seed) if part.state else engine.begin(part.items, seed)
+        part, batch = self.begin(part)
         if not engine.compiled:
             tell_cost(engine, self.run, batch)
-        self.bar.skip(part.step * len(part.items))
         self.at = f"{part.items[0].id} and {len(part.items) - 1} others"
         frames = []
         while batch.step < engine.steps:
             before = batch.step
             batch, metrics = engine.advance(batch)
             self.watchdog.moved()
+            if before == part.step:
+                self.bar.skip(before * len(part.items))
             log_chunk(self.run, part.items, batch.step, metrics)
             self.bar.advance((batch.step - before) * len(part.items), metrics)
             if claims:
@@ -127,11 +129,25 @@ class Generator:
         self.made.images += len(part.items)
         self.bar.finished(len(part.items))
         if self.run.place.is_remote:
-            self.settle(claims)  # at once: what is on this machine alone is lost with it
+            # At once: what is on this machine alone is lost with it. An open shard is.
+            self.settle(claims, commit=time.monotonic() - self.committed > self.save_every)
+
+    def begin(self, part: queue.Part) -> tuple[queue.Part, Any]:
+        """The batch of a part, which is begun anew where its saved state is not this version's; and the part as it is then."""
+        seed = self.run.settings.seed
+        if part.state:
+            try:
+                return part, self.engine.resume(part, seed)
+            except ValueError as error:
+                logging.warning("%s; begun anew", error)
+                part = queue.Part(part.items)
+        return part, self.engine.begin(part.items, seed)
 
     def settle(self, claims: queue.Claims | None, *, commit: bool = False) -> None:
         """Waits for the images written so far, and gives up their checkpoint and claims; see writers.Writer.flush."""
         written = self.writer.flush(commit=commit)
+        if commit:
+            self.committed = time.monotonic()
         if not self.is_settled:
             self.checkpoints.clear()
             self.is_settled = True

@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import tqdm
+from absl import logging
 from PIL import Image, ImageDraw, ImageFont
 
 from referee_jax import config, disk, formats, place, remote, shards, writers
@@ -136,31 +137,30 @@ class RunDirectory:
                     f"or take back:\n{changes}"
                 )
             if changes:
-                self._write_settings(file, device)
+                disk.write_atomic(file, self._record(device, {kind: self.noted(kind) for kind in NOTED}))
                 self.place.publish(file.name)
                 self.log("settings", changes=changes.splitlines())
         elif not is_empty:
             raise RunError(
                 f"{self.name} is not empty and not a run directory (no config.json); choose another --workdir"
             )
-        else:
-            self._write_settings(file, device)
-            if not self.place.begin(file.name):
-                return self._begin(device, resume)  # another began it this moment, perhaps with other settings
+        elif not self.place.begin(file.name, self._record(device, {})):
+            return self._begin(device, resume)  # another began it this moment, perhaps with other settings
         # One process after the other, so that what a crash left is taken up by one, and the next sees it done.
         with disk.locked(file):
             self._take_up(device)
 
-    def _write_settings(self, file: Path, device: str) -> None:
+    def _record(self, device: str, noted: Mapping[str, Any]) -> bytes:
+        """What config.json says."""
         record = {
             "fingerprint": self.fingerprint,
             "settings": config.to_dict(self.settings),
             "versions": versions(),
             "device": device,
             "created": disk.now(),
-            **{kind: self.noted(kind) if file.exists() else {} for kind in NOTED},
+            **noted,
         }
-        disk.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
+        return json.dumps(record, indent=2).encode() + b"\n"
 
     def _take_up(self, device: str) -> None:
         """Brings a directory that was left at any moment into order, whoever else is at work in it."""
@@ -340,8 +340,12 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> Iterator[
 
 
 def _thumbnail(file: Path, width: int) -> Image.Image:
-    """At least `width` wide by whole pixels, or shrunk to it."""
-    image = formats.read_image(file)
+    """At least `width` wide by whole pixels, or shrunk to it; of a damaged file, grey."""
+    try:
+        image = formats.read_image(file)
+    except ValueError as error:
+        logging.warning("%s", error)
+        image = Image.new("RGB", (width, width), "#bbbbbb")
     if image.width < width:
         factor = -(-width // image.width)
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

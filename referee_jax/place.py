@@ -34,9 +34,9 @@ class Disk:
         """The bytes that there is room for."""
         return shutil.disk_usage(self.local).free
 
-    def begin(self, name: str) -> bool:
-        """Gives a file to all, unless another process was first; whether it was ours."""
-        return (self.local / name).exists()
+    def begin(self, name: str, data: bytes) -> bool:
+        """Writes the first file of a run, unless another process was first; whether it was ours."""
+        return disk.create(self.local / name, data)
 
     def fetch(self) -> None:
         """Brings settings and journals up to date."""

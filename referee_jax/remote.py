@@ -23,7 +23,7 @@ from pathlib import Path
 
 import fsspec
 
-from referee_jax import queue
+from referee_jax import disk, queue
 
 CONTENT = ("images", "shards", "trajectories")
 LINES = ("metadata", "log")
@@ -45,7 +45,7 @@ def local_only(where: str) -> Path:
         raise ValueError(
             f"{where} is in a bucket: copy it down first (gcloud storage rsync, aws s3 sync), and give its path"
         )
-    return Path(where)
+    return Path(where).expanduser()
 
 
 class Bucket:
@@ -172,9 +172,12 @@ class Bucket:
 
     # --- what is fetched and sent -------------------------------------------------------------------------------------
 
-    def begin(self, name: str) -> bool:
-        """Gives a local file to all, unless another process was first; whether it was ours."""
-        return self.create(name, (self.local / name).read_bytes())
+    def begin(self, name: str, data: bytes) -> bool:
+        """Writes the first file of a run, here as well, unless another process was first; whether it was ours."""
+        is_ours = self.create(name, data)
+        if is_ours:
+            disk.write_atomic(self.local / name, data)
+        return is_ours
 
     def fetch(self) -> None:
         """Brings settings and journals as they are now into the local directory."""

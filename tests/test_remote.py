@@ -84,6 +84,23 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path, url, call):
     assert finished(url, 4) == colours(tmp_path)
 
 
+def test_an_open_shard_is_soon_sent(tmp_path, url, monkeypatch):
+    """Else all in it would be lost with the machine; here it is in the third batch that nothing more can be sent."""
+    execute(*PROMPTS, "--samples=2", f"--workdir={tmp_path}")
+    asked = [*PROMPTS, "--samples=2", f"--workdir={url}", "--config.outputs.format=webdataset"]
+    asked += ["--config.outputs.shard_size=100", "--config.checkpoint_seconds=1e-9"]
+    lost = lambda: monkeypatch.setattr(remote.Bucket, "_put", fail)  # noqa: E731
+
+    def fail(*_):
+        raise OSError("the machine is lost")
+
+    code, _ = execute(*asked, failures={7: lost})  # in the third batch, three chunks each
+    assert code == 1 and len([x for x in there(url) if x.startswith("shards/")]) == 2
+    monkeypatch.undo()
+    code, engine = execute(*asked)
+    assert code == 0 and len(journal(url)) == 8 and [len(items) for items in engine.begun] == [2]
+
+
 @pytest.mark.parametrize("asked", [(), ("--config.outputs.trajectory=True",), ("--config.outputs.format=webdataset",)])
 def test_no_line_comes_before_its_image(url, monkeypatch, asked):
     """At every moment, as a machine that is lost then would leave it; and the local disk is emptied."""
