@@ -110,7 +110,7 @@ class Inverter:
         self.text_encoder = prior.text_encoder
         self.plan = assembly.make_plan(settings, prior, self.judges, self.held_out)
         self.hyper = assembly.make_hyper(settings)
-        self.compiled = False
+        self.compiled, self._programs = False, {}
         self._encode = jax.jit(jax.vmap(assembly.encode, in_axes=(None, None, 0)))
 
     @classmethod
@@ -240,7 +240,7 @@ class Inverter:
         smaller = copy.copy(self)
         smaller.settings = dataclasses.replace(self.settings, batch_size=size)
         smaller.batch_size = smaller.settings.batch_size * self.groups
-        smaller.compiled = False
+        smaller.compiled, smaller._programs = False, {}
         return smaller
 
     def advance(self, batch: Batch) -> tuple[Batch, dict[str, np.ndarray]]:
@@ -350,9 +350,14 @@ class Inverter:
     def _is_swept(self, batch: Batch) -> bool:
         return jax.tree.leaves(batch.hyper)[0].ndim > 0
 
-    @functools.cache  # noqa: B019 - an inverter lives as long as its programs
     def _program(self, name: str, swept: bool = False, **static: Any) -> Any:
         """The compiled program of this name (see PROGRAMS) of a batch over all devices."""
+        key = name, swept, *sorted(static.items())
+        if key not in self._programs:
+            self._programs[key] = self._make_program(name, swept, static)
+        return self._programs[key]
+
+    def _make_program(self, name: str, swept: bool, static: dict[str, Any]) -> Any:
         fn, batched, donated = PROGRAMS[name]
         batched = [swept if x == "hyper" else x for x in batched]
         fn = jax.vmap(functools.partial(fn, plan=self.plan, **static), in_axes=[0 if x else None for x in batched])

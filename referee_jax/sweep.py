@@ -81,6 +81,7 @@ def run(variants: Mapping[str, config.Settings], out: Path) -> list[dict[str, An
     todo = [(name, item) for name in variants for item in items if (name, item.prompt, item.sample) not in done]
     with tqdm.tqdm(total=len(todo), unit="image", dynamic_ncols=True) as bar:
         for names in programs(variants):
+            engine = None  # its networks make room for the next one's
             own = [row for row in todo if row[0] in names]
             engine = inverter.Inverter.from_config(variants[names[0]]) if own else None
             for share in queue.batches(own, engine.batch_size) if engine else ():
