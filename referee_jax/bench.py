@@ -91,7 +91,7 @@ def bench(settings: config.Settings, batches: Sequence[int], *, least: float) ->
     device = parallel.prompt_mesh().devices.flat[0]
     sized = sizes.at_random(sizes.abstract(settings))
     rows, asked = [], settings
-    for batch in batches:
+    for batch in sorted(batches):  # the peak of memory is that of all so far
         settings = cost.fitting(dataclasses.replace(asked, batch_size=batch), sized, devices.memory(device))
         step = cost.make_step(settings, sized)
         for piece in cost.parts(step):

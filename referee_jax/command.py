@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -26,7 +27,7 @@ class Command:
 
     One in a bucket is text, "gs://bucket/run" say. Process `shard_index` of `shard_count` makes its fixed share, unless
     each takes what nobody has (`claim`); a claim that is not refreshed for `claim_expiry` seconds may be taken over. With
-    `distributed`, JAX says who this process is.
+    `distributed`, JAX says who this process is. `device` is one of devices.KINDS.
     """
 
     settings: config.Settings
@@ -38,6 +39,7 @@ class Command:
     claim_expiry: float = 900.0
     distributed: bool = False
     resume: str = "auto"
+    device: str = "auto"
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -87,10 +89,15 @@ def tell(work: Callable[[], str]) -> int:
     """Prints what a program's work has to say; its exit code. What cannot be done is one sentence and code 2."""
     try:
         print(prompts.printable(work().rstrip("\n"), sys.stdout.encoding))
+        return 0
     except (ValueError, OSError, devices.DeviceError) as error:
-        print(prompts.printable(f"error: {error}", sys.stderr.encoding), file=sys.stderr)
-        return 2
-    return 0
+        told = str(error)
+    except jax.errors.JaxRuntimeError as error:
+        told = f"the device failed: {str(error).strip().splitlines()[0][:300]}"
+        if "RESOURCE_EXHAUSTED" in told:
+            told += "; its memory is too small for so much at once"
+    print(prompts.printable(f"error: {told}", sys.stderr.encoding), file=sys.stderr)
+    return 2
 
 
 def start(main: Callable[..., str], *, arguments: int = 0, hint: str = "") -> None:
@@ -193,7 +200,7 @@ def read_command(values: flags.FlagValues, rest: Sequence[str]) -> Command:
         entries = [prompts.Entry(text, f"prompt {n} of the config") for n, text in enumerate(settings.prompts, 1)]
     file = Path(config_flags.get_config_filename(values["config"]).partition(":")[0])
     workdir = settings.workdir or Path("runs", f"{file.stem}-{config.fingerprint(settings)[:8]}")
-    names = ("shard_index", "shard_count", "claim", "claim_expiry", "distributed", "resume")
+    names = ("shard_index", "shard_count", "claim", "claim_expiry", "distributed", "resume", "device")
     shared = {name: values[name].value for name in names}
     if not 0 <= values.shard_index < values.shard_count:
         raise CommandError(f"--shard_index={values.shard_index} is not one of 0 to {values.shard_count - 1}")

@@ -193,7 +193,7 @@ class Settings:
     patience: int = bounded(0, low=0)  # an image stops after so many looks that find nothing better; 0: never
     clamp: str = bounded("hard", allowed=("hard", "straight_through"))
     init: str = bounded("noise", allowed=("noise", "sample"))
-    init_steps: int = bounded(50, low=1)  # of the sampler, if init="sample"
+    init_steps: int = bounded(50, low=1, high=1000)  # of the sampler, if init="sample"
     init_guidance: float = 7.5
     init_candidates: int = bounded(1, low=1)  # samples, of which the referees choose the one to start from
     outputs: Outputs = _group(Outputs)
@@ -224,7 +224,13 @@ def read(path: str | os.PathLike) -> ml_collections.ConfigDict:
     """What a config file says, as configs/shapes.py: Python with a function `get_config`. Another can begin with it."""
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"there is no config file {str(path)!r}")
-    return runpy.run_path(str(path))["get_config"]()
+    try:
+        return runpy.run_path(str(path))["get_config"]()
+    except ConfigError:
+        raise
+    except Exception as error:  # a file is code, and may raise anything
+        why = "it has no function get_config" if str(error) == "'get_config'" else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the config file {str(path)!r} fails: {why}") from error
 
 
 def load(path: str | os.PathLike) -> Settings:
@@ -411,7 +417,7 @@ def checkpoint_path(name: str) -> str:
     Raises ConfigError where the package holds no such checkpoint.
     """
     if not is_embedded(name):
-        return name
+        return os.path.expanduser(name)
     path = ASSETS / name.removeprefix(EMBEDDED)
     if ".." in path.parts or not path.is_dir():
         held = ", ".join(sorted(EMBEDDED + x.name for x in ASSETS.glob("*") if x.is_dir())) or "none"

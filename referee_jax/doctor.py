@@ -33,13 +33,12 @@ from huggingface_hub import constants, errors
 from packaging import requirements
 
 from referee_jax import compile_cache, config, devices, outputs, prompts, remote, run
-from referee_jax.weights import convert
 from referee_jax.weights import hub as hub_files
 
 GB = 1e9
 KNOWN = "openai/clip-vit-large-patch14"  # which the hub is asked about where no config names a checkpoint
 HUB_SECONDS = 5  # and no longer, whatever the network does
-SKEW_SECONDS = 5  # between this machine's clock and that of the run directory's file system
+SKEW_SECONDS = 60  # between this machine's clock and that of the run directory's file system
 SPARE_BYTES = 1 * GB  # for logs, checkpoints and what else writes to the disk
 
 
@@ -72,7 +71,7 @@ def versions(command: run.Command | None) -> list[Finding]:
 def device(command: run.Command | None) -> list[Finding]:
     """What JAX runs on, the memory of each, and whether an accelerator is left out."""
     try:
-        devices.choose()
+        devices.choose(command.device if command else "auto")
     except devices.DeviceError as error:
         return [Finding("devices", str(error), "unset JAX_PLATFORMS, or install the extra that is named")]
     found = jax.local_devices()
@@ -108,7 +107,11 @@ def step(command: run.Command | None) -> list[Finding]:
 
 def cache(command: run.Command | None) -> list[Finding]:
     """The directory of compiled programs: can it be written, and by nobody else, since what is in it is run."""
-    if problem := compile_cache.use(jax.local_devices()[0].device_kind):
+    try:
+        kind = jax.local_devices()[0].device_kind
+    except RuntimeError:  # said by `device`
+        kind = "cpu"
+    if problem := compile_cache.use(kind):
         return [Finding("cache", problem, "set JAX_COMPILATION_CACHE_DIR to a directory of yours")]
     return [Finding("cache", f"compiled programs are kept in {jax.config.jax_compilation_cache_dir or 'no place'}")]
 
@@ -151,7 +154,8 @@ def clock(whose: str, now: float) -> Finding:
     """Whether a clock that says `now` agrees with this machine's."""
     skew = now - time.time()
     text = f"{whose} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}"
-    return Finding("clock", text, "" if abs(skew) < SKEW_SECONDS else "set the clocks by NTP: claims expire by them")
+    remedy = "set the clocks by NTP: buckets refuse what is signed minutes off, and times in the logs of machines do not compare"
+    return Finding("clock", text, "" if abs(skew) < SKEW_SECONDS else remedy)
 
 
 def prompts_of(command: run.Command | None) -> list[Finding]:
@@ -183,10 +187,15 @@ def price(command: run.Command | None) -> list[Finding]:
     from referee_jax import cost, sizes  # the networks' code is slow to import
 
     try:
-        limit = devices.memory(jax.local_devices()[0])
+        try:
+            limit = devices.memory(jax.local_devices()[0])
+        except RuntimeError:  # said by `device`
+            limit = None
         settings = cost.fitting(command.settings, sizes.abstract(command.settings), limit)  # as the engine will
         found = cost.estimate(settings)
-    except (ValueError, convert.WeightsError) as error:
+    except config.ConfigError as error:
+        return [Finding("cost", str(error), "correct the config")]
+    except ValueError as error:
         return [Finding("cost", f"not known: {error}")]
     weights, size = sum(found.weights.values()) + found.fixed, settings.batch_size
     needed = weights + size * found.live
@@ -286,7 +295,11 @@ def read_command(argv: Sequence[str]) -> tuple[run.Command | None, list[Finding]
         command = run.read_command(values, run.parse_flags(argv, values)[1:])
     except (run.CommandError, config.ConfigError, prompts.PromptError) as error:
         return None, [
-            Finding("config", str(error), "correct it; referee_jax/config.py has every setting with its range")
+            Finding(
+                "config",
+                str(error),
+                "correct it; config.py has every setting with its range, augment.py those of views",
+            )
         ]
     return command, [Finding("config", f"valid; fingerprint {config.fingerprint(command.settings)[:8]}")]
 
@@ -321,7 +334,7 @@ def main(argv: list[str]) -> int:
     if name and command:
         try:
             text, values, is_good = compile_for(command, name)
-        except (ValueError, convert.WeightsError) as error:
+        except ValueError as error:
             findings.append(Finding("slice", str(error), "see launch/README.md"))
         else:
             print(json.dumps(values, indent=2) if args.json else text)

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from referee_jax import disk, progress
+from referee_jax import devices, disk, progress
 
 AXIS, MODEL = "prompt", "model"
 LARGE = 2**16  # elements; smaller weights are whole on every device
@@ -92,7 +92,13 @@ def join(index: int, count: int, place: Path | None, *, timeout: int = 300) -> t
         if place
         else contextlib.nullcontext()
     ):
-        jax.distributed.initialize(**given, initialization_timeout=timeout, shutdown_timeout_seconds=OTHERS)
+        try:
+            jax.distributed.initialize(**given, initialization_timeout=timeout, shutdown_timeout_seconds=OTHERS)
+        except ValueError as error:
+            raise devices.DeviceError(
+                f"--distributed: JAX finds no job that this process belongs to ({error}); it is for TPU slices, Slurm, GKE "
+                "and Open MPI, or set JAX_COORDINATOR_ADDRESS"
+            ) from error
         # Of these processes, and not of their devices: so it ends in time.
         ocp.multihost.sync_global_processes("start", timeout=timeout, processes=set(range(jax.process_count())))
     return jax.process_index(), jax.process_count()
@@ -101,9 +107,14 @@ def join(index: int, count: int, place: Path | None, *, timeout: int = 300) -> t
 @contextlib.contextmanager
 def _presence(place: Path, name: str, timeout: float) -> Iterator[None]:
     """Leaves a file of that name while others are waited for, and tells who has left one before the `timeout` is over."""
-    place.mkdir(parents=True, exist_ok=True)
     own = place / name
-    own.touch()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        own.touch()
+    except OSError as error:
+        raise devices.DeviceError(
+            f"--distributed: {place.parent} cannot be written: {error.strerror or error}"
+        ) from error
     # Those that an earlier job's end left are older than any of this one.
     is_left = lambda file: file.stat().st_mtime < own.stat().st_mtime - timeout  # noqa: E731
 

@@ -196,15 +196,20 @@ def estimate(command: Command, **_: Any) -> int:
 
 
 def warm_up(command: Command, *, load: Callable[[config.Settings], Any] = load_inverter, **_: Any) -> int:
-    """Compiles what a run of the command needs, by the first chunk of one image; writes no run directory."""
+    """Compiles what a run of the command needs, by a chunk of one image in each phase; writes no run directory."""
     engine = load(command.settings)
     start = time.monotonic()
     say(f"compiling for {engine.devices}, {engine.batch_size} images at once")
-    batch, _ = engine.advance(engine.begin(queue.items(["a photo"], 1), command.settings.seed))
+    batch = engine.begin(queue.items(["a photo"], 1), command.settings.seed)
+    steps = command.settings.steps
+    for step in sorted(
+        {0, min(command.settings.referee.start, steps - 1), steps - 1}
+    ):  # the referees are not asked in all
+        batch, _ = engine.advance(dataclasses.replace(batch, step=step))
     engine.finish(batch)
     where = jax.config.jax_compilation_cache_dir
     kept = f"kept in {where}" if where else "not kept: JAX_COMPILATION_CACHE_DIR names no directory"
-    say(f"compiled in {time.monotonic() - start:.0f} s, one chunk of iterations included; {kept}")
+    say(f"compiled in {time.monotonic() - start:.0f} s, some chunks of iterations included; {kept}")
     return 0
 
 
@@ -315,12 +320,12 @@ def _absl_main(argv: list[str]) -> int:
     catch_signals(stop)
     try:
         command = read_command(flags.FLAGS, argv[1:])
-        devices.keep_freed_memory(flags.FLAGS.device)
+        devices.keep_freed_memory(command.device)
         if command.distributed:  # which must come before any device is looked at
             place = None if remote.is_remote(command.workdir) else Path(command.workdir).expanduser()
             index, count = parallel.join(command.shard_index, command.shard_count, place)
             command = dataclasses.replace(command, shard_index=index, shard_count=count)
-        device = devices.choose(flags.FLAGS.device)
+        device = devices.choose(command.device)
     except (CommandError, config.ConfigError, prompts.PromptError, devices.DeviceError) as error:
         return _fail(2, str(error))
     if problem := compile_cache.use(device):

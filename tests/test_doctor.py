@@ -77,12 +77,17 @@ def test_no_device_and_an_unused_one(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "local_devices", broken)
     (found,) = doctor.device(None)
     assert "Unable to initialize backend 'cuda'" in found.text and "JAX_PLATFORMS" in found.remedy
+    assert len(doctor.examine(command(f"--workdir={tmp_path}"))) > 6  # the rest is looked at all the same
     monkeypatch.undo()
     assert doctor.device(None)[0].remedy == ""
     unused = devices.DeviceError("this machine has an NVIDIA GPU, but JAX does not use it")
     monkeypatch.setattr(devices, "choose", fail(unused))
     (found,) = doctor.device(None)
     assert found.text == str(unused) and "extra" in found.remedy
+    asked = []
+    monkeypatch.setattr(devices, "choose", asked.append)
+    doctor.device(command("--device=cpu"))
+    assert asked == ["cpu"]
 
 
 def test_the_cache(tmp_path, monkeypatch):
@@ -107,6 +112,8 @@ def test_the_price():
     (found,) = doctor.price(command())
     assert re.search(r"[\d.]+ TFLOP for an iteration of an image", found.text) and "8 images at once" in found.text
     assert found.remedy == "" and doctor.price(None) == []
+    (found,) = doctor.price(command("--config.referees[0].image_size=32"))
+    assert "image_size = 32, but it reads" in found.text and found.remedy
 
 
 def test_the_run_directory(monkeypatch, tmp_path):
@@ -163,7 +170,7 @@ class Api:
 
 
 def fail(error):
-    def raises():
+    def raises(*_):
         raise error
 
     return raises

@@ -274,7 +274,7 @@ def test_an_estimate_that_cannot_be_made_is_a_sentence(tmp_path, capsys):
 def test_warmup_compiles_and_writes_nothing(tmp_path, capsys):
     engines = []
     load = lambda settings: engines.append(FakeInverter(settings)) or engines[-1]  # noqa: E731
-    asked = command("--warmup", "--seed=3", f"--workdir={tmp_path / 'run'}")
+    asked = command("--warmup", "--seed=3", "--config.referee.stop=50", f"--workdir={tmp_path / 'run'}")
     before = jax.config.jax_compilation_cache_dir  # whoever runs the tests may have one
     jax.config.update("jax_compilation_cache_dir", None)
     try:
@@ -282,6 +282,6 @@ def test_warmup_compiles_and_writes_nothing(tmp_path, capsys):
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     (engine,) = engines
-    assert engine.calls == 1 and len(engine.begun) == 1 and not (tmp_path / "run").exists()
+    assert engine.calls == 2 and len(engine.begun) == 1 and not (tmp_path / "run").exists()
     out = capsys.readouterr().out
     assert "compiled in 0 s" in out and "JAX_COMPILATION_CACHE_DIR names no directory" in out

@@ -326,7 +326,12 @@ def load_referee(spec: config.RefereeSpec | str, *, dtype: jax.typing.DTypeLike 
     REFEREES[spec.name].check(tokenizer)
     preprocessing = load.read_preprocessing(directory)
     network = load.load(REFEREES[spec.name].kind, directory, dtype=dtype)
-    return build(spec, network, preprocessing, tokenizer)
+    try:
+        return build(spec, network, preprocessing, tokenizer)
+    except config.ConfigError:
+        raise
+    except ValueError as error:
+        raise load.WeightsError(f"{directory}: {error}") from error
 
 
 def build(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any) -> Judge:
@@ -334,10 +339,14 @@ def build(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokeni
     referee = REFEREES[spec.name].build(spec, network, preprocessing, tokenizer)
     _check_losses(spec, referee.losses)
     if spec.image_size not in (0, referee.image_size):
-        raise ValueError(f"referee {spec.name}: image_size = {spec.image_size}, but it reads {referee.image_size}")
+        raise config.ConfigError(
+            f"referee {spec.name}: image_size = {spec.image_size}, but it reads {referee.image_size}"
+        )
     return Judge(spec, referee, tokenizer)
 
 
 def _check_losses(spec: config.RefereeSpec, known: tuple[str, ...]) -> None:
     if unknown := set(spec.losses) - set(known):
-        raise ValueError(f"referee {spec.name}: no loss {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        raise config.ConfigError(
+            f"referee {spec.name}: no loss {', '.join(sorted(unknown))}; there are {', '.join(known)}"
+        )

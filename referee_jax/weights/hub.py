@@ -76,8 +76,9 @@ def commit(name: str, revision: str | None) -> str | None:
 
 def license_of(name: str, revision: str | None) -> str:
     """What the card of a checkpoint says of its license ("openrail++", say); "not stated" where there is no card here."""
-    is_cached = is_id(name) and not Path(name).is_dir()
-    card = huggingface_hub.try_to_load_from_cache(name, CARD, revision=revision) if is_cached else str(Path(name, CARD))
+    path = Path(name).expanduser()
+    is_cached = is_id(name) and not path.is_dir()
+    card = huggingface_hub.try_to_load_from_cache(name, CARD, revision=revision) if is_cached else str(path / CARD)
     said = {}
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
         said = huggingface_hub.metadata_load(card) or {} if isinstance(card, str) else {}
