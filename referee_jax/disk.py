@@ -61,16 +61,22 @@ def create(path: Path, data: bytes) -> bool:
     with open_temporary(path) as file:
         try:
             write_all(file, data, path)
-            os.link(file.name, path)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without links: two at the same instant are not told apart
-            if path.exists() or not Path(file.name).exists():
-                return False
-            os.replace(file.name, path)
+            is_new = _link(file.name, path)
         finally:
             Path(file.name).unlink(missing_ok=True)
     sync_directory(path.parent)
+    return is_new
+
+
+def _link(temporary: str, path: Path) -> bool:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links: two at the same instant are not told apart
+        if path.exists():
+            return False
+        os.replace(temporary, path)
     return True
 
 

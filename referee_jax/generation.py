@@ -110,6 +110,7 @@ class Generator:
                 self.bar.skip(before * len(part.items))
             log_chunk(self.run, part.items, batch.step, metrics)
             self.bar.advance((batch.step - before) * len(part.items), metrics)
+            self.writer.refresh()
             if claims:
                 claims.refresh()
             if before == part.step:

@@ -6,7 +6,9 @@ are in the order in which images were given.
 """
 
 import concurrent.futures
+import contextlib
 import json
+import os
 import queue as queues
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -122,6 +124,13 @@ class Writer:
             self._pool.close()
         finally:
             self._commit_shard()
+
+    def refresh(self) -> None:
+        """Says that we are at work on the open shard, where others do not see its lock."""
+        shard = self._shard
+        if shard:
+            with contextlib.suppress(OSError, ValueError):  # it may be committed this moment
+                os.utime(shard.file.fileno())
 
     def _make(self, picture: Picture, chunk: Mapping[str, Any], frames: Sequence[np.ndarray]) -> bytes:
         """The image's file, written if it is one by itself."""

@@ -115,6 +115,8 @@ def test_the_program_fails_without_a_traceback(tmp_path):
         ("score", ["cat.png"], "unexpected argument 'cat.png'; texts are given with --text"),
         ("gallery", ["one", "two"], "unexpected argument 'two'"),
         ("gallery", [], "name one run directory"),
+        ("sweep", ["--sweep=tests/fakes.py", "--workdir=nowhere"], "fakes.py' fails: it has no function get_config"),
+        ("run", ["--config=configs/shapes.py", "--prompt=a", "--distributed"], "JAX finds no job that this process belongs to"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_a_sentence(program, arguments, said):

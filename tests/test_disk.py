@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, whoever dies and whoever else writes."""
 
+import concurrent.futures
 import errno
 import fcntl
 import json
@@ -42,6 +43,38 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         disk.write_atomic(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_one_creates_a_file(tmp_path, monkeypatch, has_links):
+    """Of those who try, and nothing of the others is left; nor of one whose disk is full."""
+    file = tmp_path / "x.json"
+    if not has_links:
+        monkeypatch.setattr(os, "link", lambda *_: os.rename("/nowhere", "/else"))  # OSError
+    assert [disk.create(file, data) for data in (b"one", b"two")] == [True, False]
+    assert file.read_bytes() == b"one" and list(tmp_path.iterdir()) == [file]
+    monkeypatch.setattr(os, "fsync", lambda handle: os.rename("/nowhere", "/else"))
+    with pytest.raises(OSError):
+        disk.create(tmp_path / "y.json", b"three")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_lock_is_of_the_file_that_has_the_name(tmp_path):
+    """Also where another was put in its place while it was waited for."""
+    file = tmp_path / "x.json"
+    disk.write_atomic(file, b"old")
+    with open(file, "rb+") as old, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        disk.lock(old)
+
+        def wait():
+            with disk.locked(file), open(file, "rb+") as new:
+                return disk.lock(new, 0)
+
+        waiting = pool.submit(wait)
+        time.sleep(0.05)
+        disk.write_atomic(file, b"new")
+        old.close()
+        assert waiting.result(10) is False  # it holds the new one
 
 
 @pytest.mark.parametrize("left", [0, 1, 9])

@@ -89,6 +89,8 @@ def test_any_referee_scores(run, tmp_path_factory):
             names
         )
         assert all(f"{mean:.3f} (" in printed for mean in means) and all(name in printed for name in names)
+        measured = json.loads((run / "evaluation" / "scores.json").read_text())["measures"]
+        assert sorted(own["checkpoint"] for own in measured.values()) == sorted(given)
 
 
 def test_scores_are_compared_with_the_truth(run, tmp_path_factory):

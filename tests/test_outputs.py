@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from referee_jax import config, disk, formats, outputs, queue
+from referee_jax import config, disk, formats, gallery, outputs, queue
 from referee_jax.benchmarks import layouts, measures
 from tests import conftest
 
@@ -395,6 +395,32 @@ def test_contact_sheet(tmp_path):
     np.testing.assert_array_equal(pixels[12, 12], (64, 128, 128))
     below = pixels[12 + 194 : cell, 12 : 12 + 192]
     assert (below < 128).any() and (below == 255).all(-1).mean() > 0.5  # dark letters on white
+
+
+def test_an_open_shard_stays_young(tmp_path):
+    """As long as its process is at work: another machine may not see its lock."""
+    settings = dataclasses.replace(SETTINGS, outputs=dataclasses.replace(SETTINGS.outputs, format="webdataset"))
+    run = outputs.RunDirectory.open(tmp_path, settings)
+    with run.writing() as writer:
+        writer.refresh()
+        writer.write(picture(sample=0), seconds=1)
+        writer.flush()
+        (shard,) = (tmp_path / "shards").glob(".*.tmp")
+        os.utime(shard, (0, 0))
+        writer.refresh()
+        assert time.time() - shard.stat().st_mtime < 60
+    assert len(run.done()) == 1
+
+
+def test_a_damaged_picture_spoils_no_sheet(tmp_path):
+    """It is grey there, and on the page what the browser makes of it."""
+    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    for sample in (0, 1):
+        run.write(picture(sample=sample), seconds=1)
+    run.image_file(queue.Item("a red circle", 1).id).write_bytes(b"no picture")
+    with Image.open(run.contact_sheet()) as sheet:
+        assert (0xBB, 0xBB, 0xBB) in {colour for _, colour in sheet.convert("RGB").getcolors(1 << 24)}
+    assert gallery.write(run).read_text().count("data:image/webp") == 1
 
 
 def test_contact_sheet_is_limited(tmp_path, monkeypatch):
