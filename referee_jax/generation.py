@@ -130,7 +130,7 @@ class Generator:
         self.made.images += len(part.items)
         self.bar.finished(len(part.items))
         if self.run.place.is_remote:
-            # At once: what is on this machine alone is lost with it. An open shard is.
+            # At once: what is on this machine alone is lost with it, an open shard too.
             self.settle(claims, commit=time.monotonic() - self.committed > self.save_every)
 
     def begin(self, part: queue.Part) -> tuple[queue.Part, Any]:

@@ -81,16 +81,20 @@ def test_a_stop_is_obeyed_while_compiling(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_of_eight_devices(place):
-    """Each makes its share on all its devices; the images are those of one process with one device, but for rounding."""
+    """Each makes its share on all its devices; the images are those of one process with one device, but for rounding.
+
+    After four iterations, when what was rounded otherwise (another batch does so too) is 1e-6 of the latents; it grows up to a
+    thousandfold in the next eight.
+    """
     workdir, _ = place
-    many = workdir / "many"
-    running = [kill_fuzz.start(many, workdir / "cache", index, 2, devices=8) for index in range(2)]
-    assert kill_fuzz.ended(*running) == [0, 0]
-    assert kill_fuzz.ended(kill_fuzz.start(many, workdir / "cache")) == [0]  # joins the journals
+    one, many, flags = workdir / "one", workdir / "many", ["--config.steps=4"]
+    running = [kill_fuzz.start(many, workdir / "cache", index, 2, devices=8, flags=flags) for index in range(2)]
+    assert kill_fuzz.ended(*running, kill_fuzz.start(one, workdir / "cache", flags=flags)) == [0, 0, 0]
+    assert kill_fuzz.ended(kill_fuzz.start(many, workdir / "cache", flags=flags)) == [0]  # joins the journals
     log = [json.loads(line) for line in (many / "log.jsonl").read_text().splitlines()]
     devices = [record["device"] for record in log if record["event"] == "start"]
     assert devices == ["cpu x 8", "cpu x 8", "cpu x 1"]
-    assert kill_fuzz.images(many).keys() == kill_fuzz.images(workdir / "whole").keys()
-    for file in (workdir / "whole" / "images").glob("*"):
-        one, other = (np.asarray(Image.open(x)) for x in (file, many / "images" / file.name))
-        assert relative_l2(one, other) < 2e-3  # of 12 iterations from noise; one step of rounding in each pixel is 4e-3
+    assert kill_fuzz.images(many).keys() == kill_fuzz.images(one).keys()
+    for file in (one / "images").glob("*"):
+        shown, other = (np.asarray(Image.open(x)).astype(np.float32) for x in (file, many / "images" / file.name))
+        assert relative_l2(shown, other) < 1e-4  # a step in each of ten of the 12288 numbers
