@@ -70,14 +70,14 @@ def name_process() -> str:
 
 def is_alive(name: str) -> bool:
     """Whether a process of this name may be at work: one of another machine may always."""
-    host, number, _ = name.rsplit("-", 2)
-    if host != socket.gethostname():
+    host, _, rest = name.rpartition("-")[0].rpartition("-")
+    if host != socket.gethostname() or not rest.isdigit():
         return True
     try:
-        os.kill(int(number), 0)
+        os.kill(int(rest), 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         pass
     return True
 
@@ -108,8 +108,8 @@ class Claims:
     """Who makes what, in a pool of workers that come and go: a file for each item, made by who takes it first.
 
     A claim that its owner has not refreshed for `expiry` seconds may be taken over. Ages are told by the clock of the file
-    system, which is one for all. Where two take over the same claim at the same instant, both may make the item: the images are
-    the same, and the journal counts it once.
+    system, which is one for all. Where an owner that was taken for dead comes back, both may make the item: the images are the
+    same, and the journal counts it once.
     """
 
     def __init__(self, directory: Path, expiry: float):
@@ -166,23 +166,31 @@ class Claims:
         return now
 
     def _expired(self, path: Path) -> bool:
-        """Takes away a claim that has expired; whether there is none now."""
+        """Takes away a claim that has expired; whether there is none now.
+
+        Of those who see it expired at once, one makes the mark of this very claim, and may.
+        """
         try:
-            if self._now() - path.stat().st_mtime <= self.expiry:
+            seen = path.stat()
+            if self._now() - seen.st_mtime <= self.expiry:
                 return False
-            taken = path.with_name(f".{path.name}.{self.owner}")
-            os.rename(path, taken)
+            mark = path.with_name(f".{path.name}.{seen.st_ino}.{seen.st_mtime_ns}")
+            mark.touch(exist_ok=False)
         except FileNotFoundError:
             return True
-        if self._now() - taken.stat().st_mtime <= self.expiry:
-            # Another was quicker, and what was taken away is its new claim.
-            try:
-                os.link(taken, path)
-            except FileExistsError:
-                pass
-            taken.unlink()
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                if self._now() - mark.stat().st_mtime > self.expiry:
+                    mark.unlink()  # whoever made it died at it
             return False
-        taken.unlink()
+        try:
+            now = path.stat()
+            if (now.st_ino, now.st_mtime_ns) == (seen.st_ino, seen.st_mtime_ns):
+                path.unlink()
+        except FileNotFoundError:
+            pass
+        finally:
+            mark.unlink(missing_ok=True)
         return True
 
 

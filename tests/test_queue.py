@@ -130,6 +130,28 @@ def test_claims(tmp_path):
     assert not tmp_path.exists()
 
 
+def test_who_dies_while_taking_over_keeps_nobody_out(tmp_path, monkeypatch):
+    """But for as long as a claim lasts."""
+    item, dead, later = ITEMS[0], *(queue.Claims(tmp_path, 60) for _ in range(2))
+    assert dead.take(item)
+    os.utime(tmp_path / f"{item.id}.claim", (0, 0))
+    unlink = queue.Path.unlink
+
+    def die(self, **how):
+        if ".claim" in self.name:
+            raise KeyboardInterrupt
+        unlink(self, **how)
+
+    monkeypatch.setattr(queue.Path, "unlink", die)
+    with pytest.raises(KeyboardInterrupt):
+        queue.Claims(tmp_path, 60).take(item)
+    monkeypatch.undo()
+    assert not later.take(item)
+    (mark,) = tmp_path.glob(".*.claim.*")
+    os.utime(mark, (0, 0))
+    assert not later.take(item) and later.take(item)
+
+
 def test_an_expired_claim_is_taken_over_once(tmp_path):
     """Many at the same instant: one has it."""
     item = ITEMS[0]
