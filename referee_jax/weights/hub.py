@@ -45,15 +45,12 @@ def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str
         raise WeightsError(f"{name!r} is not a directory, nor the id of a repository on the hub")
     try:
         with _one_at_a_time(name), _bounded_silence():
-            directory = _download(name, revision, [*patterns, CARD])
+            directory = _download(name, revision, patterns)
     except (OSError, hub_errors.HTTPError, hub_errors.HFValidationError) as error:
-        directory = _cached(name, revision, patterns)  # a card that is missing is no reason to fail
-        if not directory:
-            command = download_command(name, revision, [*patterns, CARD])
-            raise WeightsError(
-                f"{name} is not a local directory, and getting it from the Hugging Face hub failed "
-                f"({first_line(error)}); where there is a network, run: {command}"
-            ) from error
+        raise WeightsError(
+            f"{name} is not a local directory, and getting it from the Hugging Face hub failed ({first_line(error)}); "
+            f"where there is a network, run: {download_command(name, revision, [*patterns, CARD])}"
+        ) from error
     _check_sizes(directory, name, revision)
     return directory
 
@@ -74,15 +71,16 @@ def commit(name: str, revision: str | None) -> str | None:
     return None
 
 
-def license_of(name: str, revision: str | None) -> str:
-    """What the card of a checkpoint says of its license ("openrail++", say); "not stated" where there is no card here."""
+def license_of(name: str, revision: str | None) -> str | None:
+    """What the card of a checkpoint says of its license ("openrail++", say); None where it says nothing, or is not here."""
     path = Path(name).expanduser()
     is_cached = is_id(name) and not path.is_dir()
     card = huggingface_hub.try_to_load_from_cache(name, CARD, revision=revision) if is_cached else str(path / CARD)
     said = {}
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
         said = huggingface_hub.metadata_load(card) or {} if isinstance(card, str) else {}
-    return str(said.get("license_name") or said.get("license") or "not stated")
+    found = said.get("license_name") or said.get("license")
+    return str(found) if found else None
 
 
 def download_command(name: str, revision: str | None, patterns: Sequence[str], *options: str) -> str:
@@ -99,11 +97,13 @@ def first_line(error: Exception) -> str:
 
 
 def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The snapshot in the cache. Where the hub cannot be asked, huggingface_hub takes one that is cached and complete."""
+    """The snapshot in the cache. Where the hub cannot be asked, one that is cached and complete, but for the card, will do."""
     for tries in range(1, TRIES + 1):
         try:
-            return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+            return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*patterns, CARD]))
         except (OSError, hub_errors.HTTPError) as error:
+            if not _is_refused(error) and (directory := _cached(name, revision, patterns)):
+                return directory
             wait = _wait(error, tries)
             if wait is None or tries == TRIES:
                 raise
@@ -118,6 +118,12 @@ def _cached(name: str, revision: str | None, patterns: Sequence[str]) -> Path | 
         how = {"revision": revision, "allow_patterns": list(patterns), "local_files_only": True}
         return Path(huggingface_hub.snapshot_download(name, **how))
     return None
+
+
+def _is_refused(error: BaseException) -> bool:
+    """Whether the hub has answered, and will not answer otherwise."""
+    answers = [e.response for e in _causes(error) if getattr(e, "response", None) is not None]
+    return any(answer.status_code not in _PASSING for answer in answers)
 
 
 def _wait(error: BaseException, tries: int) -> float | None:

@@ -226,14 +226,14 @@ def test_the_commit_of_what_is_in_the_cache(client, tmp_path):
 
 def test_the_license_of_a_checkpoint(client, tmp_path):
     """As its card says, which came with the files."""
-    assert hub.license_of("some/model", None) == "not stated"
+    assert hub.license_of("some/model", None) is None
     with serve() as server:
         client(server)
         resolve()
     assert hub.license_of("some/model", None) == hub.license_of("some/model", COMMIT) == "openrail++"
     for text in ("---\nlicense: [\n---\n", "# no front matter", "---\nlicense: \n---\n", "\udcff"):
         (tmp_path / "README.md").write_text(text, errors="surrogateescape")
-        assert hub.license_of(str(tmp_path), None) == "not stated"
+        assert hub.license_of(str(tmp_path), None) is None
 
 
 def test_a_cache_without_the_card_serves_while_the_hub_is_away(client):
@@ -244,7 +244,7 @@ def test_a_cache_without_the_card_serves_while_the_hub_is_away(client):
         client(server)
         directory = resolve()
     assert sorted(file.name for file in directory.iterdir()) == ["config.json", "model.safetensors"]
-    assert hub.license_of("some/model", None) == "not stated"
+    assert hub.license_of("some/model", None) is None
 
 
 def test_half_a_snapshot_is_not_taken_for_one(client):

@@ -218,7 +218,8 @@ def test_hub_id_that_is_not_there_offline():
     )
     assert message.endswith(
         "run: hf download openai/clip-vit-base-patch32 --revision 3d74acf9 --include config.json "
-        "--include model.safetensors --include model.safetensors.index.json --include 'model-*-of-*.safetensors'"
+        "--include model.safetensors --include model.safetensors.index.json --include 'model-*-of-*.safetensors' "
+        "--include README.md"
     )
 
 
