@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -90,12 +91,20 @@ class Checkpoints:
         """
         for place in _places(self.directory):
             parts = list(self._of(place, None))
-            if all(item.id in done for part in parts for item in part.items) and (
-                parts or not queue.is_alive(place.name)
-            ):
+            is_done = all(item.id in done for part in parts for item in part.items) if parts else self._is_left(place)
+            if is_done:
                 shutil.rmtree(place, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.directory.rmdir()
+
+    def _is_left(self, place: Path) -> bool:
+        """Whether nobody is at work on a folder, by its process or by the clock of its file system."""
+        if not queue.is_alive(place.name):
+            return True
+        with contextlib.suppress(OSError):
+            os.utime(self.directory)
+            return self.directory.stat().st_mtime - place.stat().st_mtime > disk.STALE
+        return False
 
     def begun(self, fingerprint: str) -> list[queue.Part]:
         """What any process has left in the middle under these settings: the newest whole checkpoint of each."""

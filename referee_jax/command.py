@@ -93,7 +93,7 @@ def tell(work: Callable[[], str]) -> int:
     except (ValueError, OSError, devices.DeviceError) as error:
         told = str(error)
     except jax.errors.JaxRuntimeError as error:
-        told = f"the device failed: {str(error).strip().splitlines()[0][:300]}"
+        told = f"the device failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}"
         if "RESOURCE_EXHAUSTED" in told:
             told += "; its memory is too small for so much at once"
     print(prompts.printable(f"error: {told}", sys.stderr.encoding), file=sys.stderr)

@@ -297,7 +297,7 @@ def table(found: Estimate, *, precision: str = "") -> str:
             _scaled("operations", "FLOP", work),
             "A decoder or a forward pass alone is within the row that goes back as well.\n",
             _scaled(f"memory, {precision}" if precision else "memory", "B", kept),
-            statistics.markdown(["chip (bfloat16 TFLOP/s, GB)", "least s/image", "images at once"], shown),
+            statistics.markdown(["chip (bfloat16 TFLOP/s, GB, of TPUs GiB)", "least s/image", "images at once"], shown),
         ]
     )
 

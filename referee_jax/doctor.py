@@ -73,7 +73,8 @@ def device(command: run.Command | None) -> list[Finding]:
     try:
         devices.choose(command.device if command else "auto")
     except devices.DeviceError as error:
-        return [Finding("devices", str(error), "unset JAX_PLATFORMS, or install the extra that is named")]
+        remedy = "unset JAX_PLATFORMS, choose another --device, or install the extra that is named"
+        return [Finding("devices", str(error), remedy)]
     found = jax.local_devices()
     told = []
     for device in found:
@@ -195,8 +196,8 @@ def price(command: run.Command | None) -> list[Finding]:
         found = cost.estimate(settings)
     except config.ConfigError as error:
         return [Finding("cost", str(error), "correct the config")]
-    except ValueError as error:
-        return [Finding("cost", f"not known: {error}")]
+    except (ValueError, RuntimeError) as error:  # also where there is no device, which `device` says
+        return [Finding("cost", f"not known: {hub_files.first_line(error)}")]
     weights, size = sum(found.weights.values()) + found.fixed, settings.batch_size
     needed = weights + size * found.live
     text = (

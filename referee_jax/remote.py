@@ -28,7 +28,7 @@ from referee_jax import disk, queue
 CONTENT = ("images", "shards", "trajectories")
 LINES = ("metadata", "log")
 CHECKPOINTS = "checkpoints"
-SHOWN_SHARDS = 4  # each is fetched as a whole
+SHOWN_BYTES = 1e9  # of shards, of which each is fetched as a whole
 TOGETHER = 32  # objects that are fetched at once
 LOCK = 600.0  # seconds after which a lock's owner is taken for dead
 SEEN = 10.0  # seconds between two looks at what others have claimed
@@ -217,9 +217,18 @@ class Bucket:
 
     def bring_images(self, files: Sequence[str]) -> list[str]:
         """Brings images, and of shards the first few; those that can be opened now."""
-        shown = [x for x in files if not x.endswith(".tar")] + [x for x in files if x.endswith(".tar")][:SHOWN_SHARDS]
+        shown, total = [x for x in files if not x.endswith(".tar")], 0
+        for shard in (x for x in files if x.endswith(".tar")):
+            if total < SHOWN_BYTES:
+                shown.append(shard)
+                total += self._size(shard)
         self.bring([name for name in shown if not (self.local / name).exists()])
         return shown
+
+    def _size(self, name: str) -> int:
+        with self._asked(), contextlib.suppress(FileNotFoundError):
+            return self.fs.size(self._at(name)) or 0
+        return 0
 
     def send(self) -> None:
         """Brings the bucket up to the local directory; whatever happens meanwhile, no line comes before its image."""

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back to the bit, damage is seen, and only whole ones count."""
 
 import logging
+import os
 import socket
 
 import numpy as np
@@ -77,12 +78,14 @@ def test_one_that_its_owner_removes_meanwhile(tmp_path, monkeypatch):
 
 
 def test_one_that_is_being_written_is_left_to_its_process(tmp_path):
-    """Nothing of it can be read yet, by which anything could be known to be done."""
-    alive, dead = (tmp_path / "checkpoints" / x for x in (queue.name_process(), f"{socket.gethostname()}-99999999-aa"))
-    for place in (alive, dead):
+    """Nothing of it can be read yet, by which anything could be known to be done. What nobody is at work on is removed."""
+    names = queue.name_process(), f"{socket.gethostname()}-99999999-aa", "other-host-1-aa", "@other", "old-host-1-aa"
+    places = [tmp_path / "checkpoints" / name for name in names]
+    for place in places:
         (place / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    os.utime(places[-1], (0, 0))
     checkpoint.Checkpoints(tmp_path / "checkpoints").forget(set())
-    assert alive.exists() and not dead.exists()
+    assert [place.exists() for place in places] == [True, False, True, True, False]
 
 
 def test_forgotten_when_all_is_done(tmp_path):

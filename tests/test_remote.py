@@ -252,7 +252,7 @@ def test_nothing_is_left_on_the_machine(url, monkeypatch, form):
     """Of a run that ended or was interrupted; and of shards the pictures show the first ones."""
     places, init = [], remote.Bucket.__init__
     monkeypatch.setattr(remote.Bucket, "__init__", lambda self, url: init(self, url) or places.append(self.local))
-    monkeypatch.setattr(remote, "SHOWN_SHARDS", 1)
+    monkeypatch.setattr(remote, "SHOWN_BYTES", 1)
     asked = [*PROMPTS, f"--workdir={url}", f"--config.outputs.format={form}", "--config.outputs.shard_size=1"]
     assert execute(*asked, failures={5: KeyboardInterrupt()})[0] == 130
     assert execute(*asked)[0] == 0

@@ -139,6 +139,8 @@ def measure(
 def keep(settings: config.Settings, out: pathlib.Path) -> None:
     """Writes of what settings the results are, or compares; ConfigError for others than what `out` has."""
     file, said = out / "settings.json", config.image_settings(settings)
+    if not file.exists() and any(out.glob("*.jsonl")):
+        raise config.ConfigError(f"{out} has results of unknown settings; choose another --out")
     if file.exists() and (difference := config.diff(json.loads(file.read_text()), said)):
         raise config.ConfigError(f"{out} has results of other settings; choose another --out\n{difference}")
     disk.write_atomic(file, json.dumps(said, indent=2).encode() + b"\n")

@@ -72,6 +72,9 @@ def test_other_settings_are_refused(tmp_path):
     methods.keep(dataclasses.replace(SETTINGS, samples=9), tmp_path)
     with pytest.raises(config.ConfigError, match="other settings; choose another --out\nsteps: "):
         methods.keep(dataclasses.replace(SETTINGS, steps=7), tmp_path)
+    (tmp_path / "settings.json").rename(tmp_path / "a_row-colour-seen.jsonl")
+    with pytest.raises(config.ConfigError, match="unknown settings"):
+        methods.keep(SETTINGS, tmp_path)
 
 
 def test_summary(tmp_path):
