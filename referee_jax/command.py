@@ -11,7 +11,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from referee_jax import compile_cache, config, devices, parsing, prompts, remote
+from referee_jax import compile_cache, config, devices, parsing, progress, prompts, remote
 
 # config_flags reads the file and sets what is overridden while flags are parsed, and raises what comes.
 FLAG_ERRORS = (flags.Error, AttributeError, LookupError, TypeError, ValueError, SyntaxError, OSError)
@@ -93,8 +93,8 @@ def tell(work: Callable[[], str]) -> int:
     except (ValueError, OSError, devices.DeviceError) as error:
         told = str(error)
     except jax.errors.JaxRuntimeError as error:
-        told = f"the device failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}"
-        if "RESOURCE_EXHAUSTED" in told:
+        told = f"the device failed: {progress.first_line(error)[:300]}"
+        if devices.is_memory(error):
             told += "; its memory is too small for so much at once"
     print(prompts.printable(f"error: {told}", sys.stderr.encoding), file=sys.stderr)
     return 2

@@ -118,3 +118,8 @@ def _has_plugin(kind: str) -> bool:
     if kind == "tpu":
         return importlib.util.find_spec("libtpu") is not None
     return any("cuda" in plugin.name for plugin in metadata.entry_points(group="jax_plugins"))
+
+
+def is_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether it says that memory was too small."""
+    return "RESOURCE_EXHAUSTED" in str(error)

@@ -32,7 +32,7 @@ from absl import app, flags, logging
 from huggingface_hub import constants, errors
 from packaging import requirements
 
-from referee_jax import compile_cache, config, devices, outputs, prompts, remote, run
+from referee_jax import compile_cache, config, devices, outputs, progress, prompts, remote, run
 from referee_jax.weights import hub as hub_files
 
 GB = 1e9
@@ -197,7 +197,7 @@ def price(command: run.Command | None) -> list[Finding]:
     except config.ConfigError as error:
         return [Finding("cost", str(error), "correct the config")]
     except (ValueError, RuntimeError) as error:  # also where there is no device, which `device` says
-        return [Finding("cost", f"not known: {hub_files.first_line(error)}")]
+        return [Finding("cost", f"not known: {progress.first_line(error)}")]
     weights, size = sum(found.weights.values()) + found.fixed, settings.batch_size
     needed = weights + size * found.live
     text = (

@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from referee_jax import checkpoint, disk, outputs, progress, queue, trouble, writers
-from referee_jax.weights import hub
+from referee_jax import checkpoint, devices, disk, outputs, progress, queue, trouble, writers
 
 
 class Stopped(Exception):
@@ -79,8 +78,8 @@ class Generator:
                 try:
                     self.make(part, work.claims)
                 except jax.errors.JaxRuntimeError as error:
-                    if not is_memory(error):
-                        why = hub.first_line(error)[:300]
+                    if not devices.is_memory(error):
+                        why = progress.first_line(error)[:300]
                         self.run.log("device failed", items=[item.id for item in part.items], error=why)
                         raise trouble.DeviceFailed(part.items, self.made.images, why) from error
                     self.halve(error)
@@ -180,11 +179,6 @@ class Generator:
         """Raises Stopped if a stop was asked for."""
         if self.stop.number is not None:
             raise Stopped(self.stop.number)
-
-
-def is_memory(error: jax.errors.JaxRuntimeError) -> bool:
-    """Whether it says that memory was too small."""
-    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def tell_cost(engine: Any, run: outputs.RunDirectory, batch: Any) -> None:

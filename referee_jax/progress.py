@@ -104,3 +104,8 @@ def mean(metric: np.ndarray) -> np.ndarray:
     there = ~np.isnan(metric)
     with np.errstate(all="ignore"):
         return np.where(there, metric, 0).sum(-1, dtype=np.float64) / there.sum(-1)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -270,12 +270,12 @@ def main(
     except OSError as error:
         return _fail(1, f"{error}; {keeps}")
     except jax.errors.JaxRuntimeError as error:
-        if generation.is_memory(error):
+        if devices.is_memory(error):
             return _fail(
                 1,
                 f"the device's memory is too small even for --config.batch_size=1 (--config.remat=full needs least); {keeps}",
             )
-        return _fail(1, f"the device failed: {hub.first_line(error)[:300]}; {keeps}")
+        return _fail(1, f"the device failed: {progress.first_line(error)[:300]}; {keeps}")
 
 
 def catch_signals(stop: generation.Stop) -> None:

@@ -21,6 +21,7 @@ from absl import logging
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
+from referee_jax import progress
 from referee_jax.weights.convert import WeightsError
 
 TRIES = 4
@@ -48,7 +49,7 @@ def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str
             directory = _download(name, revision, patterns)
     except (OSError, hub_errors.HTTPError, hub_errors.HFValidationError) as error:
         raise WeightsError(
-            f"{name} is not a local directory, and getting it from the Hugging Face hub failed ({first_line(error)}); "
+            f"{name} is not a local directory, and getting it from the Hugging Face hub failed ({progress.first_line(error)}); "
             f"where there is a network, run: {download_command(name, revision, [*patterns, CARD])}"
         ) from error
     _check_sizes(directory, name, revision)
@@ -91,11 +92,6 @@ def download_command(name: str, revision: str | None, patterns: Sequence[str], *
     return shlex.join([*command, *options])
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The snapshot in the cache. Where the hub cannot be asked, one that is cached and complete, but for the card, will do."""
     for tries in range(1, TRIES + 1):
@@ -107,7 +103,7 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
             wait = _wait(error, tries)
             if wait is None or tries == TRIES:
                 raise
-            logging.warning("%s (try %d of %d); again in %.0f s", first_line(error), tries, TRIES, wait)
+            logging.warning("%s (try %d of %d); again in %.0f s", progress.first_line(error), tries, TRIES, wait)
         time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 
