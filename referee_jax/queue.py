@@ -31,15 +31,22 @@ class Item:
     @property
     def prompt_id(self) -> int:
         """uint32 of the prompt's text: the first four bytes of its SHA-256, the same on every machine."""
-        # A lone surrogate is no character, but a text may hold one.
-        return int.from_bytes(hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).digest()[:4], "big")
+        return int(self._hash()[:8], 16)
 
     @property
     def id(self) -> str:
         """A file stem for any text: ASCII words of the prompt, the hash that tells texts apart, the sample."""
         plain = unicodedata.normalize("NFKD", self.prompt).encode("ascii", "ignore").decode()
-        words = re.sub(r"[^A-Za-z0-9]+", "_", plain).strip("_")[:STEM].rstrip("_")
-        return f"{words or 'prompt'}-{self.prompt_id:08x}-s{self.sample:03d}"
+        words = re.sub(r"[^A-Za-z0-9]+", "_", plain).strip("_")
+        # Few texts have the same words. But thousands begin alike, or have no ASCII words at all, and of 100,000 hashes of
+        # 32 bits two are the same.
+        is_whole = self.prompt.isascii() and 0 < len(words) <= STEM
+        return f"{words[:STEM].rstrip('_') or 'prompt'}-{self._hash()[: 8 if is_whole else 16]}-s{self.sample:03d}"
+
+    def _hash(self) -> str:
+        """SHA-256, in hex."""
+        # A lone surrogate is no character, but a text may hold one.
+        return hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def items(prompts: Sequence[str], samples: int) -> list[Item]:
