@@ -4,6 +4,7 @@
 
 A shard grows under a temporary name, its journal's lines beside it, both on disk image by image; full, or at the end, it is
 renamed, and only then its lines go to the journal. What a crash left is committed by the next start as far as it was on disk.
+What others have made meanwhile, as they took the writer for dead, is taken out of it before: no image is in two shards.
 
 An image within a shard is named like a file, `RUN/shards/<name>.tar/<id>.png`: so the journal says it, and `read_bytes` reads it.
 """
@@ -13,13 +14,14 @@ import functools
 import os
 import secrets
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from referee_jax import disk
 
 END = 2 * tarfile.BLOCKSIZE  # bytes of zeros that end a tar
+TOGETHER = 100  # members that are copied at once
 
 
 class Shard:
@@ -47,8 +49,9 @@ class Shard:
         self.count += 1
 
     def commit(self, journal: Path) -> list[str]:
-        """Gives the shard its name and writes its lines to the journal; the ids in it."""
-        with self.file:
+        """Gives the shard its name and writes its lines to the run directory's `journal`; the ids that were added."""
+        # One after the other: of two that have the same image, the second sees that the first has it.
+        with self.file, disk.locked(journal.with_name("config.json")):
             return _commit(self.file, self.path, self.lines, journal)
 
 
@@ -64,34 +67,74 @@ def _commit(file: BinaryIO, path: Path, lines: Path, journal: Path) -> list[str]
     if not listed:
         Path(file.name).unlink(missing_ok=True)
         return []
-    # Zeros that are not written take no space: a full disk has room for them.
     file.truncate(listed[-1]["end"])
-    file.truncate(listed[-1]["end"] + END)
+    _close(file, listed[-1]["end"], path)
+    return _list(path, lines, journal)
+
+
+def _close(file: BinaryIO, end: int, path: Path) -> None:
+    """Ends the tar in an open temporary file of so many bytes, and gives it its name."""
+    file.truncate(end + END)  # zeros that are not written take no space: a full disk has room for them
     os.fsync(file.fileno())
     os.replace(file.name, path)
     disk.sync_directory(path.parent)
-    return _list(listed, lines, journal)
 
 
-def _list(listed: list[dict[str, Any]], lines: Path, journal: Path) -> list[str]:
-    records = [x["record"] for x in listed]
-    disk.append(journal, *records)
+def _list(path: Path, lines: Path, journal: Path) -> list[str]:
+    """Takes out of a shard what the run has elsewhere, and writes the rest to the journal."""
+    records = [x["record"] for x in disk.read_lines(lines)]
+    with open(path, "rb") as file:
+        inside = {_id(name) for name in _members(file)}  # not all, after a crash in the middle of this
+    elsewhere = _elsewhere(records, journal)
+    if inside <= elsewhere:
+        path.unlink()
+    elif inside & elsewhere:
+        _take_out(elsewhere, path)
+    disk.append(journal, *(record for record in records if record["id"] in inside - elsewhere))
     lines.unlink(missing_ok=True)
     return [record["id"] for record in records]
 
 
+def _elsewhere(records: Sequence[Mapping[str, Any]], journal: Path) -> set[str]:
+    """The ids of those images that the journals have not here, but in another file, which is there."""
+    run, here = journal.parent, {(record["id"], holder(record["file_name"])) for record in records}
+    # The main one last, into which lines are moved.
+    journals = [*sorted(run.glob("metadata-*.jsonl")), run / "metadata.jsonl"]
+    said = [(x.get("id"), x.get("file_name")) for file in journals for x in disk.read_lines(file)]
+    told = {(name, holder(file)) for name, file in said if isinstance(name, str) and isinstance(file, str)}
+    own = {name for name, _ in here} - {name for name, _ in here & told}
+    return {name for name, file in told if name in own and (run / file).exists()}
+
+
+def _take_out(ids: Collection[str], path: Path) -> None:
+    """Writes a shard anew, without these; there with them or without, whatever happens meanwhile."""
+    with open(path, "rb") as old, disk.open_temporary(path) as new:
+        try:
+            kept = [(name, place) for name, place in _members(old).items() if _id(name) not in ids]
+            for n in range(0, len(kept), TOGETHER):
+                some = (_member(name, _read(old, *place)) for name, place in kept[n : n + TOGETHER])
+                disk.write_all(new, b"".join(some), path)
+            _close(new, new.tell(), path)
+        except BaseException:
+            Path(new.name).unlink(missing_ok=True)
+            raise
+
+
 def recover(directory: Path, journal: Path, clock: float) -> None:
-    """Commits what crashed processes left in a directory of shards, their lines to `journal`; see disk.abandoned."""
+    """Commits what crashed processes left in a directory of shards, their lines to `journal`; see disk.abandoned.
+
+    For one process at a time: it holds the lock of config.json.
+    """
     for lines in sorted(directory.glob(".*.tar.lines")):
         path = directory / lines.name.removeprefix(".").removesuffix(".lines")
         # In this order: a shard that is committed this moment is first under the one name, then under the other.
         temporary = next(directory.glob(f".{path.name}.*.tmp"), None)
-        if temporary:
+        if path.exists():
+            _list(path, lines, journal)  # a temporary file beside it is half of `_take_out`
+        elif temporary:
             with disk.abandoned(temporary, clock) as file:
                 if file:
                     _commit(file, path, lines, journal)
-        elif path.exists():
-            _list(disk.read_lines(lines), lines, journal)
         else:
             lines.unlink(missing_ok=True)
 
@@ -112,8 +155,12 @@ def read_bytes(file: Path) -> bytes:
     if size is None:
         raise FileNotFoundError(2, "No such file in the shard", str(file))
     with open(file.parent, "rb") as tar:
-        tar.seek(start)
-        return tar.read(size)
+        return _read(tar, start, size)
+
+
+def _read(tar: BinaryIO, start: int, size: int) -> bytes:
+    tar.seek(start)
+    return tar.read(size)
 
 
 def modified(file: Path) -> int:
@@ -123,10 +170,21 @@ def modified(file: Path) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _places(tar: Path, modified: int) -> dict[str, tuple[int, int]]:
-    """Name -> where its content starts, and its size. Reading this is slow; images are read shard by shard."""
+    """`_members`, of a file as it was `modified`. Reading this is slow; images are read shard by shard."""
     del modified  # part of the cache's key
+    with open(tar, "rb") as file:
+        return _members(file)
+
+
+def _members(file: BinaryIO) -> dict[str, tuple[int, int]]:
+    """Name -> where its content starts, and its size. OSError where it is no tar."""
     try:
-        with tarfile.open(tar, "r:") as opened:
+        with tarfile.open(fileobj=file, mode="r:") as opened:
             return {member.name: (member.offset_data, member.size) for member in opened if member.isfile()}
     except tarfile.TarError as error:
-        raise OSError(5, f"not a shard ({error})", str(tar)) from error
+        raise OSError(5, f"not a shard ({error})", file.name) from error
+
+
+def _id(name: str) -> str:
+    """Of the image that a member belongs to."""
+    return name.rpartition(".")[0]

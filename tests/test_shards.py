@@ -1,7 +1,9 @@
 """Shards: tars that others read, of which nothing is seen before it is whole, and nothing lost that was on disk."""
 
+import concurrent.futures
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -10,6 +12,7 @@ import pytest
 
 from referee_jax import disk, shards
 from tests import conftest
+from tests.bench import kill_fuzz
 
 
 def add(shard, name, size=700):
@@ -26,7 +29,10 @@ def names(directory):
 @pytest.fixture
 def folder(tmp_path):
     """The folder of shards and the journal."""
-    return tmp_path / "shards", tmp_path / "metadata.jsonl"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").touch()  # whose lock is that of the run
+    return run / "shards", run / "metadata.jsonl"
 
 
 def test_a_shard(folder):
@@ -193,6 +199,147 @@ def test_a_shard_that_another_commits_this_moment(folder, monkeypatch):
     assert shard.commit(other) == ["a"]
     assert disk.read_lines(journal) == disk.read_lines(other) == [x["record"] for x in listed]
     assert names(directory) == [shard.path.name]
+
+
+def members(directory):
+    """Of all shards that are seen."""
+    found = []
+    for file in sorted(directory.glob("*.tar")):
+        with tarfile.open(file) as tar:
+            found += tar.getnames()
+    return found
+
+
+def committed(folder, *samples, process=0):
+    """A shard that is."""
+    shard = shards.Shard(folder[0], process)
+    for name in samples:
+        add(shard, name)
+    assert shard.commit(folder[1] if not process else folder[1].with_name(f"metadata-{process}.jsonl")) == [*samples]
+    return shard
+
+
+def is_there_once(folder, ids):
+    """Each image is in one tar, and where the journal says; nothing is left of what was not finished."""
+    directory, journal = folder
+    assert sorted(members(directory)) == sorted(f"{name}.{ending}" for name in ids for ending in ("png", "json"))
+    records = [x for file in journal.parent.glob("metadata*.jsonl") for x in disk.read_lines(file)]
+    assert {x["id"] for x in records} == set(ids)
+    for record in records:
+        assert shards.read_bytes(journal.parent / record["file_name"]) == record["id"].encode() * 700
+    assert [name for name in names(directory) if name.startswith(".")] == []
+    for file in directory.iterdir():
+        subprocess.run(["tar", "tf", file], capture_output=True, check=True)
+
+
+@pytest.mark.parametrize("twice", ["a", "b", "ab", "abx"])
+@pytest.mark.parametrize("at", MOMENTS)
+def test_what_another_made_after_a_crash_is_left_out(folder, monkeypatch, at, twice):
+    """Of the dead process's shard; all of it, if all is made again."""
+    directory, journal = folder
+    there = {x["id"] for x in crash(folder, monkeypatch, at)}
+    committed(folder, *twice, process=1)
+    for _ in range(2):
+        shards.recover(directory, journal, 0)
+        disk.remove_abandoned(directory, 0)
+        is_there_once(folder, there.union(twice))
+    assert len(names(directory)) == 1 + bool(there - set(twice))
+
+
+def test_a_slow_process_leaves_out_what_another_made(folder):
+    """Which took it for dead: the next start, or itself, finds its own shard no less whole."""
+    directory, journal = folder
+    slow, dead = shards.Shard(directory, 2), shards.Shard(directory, 3)
+    for name in "abcd":
+        add(slow, name)
+    for name in "cde":
+        add(dead, name)
+    committed(folder, "b", process=1)
+    dead.file.close()
+    shards.recover(directory, journal, 0)
+    assert slow.commit(journal.with_name("metadata-2.jsonl")) == ["a", "b", "c", "d"]  # all are done
+    is_there_once(folder, set("abcde"))
+    assert len(names(directory)) == 3
+
+
+def test_an_image_by_itself_is_not_put_in_a_shard_as_well(folder):
+    """As where the format was changed; what a journal has and the disk has not is another matter."""
+    directory, journal = folder
+    (journal.parent / "images").mkdir()
+    (journal.parent / "images" / "a.png").touch()
+    disk.append(journal, {"id": "a", "file_name": "images/a.png"}, {"id": "b", "file_name": "images/b.png"}, {"id": 5})
+    committed(folder, "a", "b")
+    assert members(directory) == ["b.png", "b.json"]
+
+
+class Crash(BaseException):
+    pass
+
+
+def crash_after(monkeypatch, count):
+    """Half of so many steps that change the disk are done, and no other: the last before or after it was."""
+    left = count
+
+    def step(real, *arguments, **options):
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            raise Crash
+        result = real(*arguments, **options)
+        left -= 1
+        if left <= 0:
+            raise Crash
+        return result
+
+    for module, name in (
+        (disk.os, "replace"), (disk.os, "fsync"), (pathlib.Path, "unlink"), (disk, "append"), (disk, "write_all")
+    ):  # fmt: skip
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, **k: step(real, *a, **k))
+
+
+@pytest.mark.parametrize("twice", ["b", "ab"])
+@pytest.mark.parametrize("first", ["between samples", "before the journal"])
+def test_a_crash_while_it_is_taken_out_loses_nothing(folder, monkeypatch, first, twice):
+    """Whatever was the last that `recover` did to the disk: the next one finds all, once."""
+    crash(folder, monkeypatch, first)
+    committed(folder, *twice, process=1)
+    run, count, crashed = folder[1].parent, 0, True
+    while crashed:
+        count, crashed = count + 1, False
+        copy = shutil.copytree(run, run.with_name(f"copy-{count}"))
+        directory, journal = copy / "shards", copy / "metadata.jsonl"
+        with monkeypatch.context() as patch:
+            crash_after(patch, count)
+            try:
+                shards.recover(directory, journal, 0)
+            except Crash:
+                crashed = True
+        shards.recover(directory, journal, 0)
+        disk.remove_abandoned(directory, 0)
+        is_there_once((directory, journal), {"a", "b"})
+    assert count > 6
+
+
+def test_two_that_commit_at_once(folder):
+    """The same images, by processes of which none is dead: each image is in one of their shards."""
+    made = [shards.Shard(folder[0], n) for n in range(8)]
+    for n, shard in enumerate(made):
+        for k in range(6):
+            add(shard, f"a-{(n + k) % 8}")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: made[n].commit(folder[1].with_name(f"metadata-{n + 1}.jsonl")), range(8)))
+    is_there_once(folder, {f"a-{n}" for n in range(8)})
+
+
+def test_the_fuzz_sees_doubles(folder):
+    """tests/bench/kill_fuzz.py, also in a shard of which the journal says nothing."""
+    directory, journal = folder
+    shard = committed(folder, "a", "b")
+    whole = shutil.copytree(journal.parent, journal.parent.with_name("whole"))
+    assert kill_fuzz.problems(journal.parent, whole) == []
+    shutil.copy(shard.path, directory / "other.tar")
+    assert kill_fuzz.problems(journal.parent, whole) == ["a.png is there 2 times", "b.png is there 2 times"]
 
 
 def test_killed(tmp_path):

@@ -8,6 +8,7 @@ finish. Asked then: is every image there, once, to the byte what an uninterrupte
 """
 
 import argparse
+import collections
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -81,12 +83,22 @@ def images(workdir: pathlib.Path) -> dict[str, bytes]:
     return found | {pathlib.Path(name).name: shards.read_bytes(workdir / name) for name in sharded}
 
 
+def copies(workdir: pathlib.Path) -> collections.Counter[str]:
+    """File name -> how often the image is there: by itself and in all shards, whatever the journal says."""
+    names = [file.name for file in (workdir / "images").glob("*")]
+    for file in (workdir / "shards").glob("*.tar"):
+        with tarfile.open(file) as tar:
+            names += [name for name in tar.getnames() if not name.endswith(".json")]
+    return collections.Counter(names)
+
+
 def problems(workdir: pathlib.Path, reference: pathlib.Path) -> list[str]:
     """What is wrong with a finished run, compared with an uninterrupted one."""
     found, wanted = images(workdir), images(reference)
     wrong = [f"{name} is missing" for name in wanted.keys() - found.keys()]
     wrong += [f"{name} should not be there" for name in found.keys() - wanted.keys()]
     wrong += [f"{name} is another image" for name in found.keys() & wanted.keys() if found[name] != wanted[name]]
+    wrong += [f"{name} is there {count} times" for name, count in copies(workdir).items() if count > 1]
     journal = [json.loads(line) for file in workdir.glob("metadata*.jsonl") for line in file.read_text().splitlines()]
     names = [pathlib.Path(record["file_name"]).name for record in journal]
     wrong += [f"{name} is {names.count(name)} times in the journal" for name in wanted if names.count(name) != 1]
