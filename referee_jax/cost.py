@@ -7,6 +7,7 @@ is estimated from the same program (memory.py). No weights, no device, no compil
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -74,6 +75,54 @@ class Estimate:
         """Images of a batch on one chip."""
         free = USABLE * chip.bytes - sum(self.weights.values()) - self.fixed
         return max(0, int(free // self.live))
+
+
+class Work(NamedTuple):
+    """Operations of one image, as Estimate has them."""
+
+    step: float
+    tail: float
+    look: float
+    image: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """What an engine's program costs: operations of an `image`, bytes on each device of `weights` and of a batch besides them.
+
+    `chip` is the kind of device, None where it is not in the table.
+    """
+
+    image: float
+    weights: int
+    batch: int
+    chip: chips.Chip | None
+
+    def line(self, images: int) -> str:
+        """For reading, of so many images that are to be made."""
+        each, total = (_amount(n * self.image, "FLOP") for n in (1, images))
+        weights, batch = (_amount(n, "B") for n in (self.weights, self.batch))
+        least = (
+            f"; at least {self.image / self.chip.rate / 1e12:.3g} s an image on {self.chip.name}" if self.chip else ""
+        )
+        return f"{each} for an image, {total} for all {images}; {weights} of weights, {batch} for a batch{least}"
+
+
+# Chip -> what JAX calls the kinds of devices that have its rate: not its slower forms, nor a share of one.
+_KINDS = {
+    "H200": "NVIDIA H200",
+    "H100 SXM": r"NVIDIA H100 \d+GB HBM3",
+    "A100": r"NVIDIA A100(-\S+| \d+GB PCIe)",
+    "RTX 4090": "NVIDIA GeForce RTX 4090",
+    "TPU v5e": "TPU v5 lite|TPU v5e",
+    "TPU v5p": "TPU v5p?",
+    "TPU v6e": "TPU v6 lite|TPU v6e",
+}
+
+
+def chip_of(kind: str) -> chips.Chip | None:
+    """The chip of the table that a device's kind names, None where there is none."""
+    return next((chip for chip in chips.CHIPS if re.fullmatch(_KINDS.get(chip.name, chip.name), kind)), None)
 
 
 def abstract_step(settings: config.Settings) -> Step:
@@ -210,30 +259,48 @@ def batched(fn: Callable, step: Step, shape: Sequence[int], batch: int) -> tuple
 def estimate(settings: config.Settings) -> Estimate:
     """What a config costs. Raises ConfigError, or WeightsError for a directory whose config.json is not understood."""
     step = abstract_step(settings)
-    plan = step.plan
-
-    def asked(fn: Callable, shape: Sequence[int] = plan.latent) -> float:
-        fn, args = batched(fn, step, shape, 1)
-        return program.flops(fn, *args)
-
-    found = {part.name: asked(part.fn, part.shape) for part in parts(step)}
-    look = asked(_looked(plan, ("held_out",))) if plan.held_out else 0.0
+    found = {part.name: _asked(step, part.fn, part.shape) for part in parts(step)}
     one, two = (_traced(step, batch) for batch in (1, 2))
-    whole, tail = program.count(one), found["U-Net"] if plan.use_sds else 0.0
     least, most = memory.peak(one), memory.peak(two)
-    start, end = _ends(step, found["U-Net"], asked)
-    on = max(0, min(settings.referee.stop, settings.steps) - settings.referee.start) if plan.looks else 0
     return Estimate(
         parts=found,
-        step=whole,
-        tail=tail,
-        look=look,
-        image=start + on * whole + (settings.steps - on) * tail + settings.steps // plan.look_every * look + end,
+        **_work(step, program.count(one), found["U-Net"])._asdict(),
         weights=_weights(step),
         fixed=max(0, 2 * least - most),
         live=most - least,
         assumed=step.assumed,
     )
+
+
+def running(engine: Any, batch: Any) -> Running:
+    """What an inverter's program of a batch costs; what is not of that program is traced besides, nothing is compiled."""
+    traced, device = engine.trace(batch).jaxpr.jaxpr, engine.mesh.devices.flat[0]
+    prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.prompt)
+    step = Step(engine.settings, engine.networks, engine.text_encoder, prompt, engine.hyper, engine.plan)
+    whole, unet = program.count(traced) / engine.settings.batch_size, _asked(step, _unet, step.plan.latent)
+    return Running(
+        image=_work(step, whole, unet).image,
+        weights=sum(_weights(step).values()),
+        batch=memory.peak(traced),
+        chip=chip_of(device.device_kind),
+    )
+
+
+def _work(step: Step, whole: float, unet: float) -> Work:
+    """What an image takes, where an iteration takes `whole` and the U-Net within `unet`."""
+    settings, plan = step.settings, step.plan
+    look = _asked(step, _looked(plan, ("held_out",)), plan.latent) if plan.held_out else 0.0
+    start, end = _ends(step, unet)
+    on = max(0, min(settings.referee.stop, settings.steps) - settings.referee.start) if plan.looks else 0
+    tail = unet if plan.use_sds else 0.0
+    image = start + on * whole + (settings.steps - on) * tail + settings.steps // plan.look_every * look + end
+    return Work(whole, tail, look, image)
+
+
+def _asked(step: Step, fn: Callable, shape: Sequence[int]) -> float:
+    """Operations of a part's function, of one image."""
+    fn, args = batched(fn, step, shape, 1)
+    return program.flops(fn, *args)
 
 
 def _traced(step: Step, batch: int) -> core.Jaxpr:
@@ -258,10 +325,10 @@ def _looked(plan: inversion.Plan, who: Sequence[str]) -> Callable:
 _TEXTS = {"referees": "texts", "held_out": "held_out"}
 
 
-def _ends(step: Step, unet: float, asked: Callable) -> tuple[float, float]:
+def _ends(step: Step, unet: float) -> tuple[float, float]:
     """Operations of an image's start, the choice among candidates included, and of its last decoding and scoring."""
     settings, plan = step.settings, step.plan
-    judged = asked(_looked(plan, ("referees", "held_out")))
+    judged = _asked(step, _looked(plan, ("referees", "held_out")), plan.latent)
     start = settings.init_steps * unet if settings.init == "sample" else 0.0
     if settings.init_candidates > 1 or plan.held_out:
         start += judged
@@ -300,6 +367,12 @@ def table(found: Estimate, *, precision: str = "") -> str:
             statistics.markdown(["chip (bfloat16 TFLOP/s, GB, of TPUs GiB)", "least s/image", "images at once"], shown),
         ]
     )
+
+
+def _amount(x: float, unit: str) -> str:
+    """A number in the largest unit in which it is at least 1."""
+    scale, prefix = max((pair for pair in (*_PREFIXES, (1e15, "P")) if x >= pair[0]), default=_PREFIXES[0])
+    return f"{x / scale:.3g} {prefix}{unit}"
 
 
 def _scaled(what: str, unit: str, values: dict[str, float]) -> str:

@@ -98,7 +98,7 @@ class Generator:
             )
         part, batch = self.begin(part)
         if not engine.compiled:
-            tell_cost(engine, self.run, batch)
+            tell_cost(engine, self.run, batch, self.bar.images - self.bar.done)
         self.at = f"{part.items[0].id} and {len(part.items) - 1} others"
         frames = []
         while batch.step < engine.steps:
@@ -181,11 +181,11 @@ class Generator:
             raise Stopped(self.stop.number)
 
 
-def tell_cost(engine: Any, run: outputs.RunDirectory, batch: Any) -> None:
-    """Says and notes what an iteration costs."""
-    each = engine.flops(batch)
-    progress.say(f"{each / 1e12:.3g} TFLOP for an iteration of an image, {each * engine.steps / 1e12:.3g} for all")
-    run.log("cost", flops=each)
+def tell_cost(engine: Any, run: outputs.RunDirectory, batch: Any, images: int) -> None:
+    """Says and notes what an image costs, and all that are to be made."""
+    found = engine.cost(batch)
+    progress.say(found.line(images))
+    run.log("cost", flops=found.image, weights=found.weights, batch=found.batch)
 
 
 def log_chunk(

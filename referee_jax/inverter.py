@@ -287,6 +287,10 @@ class Inverter:
         """Floating-point operations of one image in an iteration with all that there is to do; nothing is compiled."""
         return program.count(self.trace(batch).jaxpr.jaxpr) / (self.batch_size // self.groups)
 
+    def cost(self, batch: Batch) -> cost.Running:
+        """What a run with such batches takes; nothing is compiled."""
+        return cost.running(self, batch)
+
     def preview(self, batch: Batch) -> np.ndarray:
         """The images as they are, uint8 `[item, H, W, 3]`."""
         images = self._program("finish", output=self.settings.output)(self.networks, batch.prompt, batch.state)[1]

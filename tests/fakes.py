@@ -12,8 +12,8 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from referee_jax import chips, cost, formats, outputs, queue, run
 from referee_jax import command as commands
-from referee_jax import formats, outputs, queue, run
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "paper.py"
@@ -50,8 +50,8 @@ class FakeInverter:
     def check(self, prompt):
         return "99 tokens, the prior reads 77" if "too long" in prompt else None
 
-    def flops(self, batch):
-        return 1.5e9
+    def cost(self, batch):
+        return cost.Running(image=1.5e12, weights=2_000_000, batch=3_000_000_000, chip=chips.TPUS["v5e"])
 
     def begin(self, items, seed):
         self.begun.append(tuple(items))

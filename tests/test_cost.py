@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from referee_jax import chips, config, cost, devices, inverter, program, sizes
+from referee_jax import chips, config, cost, devices, doctor, inverter, program, queue, sizes
 from referee_jax.models import blip, blip2, clip, layers, unet, vae
 
 
@@ -140,6 +141,42 @@ def test_an_image_is_its_iterations_start_and_end(checkpoints, tiny):
     chosen = cost.estimate(dataclasses.replace(small(checkpoints), init="sample", init_steps=5, init_candidates=4))
     start = 4 * (5 * tiny.parts["U-Net"] + judged)
     assert chosen.image == pytest.approx(body + start + judged, rel=1e-3)
+
+
+def test_a_run_the_doctor_and_the_estimate_tell_one_number(checkpoints):
+    """With all that is easily forgotten: the start and its candidates, looks, iterations without referees, the end."""
+    settings = dataclasses.replace(small(checkpoints), init="sample", init_steps=5, init_candidates=3, remat="full")
+    estimated = cost.estimate(settings)
+    engine = inverter.Inverter.from_config(settings, jax.devices()[:2])
+    found = engine.cost(engine.begin(queue.items(["a photo"], 3), 0))
+    assert found.image == pytest.approx(estimated.image, rel=1e-6) and found.chip is None
+    assert found.image > 1.5 * settings.steps * estimated.step  # which a run told once
+    assert found.weights == sum(estimated.weights.values())
+    assert found.batch == pytest.approx(estimated.fixed + 2 * estimated.live, rel=0.01)
+    mega = found.image / 1e6
+    assert found.line(10).startswith(f"{mega:.3g} MFLOP for an image, {mega / 100:.3g} GFLOP for all 10; ")
+    assert f"| **image** | {mega:.3g} |" in cost.table(estimated)
+    (told,) = doctor.price(types.SimpleNamespace(settings=settings))
+    assert f"{found.image / 1e12:.3g} for all" in told.text
+
+
+def test_the_least_time_on_a_chip_of_the_table():
+    found = cost.Running(image=19.7e12, weights=1, batch=2, chip=cost.chip_of("TPU v5 lite"))
+    assert found.line(1).endswith("; at least 0.1 s an image on TPU v5e")
+    assert "at least" not in dataclasses.replace(found, chip=None).line(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA A100 80GB PCIe", "A100"), ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("TPU v4", "TPU v4"), ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v6 lite", "TPU v6e"), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_kinds_of_devices(kind, name):
+    found = cost.chip_of(kind)
+    assert (found and found.name) == name
 
 
 def test_xla_needs_as_much_memory(checkpoints, tiny):

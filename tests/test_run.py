@@ -56,7 +56,8 @@ def test_a_run(tmp_path, capsys):
     told = out.splitlines()
     assert told[1] == "compiling for fake x 1, 3 images at once (this takes a while, once)"
     assert sum("compiling" in line for line in told) == 1
-    assert told[2] == "0.0015 TFLOP for an iteration of an image, 0.0375 for all"
+    work = "1.5 TFLOP for an image, 6 TFLOP for all 4; 2 MB of weights, 3 GB for a batch"
+    assert told[2] == f"{work}; at least 0.00761 s an image on TPU v5e"
     assert told[3].startswith("3/4 images, 75/100 steps")
     assert re.match(r"4 images done, 0 prompts skipped, \d+ s; see .*contact_sheet\.png and gallery\.html$", told[-1])
     assert len(told) == 6 and not err
