@@ -14,7 +14,7 @@ import platform
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -202,8 +202,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
+    return parse_lines(data.split(b"\n"))
+
+
+def parse_lines(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """As `read_lines`."""
     records = []
-    for line in data.split(b"\n"):
+    for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict):

@@ -19,6 +19,7 @@ directory, which it sends there.
 """
 
 import bisect
+import collections
 import contextlib
 import functools
 import importlib.metadata
@@ -278,6 +279,15 @@ class RunDirectory:
     def log(self, event: str, **values: Any) -> None:
         """Adds a line to log.jsonl."""
         disk.append(self.log_file, {"event": event, "time": disk.now(), **values})
+
+    def failures(self) -> collections.Counter[str]:
+        """How often a device failed at each id, by log.jsonl."""
+        if not self.log_file.exists():
+            return collections.Counter()
+        with self.log_file.open("rb") as file:  # long, and few lines are asked for
+            told = [line for line in file if b'"device failed"' in line]
+        found = filter(lambda x: x.get("event") == "device failed", disk.parse_lines(told))
+        return collections.Counter(name for line in found for name in line["items"])
 
     def contact_sheet(self) -> Path | None:
         """Writes contact_sheet.png of the first SHEET_PICTURES images, prompt by prompt; None without images."""

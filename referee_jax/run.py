@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 disk, memory or device failed, or nothing moved any more, 
 interrupted.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -17,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,9 @@ def carry_out(
         say(f"{len(wanted) - len(missing)} of {len(wanted)} images are there already")
     failed = [item for item in missing if tried.says(item)]
     missing = [item for item in missing if not tried.says(item)]
+    # A process of a job cannot begin anew: the launcher's next one leaves for last what the device failed at.
+    failures = run.failures() if command.distributed else collections.Counter()
+    missing.sort(key=lambda item: failures[item.id])
     made = generation.Made()
     if missing:
         run.check_space(len(queue.missing(everything, done)))  # the others write to the same disk
@@ -119,7 +123,7 @@ def carry_out(
             raise CommandError(f"no prompt can be used; {unfit[0]}")
         if not settings.batch_size:  # no larger than there is to do: what is missing from a batch is computed as well
             engine = engine.at_once(max(1, min(engine.settings.batch_size, -(-len(missing) // engine.groups))))
-        made = generate(engine, run, missing, command, stop or generation.Stop())
+        made = generate(engine, run, missing, command, stop or generation.Stop(), failures)
     finish(run, made, len(rejected), time.monotonic() - start)
     if failed := queue.missing(failed, run.done()):  # another may have made them meanwhile
         run.log("failed", items=[item.id for item in failed])
@@ -138,12 +142,21 @@ def note_checkpoints(run: outputs.RunDirectory) -> None:
 
 
 def generate(
-    engine: Any, run: outputs.RunDirectory, items: Sequence[queue.Item], command: Command, stop: generation.Stop
+    engine: Any,
+    run: outputs.RunDirectory,
+    items: Sequence[queue.Item],
+    command: Command,
+    stop: generation.Stop,
+    failures: Mapping[str, int],
 ) -> generation.Made:
-    """Makes and writes all of `items`; in a pool of workers, those that no other makes."""
+    """Makes and writes all of `items`; in a pool of workers, those that no other makes.
+
+    What was begun comes first, but for batches with `failures` of the device.
+    """
     claims = run.place.claims(command.claim_expiry) if command.claim else None
     checkpoints = in_flight(run)
-    work = queue.Work(items, checkpoints.begun(run.fingerprint), claims=claims, done=run.done)
+    begun = [x for x in checkpoints.begun(run.fingerprint) if not any(failures.get(item.id) for item in x.items)]
+    work = queue.Work(items, begun, claims=claims, done=run.done)
     if begun := sum(len(part.items) for part in work.begun):
         say(f"{begun} images go on where they were left")
     try:

@@ -1,5 +1,6 @@
 """Runs on bad days: devices, disks, signals and processes that fail; nothing is lost."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -73,6 +74,23 @@ def test_a_device_that_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(trouble.VARIABLE)
     bad.clear()
     assert run.main(asked, load=load) == 0 and len(pixels(tmp_path)) == 8
+
+
+def test_a_job_leaves_for_last_what_its_device_fails_at(tmp_path):
+    """No process of it can begin anew, and its launcher begins all of them again and again: less than a batch stays undone."""
+
+    class Engine(FakeInverter):
+        def advance(self, batch):
+            if batch.step == 20 and "3" in {item.prompt for item in batch.items}:
+                raise BUG
+            return super().advance(batch)
+
+    asked = command("--config.steps=25", "--config.checkpoint_seconds=1e-9", f"--workdir={tmp_path}")
+    asked = dataclasses.replace(asked, entries=command(*[f"--prompt={n}" for n in range(8)]).entries, distributed=True)
+    codes = [run.main(asked, load=Engine, begin_anew=None) for _ in range(4)]
+    assert codes == [1] * 4 and (tmp_path / "checkpoints").exists()
+    assert sorted(line["text"] for line in lines(tmp_path / "metadata.jsonl")) == ["0", "1", "2", "4", "5", "6"]
+    assert run.main(asked, load=FakeInverter, begin_anew=None) == 0 and len(pixels(tmp_path)) == 8
 
 
 def test_a_device_that_always_fails_ends_the_run(tmp_path, monkeypatch, capsys):
