@@ -61,17 +61,22 @@ signal.setitimer(signal.ITIMER_REAL, 0)
 """
 
 
-def test_processes_join(tmp_path):
-    """Two of them, by jax.distributed: each is told which it is, hears SIGTERM and has its checkpoints; who is done waits."""
+def environment():
+    """Of the processes of a job, the first of which listens where nobody does yet."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PLATFORMS": "cpu"}
+    return os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PLATFORMS": "cpu"}
+
+
+def test_processes_join(tmp_path):
+    """Two of them, by jax.distributed: each is told which it is, hears SIGTERM and has its checkpoints; who is done waits."""
+    variables = environment()
     running = [
         subprocess.Popen(
             [sys.executable, "-c", JOINED, str(index), tmp_path],
             cwd=ROOT,
-            env=environment,
+            env=variables,
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -86,18 +91,45 @@ def test_processes_join(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_distributed_run(tmp_path):
+    """Two processes of one job make a run: each its share, and whoever is last joins the journals."""
+    variables, work = environment(), tmp_path / "run"
+    arguments = [
+        "--config=configs/shapes.py",
+        "--config.steps=4",
+        "--samples=5",
+        "--prompt=a star",
+        f"--workdir={work}",
+    ]
+    line = [sys.executable, "-m", "tests.fake_run", "--distributed", *arguments, "--shard_count=2"]
+    running = [
+        subprocess.Popen([*line, f"--shard_index={index}"], cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True)
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=200)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert "3 images done" in said[0] and "2 images done" in said[1]
+    journals = [file.name for file in work.glob("metadata*.jsonl")]
+    assert journals == ["metadata.jsonl"] and not (work / ".joining").exists()
+    records = disk.read_lines(work / "metadata.jsonl")
+    assert sorted(x["sample"] for x in records) == [*range(5)]
+    assert {x["file_name"] for x in records} == {f"images/{file.name}" for file in (work / "images").iterdir()}
+    assert len(list((work / "images").iterdir())) == 5
+
+
 def test_who_is_missing_is_told(tmp_path):
     """One of two comes, and JAX ends it in time: before, it says who is here."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     script = "import pathlib, sys; from referee_jax import parallel; parallel.join(0, 2, pathlib.Path(sys.argv[1]), timeout=5)"
-    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PLATFORMS": "cpu"}
     (tmp_path / ".joining").mkdir()
     (tmp_path / ".joining" / "process 1 on a host of yesterday").touch()
     os.utime(tmp_path / ".joining" / "process 1 on a host of yesterday", (0, 0))
     done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", script, tmp_path],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode
     assert f"others of this job are waited for, 5 s at most; here are: process 0 on {disk.HOST}\n" in done.stderr
