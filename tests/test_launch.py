@@ -15,7 +15,8 @@ import pytest
 import yaml
 from absl import flags
 
-from referee_jax import command
+from referee_jax import command, outputs
+from tests.fakes import lines
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 ROOT = LAUNCH.parent
@@ -322,6 +323,28 @@ def test_local_processes(tmp_path):
     ]
     out, _ = local(tmp_path, 2, 1, "--config=a.py", "--claim").communicate(timeout=60)
     assert out.count("--config=a.py --claim\n") == 2 and "shard" not in out
+
+
+def test_local_processes_make_a_run(tmp_path):
+    """The program itself, but for the engine."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1 $2" = "-m referee_jax.run" ] && shift 2 && exec {sys.executable} -m tests.fake_run "$@"\n'
+    )
+    python.chmod(0o755)
+    work, samples = tmp_path / "run", 5
+    line = ["bash", LAUNCH / "local_multiprocess.sh", "2", "1", "--config=configs/shapes.py", "--config.steps=4"]
+    line += [f"--samples={samples}", "--prompt=a  $(star)", f"--workdir={work}"]
+    done = subprocess.run(
+        line, env=os.environ | {"PYTHON": str(python)}, cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout
+    assert {said[:4] for said in done.stdout.splitlines()} == {"[0] ", "[1] "}
+    records = outputs.read_journal(work)
+    assert sorted((x["text"], x["sample"]) for x in records) == [("a  $(star)", n) for n in range(samples)]
+    assert {(work / x["file_name"]) for x in records} == set((work / "images").iterdir())
+    starts = [x for x in lines(work / "log.jsonl") if x["event"] == "start"]
+    assert [x["device"] for x in starts] == ["cpu x 1"] * 2
 
 
 def test_local_failure_is_told(tmp_path):
