@@ -38,7 +38,7 @@ class Progress:
         self.done, self.bar = 0, None
         self.is_terminal = sys.stderr.isatty()
         self.counted_from = self.said = time.monotonic()
-        self.uncounted = 0
+        self.uncounted, self.is_told = 0, True
 
     def advance(self, steps: int, metrics: dict[str, np.ndarray]) -> None:
         """After a chunk of so many iterations, each image's counted, with its metrics."""
@@ -56,7 +56,7 @@ class Progress:
             self.bar.update(self.steps - self.bar.n)
             self.bar.set_postfix_str(losses, refresh=False)
             self._describe()
-        elif time.monotonic() - self.said > SECONDS_BETWEEN_LINES:
+        else:
             self._line(losses)
 
     def skip(self, steps: int) -> None:
@@ -65,23 +65,28 @@ class Progress:
 
     def finished(self, images: int) -> None:
         """After a batch: so many images more."""
-        self.done += images
+        self.done, self.is_told = self.done + images, False
         if self.is_terminal:
             self._describe()
         else:
             self._line("")
 
     def close(self) -> None:
-        """Leaves the bar as it is and the cursor below it."""
+        """Leaves the bar as it is and the cursor below it; elsewhere, how far it came."""
         if self.bar is not None:
             self.bar.close()
+        if not self.is_terminal and not self.is_told:
+            self._line("", is_last=True)
 
     def _describe(self) -> None:
         if self.bar is not None:
             self.bar.set_description_str(f"{self.done}/{self.images} images")
 
-    def _line(self, losses: str) -> None:
-        self.said = time.monotonic()
+    def _line(self, losses: str, *, is_last: bool = False) -> None:
+        now = time.monotonic()
+        if not is_last and now - self.said <= SECONDS_BETWEEN_LINES:
+            return
+        self.said, self.is_told = now, True
         rate = (self.steps - self.uncounted) / max(self.said - self.counted_from, 1e-9)
         parts = [f"{self.done}/{self.images} images", f"{self.steps}/{self.total} steps"]
         if rate > 0:
