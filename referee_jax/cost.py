@@ -157,12 +157,12 @@ def fitting(settings: config.Settings, sized: sizes.Sized, limit: int | None) ->
         return settings
     for remat in ("dots", "full") if is_open else (settings.remat,):
         tried = dataclasses.replace(settings, remat=remat)
-        if batch := _fitting_batch(tried, sized, limit):
+        if batch := fitting_batch(tried, sized, limit):
             return dataclasses.replace(tried, batch_size=batch)
     return dataclasses.replace(tried, batch_size=settings.batch_size or 1)  # the device will say
 
 
-def _fitting_batch(settings: config.Settings, sized: sizes.Sized, limit: int) -> int:
+def fitting_batch(settings: config.Settings, sized: sizes.Sized, limit: int) -> int:
     """The batch that is asked for, if it fits, else 0; where none is, the largest that does."""
     step = make_step(settings, sized)
     free = USABLE * limit - sum(_weights(step).values())

@@ -36,9 +36,12 @@ class Report:
         topology: its name, and the number of `chips`.
         batch: images per chip.
         needed, weights: bytes of all, and of the networks alone.
-        flops: of one image in a full iteration.
+        flops: of one image in a full iteration, with what is made again to save memory (`remat`).
+        useful: operations of an image, its start and end included, without what is made again.
+        most: images of the largest batch that would fit, by cost.py's estimate.
         collectives: instructions by which chips exchange data.
-        seconds: of an image, all iterations, by the estimated cycles; and of the same at the chip's peak, `floor`.
+        surprises: what a fast program does not have (hlo.py).
+        seconds: of an image, all iterations, by the estimated cycles; and of the useful work at the chip's peak, `floor`.
         uncounted: loops that were counted once, since their trips are not known.
         compiling: seconds that it took.
     """
@@ -50,8 +53,12 @@ class Report:
     needed: int | None
     weights: int
     flops: float
+    useful: float
     floor: float
+    remat: str
+    most: int
     collectives: list[str] | None = None
+    surprises: list[hlo.Surprise] | None = None
     seconds: float | None = None
     uncounted: int = 0
     compiling: float = 0.0
@@ -64,11 +71,13 @@ class Report:
             f"{self.topology}: {self.chips} chips, {self.batch} images a chip, {self.chips * self.batch} at once",
             f"memory: {needed} of the {chip.memory:g} GiB of a chip, weights {self.weights / GIB:.2f} GiB: "
             + ("fits" if self.fits else "does not fit; the remedies are a smaller --config.batch_size and bfloat16"),
-            f"work: {self.flops / 1e12:.3g} TFLOP for an iteration of an image; no chip does it all in "
-            f"less than {self.floor:.3g} s an image",
+            f"at most {self.most} images a chip fit, by the estimate of cost.py (remat={self.remat})",
+            f"work: {self.flops / 1e12:.3g} TFLOP for an iteration of an image; {self.useful / 1e12:.4g} for an image without "
+            f"what remat makes again, at least {self.floor:.3g} s of the chip",
         ]
         if self.collectives is not None:
             told.append(f"collectives: {', '.join(sorted(set(self.collectives))) or 'none'}")
+        told += [f"not of a fast program: {surprise.line()}" for surprise in self.surprises or ()]
         if self.seconds is not None:
             rate = 3600 / self.seconds
             told.append(
@@ -109,20 +118,27 @@ def unloaded(settings: config.Settings, there: Sequence[jax.Device], memory: int
 
     Raises ConfigError; WeightsError for a checkpoint of unknown sizes.
     """
-    sized = sizes.abstract(settings)
+    return _engine(settings, sizes.abstract(settings), there, memory)
+
+
+def _engine(
+    settings: config.Settings, sized: sizes.Sized, there: Sequence[jax.Device], memory: int | None
+) -> inverter.Inverter:
     return inverter.Inverter(cost.fitting(settings, sized, memory), sized.prior, sized.judges, there)
 
 
 def compile_for(settings: config.Settings, name: str) -> Report:
     """Compiles the program of an iteration for a slice. Raises TopologyError, and what `unloaded` does."""
     chip, there = _chip(name), devices(name)
-    engine = unloaded(settings, there, int(chip.bytes))
-    batch = engine.shapes()
-    flops = engine.flops(batch)
+    sized = sizes.abstract(settings)
+    engine = _engine(settings, sized, there, int(chip.bytes))
+    batch, decided = engine.shapes(), engine.settings
+    useful = cost.estimate(dataclasses.replace(settings, remat="none"))
     report = Report(
-        topology=name, chips=len(there), batch=engine.settings.batch_size, fits=False, needed=None, flops=flops,
-        weights=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(engine.networks)),
-        floor=flops * settings.steps / (chip.rate * 1e12),
+        topology=name, chips=len(there), batch=decided.batch_size, fits=False, needed=None, flops=engine.flops(batch),
+        weights=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(engine.networks)), useful=useful.image,
+        floor=useful.seconds(chip), remat=decided.remat,
+        most=cost.fitting_batch(dataclasses.replace(decided, batch_size=0), sized, int(chip.bytes)),
     )  # fmt: skip
     lowered, begun = engine.trace(batch).lower(), time.monotonic()
     try:
@@ -144,6 +160,7 @@ def measured(report: Report, compiled: jax.stages.Compiled, steps: int, chip: ch
         fits=True,
         needed=needed + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         collectives=hlo.collectives(text),
+        surprises=hlo.surprises(text),
         seconds=found.total * steps / report.batch / (chip.clock * 1e9),
         uncounted=len(found.uncounted),
         compiling=seconds,

@@ -11,13 +11,14 @@ import sys
 import jax
 import pytest
 
-from referee_jax import chips, config, topology
+from referee_jax import chips, config, cost, topology
 from referee_jax.weights import load
 
 ROOT = pathlib.Path(__file__).parent.parent
 REPORT = topology.Report(
-    topology="v5e:2x4", chips=8, batch=2, fits=False, needed=None, weights=2**30, flops=4e12, floor=1.5
-)
+    topology="v5e:2x4", chips=8, batch=2, fits=False, needed=None, weights=2**30, flops=4e12, useful=2.955e14, floor=1.5,
+    remat="full", most=3,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:16", "h100:2x4", "v5e:2x4x", "../v5e:2x4"])
@@ -47,7 +48,10 @@ class Compiled:
         return type("Stats", (), {f"{name}_size_in_bytes": n * topology.GIB for name, n in sizes.items()})
 
     def as_text(self):
-        return 'ENTRY %main (a: f32[]) -> f32[] {\n  %c = f32[] copy(%a), backend_config={"estimated_cycles":"3000000000"}\n}\n'
+        return (
+            'ENTRY %main (a: f32[]) -> f32[] {\n  %c = f32[] copy(%a), backend_config={"estimated_cycles":"3000000000"}\n'
+            "  %g = f32[10000,2]{1,0} gather(%b, %i), offset_dims={1}\n}\n"
+        )
 
 
 def test_a_measured_program():
@@ -57,6 +61,10 @@ def test_a_measured_program():
     assert found.seconds == pytest.approx(5.0)
     text = "\n".join(found.lines())
     assert "10.00 GiB of the 16 GiB of a chip, weights 1.00 GiB: fits" in text
+    assert "at most 3 images a chip fit, by the estimate of cost.py (remat=full)" in text
+    assert "295.5 for an image without what remat makes again, at least 1.5 s of the chip" in text
+    assert "not of a fast program: 1 x gather, 2e+04 elements, most of it f32[10000,2]" in text
+    assert json.loads(json.dumps(found.to_dict()))["surprises"][0]["kind"] == "gather"
     assert "collectives: none" in text and "5 s an image on each chip, 720 images an hour and chip, 5760 in all" in text
     assert json.loads(json.dumps(found.to_dict()))["seconds"] == found.seconds
 
@@ -106,4 +114,6 @@ def test_devices_here_may_stand_for_a_slice(monkeypatch, checkpoints):
     found = topology.compile_for(config.from_config(values), "v5e:2x4")
     assert (found.chips, found.batch, found.fits, found.collectives, found.uncounted) == (2, 1, True, [], 0)
     assert found.needed > found.weights > 1e5 and found.flops > 1e6
-    assert found.floor == pytest.approx(found.flops * 6 / 197e12)
+    assert found.floor == pytest.approx(found.useful / 197e12) and found.most == cost.MOST
+    # With its start and end, without what is made again.
+    assert found.useful == cost.estimate(config.from_config(values | {"remat": "none"})).image > 6 * found.flops
