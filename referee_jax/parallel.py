@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from referee_jax import devices, disk, progress
 AXIS, MODEL = "prompt", "model"
 LARGE = 2**16  # elements; smaller weights are whole on every device
 OTHERS = 30 * 24 * 3600  # seconds for which one that is done waits for the others, who may have more to do
-# Where launchers say which process of a job this is: Slurm, Open MPI, TPU slices, Kubernetes.
+# Where launchers say which process of a job this is, and of how many: Slurm, Open MPI, TPU slices, Kubernetes.
 RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "JOB_COMPLETION_INDEX")
+COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def prompt_mesh(devices: Sequence[jax.Device] | None = None, *, prompt: int = 0, model: int = 1) -> Mesh:
@@ -80,18 +81,18 @@ def join(index: int, count: int, place: Path | None, *, timeout: int = 300) -> t
 
     On a TPU slice and under Slurm, GKE or Open MPI JAX finds them itself; elsewhere `index` and `count` say who this is, and
     JAX_COORDINATOR_ADDRESS where process 0 listens. Where some are missing after `timeout` seconds JAX ends the process; before
-    that it is told who has come to the directory `place`, which all share, if there is one. So JAX does later, within two
-    minutes, when one of them dies. Who is done ends when all are.
+    that it is told who has come to the directory `place`, which all share, if there is one, and who has not. So JAX does
+    later, within two minutes, when one of them dies. Who is done ends when all are.
     """
     given = {"process_id": index, "num_processes": count} if "JAX_COORDINATOR_ADDRESS" in os.environ else {}
     # JAX would take SIGTERM for itself, and tell nobody.
     jax.config.update("jax_enable_preemption_service", False)
     number = str(index) if given else next((os.environ[name] for name in RANKS if name in os.environ), "?")
-    with (
-        _presence(place / ".joining", f"process {number} on {disk.HOST}", timeout)
-        if place
-        else contextlib.nullcontext()
-    ):
+    wanted = range(count) if given else range(next((int(os.environ[x]) for x in COUNTS if x in os.environ), 0))
+    waiting = contextlib.nullcontext()
+    if place:
+        waiting = _presence(place / ".joining", f"process {number} on {disk.HOST}", timeout, wanted)
+    with waiting:
         try:
             jax.distributed.initialize(**given, initialization_timeout=timeout, shutdown_timeout_seconds=OTHERS)
         except ValueError as error:
@@ -105,8 +106,11 @@ def join(index: int, count: int, place: Path | None, *, timeout: int = 300) -> t
 
 
 @contextlib.contextmanager
-def _presence(place: Path, name: str, timeout: float) -> Iterator[None]:
-    """Leaves a file of that name while others are waited for, and tells who has left one before the `timeout` is over."""
+def _presence(place: Path, name: str, timeout: float, wanted: Iterable[int]) -> Iterator[None]:
+    """Leaves a file of that name while others are waited for.
+
+    Before the `timeout` is over it tells who has left one, and which of the processes that are `wanted` has not.
+    """
     own = place / name
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -119,8 +123,14 @@ def _presence(place: Path, name: str, timeout: float) -> Iterator[None]:
     is_left = lambda file: file.stat().st_mtime < own.stat().st_mtime - timeout  # noqa: E731
 
     def tell() -> None:
-        come = ", ".join(sorted(file.name for file in place.iterdir() if not is_left(file)))
-        progress.say(f"others of this job are waited for, {timeout:.0f} s at most; here are: {come}", file=sys.stderr)
+        come = sorted(file.name for file in place.iterdir() if not is_left(file))
+        there = {file.split()[1] for file in come}
+        missing = ", ".join(str(x) for x in wanted if str(x) not in there)
+        progress.say(
+            f"others of this job are waited for, {timeout:.0f} s at most; here are: {', '.join(come)}"
+            + (f"; missing: {missing}" if missing else ""),
+            file=sys.stderr,
+        )
 
     timer = threading.Timer(0.6 * timeout, tell)
     timer.daemon = True

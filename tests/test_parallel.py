@@ -118,8 +118,8 @@ def test_a_distributed_run(tmp_path):
 
 
 def test_who_is_missing_is_told(tmp_path):
-    """One of two comes, and JAX ends it in time: before, it says who is here."""
-    script = "import pathlib, sys; from referee_jax import parallel; parallel.join(0, 2, pathlib.Path(sys.argv[1]), timeout=5)"
+    """One of three comes, and JAX ends it in time: before, it says who is here and who is not."""
+    script = "import pathlib, sys; from referee_jax import parallel; parallel.join(0, 3, pathlib.Path(sys.argv[1]), timeout=5)"
     (tmp_path / ".joining").mkdir()
     (tmp_path / ".joining" / "process 1 on a host of yesterday").touch()
     os.utime(tmp_path / ".joining" / "process 1 on a host of yesterday", (0, 0))
@@ -132,4 +132,7 @@ def test_who_is_missing_is_told(tmp_path):
         timeout=100,
     )
     assert done.returncode
-    assert f"others of this job are waited for, 5 s at most; here are: process 0 on {disk.HOST}\n" in done.stderr
+    assert (
+        f"others of this job are waited for, 5 s at most; here are: process 0 on {disk.HOST}; missing: 1, 2\n"
+        in done.stderr
+    )

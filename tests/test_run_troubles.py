@@ -265,6 +265,24 @@ def test_a_disk_that_fills_while_images_are_made(small_disk, capsys, form):
     assert [x for x in (path / "run").rglob("*") if x.name.startswith(".")] == []
 
 
+def test_a_python_that_cannot_end_is_ended_by_the_kernel(tmp_path):
+    """While its objects are taken away no thread of it runs any more, and one of them may never come to an end."""
+    script = (
+        "import os, signal, time\n"
+        "from referee_jax import generation, run\n"
+        "class Stuck:\n"
+        "    def __del__(self, sleep=time.sleep): sleep(1000)\n"
+        "stuck, stop, run.GRACE = Stuck(), generation.Stop(), 1.0\n"
+        "run.catch_signals(stop)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "while not stop(): time.sleep(0.01)\n"
+    )
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=100)
+    assert done.returncode == -signal.SIGALRM  # which a shell calls 142
+    assert b"SIGTERM: ending" in done.stderr and time.monotonic() - begun < 60
+
+
 def test_nobody_reads(tmp_path):
     # `... | head -0`: the pipe is closed before the first word.
     script = (
