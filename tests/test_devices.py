@@ -1,5 +1,6 @@
 """Which devices are computed on: an accelerator that is there and cannot be used is not passed over in silence."""
 
+import importlib
 import os
 import pathlib
 import platform
@@ -127,8 +128,17 @@ def test_asked_for_what_is_not_there(wanted, tmp_path, platforms):
         devices.choose(wanted, root=tmp_path)
 
 
-def test_the_plugins_that_are_installed():
-    assert not devices._has_plugin("gpu") and not devices._has_plugin("tpu")  # of the extras, [test] needs none
+def test_the_plugins_that_are_installed(tmp_path, monkeypatch):
+    """Whatever the machine has: nothing, then what a wheel of each leaves in a directory of packages."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert not devices._has_plugin("gpu") and not devices._has_plugin("tpu")
+    (tmp_path / "libtpu").mkdir()
+    (tmp_path / "libtpu" / "__init__.py").touch()
+    (tmp_path / "jax_cuda13_plugin-0.1.dist-info").mkdir()
+    entries = "[jax_plugins]\nxla_cuda13 = jax_plugins.xla_cuda13\n"
+    (tmp_path / "jax_cuda13_plugin-0.1.dist-info" / "entry_points.txt").write_text(entries)
+    importlib.invalidate_caches()
+    assert devices._has_plugin("gpu") and devices._has_plugin("tpu")
 
 
 RUN = [sys.executable, "-m", "referee_jax.run", "--config=configs/shapes.py"]
