@@ -38,7 +38,7 @@ import tqdm
 from absl import logging
 from PIL import Image, ImageDraw, ImageFont
 
-from referee_jax import config, disk, formats, place, remote, shards, writers
+from referee_jax import config, disk, formats, place, queue, remote, shards, writers
 
 PACKAGES = ("referee_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "pillow")
 FOLDERS = ("images", "shards")
@@ -205,9 +205,12 @@ class RunDirectory:
     def merge(self) -> None:
         """Takes the lines of all processes' journals into metadata.jsonl; for any of them, at any time.
 
-        A line that another process adds meanwhile stays in, or comes into, a journal of its own.
+        A line that another process adds meanwhile stays in, or comes into, a journal of its own. Claims of what is done go.
         """
         self.place.merge(self._merge)
+        claims = self.path / "claims"
+        if claims.exists():
+            queue.forget_claims(claims, self.done())
 
     def _merge(self) -> list[str]:
         others = self._others()

@@ -201,6 +201,15 @@ class Claims:
         return True
 
 
+def forget_claims(directory: Path, done: Collection[str]) -> None:
+    """Removes the claims of items that are `done`, which who died left, and the directory if there are no others."""
+    for path in directory.glob("*.claim"):
+        if path.stem in done:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
 def _read(path: Path) -> str | None:
     try:
         return path.read_text()

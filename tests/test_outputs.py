@@ -228,6 +228,19 @@ def test_an_image_that_two_made_counts_once(tmp_path):
     assert len(lines(first.journal)) == 1
 
 
+def test_claims_of_the_dead_go_at_the_end(tmp_path):
+    """Where what they had was taken up by another start; of what is not done they stay."""
+    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    dead, items = run.place.claims(900), queue.items(["a red circle"], 2)
+    assert all(map(dead.take, items))
+    run.write(picture(), seconds=1)
+    run.merge()
+    assert [file.stem for file in dead.directory.iterdir()] == [items[1].id]
+    run.write(picture(sample=1), seconds=1)
+    run.merge()
+    assert not dead.directory.exists()
+
+
 def test_no_line_is_lost_while_journals_are_merged(tmp_path):
     """Two processes add lines, as fast as they can, while two others merge."""
     main, other = (outputs.RunDirectory.open(tmp_path, SETTINGS, process=n) for n in (0, 3))

@@ -151,6 +151,20 @@ def test_claims(tmp_path):
     assert not tmp_path.exists()
 
 
+def test_claims_of_what_is_done_are_forgotten(tmp_path):
+    """Who died cannot give them back, and nobody asks for what is done."""
+    dead, alive = (queue.Claims(tmp_path, 60) for _ in range(2))
+    assert dead.take(ITEMS[0]) and alive.take(ITEMS[1]) and alive.take(ITEMS[2])
+    queue.forget_claims(tmp_path, {item.id for item in ITEMS[:2]})
+    assert [path.name for path in tmp_path.iterdir()] == [f"{ITEMS[2].id}.claim"]
+    alive.refresh()
+    alive.release([ITEMS[1].id])
+    assert not dead.take(ITEMS[2])
+    queue.forget_claims(tmp_path, {item.id for item in ITEMS})
+    assert not tmp_path.exists()
+    queue.forget_claims(tmp_path, set())
+
+
 def test_who_dies_while_taking_over_keeps_nobody_out(tmp_path, monkeypatch):
     """But for as long as a claim lasts."""
     item, dead, later = ITEMS[0], *(queue.Claims(tmp_path, 60) for _ in range(2))
