@@ -2,18 +2,19 @@
 
     python -m referee_jax.bench --config=configs/shapes.py --batches=1,8 --out=bench.json
 
-Networks have the config's sizes and random weights; nothing is downloaded. Rates are of the operations that cost.py counts, and
-are compared with those of one large product of matrices on the same device: bfloat16, or float32 on a CPU. Prints Markdown
-tables and, with --out, writes the same as JSON.
+Networks have the config's sizes and random weights; nothing is downloaded. Rates are of the operations that cost.py counts
+without remat, since what is made again to save memory is no progress, and are compared with those of one large product of
+matrices on the same device: bfloat16, or float32 on a CPU. Prints Markdown tables and, with --out, writes the same as JSON.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import statistics as stats
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import command, config, cost, devices, disk, inverter, outputs, parallel, program, queue, sizes
+from referee_jax import command, config, cost, devices, disk, inverter, outputs, parallel, queue, sizes
 from referee_jax.benchmarks import statistics
 
 RUNS = 3  # at least; the median counts
@@ -48,10 +49,9 @@ def matmul_rate(device: jax.Device, least: float) -> float:
 
 
 def part(step: cost.Step, piece: cost.Part, batch: int, least: float) -> dict[str, float]:
-    """One part of an iteration: `seconds` for the batch, `flops` of it, and the seconds to `compile` it."""
+    """One part of an iteration: `seconds` for the batch, and the seconds to `compile` it."""
     fn, args = cost.batched(piece.fn, step, piece.shape, batch)
     networks, prompt, hyper, x, _ = args
-    counted = program.flops(fn, *args)
     # What a text says decides nothing here, but all of it must be real, or means over nothing are NaN.
     prompt = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), prompt)
     keys = jax.random.split(jax.random.key(0), batch)
@@ -59,7 +59,7 @@ def part(step: cost.Step, piece: cost.Part, batch: int, least: float) -> dict[st
     start = time.monotonic()
     compiled = jax.jit(fn).lower(*given).compile()
     compiling = time.monotonic() - start
-    return {"seconds": seconds(lambda: compiled(*given), least), "flops": counted, "compile": compiling}
+    return {"seconds": seconds(lambda: compiled(*given), least), "compile": compiling}
 
 
 def whole(settings: config.Settings, sized: sizes.Sized, device: jax.Device, batch: int) -> dict[str, float]:
@@ -80,10 +80,9 @@ def whole(settings: config.Settings, sized: sizes.Sized, device: jax.Device, bat
         state, _ = engine.advance(dataclasses.replace(state, step=0))
         times.append(time.monotonic() - start)
     again, chunk = stats.median(times), min(settings.chunk, settings.steps)
-    flops = engine.flops(dataclasses.replace(state, step=0)) * batch
     jax.clear_caches()
     warm = first()[2]
-    return {"seconds": again / chunk, "flops": flops, "compile": cold - again, "warm": max(0.0, warm - again)}
+    return {"seconds": again / chunk, "compile": cold - again, "warm": max(0.0, warm - again)}
 
 
 def bench(settings: config.Settings, batches: Sequence[int], *, least: float) -> dict[str, Any]:
@@ -91,16 +90,17 @@ def bench(settings: config.Settings, batches: Sequence[int], *, least: float) ->
     device = parallel.prompt_mesh().devices.flat[0]
     sized = sizes.at_random(sizes.abstract(settings))
     rows, asked = [], settings
+    lean = cost.estimate(dataclasses.replace(settings, remat="none"))
     for batch in sorted(batches):  # the peak of memory is that of all so far
         settings = cost.fitting(dataclasses.replace(asked, batch_size=batch), sized, devices.memory(device))
         step = cost.make_step(settings, sized)
         for piece in cost.parts(step):
             logging.info("%s, %d at once", piece.name, batch)
-            rows.append({"part": piece.name, "batch": batch} | part(step, piece, batch, least))
+            flops = batch * lean.parts[piece.name]
+            rows.append({"part": piece.name, "batch": batch, "flops": flops} | part(step, piece, batch, least))
         logging.info("iteration, %d at once", batch)
-        rows.append(
-            {"part": "iteration", "batch": batch, "remat": settings.remat} | whole(settings, sized, device, batch)
-        )
+        how = {"part": "iteration", "batch": batch, "flops": batch * lean.step, "remat": settings.remat}
+        rows.append(how | whole(settings, sized, device, batch))
         rows[-1]["peak"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
         rows[-1]["images_per_hour"] = 3600 * batch / (settings.steps * rows[-1]["seconds"])
     return {
@@ -128,11 +128,28 @@ def table(found: dict[str, Any]) -> str:
         peak = "-" if row["peak"] is None else f"{row['peak'] / 1e9:.2f}"
         runs[str(row["batch"])] = [
             f"{row['batch'] / row['seconds']:.3g}", f"{row['images_per_hour']:.4g}", peak, f"{row['compile']:.1f}",
-            f"{row['warm']:.1f}",
+            f"{row['warm']:.1f}", row["remat"],
         ]  # fmt: skip
-    heads = ["images at once", "steps/s of an image", "images/hour", "peak memory, GB", "compile, s", "again, s"]
+    heads = [
+        "images at once",
+        "steps/s of an image",
+        "images/hour",
+        "peak memory, GB",
+        "compile, s",
+        "again, s",
+        "remat",
+    ]
     title = f"{found['device']}, {found['precision']}; product of matrices {found['matmul'] / 1e9:.4g} GFLOP/s\n"
     return "\n".join([title, statistics.markdown(columns, rows), statistics.markdown(heads, runs)])
+
+
+@contextlib.contextmanager
+def empty_cache() -> Iterator[None]:
+    """A cache of compiled programs of its own: the first time is without, the second with what the cache holds."""
+    with tempfile.TemporaryDirectory() as cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        yield
 
 
 def main(args: flags.FlagValues) -> str:
@@ -141,10 +158,7 @@ def main(args: flags.FlagValues) -> str:
         raise ValueError(f"--batches={','.join(args.batches)}: numbers of images are needed, at least 1")
     settings = config.from_config(args.config)
     devices.choose()
-    with tempfile.TemporaryDirectory() as cache:
-        # Nothing is compiled before: the first time is without, the second with what the cache holds.
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    with empty_cache():
         found = bench(settings, list(map(int, args.batches)), least=args.seconds)
     if args.out:
         pathlib.Path(args.out).write_text(json.dumps(disk.finite(found), indent=2) + "\n")

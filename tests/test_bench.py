@@ -1,29 +1,58 @@
 """The bench on tiny networks: everything it promises is measured, and its table says so."""
 
+import dataclasses
+import json
+import types
+
 import jax
-import numpy as np
+import pytest
 
-from referee_jax import bench, config, cost
+from referee_jax import bench, config, cost, sizes
 
 
-def test_bench(checkpoints):
+@pytest.fixture
+def keep_cache():
+    """The bench has a cache of its own."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_bench(checkpoints, tmp_path, keep_cache):
     sd, judge = map(str, checkpoints)
-    settings = config.from_config(
-        {
-            "steps": 4, "chunk": 2, "image_size": 32, "generator": {"checkpoint": sd}, "views": {"count": 2, "keep": 2},
-            "referees": ({"checkpoint": judge},),
-        }
-    )  # fmt: skip
-    found = bench.bench(settings, [2], least=0.0)
-    names = [row["part"] for row in found["rows"]]
+    values = {
+        "steps": 4, "chunk": 2, "image_size": 32, "generator": {"checkpoint": sd}, "views": {"count": 2, "keep": 2},
+        "referees": ({"checkpoint": judge},),
+    }  # fmt: skip
+    out, settings = tmp_path / "bench.json", config.from_config(values)
+    table = bench.main(types.SimpleNamespace(config=settings, batches=["2"], seconds=0.0, out=str(out)))
+    found = json.loads(out.read_text())
+    rows = {row["part"]: row for row in found["rows"]}
     expected = [part.name for part in cost.parts(cost.abstract_step(settings))]
-    assert names == [*expected, "iteration"] and "clip: forward + backward" in names
+    assert list(rows) == [*expected, "iteration"] and "clip: forward + backward" in rows
     assert all(row["seconds"] > 0 and row["batch"] == 2 and row["compile"] > 0 for row in found["rows"])
-    whole = found["rows"][-1]
-    work = {row["part"]: row["flops"] for row in found["rows"]}
-    within = work["U-Net"] + work["decoder + pullback"] + work["clip: forward + backward"]
-    np.testing.assert_allclose(whole["flops"], within, rtol=0.03)
-    assert whole["images_per_hour"] == 3600 * 2 / (4 * whole["seconds"]) and found["matmul"] > 1e8
-    assert found["device"] == jax.devices()[0].device_kind
-    table = bench.table(found)
-    assert "| decoder + pullback, 2 |" in table and "| images at once |" in table
+    whole = rows["iteration"]
+    within = sum(rows[name]["flops"] for name in ("U-Net", "decoder + pullback", "clip: forward + backward"))
+    assert whole["flops"] == pytest.approx(within, rel=0.03)
+    assert whole["images_per_hour"] == pytest.approx(3600 * 2 / (4 * whole["seconds"])) and found["matmul"] > 1e8
+    assert whole["warm"] >= 0 and "peak" in whole and whole["remat"] == "full"
+    assert found["device"] == jax.devices()[0].device_kind and found["versions"]["jax"] == jax.__version__
+    assert "| decoder + pullback, 2 |" in table and "| images at once |" in table and "| full |" in table
+    for batches in ([], ["0"], ["x"]):
+        with pytest.raises(ValueError, match="numbers of images are needed"):
+            bench.main(types.SimpleNamespace(config=settings, batches=batches, seconds=0.0, out=None))
+
+
+def test_what_is_made_again_is_no_progress(monkeypatch):
+    """Operations are those of a config without remat, of networks in which it makes a fifth again."""
+    settings = config.override(config.load("configs/shapes_blip.py"), {"remat": "full"})
+    monkeypatch.setattr(sizes, "at_random", lambda sized: sized)
+    monkeypatch.setattr(bench, "part", lambda *_: {"seconds": 1.0, "compile": 1.0})
+    monkeypatch.setattr(bench, "whole", lambda *_: {"seconds": 1.0, "compile": 1.0, "warm": 1.0})
+    rows = {row["part"]: row for row in bench.bench(settings, [4], least=0.0)["rows"]}
+    lean, full = (cost.estimate(dataclasses.replace(settings, remat=name)) for name in ("none", "full"))
+    assert rows["iteration"]["flops"] == 4 * lean.step < 3.9 * full.step and rows["iteration"]["remat"] == "full"
+    name = "blip_itm 0: forward + backward"
+    assert rows[name]["flops"] == 4 * lean.parts[name] < 3.9 * full.parts[name]
