@@ -1,0 +1,116 @@
+"""What an iteration takes with every view, referee and image more, beside what cost.py counts.
+
+    python -m tests.bench.slopes --out=slopes.json
+
+Networks have the sizes of a config's, here of the shapes world's, and random weights. The slope of an axis is that of seconds
+over operations, by least squares: its inverse is the rate at which what was added is done. A ratio of 1 says that it took the
+share of the time that it has of the operations of the axis' last row; more, that views, say, take longer than cost.py has it.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from referee_jax import bench, config, cost, devices, outputs, sizes
+from referee_jax.benchmarks import statistics
+
+COUNTS = (1, 2, 4, 8)
+REFEREES = (
+    config.RefereeSpec(name="blip_itm", checkpoint="shapes/blip_itm", losses={"itm": 1.0}),
+    config.RefereeSpec(name="align", checkpoint="shapes/align", losses={"contrastive": 1.0}),
+)
+
+
+def variants(settings: config.Settings, batch: int, counts: Sequence[int] = COUNTS) -> Iterator[tuple[str, str, Any]]:
+    """Axis, name of the row, settings: views and images in so many `counts`, the config's referees and REFEREES after them.
+
+    Where something else varies, `batch` images are made at once. Held-out referees are left out.
+    """
+    own = tuple(spec for spec in settings.referees if spec.role == "optimise")
+    settings = dataclasses.replace(settings, referees=own, batch_size=batch)
+    for count in counts:
+        looked = dataclasses.replace(settings.views, count=count, keep=count)
+        yield "views", str(count), dataclasses.replace(settings, views=looked)
+    for count in counts:
+        yield "images at once", str(count), dataclasses.replace(settings, batch_size=count)
+    for count in range(len(REFEREES) + 1):
+        added = REFEREES[:count]
+        name = " + ".join(["its own", *(spec.name for spec in added)])
+        yield "referees", name, dataclasses.replace(settings, referees=own + added)
+
+
+def measure(axis: str, name: str, settings: config.Settings, device: jax.Device) -> dict[str, Any]:
+    """A row: seconds of an iteration of the whole batch, and the operations that its program has."""
+    sized = sizes.at_random(sizes.abstract(settings))
+    settings = cost.fitting(settings, sized, devices.memory(device))
+    flops = settings.batch_size * cost.estimate(settings).step
+    seconds = bench.whole(settings, sized, device, settings.batch_size)["seconds"]
+    return {"axis": axis, "row": name, "remat": settings.remat, "flops": flops, "seconds": seconds}
+
+
+def slopes(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each axis: seconds per operation that is added (`slope`), of all of its last row (`mean`), and their `ratio`."""
+    found = {}
+    for axis in dict.fromkeys(row["axis"] for row in rows):
+        own = [row for row in rows if row["axis"] == axis]
+        flops, seconds = (np.array([row[key] for row in own]) for key in ("flops", "seconds"))
+        slope, mean = float(np.polyfit(flops, seconds, 1)[0]), float(seconds[-1] / flops[-1])
+        is_monotone = bool((np.diff(seconds[np.argsort(flops)]) > 0).all())
+        found[axis] = {"slope": slope, "mean": mean, "ratio": slope / mean, "monotone": is_monotone}
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows and slopes as Markdown."""
+    shown = {
+        f"{row['axis']}: {row['row']}": [
+            f"{1e3 * row['seconds']:.4g}", f"{row['flops'] / 1e9:.4g}", f"{row['flops'] / row['seconds'] / 1e9:.4g}",
+        ]
+        for row in rows
+    }  # fmt: skip
+    summed = {
+        axis: [
+            f"{1e12 * x['slope']:.4g}",
+            f"{1e12 * x['mean']:.4g}",
+            f"{x['ratio']:.2f}",
+            "yes" if x["monotone"] else "no",
+        ]
+        for axis, x in slopes(rows).items()
+    }
+    return "\n".join(
+        [
+            statistics.markdown(["an iteration of", "ms", "GFLOP", "GFLOP/s"], shown),
+            statistics.markdown(["axis", "ms per GFLOP added", "of all of the last row", "ratio", "monotone"], summed),
+        ]
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/shapes.py")
+    parser.add_argument("--batch", type=int, default=4, help="images at once where something else varies")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    settings = dataclasses.replace(config.load(args.config), precision=args.precision)
+    devices.choose()  # as a run does
+    device, rows = jax.devices()[0], []
+    with bench.empty_cache():
+        for axis, name, varied in variants(settings, args.batch):
+            rows.append(measure(axis, name, varied, device))
+            print(f"{axis}, {name}: {rows[-1]['seconds']:.4f} s", flush=True)
+    print(table(rows))
+    if args.out:
+        told = {"device": device.device_kind, "versions": outputs.versions(), "rows": rows, "slopes": slopes(rows)}
+        args.out.write_text(json.dumps(told, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
