@@ -5,6 +5,7 @@
 Networks have the config's sizes and random weights; nothing is downloaded. Rates are of the operations that cost.py counts
 without remat, since what is made again to save memory is no progress, and are compared with those of one large product of
 matrices on the same device: bfloat16, or float32 on a CPU. Prints Markdown tables and, with --out, writes the same as JSON.
+With --compile-for=v5e:2x4 nothing is run: it tells what compiling for that TPU slice says (topology.py), as doctor does.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import command, config, cost, devices, disk, inverter, outputs, parallel, queue, sizes
+from referee_jax import command, config, cost, devices, disk, inverter, outputs, parallel, queue, sizes, topology
 from referee_jax.benchmarks import statistics
 
 RUNS = 3  # at least; the median counts
@@ -156,18 +157,25 @@ def main(args: flags.FlagValues) -> str:
     """The command line."""
     if not args.batches or not all(x.isdigit() and int(x) for x in args.batches):
         raise ValueError(f"--batches={','.join(args.batches)}: numbers of images are needed, at least 1")
-    settings = config.from_config(args.config)
-    devices.choose()
-    with empty_cache():
-        found = bench(settings, list(map(int, args.batches)), least=args.seconds)
+    settings, name = config.from_config(args.config), getattr(args, "compile-for")
+    if name:
+        jax.config.update("jax_platforms", "cpu")  # libtpu would else be the device that all runs on
+        report = topology.compile_for(settings, name)
+        found, told = report.to_dict(), "\n".join(report.lines())
+    else:
+        devices.choose()
+        with empty_cache():
+            found = bench(settings, list(map(int, args.batches)), least=args.seconds)
+        told = table(found)
     if args.out:
         pathlib.Path(args.out).write_text(json.dumps(disk.finite(found), indent=2) + "\n")
-    return table(found)
+    return told
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", "configs/shapes.py", "file of settings")
     flags.DEFINE_list("batches", ["1", "8"], "numbers of images at once")
     flags.DEFINE_float("seconds", 1.0, "time each part for so long at least", lower_bound=0)
+    flags.DEFINE_string("compile-for", None, "compile for this TPU slice instead, v5e:2x4 say")
     flags.DEFINE_string("out", None, "JSON file to write")
     command.start(main)

@@ -7,7 +7,7 @@ import types
 import jax
 import pytest
 
-from referee_jax import bench, config, cost, sizes
+from referee_jax import bench, config, cost, sizes, topology
 
 
 @pytest.fixture
@@ -20,6 +20,11 @@ def keep_cache():
         jax.config.update(name, value)
 
 
+def arguments(settings, batches, out=None, slice=None):
+    values = {"config": settings, "batches": batches, "seconds": 0.0, "out": out, "compile-for": slice}
+    return types.SimpleNamespace(**values)
+
+
 def test_bench(checkpoints, tmp_path, keep_cache):
     sd, judge = map(str, checkpoints)
     values = {
@@ -27,7 +32,7 @@ def test_bench(checkpoints, tmp_path, keep_cache):
         "referees": ({"checkpoint": judge},),
     }  # fmt: skip
     out, settings = tmp_path / "bench.json", config.from_config(values)
-    table = bench.main(types.SimpleNamespace(config=settings, batches=["2"], seconds=0.0, out=str(out)))
+    table = bench.main(arguments(settings, ["2"], out))
     found = json.loads(out.read_text())
     rows = {row["part"]: row for row in found["rows"]}
     expected = [part.name for part in cost.parts(cost.abstract_step(settings))]
@@ -42,7 +47,7 @@ def test_bench(checkpoints, tmp_path, keep_cache):
     assert "| decoder + pullback, 2 |" in table and "| images at once |" in table and "| full |" in table
     for batches in ([], ["0"], ["x"]):
         with pytest.raises(ValueError, match="numbers of images are needed"):
-            bench.main(types.SimpleNamespace(config=settings, batches=batches, seconds=0.0, out=None))
+            bench.main(arguments(settings, batches))
 
 
 def test_what_is_made_again_is_no_progress(monkeypatch):
@@ -56,3 +61,16 @@ def test_what_is_made_again_is_no_progress(monkeypatch):
     assert rows["iteration"]["flops"] == 4 * lean.step < 3.9 * full.step and rows["iteration"]["remat"] == "full"
     name = "blip_itm 0: forward + backward"
     assert rows[name]["flops"] == 4 * lean.parts[name] < 3.9 * full.parts[name]
+
+
+def test_a_slice_is_compiled_for(monkeypatch, tmp_path):
+    """The report that doctor prints; nothing is run."""
+    report = topology.Report(
+        topology="v5e:2x4", chips=8, batch=2, fits=True, needed=2**30, weights=1, flops=1.0, useful=2.0, floor=1.5,
+        remat="full", most=3,
+    )  # fmt: skip
+    asked = []
+    monkeypatch.setattr(topology, "compile_for", lambda *of: asked.append(of) or report)
+    settings, out = config.load("configs/shapes.py"), tmp_path / "report.json"
+    assert bench.main(arguments(settings, ["1"], out, "v5e:2x4")) == "\n".join(report.lines())
+    assert json.loads(out.read_text()) == report.to_dict() and asked == [(settings, "v5e:2x4")]
