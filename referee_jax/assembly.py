@@ -26,8 +26,13 @@ def make_looks(settings: config.Settings, spec: config.RefereeSpec) -> objective
     """How a referee looks at the image; its own number of views, where it has one, wins."""
     count = spec.views or settings.views.count
     keep = spec.keep or (count if spec.views else settings.views.keep)
-    losses = tuple((name, spec.weight * weight) for name, weight in sorted(spec.losses.items()))
-    return objective.Looks(losses, count, keep, tuple(settings.views.augmentations), share=spec.weight)
+    return objective.Looks(tuple(sorted(spec.losses)), count, keep, tuple(settings.views.augmentations))
+
+
+def make_weights(spec: config.RefereeSpec) -> objective.Weights:
+    """What a referee's word counts, in the order of `make_looks`."""
+    losses = (spec.weight * weight for _, weight in sorted(spec.losses.items()))
+    return objective.Weights(tuple(map(float, losses)), share=float(spec.weight))
 
 
 def make_networks(
@@ -86,6 +91,8 @@ def make_hyper(settings: config.Settings) -> inversion.Hyper:
         referee=fill(objective.Hyper, settings.referee),
         update=fill(optim.Hyper, settings.optim).replace(**ema),
         views=fill(augment.Settings, settings.views),
+        weights=tuple(make_weights(spec) for spec in settings.referees if spec.role == "optimise"),
+        held_out=tuple(make_weights(spec) for spec in settings.referees if spec.role == "held_out"),
     )
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32), hyper)
 
@@ -107,7 +114,8 @@ def structure(settings: config.Settings) -> config.Settings:
         defaults = type(group)()
         groups[name] = dataclasses.replace(group, **{field: getattr(defaults, field) for field in fields})
     ema = config.Ema(alias=settings.ema.alias)
-    return dataclasses.replace(settings, **groups, ema=ema)
+    alike = [dataclasses.replace(x, weight=1.0, losses=dict.fromkeys(x.losses, 1.0)) for x in settings.referees]
+    return dataclasses.replace(settings, **groups, ema=ema, referees=tuple(alike))
 
 
 def tokenize(

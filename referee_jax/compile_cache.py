@@ -38,6 +38,24 @@ def use(device: str) -> str | None:
     return problem and f"compiled programs are not kept: {problem}"
 
 
+# Platform -> how long the programs of a run took to compile: of networks of a few MB (configs/shapes.py), and of Stable
+# Diffusion's and BLIP-2's size (configs/paper.py); on a TPU by compiling ahead.
+TOOK = {
+    "cpu": ("20 to 40 seconds", "some 3 minutes"),
+    "gpu": ("up to a minute", "1 to 2 minutes"),
+    "tpu": ("some 3 minutes", "5 to 15 minutes"),
+}
+LARGE = 2**28  # bytes of weights
+
+
+def expected(platform: str, weights: int) -> str:
+    """How long compiling for a platform may take, with networks of so many bytes, and what becomes of it; a clause."""
+    small, large = TOOK.get(platform, TOOK["gpu"])
+    where = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
+    kept = f"the first time, seconds where {where} holds it" if where else "each time, for it is not kept"
+    return f"{large if weights > LARGE else small} {kept}"
+
+
 def key(device: str) -> str:
     """The name of the directory for programs of these versions, this kind of device and this processor."""
     try:

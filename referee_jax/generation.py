@@ -93,9 +93,7 @@ class Generator:
         engine, begun = self.engine, time.monotonic()
         saved = begun
         if not engine.compiled:
-            progress.say(
-                f"compiling for {engine.devices}, {engine.batch_size} images at once (this takes a while, once)"
-            )
+            progress.say(engine.compiling)
         part, batch = self.begin(part)
         if not engine.compiled:
             tell_cost(engine, self.run, batch, self.bar.images - self.bar.done)

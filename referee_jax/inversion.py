@@ -47,12 +47,17 @@ class Prompt(struct.PyTreeNode):
 
 
 class Hyper(struct.PyTreeNode):
-    """Every number of the method, traced; may have a leading axis for a sweep under vmap."""
+    """Every number of the method, traced; may have a leading axis for a sweep under vmap.
+
+    `weights` has one entry per referee, `held_out` one per held-out referee.
+    """
 
     prior: sds.Hyper = sds.Hyper()
     referee: objective.Hyper = objective.Hyper()
     update: optim.Hyper = optim.Hyper()
     views: augment.Settings = augment.Settings()
+    weights: tuple[objective.Weights, ...] = ()
+    held_out: tuple[objective.Weights, ...] = ()
 
 
 class Plan(struct.PyTreeNode):
@@ -83,7 +88,7 @@ class InversionState(struct.PyTreeNode):
         latents: float32 `[h, w, C]`, scaled.
         optimizer: of optim.build; holds the average.
         best: the latents, before their update, with the lowest loss so far, and `best_loss`.
-        frozen: whether an update was not finite; the latents stay what they were before it.
+        frozen: whether an update or a loss was not finite; the latents stay what they were before it.
         watched: by the held-out referees, where there are any.
     """
 
@@ -160,11 +165,11 @@ def referees_gradient(
     cotangent, metrics = jnp.zeros_like(image), {"loss": jnp.zeros(())}
     for number, looks in enumerate(plan.looks):
         gradient, losses = objective.image_gradient(
-            networks.referees[number], image, prompt.texts[number], looks,
+            networks.referees[number], image, prompt.texts[number], looks, hyper.weights[number],
             params=noise.views[number], noise=hyper.referee.noise * noise.referee[number],
         )  # fmt: skip
         if plan.normalise:
-            gradient = objective.normalised(gradient, looks.share, hyper.referee.normalise_epsilon)
+            gradient = objective.normalised(gradient, hyper.weights[number].share, hyper.referee.normalise_epsilon)
         cotangent += gradient
         metrics["loss"] += losses.pop("loss")
         metrics |= {f"{name}_{number}" if number else name: value for name, value in losses.items()}
@@ -173,19 +178,18 @@ def referees_gradient(
 
 def loss_names(plan: Plan) -> tuple[str, ...]:
     """The losses that an iteration tells of: their weighted sum, then each; those of a second referee end in _1, and so on."""
-    own = [f"{name}_{n}" if n else name for n, looks in enumerate(plan.looks) for name, _ in looks.losses]
+    own = [f"{name}_{n}" if n else name for n, looks in enumerate(plan.looks) for name in looks.losses]
     return "loss", *own
 
 
-def verdicts(networks: Networks, prompt: Prompt, plan: Plan, image: Array) -> Array:
+def verdicts(networks: Networks, prompt: Prompt, hyper: Hyper, plan: Plan, image: Array) -> Array:
     """Losses of the optimised and of the held-out referees on a decoded image as it is, weighted and added: float32 `[2]`."""
     totals = []
-    for judges, texts, looks in (
-        (networks.referees, prompt.texts, plan.looks),
-        (networks.held_out, prompt.held_out, plan.held_out),
+    for parties in (
+        (networks.referees, prompt.texts, plan.looks, hyper.weights),
+        (networks.held_out, prompt.held_out, plan.held_out, hyper.held_out),
     ):
-        parties = zip(judges, texts, looks, strict=True)
-        losses = [objective.verdict(judge, image, text, look) for judge, text, look in parties]
+        losses = [objective.verdict(judge, image, *rest) for judge, *rest in zip(*parties, strict=True)]
         totals.append(sum(losses, jnp.zeros(())))
     return jnp.stack(totals)
 
@@ -238,17 +242,20 @@ def step(
         frozen=state.frozen,
         watched=state.watched,
     )
-    frozen, stopped = state.frozen | ~jnp.isfinite(new.latents).all(), is_stopped(state, plan)
+    broken = ~jnp.isfinite(new.latents).all() | (jnp.asarray(on) & ~jnp.isfinite(metrics["loss"]))
+    frozen, stopped = state.frozen | broken, is_stopped(state, plan)
     new = optax.tree.where(frozen | stopped, state, new).replace(frozen=frozen)
     metrics |= {"prior_norm": jnp.linalg.norm(prior), "referee_norm": jnp.linalg.norm(referee), "ratio": ratio}
     metrics |= {"latent_std": new.latents.std()}
     return new, jax.tree.map(lambda x: jnp.where(stopped, jnp.nan, x), metrics) if plan.patience else metrics
 
 
-def look(networks: Networks, prompt: Prompt, plan: Plan, state: InversionState) -> tuple[InversionState, Array]:
+def look(
+    networks: Networks, prompt: Prompt, hyper: Hyper, plan: Plan, state: InversionState
+) -> tuple[InversionState, Array]:
     """The state after a look of the held-out referees, and their loss; NaN for what has stopped or is frozen."""
-    loss = verdicts(networks, prompt, plan, decode(networks, state.latents, plan))[1]
-    is_still = state.frozen | is_stopped(state, plan)
+    loss = verdicts(networks, prompt, hyper, plan, decode(networks, state.latents, plan))[1]
+    is_still = is_over(state, plan)
     watched = optax.tree.where(is_still, state.watched, state.watched.looked(state.latents, loss))
     return state.replace(watched=watched), jnp.where(is_still, jnp.nan, loss)
 
@@ -258,6 +265,11 @@ def is_stopped(state: InversionState, plan: Plan) -> Array:
     if state.watched is None or not plan.patience:
         return jnp.zeros((), bool)
     return state.watched.since >= plan.patience
+
+
+def is_over(state: InversionState, plan: Plan) -> Array:
+    """Whether the latents move no more: what has stopped, or is frozen."""
+    return state.frozen | is_stopped(state, plan)
 
 
 def output(state: InversionState, which: str) -> Array:

@@ -21,6 +21,7 @@ from jax import Array
 
 from referee_jax import (
     assembly,
+    compile_cache,
     config,
     cost,
     inversion,
@@ -135,6 +136,13 @@ class Inverter:
         """What it runs on, in words."""
         return f"{self.mesh.devices.flat[0].device_kind} x {self.mesh.size}"
 
+    @property
+    def compiling(self) -> str:
+        """What is compiled, and how long that may take, in words."""
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.networks))
+        took = compile_cache.expected(self.mesh.devices.flat[0].platform, size)
+        return f"compiling for {self.devices}, {self.batch_size} images at once: {took}"
+
     def check(self, prompt: str) -> str | None:
         """Why this prompt cannot be done, or None."""
         prior = prompts.token_count(self.tokenizer, prompts.fill(self.settings.sds.prompt, prompt))
@@ -171,7 +179,8 @@ class Inverter:
             if start.init == "sample":
                 latents = self._sample(prompt, latents, start)
             if start.candidates > 1 or self.held_out:
-                judged = latents, self._program("judge")(self.networks, prompt, latents)
+                judge = self._program("judge", hypers is not None)
+                judged = latents, judge(self.networks, prompt, hyper, latents)
                 found = judged if found is None else self._program("better")(found, judged)
         latents, losses = found or (latents, None)
         state = self._program("init", hypers is not None)(latents, losses if self.held_out else None, hyper)
@@ -246,7 +255,7 @@ class Inverter:
     def advance(self, batch: Batch) -> tuple[Batch, dict[str, np.ndarray]]:
         """One chunk of iterations; the metrics of each, `[item, iteration]`. Donates the batch: go on with the result.
 
-        A batch whose items have all stopped is at its last step.
+        A batch whose items have all stopped, or are frozen, is at its last step.
         """
         state, told, is_swept = batch.state, [], self._is_swept(batch)
         done = min(self.chunk, self.steps - batch.step)
@@ -257,15 +266,15 @@ class Inverter:
             run = self._program("step", is_swept, on=_all(numbers.is_on(i)) if self.judges else False)
             state, metrics = run(self.networks, batch.prompt, batch.hyper, state, batch.keys, jnp.int32(i))
             if self.held_out and (i + 1) % self.plan.look_every == 0:
-                state, loss = self._program("look")(self.networks, batch.prompt, state)
+                state, loss = self._program("look", is_swept)(self.networks, batch.prompt, batch.hyper, state)
             elif self.held_out:
                 loss = np.full(self.batch_size, np.nan, np.float32)
             told.append(metrics | ({"held_out_loss": loss} if self.held_out else {}))
         count = len(batch.items)
         metrics = {name: np.stack([np.asarray(x[name])[:count] for x in told], axis=1) for name in told[0]}
         self.compiled = True
-        stopped = self.plan.patience and np.asarray(inversion.is_stopped(state, self.plan))[:count].all()
-        return dataclasses.replace(batch, step=self.steps if stopped else batch.step + done, state=state), metrics
+        over = np.asarray(inversion.is_over(state, self.plan))[:count].all()
+        return dataclasses.replace(batch, step=self.steps if over else batch.step + done, state=state), metrics
 
     def shapes(self) -> Batch:
         """A batch of shapes alone, for `trace` and `flops`."""
@@ -293,12 +302,16 @@ class Inverter:
 
     def preview(self, batch: Batch) -> np.ndarray:
         """The images as they are, uint8 `[item, H, W, 3]`."""
-        images = self._program("finish", output=self.settings.output)(self.networks, batch.prompt, batch.state)[1]
+        images = self._finished(batch)[1]
         return np.asarray(jnp.round(images[: len(batch.items)] * 255)).astype(np.uint8)
+
+    def _finished(self, batch: Batch) -> tuple[Array, Array, dict[str, Array], dict[str, Array]]:
+        program = self._program("finish", self._is_swept(batch), output=self.settings.output)
+        return program(self.networks, batch.prompt, batch.hyper, batch.state)
 
     def finish(self, batch: Batch) -> list[Picture]:
         """The chosen output of each item, decoded and scored by all referees."""
-        made = self._program("finish", output=self.settings.output)(self.networks, batch.prompt, batch.state)
+        made = self._finished(batch)
         latents, images, scores, losses, frozen = jax.tree.map(np.asarray, (*made, batch.state.frozen))
         pictures = []
         for n, item in enumerate(batch.items):
@@ -403,8 +416,8 @@ def _denoise(networks, prompt, latents, t, stride, guidance, *, plan: inversion.
     )  # fmt: skip
 
 
-def _judge(networks, prompt, latents, *, plan: inversion.Plan):
-    return inversion.verdicts(networks, prompt, plan, inversion.decode(networks, latents, plan))
+def _judge(networks, prompt, hyper, latents, *, plan: inversion.Plan):
+    return inversion.verdicts(networks, prompt, hyper, plan, inversion.decode(networks, latents, plan))
 
 
 def _better(one, two, *, plan: inversion.Plan):
@@ -421,11 +434,11 @@ def _step(networks, prompt, hyper, state, key, i, *, plan: inversion.Plan, on: b
     return inversion.step(networks, prompt, hyper, plan, state, i, noise, on)
 
 
-def _look(networks, prompt, state, *, plan: inversion.Plan):
-    return inversion.look(networks, prompt, plan, state)
+def _look(networks, prompt, hyper, state, *, plan: inversion.Plan):
+    return inversion.look(networks, prompt, hyper, plan, state)
 
 
-def _finish(networks, prompt, state, *, plan: inversion.Plan, output: str):
+def _finish(networks, prompt, hyper, state, *, plan: inversion.Plan, output: str):
     latents = inversion.output(state, output)
     image = inversion.decode(networks, latents, plan)
     scores = {}
@@ -436,7 +449,7 @@ def _finish(networks, prompt, state, *, plan: inversion.Plan, output: str):
         scores |= {f"{name}_{key}": value for key, value in referee.scores(referee.fit(image), text).items()}
     losses = {}
     if networks.held_out:
-        last = inversion.verdicts(networks, prompt, plan, image)
+        last = inversion.verdicts(networks, prompt, hyper, plan, image)
         losses = {name: jnp.stack([state.watched.first[n], last[n]]) for n, name in enumerate(("referee", "held_out"))}
     return latents, image, scores, losses
 
@@ -445,10 +458,10 @@ def _finish(networks, prompt, state, *, plan: inversion.Plan, output: str):
 PROGRAMS = {
     "noise": (_noise, (True, False), ()),
     "denoise": (_denoise, (False, True, True, False, False, False), ()),
-    "judge": (_judge, (False, True, True), ()),
+    "judge": (_judge, (False, True, "hyper", True), ()),
     "better": (_better, (True, True), ()),
     "init": (_init, (True, True, "hyper"), ()),
     "step": (_step, (False, True, "hyper", True, True, False), (3,)),
-    "look": (_look, (False, True, True), (2,)),
-    "finish": (_finish, (False, True, True), ()),
+    "look": (_look, (False, True, "hyper", True), (3,)),
+    "finish": (_finish, (False, True, "hyper", True), ()),
 }

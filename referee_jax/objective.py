@@ -44,16 +44,26 @@ class Hyper(struct.PyTreeNode):
 
 
 class Looks(struct.PyTreeNode):
-    """How one referee looks at the image: static facts. `losses` are (name, weight) pairs; `keep` <= `count` views count.
+    """How one referee looks at the image: static facts. `losses` are their names; `keep` <= `count` views count."""
+
+    losses: tuple[str, ...] = struct.field(pytree_node=False)
+    count: int = struct.field(pytree_node=False)
+    keep: int = struct.field(pytree_node=False)
+    augmentations: tuple[str, ...] = struct.field(pytree_node=False)
+
+
+class Weights(struct.PyTreeNode):
+    """What one referee's word counts, traced: the weight of each of Looks.losses.
 
     `share` is the length of its gradient in a mix where those are normalised.
     """
 
-    losses: tuple[tuple[str, float], ...] = struct.field(pytree_node=False)
-    count: int = struct.field(pytree_node=False)
-    keep: int = struct.field(pytree_node=False)
-    augmentations: tuple[str, ...] = struct.field(pytree_node=False)
-    share: float = struct.field(pytree_node=False, default=1.0)
+    losses: tuple[Array | float, ...]
+    share: Array | float = 1.0
+
+    def total(self, looks: Looks, losses: dict[str, Array]) -> Array:
+        """The weighted sum of the referee's losses."""
+        return sum(weight * losses[name] for name, weight in zip(looks.losses, self.losses, strict=True))
 
 
 def clamp(x: Array, how: str) -> Array:
@@ -76,7 +86,14 @@ _straight_through.defvjp(lambda x: (jnp.clip(x, 0, 1), x), _straight_through_bac
 
 
 def image_gradient(
-    referee: base.Referee, image: Array, text: Any, looks: Looks, *, params: views.Params, noise: Array
+    referee: base.Referee,
+    image: Array,
+    text: Any,
+    looks: Looks,
+    weights: Weights,
+    *,
+    params: views.Params,
+    noise: Array,
 ) -> tuple[Array, dict[str, Array]]:
     """d(loss)/d(image) of one referee, and its losses, means over the kept views.
 
@@ -84,24 +101,23 @@ def image_gradient(
     in pixel units, is added to those.
     """
     size, names = referee.image_size, looks.augmentations
-    weigh = lambda losses: sum(weight * losses[name] for name, weight in looks.losses)  # noqa: E731
     if looks.keep < looks.count:
-        scored = weigh(referee.views_losses(views.apply(image, params, size=size, names=names), text))
+        scored = weights.total(looks, referee.views_losses(views.apply(image, params, size=size, names=names), text))
         params = views.take(params, views.hardest(scored, looks.keep))
 
     def loss(image: Array) -> tuple[Array, dict[str, Array]]:
         shown = views.apply(image, params, size=size, names=names) + noise
         losses = {name: value.mean() for name, value in referee.views_losses(shown, text).items()}
-        return weigh(losses), losses
+        return weights.total(looks, losses), losses
 
     (total, losses), gradient = jax.value_and_grad(loss, has_aux=True)(image)
-    return gradient, {name: losses[name] for name, _ in looks.losses} | {"loss": total}
+    return gradient, {name: losses[name] for name in looks.losses} | {"loss": total}
 
 
-def verdict(referee: base.Referee, image: Array, text: Any, looks: Looks) -> Array:
+def verdict(referee: base.Referee, image: Array, text: Any, looks: Looks, weights: Weights) -> Array:
     """The referee's loss on the image as it is: one view, fitted and not augmented."""
     losses = referee.views_losses(referee.fit(image)[None], text)
-    return sum(weight * losses[name][0] for name, weight in looks.losses)
+    return weights.total(looks, losses)[0]
 
 
 def normalised(gradient: Array, share: float, epsilon: Array) -> Array:

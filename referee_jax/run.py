@@ -121,8 +121,7 @@ def carry_out(
         missing = [item for item in missing if not refused[item.prompt]]
         if not missing and not run.done():
             raise CommandError(f"no prompt can be used; {unfit[0]}")
-        if not settings.batch_size:  # no larger than there is to do: what is missing from a batch is computed as well
-            engine = engine.at_once(max(1, min(engine.settings.batch_size, -(-len(missing) // engine.groups))))
+        engine = fitted(engine, settings, len(missing))
         made = generate(engine, run, missing, command, stop or generation.Stop(), failures)
     finish(run, made, len(rejected), time.monotonic() - start)
     if failed := queue.missing(failed, run.done()):  # another may have made them meanwhile
@@ -131,6 +130,13 @@ def carry_out(
         names = ", ".join(item.id for item in failed[:5]) + (", ..." if len(failed) > 5 else "")
         return _fail(1, f"the device failed twice at {len(failed)} images, which the same command tries again: {names}")
     return 0
+
+
+def fitted(engine: Any, settings: config.Settings, count: int) -> Any:
+    """The engine with batches of what it chose, but no more than `count` images: what is missing is computed as well."""
+    if settings.batch_size:
+        return engine
+    return engine.at_once(max(1, min(engine.settings.batch_size, -(-count // engine.groups))))
 
 
 def note_checkpoints(run: outputs.RunDirectory) -> None:
@@ -208,14 +214,16 @@ def estimate(command: Command, **_: Any) -> int:
 
 def warm_up(command: Command, *, load: Callable[[config.Settings], Any] = load_inverter, **_: Any) -> int:
     """Compiles what a run of the command needs, by a chunk of one image in each phase; writes no run directory."""
-    engine = load(command.settings)
-    start = time.monotonic()
-    say(f"compiling for {engine.devices}, {engine.batch_size} images at once")
-    batch = engine.begin(queue.items(["a photo"], 1), command.settings.seed)
-    steps = command.settings.steps
-    for step in sorted(
-        {0, min(command.settings.referee.start, steps - 1), steps - 1}
-    ):  # the referees are not asked in all
+    settings, start = command.settings, time.monotonic()
+    engine = load(settings)
+    if command.entries:
+        engine = fitted(engine, settings, len(command.entries) * settings.samples)
+    say(engine.compiling)
+    batch = engine.begin(queue.items(["a photo"], 1), settings.seed)
+    last = settings.steps - 1
+    # The referees are not asked in all iterations, and the held-out ones look in few.
+    look = min(settings.look_every - 1, last) if settings.look_every > settings.chunk else 0
+    for step in sorted({0, min(settings.referee.start, last), look, last}):
         batch, _ = engine.advance(dataclasses.replace(batch, step=step))
     engine.finish(batch)
     where = jax.config.jax_compilation_cache_dir

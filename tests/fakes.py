@@ -40,7 +40,7 @@ class Picture:
 class FakeInverter:
     """The engine's methods; an image is one colour, of the prompt, the sample and the seed. Fails as `failures` say."""
 
-    devices = "fake x 1"
+    devices, compiling = "fake x 1", "compiling for fake x 1, 3 images at once"
 
     def __init__(self, settings, failures=()):
         self.steps, self.chunk, self.batch_size, self.groups = settings.steps, settings.chunk, 3, 1

@@ -66,7 +66,7 @@ def ours(settings: oracle.Settings) -> tuple[inversion.Plan, inversion.Hyper]:
     """The oracle's settings as a plan and numbers."""
     s = settings
     looks = objective.Looks(
-        losses=tuple(s.referee_losses.items()),
+        losses=tuple(s.referee_losses),
         count=s.views_count,
         keep=s.views_keep,
         augmentations=s.views_augmentations,
@@ -87,7 +87,7 @@ def ours(settings: oracle.Settings) -> tuple[inversion.Plan, inversion.Hyper]:
             lr=s.optim_lr, lr_final=s.optim_lr_final, warmup=s.optim_warmup, noise=s.optim_noise,
             tail_noise=s.optim_tail_noise, ema_decay=s.ema_decay, ema_start=s.ema_start, ema_every=s.ema_every,
         ),
-        views=augment.Settings(),
+        views=augment.Settings(), weights=(objective.Weights(tuple(map(float, s.referee_losses.values()))),),
     )  # fmt: skip
     return plan, jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32), hyper)
 

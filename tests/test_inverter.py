@@ -1,6 +1,7 @@
 """The engine: one program whatever surrounds a prompt (batch, devices, transformation), and nothing compiled twice."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -8,8 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import assembly, config, cost, inversion, parallel, program, prompts, queue, referees, topology
+from referee_jax import (
+    assembly,
+    config,
+    cost,
+    hlo,
+    inversion,
+    objective,
+    parallel,
+    program,
+    prompts,
+    queue,
+    referees,
+    run,
+    topology,
+)
 from referee_jax import inverter as inverter_lib
+from tests import fakes
 from tests.conftest import relative_l2
 from tests.oracles import networks
 
@@ -116,24 +132,26 @@ def test_samples_and_seed(inverter):
     assert relative_l2(other.latents[0], first.latents[2]) > 0.5
 
 
-COLLECTIVES = r"= \S+ (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)"
-
-
 def chunk_text(engine) -> str:
     batch = engine.begin(queue.items(PROMPTS, 1), 0)
     args = engine.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(0)
     return engine._program("step", on=True).lower(*args).compile().as_text()
 
 
-def test_devices(checkpoints, straight):
+@pytest.fixture(scope="module")
+def spread(checkpoints):
+    """One item on each of eight devices."""
+    return build(checkpoints, devices=8, batch_size=1)
+
+
+def test_devices(spread, straight):
     """Eight devices with one prompt each, by shard_map: without a word between them."""
-    spread = build(checkpoints, devices=8, batch_size=1)
     assert spread.batch_size == 8
     result = spread(PROMPTS, seed=3)
     assert relative_l2(result.latents, straight.latents) < TOLERANCE
     text = chunk_text(spread)
     assert "fusion" in text  # it is the program
-    assert re.findall(COLLECTIVES, text) == []
+    assert hlo.collectives(text) == []
 
 
 def test_no_program_of_a_run_speaks(checkpoints, monkeypatch):
@@ -161,7 +179,7 @@ def test_no_program_of_a_run_speaks(checkpoints, monkeypatch):
     assert {name for name, *_ in seen} == set(inverter_lib.PROGRAMS) and len(seen) == len(inverter_lib.PROGRAMS) + 1
     for compiled, shapes in seen.values():
         text = compiled.lower(*shapes).compile().as_text()
-        assert "num_partitions=8" in text and re.findall(COLLECTIVES, text) == []
+        assert "num_partitions=8" in text and hlo.collectives(text) == []
 
 
 def test_weights_split_within_groups(checkpoints, straight, monkeypatch):
@@ -173,7 +191,7 @@ def test_weights_split_within_groups(checkpoints, straight, monkeypatch):
     held, whole = sum(x.addressable_shards[0].data.size for x in weights), sum(x.size for x in weights)
     assert 0.5 <= held / whole < 0.6
     assert relative_l2(split(PROMPTS, seed=3).latents, straight.latents) < TOLERANCE
-    found = re.findall(COLLECTIVES + r".*", chunk_text(split))
+    found = [line for line in chunk_text(split).splitlines() if hlo.collectives(line)]
     assert found
     for line in found:
         said = re.search(r"(?:replica_groups|source_target_pairs)=(\S+)", line)[1]
@@ -220,39 +238,78 @@ def test_transformations(inverter):
 
 
 def test_nothing_recompiles(checkpoints):
-    inverter = build(checkpoints, batch_size=2)
+    """Over seeds, prompts, numbers and weights, of losses and of referees, of a watched run and of rows of a sweep."""
+    spec = settings(checkpoints).referees[0]
+    judges = lambda *weights: (  # noqa: E731
+        dataclasses.replace(spec, weight=weights[0], losses={"cosine": weights[1], "contrastive": weights[2]}),
+        dataclasses.replace(spec, role="held_out", weight=weights[3], losses={"cosine": weights[4]}),
+    )
+    inverter = build(checkpoints, batch_size=2, referees=judges(1.0, 0.5, 1.0, 1.0, 1.0), look_every=2)
     inverter(PROMPTS[:2], seed=0)
     inverter.sample(PROMPTS[:2], steps=4)
+    run_rows(inverter, [inverter.hyper] * 2)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **kwargs: compiled.append(name) if "backend_compile" in name else None
     )
     inverter(PROMPTS[3:5], seed=17)
-    changed = settings(
-        checkpoints, batch_size=2, sds={"guidance": 4.0, "weight": 2.0, "t_max": 700}, referee={"weight": 3.0, "stop": 3},
-        optim={"lr": 0.5, "noise": 0.0}, ema={"every": 1}, views={"affine_degrees": 3.0},
-    )  # fmt: skip
-    before = inverter.hyper
-    inverter.hyper = assembly.make_hyper(changed)
-    assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, inverter.hyper)
-    result = inverter(PROMPTS[:2], seed=0)
+    changed = [
+        settings(
+            checkpoints, batch_size=2, sds={"guidance": guidance, "weight": 2.0, "t_max": 700}, look_every=2,
+            referee={"weight": 3.0, "stop": 3}, optim={"lr": rate, "noise": 0.0}, ema={"every": 1},
+            views={"affine_degrees": 3.0}, referees=judges(*weights),
+        )
+        for guidance, rate, weights in ((4.0, 0.5, (2.0, 0.5, 0.25, 3.0, 2.0)), (2.0, 0.25, (1.0, 1.5, 0.0, 0.5, 4.0)))
+    ]  # fmt: skip
+    asked = dataclasses.replace(inverter.settings, remat="auto")
+    assert assembly.structure(changed[0]) == assembly.structure(changed[1]) == assembly.structure(asked)
+    rows = [assembly.make_hyper(one) for one in changed]
+    swept = run_rows(inverter, rows)
+    for row, latents in zip(rows, swept, strict=True):
+        inverter.hyper = row
+        result = inverter(PROMPTS[:2], seed=0)
+        assert relative_l2(result.latents[0], latents) < TOLERANCE
     inverter.sample(PROMPTS[2:4], steps=4, guidance=2.0)
     assert compiled == []
+    assert relative_l2(swept[0], swept[1]) > 1e-2
     jax.jit(lambda x: x * 3.25)(np.ones(7, np.float32))
     assert len(compiled) == 1  # the counter counts
     assert np.isfinite(result.latents).all()
 
 
+def test_after_a_warm_up_nothing_is_compiled(checkpoints, tmp_path):
+    """Not for what a run begins with, nor for any of its phases, looks of a held-out referee, its end."""
+    spec = settings(checkpoints).referees[0]
+    asked = settings(
+        checkpoints, batch_size=0, samples=3, init="sample", init_steps=2, init_candidates=2, steps=7, chunk=2, look_every=3,
+        referee={"start": 3, "stop": 5}, referees=(spec, dataclasses.replace(spec, role="held_out")),
+    )  # fmt: skip
+    engine, compiled = inverter_lib.Inverter.from_config(asked, jax.devices()[:1]), []
+    engine.at_once = functools.cache(engine.at_once)  # programs are kept with an engine
+    command = fakes.command("--prompt=b", "--prompt=c", f"--workdir={tmp_path}")
+    asked = dataclasses.replace(command, settings=asked)
+    assert engine.batch_size > 6 and run.warm_up(asked, load=lambda _: engine) == 0
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, _, **kwargs: compiled.append(name) if "backend_compile" in name else None
+    )
+    assert run.execute(asked, load=lambda _: engine) == 0
+    assert compiled == [] and len(list((tmp_path / "images").iterdir())) == 6
+
+
+def run_rows(inverter, hypers) -> list[np.ndarray]:
+    """The latents of the first prompt with each row's numbers."""
+    batch = inverter.begin(queue.items(PROMPTS[:1], 1) * len(hypers), 0, hypers)
+    while batch.step < inverter.steps:
+        batch, _ = inverter.advance(batch)
+    return [picture.latents for picture in inverter.finish(batch)]
+
+
 def test_settings_as_an_axis(inverter, monkeypatch):
     """Hyper-parameters per item, in one program, equal separate runs with each."""
-    items = queue.items(PROMPTS[:1], 1) * 3
     hypers = [
         inverter.hyper.replace(prior=inverter.hyper.prior.replace(guidance=jnp.float32(g))) for g in (1.5, 3.0, 6.0)
     ]
-    batch = inverter.begin(items, 0, hypers)
-    while batch.step < inverter.steps:
-        batch, _ = inverter.advance(batch)
-    swept = [picture.latents for picture in inverter.finish(batch)]
+    swept = run_rows(inverter, hypers)
     for latents, hyper in zip(swept, hypers, strict=True):
         monkeypatch.setattr(inverter, "hyper", hyper)
         assert relative_l2(latents, inverter(PROMPTS[:1], seed=0).latents[0]) < TOLERANCE
@@ -298,12 +355,25 @@ def weights(jaxpr):
             yield from weights(inner)
 
 
-def test_a_nonfinite_prompt_is_frozen_alone(checkpoints, inverter):
-    items = queue.items(PROMPTS[:3], 1)
-    clean = inverter.begin(items, 0)
-    broken = inverter.begin(items, 0)
-    cond = broken.prompt.cond.at[1].set(jnp.nan)
-    broken = dataclasses.replace(broken, prompt=broken.prompt.replace(cond=cond))
+@pytest.mark.parametrize("what", ["latents", "loss"])
+def test_a_nonfinite_prompt_is_frozen_alone(checkpoints, monkeypatch, what):
+    """Where its latents would be not finite, or where a referee's loss is not, whatever its gradient."""
+    inverter, gradient = build(checkpoints), objective.image_gradient
+
+    def lost(referee, image, text, looks, weights, **drawn):
+        found, losses = gradient(referee, image, text, looks, weights, **drawn)
+        return found, losses | {"loss": losses["loss"] + jnp.where(weights.share > 5, jnp.inf, 0)}
+
+    monkeypatch.setattr(objective, "image_gradient", lost)
+    items, numbers = queue.items(PROMPTS[:3], 1), [inverter.hyper] * 3
+    clean = inverter.begin(items, 0, numbers)
+    if what == "loss":
+        weights = (inverter.hyper.weights[0].replace(share=jnp.float32(9)),)
+        numbers = [numbers[0], inverter.hyper.replace(weights=weights), numbers[2]]
+    broken = inverter.begin(items, 0, numbers)
+    if what == "latents":
+        cond = broken.prompt.cond.at[1].set(jnp.nan)
+        broken = dataclasses.replace(broken, prompt=broken.prompt.replace(cond=cond))
     start = np.asarray(broken.state.latents[1])
     clean, broken = inverter.advance(clean)[0], inverter.advance(broken)[0]
     pictures, wanted = inverter.finish(broken), inverter.finish(clean)
@@ -311,6 +381,14 @@ def test_a_nonfinite_prompt_is_frozen_alone(checkpoints, inverter):
     np.testing.assert_array_equal(pictures[1].latents, start)
     for n in (0, 2):
         np.testing.assert_array_equal(pictures[n].latents, wanted[n].latents)
+
+
+def test_a_batch_of_frozen_items_is_over(inverter):
+    batch = inverter.begin(queue.items(PROMPTS[:2], 1), 0)
+    batch = dataclasses.replace(batch, prompt=batch.prompt.replace(cond=batch.prompt.cond * jnp.nan))
+    batch, _ = inverter.advance(batch)
+    assert inverter.chunk < inverter.steps and batch.step == inverter.steps
+    assert [picture.status for picture in inverter.finish(batch)] == ["nonfinite"] * 2
 
 
 @pytest.mark.parametrize("init", ["noise", "sample"])
@@ -378,6 +456,17 @@ def test_a_batch_goes_on_from_a_snapshot(checkpoints, inverter, straight, watche
     if watched:
         with pytest.raises(ValueError, match="not one of these settings"):
             build(checkpoints).resume(part, 3)
+
+
+def test_another_number_of_devices_goes_on(inverter, spread, straight):
+    """What one device has begun eight finish, and the other way round."""
+    items = queue.items(PROMPTS, 1)
+    for before, after in ((inverter, spread), (spread, inverter)):
+        batch, _ = before.advance(before.begin(items, 3))
+        resumed, _ = after.advance(after.resume(before.snapshot(batch), 3))
+        assert resumed.step == after.steps
+        latents = np.stack([picture.latents for picture in after.finish(resumed)])
+        assert relative_l2(latents, straight.latents) < TOLERANCE
 
 
 def test_halved(checkpoints, straight):

@@ -61,7 +61,7 @@ def parts(mixed):
         found = []
         for n, looks in enumerate(engine.plan.looks):
             gradient, losses = objective.image_gradient(
-                networks_.referees[n], image, prompt.texts[n], looks,
+                networks_.referees[n], image, prompt.texts[n], looks, hyper.weights[n],
                 params=noise.views[n], noise=hyper.referee.noise * noise.referee[n],
             )  # fmt: skip
             found.append((gradient, pullback(gradient)[0], losses))
@@ -74,7 +74,8 @@ def test_each_referee_looks_in_its_own_way(mixed):
     engine, _, (_, noise) = mixed
     assert [(looks.count, looks.keep) for looks in engine.plan.looks] == [(4, 1), (2, 2)]
     assert [x.shape for x in noise.referee] == [(1, 32, 32, 3), (2, 24, 24, 3)]
-    assert [looks.losses for looks in engine.plan.looks] == [(("cosine", 1.0),), (("itg", 0.125), ("itm", 0.5))]
+    assert [looks.losses for looks in engine.plan.looks] == [("cosine",), ("itg", "itm")]
+    assert [list(map(float, one.losses)) for one in engine.hyper.weights] == [[1.0], [0.125, 0.5]]
 
 
 @pytest.mark.parametrize("normalise", [False, True])

@@ -54,7 +54,7 @@ def test_a_run(tmp_path, capsys):
     assert chunks[3]["items"] == [queue.Item("two", 1).id]
     out, err = capsys.readouterr()
     told = out.splitlines()
-    assert told[1] == "compiling for fake x 1, 3 images at once (this takes a while, once)"
+    assert told[1] == "compiling for fake x 1, 3 images at once"
     assert sum("compiling" in line for line in told) == 1
     work = "1.5 TFLOP for an image, 6 TFLOP for all 4; 2 MB of weights, 3 GB for a batch"
     assert told[2] == f"{work}; at least 0.00761 s an image on TPU v5e"
