@@ -129,3 +129,13 @@ def test_no_home(compiled, monkeypatch):
     monkeypatch.setattr("pathlib.Path.home", lambda: None)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     assert "home directory" in refused(compiled)
+
+
+def test_how_long_it_may_take_is_told(home):
+    assert compile_cache.use("cpu") is None
+    where = jax.config.jax_compilation_cache_dir
+    small, large = (compile_cache.expected("gpu", size) for size in (10**6, 10**10))
+    assert small == f"up to a minute the first time, seconds where {where} holds it"
+    assert large == f"1 to 2 minutes the first time, seconds where {where} holds it"
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert compile_cache.expected("cpu", 0) == "20 to 40 seconds each time, for it is not kept"
