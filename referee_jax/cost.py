@@ -224,7 +224,7 @@ def _views(looks: Any, size: int, shared_erase: bool) -> Callable:
 def _forward(n: int, looks: Any) -> Callable:
     def forward(networks, prompt, hyper, shown: Array, key: Array) -> Array:
         losses = networks.referees[n].views_losses(shown, prompt.texts[n])
-        return hyper.weights[n].total(looks, losses).mean()
+        return sum(weight * losses[name].mean() for name, weight in looks.losses)
 
     return forward
 
@@ -317,14 +317,12 @@ def _looked(plan: inversion.Plan, who: Sequence[str]) -> Callable:
     def look(networks, prompt, hyper, z: Array, key: Array) -> Array:
         networks = networks.replace(**{name: () for name in fields if name not in who})
         prompt = prompt.replace(**{text: () for name, text in _TEXTS.items() if name not in who})
-        hyper = hyper.replace(**{weights: () for name, weights in _WEIGHTS.items() if name not in who})
-        return inversion.verdicts(networks, prompt, hyper, kept, inversion.decode(networks, z, kept))
+        return inversion.verdicts(networks, prompt, kept, inversion.decode(networks, z, kept))
 
     return look
 
 
 _TEXTS = {"referees": "texts", "held_out": "held_out"}
-_WEIGHTS = {"referees": "weights", "held_out": "held_out"}
 
 
 def _ends(step: Step, unet: float) -> tuple[float, float]:
@@ -366,8 +364,7 @@ def table(found: Estimate, *, precision: str = "") -> str:
             _scaled("operations", "FLOP", work),
             "A decoder or a forward pass alone is within the row that goes back as well.\n",
             _scaled(f"memory, {precision}" if precision else "memory", "B", kept),
-            # docs/speed.md; tests/test_cost.py compares with a CPU.
-            "Memory is estimated: of the paper's sizes an H200 and the compiler for v5e took 0.7 to 0.8 of it, a CPU takes more.\n",
+            "Memory is estimated: of the paper's sizes an H200 and the compiler for v5e take 0.7 to 0.8; a CPU takes more.\n",
             statistics.markdown(["chip (bfloat16 TFLOP/s, GB, of TPUs GiB)", "least s/image", "images at once"], shown),
         ]
     )
