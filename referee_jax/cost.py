@@ -224,7 +224,7 @@ def _views(looks: Any, size: int, shared_erase: bool) -> Callable:
 def _forward(n: int, looks: Any) -> Callable:
     def forward(networks, prompt, hyper, shown: Array, key: Array) -> Array:
         losses = networks.referees[n].views_losses(shown, prompt.texts[n])
-        return sum(weight * losses[name].mean() for name, weight in looks.losses)
+        return hyper.weights[n].total(looks, losses).mean()
 
     return forward
 
@@ -317,12 +317,14 @@ def _looked(plan: inversion.Plan, who: Sequence[str]) -> Callable:
     def look(networks, prompt, hyper, z: Array, key: Array) -> Array:
         networks = networks.replace(**{name: () for name in fields if name not in who})
         prompt = prompt.replace(**{text: () for name, text in _TEXTS.items() if name not in who})
-        return inversion.verdicts(networks, prompt, kept, inversion.decode(networks, z, kept))
+        hyper = hyper.replace(**{weights: () for name, weights in _WEIGHTS.items() if name not in who})
+        return inversion.verdicts(networks, prompt, hyper, kept, inversion.decode(networks, z, kept))
 
     return look
 
 
 _TEXTS = {"referees": "texts", "held_out": "held_out"}
+_WEIGHTS = {"referees": "weights", "held_out": "held_out"}
 
 
 def _ends(step: Step, unet: float) -> tuple[float, float]:
