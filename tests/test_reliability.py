@@ -27,7 +27,12 @@ def place(tmp_path_factory):
 
 
 def test_kills(place):
-    assert kill_fuzz.fuzz(5, 0, *place) == []
+    assert kill_fuzz.fuzz(5, 209, *place) == []
+
+
+def test_kills_in_a_pool_that_writes_shards(place):
+    """Of three workers one is stopped and one killed (so says the seed) while images are made; the third makes the rest."""
+    assert kill_fuzz.fuzz(2, 84, *place, [*kill_fuzz.POOL, *kill_fuzz.SHARDS]) == []
 
 
 def test_the_dead_and_the_stopped_delay_nobody(place):

@@ -34,6 +34,8 @@ SETTINGS = {
 TERMINATED = (128 + signal.SIGTERM, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGALRM)
 LONGEST = 300  # seconds that a process may take
 EXPIRY = 15  # seconds after which a dead worker's claims are taken over
+POOL = ("--claim", f"--claim_expiry={EXPIRY}")
+SHARDS = ("--config.outputs.format=webdataset", "--config.outputs.shard_size=3")
 
 
 def start(
@@ -83,13 +85,13 @@ def images(workdir: pathlib.Path) -> dict[str, bytes]:
     return found | {pathlib.Path(name).name: shards.read_bytes(workdir / name) for name in sharded}
 
 
-def copies(workdir: pathlib.Path) -> collections.Counter[str]:
-    """File name -> how often the image is there: by itself and in all shards, whatever the journal says."""
+def doubles(workdir: pathlib.Path) -> list[str]:
+    """Which images are there more than once: by themselves and in all shards, whatever the journal says."""
     names = [file.name for file in (workdir / "images").glob("*")]
     for file in (workdir / "shards").glob("*.tar"):
         with tarfile.open(file) as tar:
             names += [name for name in tar.getnames() if not name.endswith(".json")]
-    return collections.Counter(names)
+    return [f"{name} is there {count} times" for name, count in collections.Counter(names).items() if count > 1]
 
 
 def problems(workdir: pathlib.Path, reference: pathlib.Path) -> list[str]:
@@ -98,7 +100,7 @@ def problems(workdir: pathlib.Path, reference: pathlib.Path) -> list[str]:
     wrong = [f"{name} is missing" for name in wanted.keys() - found.keys()]
     wrong += [f"{name} should not be there" for name in found.keys() - wanted.keys()]
     wrong += [f"{name} is another image" for name in found.keys() & wanted.keys() if found[name] != wanted[name]]
-    wrong += [f"{name} is there {count} times" for name, count in copies(workdir).items() if count > 1]
+    wrong += doubles(workdir)
     journal = [json.loads(line) for file in workdir.glob("metadata*.jsonl") for line in file.read_text().splitlines()]
     names = [pathlib.Path(record["file_name"]).name for record in journal]
     wrong += [f"{name} is {names.count(name)} times in the journal" for name in wanted if names.count(name) != 1]
@@ -120,27 +122,47 @@ def uninterrupted(workdir: pathlib.Path) -> float:
     return time.monotonic() - began
 
 
+def chunks(workdir: pathlib.Path) -> int:
+    """How often a process of the run has logged that images came further."""
+    log = workdir / "log.jsonl"
+    return log.read_bytes().count(b'"event": "chunk"') if log.exists() else 0
+
+
+def wait_for_chunks(workdir: pathlib.Path, count: int, running: Sequence[subprocess.Popen]) -> None:
+    """Until there are so many, or all processes have ended."""
+    end = time.monotonic() + LONGEST
+    while chunks(workdir) < count and any(x.poll() is None for x in running) and time.monotonic() < end:
+        time.sleep(0.02)
+
+
 def fuzz(kills: int, seed: int, workdir: pathlib.Path, lasted: float, flags: Sequence[str] = ()) -> list[str]:
     """Kills a run in `workdir / "cut"`, which alone would last `lasted` seconds; what is wrong in the end."""
     rng, cut, whole, cache = random.Random(seed), workdir / "cut", workdir / "whole", workdir / "cache"
     shutil.rmtree(cut, ignore_errors=True)
     wrong, codes, killed = [], [], 0
     while killed < kills:
-        count = rng.randint(1, 3)
+        count, before = rng.randint(1, 3), chunks(cut)
         running = [start(cut, cache, index, count, flags=flags) for index in range(count)]
         # Together they need no more than one alone, and start several times as slowly: kills fall on all they do.
-        for process in rng.sample(running, count):
-            time.sleep(rng.uniform(0, lasted * (1 + count) / 2 / count))
+        for process in rng.sample(running, rng.randint(1, count)):
+            if rng.random() < 0.5:  # most of the time goes into the start: half of them when images are made
+                wait_for_chunks(cut, before + rng.randint(1, 10), running)
+            else:
+                time.sleep(rng.uniform(0, lasted * (1 + count) / 2 / count))
             if process.poll() is None and killed < kills:
                 process.send_signal(rng.choice([signal.SIGTERM, signal.SIGKILL]))
                 killed += 1
-        for process in running:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        begun = time.monotonic()
-        codes += ended(*running)
-        wrong += [f"it took {took:.0f} s to end"] if (took := time.monotonic() - begun) > 10 else []
+        if rng.random() < 0.5:  # else who is left makes the rest, in a pool also that of the dead
+            for process in running:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+            begun = time.monotonic()
+            codes += ended(*running)
+            wrong += [f"it took {took:.0f} s to end"] if (took := time.monotonic() - begun) > 10 else []
+        else:
+            codes += ended(*running)
         print(f"{killed} kills, {len(images(cut))} images", flush=True)
+        wrong += doubles(cut)
         if len(images(cut)) == len(PROMPTS):
             for file in sorted(x for folder in ("images", "shards") for x in (cut / folder).glob("[!.]*")):
                 if rng.random() < 0.5:  # all is done before the last kill: half of it is to be made again
@@ -164,8 +186,9 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         workdir = args.workdir or pathlib.Path(temporary)
-        flags = [f"--config.outputs.format={args.format}", "--config.outputs.shard_size=3"]
-        flags += ["--claim", f"--claim_expiry={EXPIRY}"] if args.claim else []
+        workdir.mkdir(parents=True, exist_ok=True)
+        flags = [*POOL] if args.claim else []
+        flags += SHARDS if args.format == "webdataset" else []
         wrong = fuzz(args.kills, args.seed, workdir, uninterrupted(workdir), flags)
     print("\n".join(wrong) or f"nothing lost, doubled or changed by {args.kills} kills")
     return bool(wrong)
