@@ -31,6 +31,7 @@ def test_more_of_anything_is_more_work():
     assert found["images at once"]["3"] == 3 * found["images at once"]["1"]
 
 
+@pytest.mark.slow  # as test_bench measures one
 def test_a_row_is_measured(checkpoints):
     sd, judge = map(str, checkpoints)
     values = {
