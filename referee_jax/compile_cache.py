@@ -38,6 +38,11 @@ def use(device: str) -> str | None:
     return problem and f"compiled programs are not kept: {problem}"
 
 
+def directory() -> str | None:
+    """Where the programs of this process are kept; None where they are not."""
+    return jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
+
+
 # Platform -> how long the programs of a run took to compile: of networks of a few MB (configs/shapes.py), and of Stable
 # Diffusion's and BLIP-2's size (configs/paper.py); on a TPU by compiling ahead.
 TOOK = {
@@ -51,8 +56,9 @@ LARGE = 2**28  # bytes of weights
 def expected(platform: str, weights: int) -> str:
     """How long compiling for a platform may take, with networks of so many bytes, and what becomes of it; a clause."""
     small, large = TOOK.get(platform, TOOK["gpu"])
-    where = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
-    kept = f"the first time, seconds where {where} holds it" if where else "each time, for it is not kept"
+    kept = (
+        f"the first time, seconds where {where} holds it" if (where := directory()) else "each time, for it is not kept"
+    )
     return f"{large if weights > LARGE else small} {kept}"
 
 

@@ -120,7 +120,7 @@ def verdict(referee: base.Referee, image: Array, text: Any, looks: Looks, weight
     return weights.total(looks, losses)[0]
 
 
-def normalised(gradient: Array, share: float, epsilon: Array) -> Array:
+def normalised(gradient: Array, share: Array | float, epsilon: Array) -> Array:
     """A gradient brought to the length `share`, less where it is not much longer than `epsilon`."""
     length = jnp.linalg.norm(gradient)
     return jnp.where(length > 0, share / jnp.where(length > 0, length + epsilon, 1), 0) * gradient

@@ -161,8 +161,8 @@ def generate(
     """
     claims = run.place.claims(command.claim_expiry) if command.claim else None
     checkpoints = in_flight(run)
-    begun = [x for x in checkpoints.begun(run.fingerprint) if not any(failures.get(item.id) for item in x.items)]
-    work = queue.Work(items, begun, claims=claims, done=run.done)
+    left = [part for part in checkpoints.begun(run.fingerprint) if not any(failures.get(x.id) for x in part.items)]
+    work = queue.Work(items, left, claims=claims, done=run.done)
     if begun := sum(len(part.items) for part in work.begun):
         say(f"{begun} images go on where they were left")
     try:
@@ -226,7 +226,7 @@ def warm_up(command: Command, *, load: Callable[[config.Settings], Any] = load_i
     for step in sorted({0, min(settings.referee.start, last), look, last}):
         batch, _ = engine.advance(dataclasses.replace(batch, step=step))
     engine.finish(batch)
-    where = jax.config.jax_compilation_cache_dir
+    where = compile_cache.directory()
     kept = f"kept in {where}" if where else "not kept: JAX_COMPILATION_CACHE_DIR names no directory"
     say(f"compiled in {time.monotonic() - start:.0f} s, some chunks of iterations included; {kept}")
     return 0
