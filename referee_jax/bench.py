@@ -159,7 +159,6 @@ def main(args: flags.FlagValues) -> str:
         raise ValueError(f"--batches={','.join(args.batches)}: numbers of images are needed, at least 1")
     settings, name = config.from_config(args.config), getattr(args, "compile-for")
     if name:
-        jax.config.update("jax_platforms", "cpu")  # libtpu would else be the device that all runs on
         report = topology.compile_for(settings, name)
         found, told = report.to_dict(), "\n".join(report.lines())
     else:

@@ -318,7 +318,6 @@ def report(findings: Sequence[Finding]) -> str:
 
 def compile_for(command: run.Command, name: str) -> tuple[str, dict[str, Any], bool]:
     """What compiling for the slice `name` says, for reading and as JSON has it, and whether it fits and is silent."""
-    jax.config.update("jax_platforms", "cpu")  # libtpu would else be the device that all runs on
     from referee_jax import topology  # the networks' code is slow to import
 
     found = topology.compile_for(command.settings, name)

@@ -104,6 +104,7 @@ def devices(name: str) -> list[jax.Device]:
     layout = _chip(name).layout
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError('the compiler for TPUs is not installed: pip install -e ".[tpu]"')
+    jax.config.update("jax_platforms", "cpu")  # libtpu would else be the device that all runs on
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
