@@ -3,10 +3,11 @@
     memory.peak(jax.make_jaxpr(fn)(*args).jaxpr)  # args as program.flops takes them
 
 Every value lives from the equation that makes it to the last one that reads it; the most bytes that live at once are the
-answer. Two things that XLA does are followed. Chains of elementwise operations are fused: what one such operation or sum alone
-reads is never stored, so that what it is made of lives on until then. And the result of an elementwise operation takes the
-place of an operand that dies with it. What a compiler decides by itself (order, padding, copies, scratch of convolutions) is
-not known here; tests compare with XLA's own account.
+answer. Three things that XLA does are followed. What is elementwise, or a sum, is computed once of the same operands, barriers
+aside. Chains of elementwise operations are fused: what one such operation or sum alone reads is never stored, so that what it is
+made of lives on until then. And the result of an elementwise operation takes the place of an operand that dies with it. What a
+compiler decides by itself (order, padding, copies, scratch of convolutions) is not known here; tests compare with XLA's own
+account.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from jax.extend import core
 # Made anew wherever they are read: only where bytes lie, or constants.
 _FREE = frozenset(
     "broadcast_in_dim reshape squeeze expand_dims transpose convert_element_type iota copy slice reduce_precision rev "
-    "bitcast_convert_type".split()
+    "bitcast_convert_type optimization_barrier".split()
 )
 # One element after the other, so that the one operation that reads the result can make it.
 _FUSED = _FREE | frozenset(
@@ -47,11 +48,19 @@ class _Flat:
 
     ops: list[_Op] = dataclasses.field(default_factory=list)
     size: list[int] = dataclasses.field(default_factory=list)
+    known: dict[tuple, list[int]] = dataclasses.field(default_factory=dict)  # what is computed twice is computed once
 
     def value(self, aval: Any) -> int:
         """The number of a new value."""
         self.size.append(size_of(aval))
         return len(self.size) - 1
+
+    def literal(self, atom: core.Literal) -> int:
+        """The number of a constant."""
+        key = (str(atom.val), str(atom.aval))
+        if key not in self.known:
+            self.known[key] = [self.value(None)]
+        return self.known[key][0]
 
 
 def size_of(aval: Any) -> int:
@@ -74,7 +83,7 @@ def _inline(jaxpr: core.Jaxpr, arguments: Sequence[int], flat: _Flat) -> list[in
     number = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
 
     def read(atom: Any) -> int:
-        return flat.value(None) if isinstance(atom, core.Literal) else number[atom]
+        return flat.literal(atom) if isinstance(atom, core.Literal) else number[atom]
 
     for eqn in jaxpr.eqns:
         reads = [read(atom) for atom in eqn.invars]
@@ -82,13 +91,26 @@ def _inline(jaxpr: core.Jaxpr, arguments: Sequence[int], flat: _Flat) -> list[in
         if called is not None:
             consts = [flat.value(var.aval) for var in called.constvars]
             made = _inline(called, [*consts, *reads], flat)
-        elif name == "optimization_barrier":  # hands on what it reads
-            made = reads
-        else:
+        elif name == "optimization_barrier":  # hands on what it reads; what is made of it is not known to be the same
             made = [flat.value(var.aval) for var in eqn.outvars]
-            flat.ops.append(_Op(name, tuple(reads), tuple(made), _within(eqn)))
+            flat.ops += [_Op(name, (old,), (new,)) for old, new in zip(reads, made, strict=True)]
+        else:
+            made = _made(eqn, reads, flat)
         number |= dict(zip(eqn.outvars, made, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _made(eqn: core.JaxprEqn, reads: Sequence[int], flat: _Flat) -> list[int]:
+    """The numbers of an equation's results, which if it is elementwise or a sum may be there already."""
+    name = eqn.primitive.name
+    key = (name, tuple(reads), str(eqn.params)) if name in _FUSED | _SUMS else None
+    if key in flat.known:
+        return flat.known[key]
+    made = [flat.value(var.aval) for var in eqn.outvars]
+    flat.ops.append(_Op(name, tuple(reads), tuple(made), _within(eqn)))
+    if key:
+        flat.known[key] = made
+    return made
 
 
 def _called(eqn: core.JaxprEqn) -> core.Jaxpr | None:

@@ -30,6 +30,15 @@ def test_by_hand():
     assert 3 * 1024 <= kept <= 5 * 1024
 
 
+def test_what_is_computed_twice_is_kept():
+    """Unless a barrier stands before the second time, as where something is to be made again."""
+    again = jax.lax.optimization_barrier
+    twice = lambda y, z: jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(z) * 2) + jnp.sum(y * 3)  # noqa: E731
+    assert peak(lambda x: (lambda y: twice(y, y))(x @ x), KIB) == pytest.approx(2048, abs=16)
+    assert peak(lambda x: (lambda y: twice(y, again(y)))(x @ x), KIB) == pytest.approx(1024, abs=16)
+    assert peak(lambda x: (lambda y: twice(y, 2 * y))(x @ x), KIB) == pytest.approx(1024, abs=16)
+
+
 def test_loops_and_branches():
     body = lambda x: (x @ x) @ x  # noqa: E731
     assert peak(body, KIB) == 2048
