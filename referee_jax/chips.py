@@ -1,5 +1,6 @@
-"""What is known of chips: rates, memory, and of TPUs what is needed to compile for them."""
+"""What is known of chips: rates, memory, and of TPUs what is needed to compile for them and what suits them."""
 
+import re
 from typing import NamedTuple
 
 
@@ -8,6 +9,9 @@ class Chip(NamedTuple):
 
     Of TPUs that can be compiled for: the `clock` in GHz that the rate implies, and `layout`, libtpu's name of the way in which a
     chip is one device, where it is not the first that it knows.
+
+    Where its compiler's estimate is lower for it (docs/speed.md): `scores`, the MiB of attention's logits that it works on at
+    once, without a way through its memory.
     """
 
     name: str
@@ -15,6 +19,7 @@ class Chip(NamedTuple):
     memory: float
     clock: float | None = None
     layout: str | None = None
+    scores: float | None = None
 
     @property
     def bytes(self) -> float:
@@ -29,11 +34,26 @@ CHIPS = (
     Chip("H100 SXM", 989, 80),
     Chip("A100", 312, 80),
     Chip("RTX 4090", 165, 24),
-    Chip("TPU v4", 275, 32, clock=1.05, layout="megacore"),
-    Chip("TPU v5e", 197, 16, clock=1.5),
+    Chip("TPU v4", 275, 32, clock=1.05, layout="megacore", scores=32),
+    Chip("TPU v5e", 197, 16, clock=1.5, scores=32),
     Chip("TPU v5p", 459, 95, clock=1.75),
-    Chip("TPU v6e", 918, 32, clock=1.75),
+    Chip("TPU v6e", 918, 32, clock=1.75, scores=32),
     Chip("TPU7x", 2307, 192),
 )
 # As the names of slices have them, "v5e:2x4" say.
 TPUS = {chip.name.removeprefix("TPU "): chip for chip in CHIPS if chip.clock}
+# Chip -> what JAX calls the kinds of devices that have its rate: not its slower forms, nor a share of one.
+_KINDS = {
+    "H200": "NVIDIA H200",
+    "H100 SXM": r"NVIDIA H100 \d+GB HBM3",
+    "A100": r"NVIDIA A100(-\S+| \d+GB PCIe)",
+    "RTX 4090": "NVIDIA GeForce RTX 4090",
+    "TPU v5e": "TPU v5 lite|TPU v5e",
+    "TPU v5p": "TPU v5p?",
+    "TPU v6e": "TPU v6 lite|TPU v6e",
+}
+
+
+def of(kind: str) -> Chip | None:
+    """The chip of the table that a device's kind names, None where there is none."""
+    return next((chip for chip in CHIPS if re.fullmatch(_KINDS.get(chip.name, chip.name), kind)), None)

@@ -7,7 +7,6 @@ is estimated from the same program (memory.py). No weights, no device, no compil
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -106,23 +105,6 @@ class Running:
             f"; at least {self.image / self.chip.rate / 1e12:.3g} s an image on {self.chip.name}" if self.chip else ""
         )
         return f"{each} for an image, {total} for all {images}; {weights} of weights, {batch} for a batch{least}"
-
-
-# Chip -> what JAX calls the kinds of devices that have its rate: not its slower forms, nor a share of one.
-_KINDS = {
-    "H200": "NVIDIA H200",
-    "H100 SXM": r"NVIDIA H100 \d+GB HBM3",
-    "A100": r"NVIDIA A100(-\S+| \d+GB PCIe)",
-    "RTX 4090": "NVIDIA GeForce RTX 4090",
-    "TPU v5e": "TPU v5 lite|TPU v5e",
-    "TPU v5p": "TPU v5p?",
-    "TPU v6e": "TPU v6 lite|TPU v6e",
-}
-
-
-def chip_of(kind: str) -> chips.Chip | None:
-    """The chip of the table that a device's kind names, None where there is none."""
-    return next((chip for chip in chips.CHIPS if re.fullmatch(_KINDS.get(chip.name, chip.name), kind)), None)
 
 
 def abstract_step(settings: config.Settings) -> Step:
@@ -282,7 +264,7 @@ def running(engine: Any, batch: Any) -> Running:
         image=_work(step, whole, unet).image,
         weights=sum(_weights(step).values()),
         batch=memory.peak(traced),
-        chip=chip_of(device.device_kind),
+        chip=chips.of(device.device_kind),
     )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from referee_jax import chips
+
 KINDS = ("auto", "cpu", "gpu", "tpu")
 
 # TPU v3, v4, v5p, v5e, v6e, 7x on the PCI bus, as JAX knows them: since v5 they have no device file of their own.
@@ -68,6 +70,15 @@ def has_cudnn() -> bool:
         return False
     device = jax.local_devices()[0]
     return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+
+
+def chip() -> chips.Chip | None:
+    """The chip for which a program is being traced, where the table has it: of the mesh it is for, else what JAX computes on.
+
+    A mesh's devices need not be there (topology.py).
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
+    return chips.of(device.device_kind)
 
 
 def memory(device: jax.Device) -> int | None:

@@ -186,7 +186,7 @@ def test_a_run_the_doctor_and_the_estimate_tell_one_number(checkpoints):
 
 
 def test_the_least_time_on_a_chip_of_the_table():
-    found = cost.Running(image=19.7e12, weights=1, batch=2, chip=cost.chip_of("TPU v5 lite"))
+    found = cost.Running(image=19.7e12, weights=1, batch=2, chip=chips.of("TPU v5 lite"))
     assert found.line(1).endswith("; at least 0.1 s an image on TPU v5e")
     assert "at least" not in dataclasses.replace(found, chip=None).line(1)
 
@@ -200,7 +200,7 @@ def test_the_least_time_on_a_chip_of_the_table():
     ],
 )  # fmt: skip
 def test_kinds_of_devices(kind, name):
-    found = cost.chip_of(kind)
+    found = chips.of(kind)
     assert (found and found.name) == name
 
 

@@ -12,7 +12,7 @@ import types
 import jax
 import pytest
 
-from referee_jax import devices
+from referee_jax import chips, devices
 
 ROOT = pathlib.Path(devices.__file__).parents[1]
 
@@ -182,3 +182,11 @@ def test_cudnn(monkeypatch, backend, version, capability, found):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert devices.has_cudnn() == found
+
+
+def test_the_chip_that_is_traced_for():
+    """A mesh's, though its devices are not there; else what JAX computes on, which the table does not have."""
+    assert devices.chip() is None
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("prompt",), abstract_device=tpu)):
+        assert devices.chip() == chips.TPUS["v5e"]

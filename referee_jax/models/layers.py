@@ -64,10 +64,14 @@ def attention(query: Array, key: Array, value: Array, *, bias: Array | None = No
     """Softmax attention with float32 probabilities: `[B, T, N, D], [B, S, N, D], [B, S, N, D] -> [B, T, N, D]`.
 
     `bias` is added to the logits and broadcast to `[B, N, T, S]`. On an NVIDIA GPU cuDNN's kernel, which stores no
-    probabilities, does what it can and what is long enough to matter.
+    probabilities, does what it can and what is long enough to matter. On a TPU queries whose logits are more than it works on at
+    once are asked in blocks.
     """
-    if bias is None and not is_causal and _is_for_cudnn(query, key):
-        return _cudnn_attention(query, key, value)
+    if bias is None and not is_causal:
+        if _is_for_cudnn(query, key):
+            return _cudnn_attention(query, key, value)
+        if (blocks := _blocks(query, key)) > 1:
+            return _attention_in_blocks(query, key, value, blocks)
     return jax.nn.dot_product_attention(query, key, value, bias=bias, is_causal=is_causal)
 
 
@@ -94,6 +98,25 @@ def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
         lengths = {"query_seq_lengths": zero + asked, "key_value_seq_lengths": zero + read}
     x = jax.nn.dot_product_attention(even(query), even(key), even(value), implementation="cudnn", **lengths)
     return x[:, :asked]
+
+
+def _blocks(query: Array, key: Array) -> int:
+    """Into how many blocks a TPU's queries are best split: a power of two, 1 for as they are."""
+    chip = devices.chip()
+    if chip is None or chip.scores is None:
+        return 1
+    batch, asked, heads, _ = query.shape
+    scores = 4 * batch * heads * asked * key.shape[1] / 2**20
+    blocks = 2 ** math.ceil(math.log2(max(1.0, scores / chip.scores)))
+    # Of twice as many XLA makes by itself what is as good, and better going back.
+    return blocks if blocks > 2 and asked % blocks == 0 else 1
+
+
+def _attention_in_blocks(query: Array, key: Array, value: Array, blocks: int) -> Array:
+    """`attention` of so many blocks of queries to all, one after the other; going back, the probabilities are made again."""
+    split = query.reshape(query.shape[0], blocks, -1, *query.shape[2:])
+    ask = jax.checkpoint(lambda query: jax.nn.dot_product_attention(query, key, value))
+    return jnp.moveaxis(jax.lax.map(ask, jnp.moveaxis(split, 1, 0)), 0, 1).reshape(query.shape)
 
 
 def attention_bias(sees: Array) -> Array:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from flax import nnx
 
-from referee_jax import program
+from referee_jax import chips, devices, program
 from referee_jax.models import clip, layers
 
 
@@ -66,7 +66,7 @@ def test_with_remat_is_a_copy(stack):
 def cuda(monkeypatch):
     """A machine with a GPU, as far as tracing asks."""
     device = type("Device", (), {"client": type("Client", (), {"platform_version": "PJRT C API\ncuda 13000"})})
-    device.compute_capability = "9.0"
+    device.compute_capability, device.device_kind = "9.0", "NVIDIA H200"
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
@@ -119,6 +119,34 @@ def test_xla_attends(cuda, query, how):
     """What cuDNN cannot do, or what is too short to matter."""
     ask = lambda x, key=None, **how: layers.attention(x, *[x if key is None else key] * 2, **how)  # noqa: E731
     assert "cudnn" not in lowered(lambda x: ask(x, **how), query)
+
+
+@pytest.mark.parametrize(
+    ("chip", "query", "blocks"),
+    [
+        ("v5e", shaped(2, 4096, 8, 40), 32), ("v4", shaped(2, 4096, 8, 40), 32), ("v5p", shaped(2, 4096, 8, 40), 1),
+        ("v5e", shaped(1, 4096, 1, 512), 1), ("v5e", shaped(2, 1024, 8, 80), 1), ("v5e", shaped(10, 577, 16, 88), 1),
+        (None, shaped(2, 4096, 8, 40), 1),
+    ],
+)  # fmt: skip
+def test_a_tpu_asks_in_blocks(monkeypatch, chip, query, blocks):
+    """Of a gibibyte of logits 32 MiB at a time; what is on the chip as it is, or does not divide, is left in one."""
+    monkeypatch.setattr(devices, "chip", lambda: chip and chips.TPUS[chip])
+    text = str(jax.make_jaxpr(lambda x: layers.attention(x, x, x))(query))
+    assert f"length={blocks}\n" in text if blocks > 1 else "scan[" not in text
+
+
+def test_blocks_attend_as_all_at_once(monkeypatch):
+    """Outputs and gradients, of a batch by vmap, of fewer queries than keys."""
+    ask = lambda q, k, v: (layers.attention(q, k, v) ** 2).sum()  # noqa: E731
+    asked = jax.vmap(jax.value_and_grad(ask, argnums=(0, 1, 2)))
+    keys = jax.random.split(jax.random.key(2), 3)
+    x = [jax.random.normal(key, (2, 1, tokens, 2, 4)) for key, tokens in zip(keys, (256, 512, 512), strict=True)]
+    whole = asked(*x)
+    monkeypatch.setattr(devices, "chip", lambda: chips.TPUS["v5e"]._replace(scores=0.125))
+    assert "length=8" in str(jax.make_jaxpr(asked)(*x))
+    for ours, theirs in zip(jax.tree.leaves(asked(*x)), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_made_again_is_within_a_loop(stack):
