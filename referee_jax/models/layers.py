@@ -7,6 +7,7 @@ as arguments to jit, vmap, grad, scan and shard_map.
 Axis letters: B batch (views, latents), H W C image rows, columns, channels, T tokens, N heads, D width.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -146,6 +147,41 @@ def repeat(x: Array, batch: int) -> Array:
     return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def normalise(means: Callable[[Array], Array], epsilon: float, x: Array, scale: Array, bias: Array) -> Array:
+    """`n * scale + bias` of `n`, which is `x` with mean 0 and variance 1; in float32, out in the dtype of `x`.
+
+    `means` are over what shares its statistics, of a shape that broadcasts to that of `x`. Going back, `x` is all that is kept in
+    full size, in its own dtype.
+    """
+    return _normalise(means, epsilon, x, scale, bias)[0]
+
+
+def _normalise(means, epsilon, x, scale, bias):
+    y = x.astype(jnp.float32)
+    mean = means(y)
+    if x.dtype == jnp.bfloat16:
+        # Both sums in one pass. What cancels is less than what eight bits of a number far from 0 have lost.
+        variance = jnp.maximum(means(jnp.square(y)) - jnp.square(mean), 0)
+    else:
+        variance = means(jnp.square(y - mean))
+    rate = jax.lax.rsqrt(variance + epsilon)
+    out = (y - mean) * rate * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return out.astype(x.dtype), (x, mean, rate, scale, bias)
+
+
+def _denormalise(means, epsilon, kept, gradient):
+    x, mean, rate, scale, bias = kept
+    n, gradient = (x.astype(jnp.float32) - mean) * rate, gradient.astype(jnp.float32)
+    scaled = gradient * scale.astype(jnp.float32)
+    dx = (scaled - means(scaled) - n * means(scaled * n)) * rate
+    others = tuple(range(x.ndim - 1))
+    return dx.astype(x.dtype), (gradient * n).sum(others).astype(scale.dtype), gradient.sum(others).astype(bias.dtype)
+
+
+normalise.defvjp(_normalise, _denormalise)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, statistics in float32 (torch.nn.LayerNorm)."""
 
@@ -155,10 +191,11 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Array) -> Array:
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return normalise(_of_features, self.epsilon, x, self.scale[...], self.bias[...])
+
+
+def _of_features(x: Array) -> Array:
+    return x.mean(-1, keepdims=True)
 
 
 class GroupNorm(nnx.Module):
@@ -172,18 +209,18 @@ class GroupNorm(nnx.Module):
         self.groups, self.epsilon = groups, epsilon
 
     def __call__(self, x: Array) -> Array:
-        # Sums over the pixels first, whose channels lie side by side: a reduction over part of the channels as well is slow. The
-        # mean is subtracted before squaring: E[x^2] - E[x]^2 cancels badly where the mean is large.
-        y = x.astype(jnp.float32)
-        y = y - self._of_groups(y)
-        y = y * jax.lax.rsqrt(self._of_groups(jnp.square(y)) + self.epsilon)
-        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        means = functools.partial(_of_groups, self.groups)
+        return normalise(means, self.epsilon, x, self.scale[...], self.bias[...])
 
-    def _of_groups(self, x: Array) -> Array:
-        """Means over the pixels and the channels of each group, for each of its channels: `[B, H, W, C] -> [B, 1, 1, C]`."""
-        means = x.mean((-3, -2), keepdims=True)
-        groups = means.reshape(*means.shape[:-1], self.groups, -1)
-        return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(means.shape)
+
+def _of_groups(groups: int, x: Array) -> Array:
+    """Means over the pixels and the channels of each group, for each of its channels: `[B, H, W, C] -> [B, 1, 1, C]`.
+
+    Over the pixels first, whose channels lie side by side: a reduction over part of the channels as well is slow.
+    """
+    means = x.mean((-3, -2), keepdims=True)
+    split = means.reshape(*means.shape[:-1], groups, -1)
+    return jnp.broadcast_to(split.mean(-1, keepdims=True), split.shape).reshape(means.shape)
 
 
 def interpolate_positions(table: Array, height: int, width: int) -> Array:

@@ -38,6 +38,55 @@ def test_gelu():
     assert layers.exact_gelu(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+NORMS = {
+    "layer": (lambda: layers.LayerNorm(8, epsilon=1e-5, rngs=nnx.Rngs(0)), torch.nn.LayerNorm(8, 1e-5)),
+    "group": (lambda: layers.GroupNorm(4, 8, epsilon=1e-5, rngs=nnx.Rngs(0)), torch.nn.GroupNorm(4, 8, 1e-5)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms(kind, dtype):
+    """Values and gradients, also of weights, of inputs far from 0, against torch in float64."""
+    build, oracle = NORMS[kind]
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(3 + rng.standard_normal((2, 5, 4, 8)), dtype)
+    scale, bias, weights = (rng.standard_normal(shape).astype(np.float32) for shape in (8, 8, x.shape))
+    norm, oracle = build(), oracle.double()
+    norm.scale[...], norm.bias[...] = scale, bias
+    for own, given in ((oracle.weight, scale), (oracle.bias, bias)):
+        own.data = torch.from_numpy(given).double()
+    graph, params = nnx.split(norm)
+
+    def loss(params, x):
+        y = nnx.merge(graph, params)(x)
+        return (y.astype(jnp.float32) * weights).sum(), y
+
+    (found, dx), y = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    theirs = torch.from_numpy(np.asarray(x, np.float64)).requires_grad_()
+    made = oracle(theirs.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if kind == "group" else oracle(theirs)
+    oracle.zero_grad()
+    (made * torch.from_numpy(weights)).sum().backward()
+    assert y.dtype == dx.dtype == dtype
+    pairs = [
+        (y, made),
+        (dx, theirs.grad),
+        (found["scale"][...], oracle.weight.grad),
+        (found["bias"][...], oracle.bias.grad),
+    ]
+    for ours, expected in pairs:
+        expected = expected.detach().numpy()
+        error = np.linalg.norm(np.asarray(ours, np.float64) - expected) / np.linalg.norm(expected)
+        assert error < (1e-5 if dtype == "float32" else 4e-3)
+
+
+def test_a_norm_keeps_its_input_alone():
+    """Besides means and rates."""
+    norm, x = NORMS["group"][0](), jnp.ones((2, 5, 4, 8), jnp.bfloat16)
+    _, back = jax.vjp(norm, x)
+    assert sum(x.nbytes for x in jax.tree.leaves(back) if x.ndim == 4) == x.nbytes + 2 * 2 * 8 * 4
+
+
 def passes(stack, policy):
     """Products of a gradient, in those of a forward pass."""
     asked = layers.with_remat(stack, policy)
