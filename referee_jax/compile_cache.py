@@ -56,9 +56,8 @@ LARGE = 2**28  # bytes of weights
 def expected(platform: str, weights: int) -> str:
     """How long compiling for a platform may take, with networks of so many bytes, and what becomes of it; a clause."""
     small, large = TOOK.get(platform, TOOK["gpu"])
-    kept = (
-        f"the first time, seconds where {where} holds it" if (where := directory()) else "each time, for it is not kept"
-    )
+    where = directory()
+    kept = f"the first time, seconds where {where} holds it" if where else "each time, for it is not kept"
     return f"{large if weights > LARGE else small} {kept}"
 
 

@@ -48,7 +48,7 @@ class _Flat:
 
     ops: list[_Op] = dataclasses.field(default_factory=list)
     size: list[int] = dataclasses.field(default_factory=list)
-    known: dict[tuple, list[int]] = dataclasses.field(default_factory=dict)  # what is computed twice is computed once
+    known: dict[tuple, list[int]] = dataclasses.field(default_factory=dict)  # constants, and what is made of which
 
     def value(self, aval: Any) -> int:
         """The number of a new value."""

@@ -109,7 +109,7 @@ def _blocks(query: Array, key: Array) -> int:
     batch, asked, heads, _ = query.shape
     scores = 4 * batch * heads * asked * key.shape[1] / 2**20
     blocks = 2 ** math.ceil(math.log2(max(1.0, scores / chip.scores)))
-    # Of twice as many XLA makes by itself what is as good, and better going back.
+    # Logits of twice that size XLA keeps on the chip by itself, and their gradient is quicker than that of blocks.
     return blocks if blocks > 2 and asked % blocks == 0 else 1
 
 
