@@ -28,8 +28,13 @@ torch.set_num_threads(1)
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+# Minutes each: begun last, they would run while the other workers have nothing to do.
+LONG = ("test_reliability.py", "test_inverter.py", "test_sweep.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Slow tests may take as long as they want."""
+    """Long files first; slow tests may take as long as they want."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(0))
