@@ -198,7 +198,7 @@ def main(args: flags.FlagValues) -> str:
     if not args.sweep or not args.workdir:
         raise ValueError("--sweep=FILE and --workdir=DIRECTORY are needed")
     command.prepare(args.device)
-    changes = {} if args.samples is None else {"samples": args.samples}
+    changes = {name: args[name].value for name in ("samples", "batch_size") if args[name].value is not None}
     return sweep(args.sweep, remote.local_only(args.workdir), vary=args.vary, names=args.variant, changes=changes)
 
 
@@ -207,6 +207,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "directory of scores, table, figure and images")
     command.define_device()
     flags.DEFINE_integer("samples", None, "images per prompt; default: the config's", lower_bound=1)
+    flags.DEFINE_integer("batch_size", None, "images at once on each device; default: the config's", lower_bound=1)
     flags.DEFINE_multi_string("vary", [], "setting=value,value,...: variants with these; may be repeated")
     flags.DEFINE_multi_string("variant", [], "only this variant; may be repeated")
     command.start(main)

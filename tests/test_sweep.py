@@ -83,7 +83,7 @@ def test_an_interrupted_sweep_continues(file, tmp_path, monkeypatch):
     monkeypatch.setattr(
         inverter.Inverter, "begin", lambda self, items, *rest: begun.extend(items) or begin(self, items, *rest)
     )
-    sweep.sweep(file, out, names=two)
+    sweep.sweep(file, out, names=two, changes={"batch_size": 2})
     assert len(begun) == 8 - 5
     assert len(disk.read_lines(out / "scores.jsonl")) == 8
     assert sweep.sweep(file, out, names=two[:1]) and len(begun) == 3
