@@ -376,7 +376,7 @@ def test_a_journal_in_a_bucket_is_that_of_a_directory(tmp_path, url):
 
 @pytest.fixture
 def s3(monkeypatch):
-    """A bucket of moto's S3 server, on this machine; needs `pip install s3fs "moto[server]"`."""
+    """A bucket of moto's S3 server, on this machine; needs `pip install s3fs "aiobotocore[boto3]" "moto[server]"`."""
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
     pytest.importorskip("s3fs")
     server.start()
