@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from referee_jax import devices
+
 GREY = (0.299, 0.587, 0.114)
 ELASTIC_RADIUS = 31  # half width of the elastic transform's Gaussian, in pixels (kornia's kernel of 63)
 
@@ -71,7 +73,13 @@ class Augmentation(NamedTuple):
 
 
 def warp(view: Array, x: Array, y: Array) -> Array:
-    """Bilinear samples `[..., C]` of `view [H, W, C]` at pixel positions `x, y` (broadcast to `[...]`); zero outside."""
+    """Bilinear samples `[..., C]` of `view [H, W, C]` at pixel positions `x, y` (broadcast to `[...]`); zero outside.
+
+    Gathered; or, where a chip is better at products, by one with the weights of all columns for each pixel.
+    """
+    if devices.is_dense():
+        # The weights are as many as pixels x columns: made again going back, or they were all that is in memory.
+        return jax.checkpoint(_dense_warp)(view, *jnp.broadcast_arrays(x, y))
     height, width, channels = view.shape
     x, y = jnp.clip(x, -1, width), jnp.clip(y, -1, height)
     left, top = jnp.floor(x), jnp.floor(y)
@@ -87,6 +95,15 @@ def warp(view: Array, x: Array, y: Array) -> Array:
     right, low = (x - left)[..., None], (y - top)[..., None]
     weights = jnp.where(corner % 2 == 1, right, 1 - right) * jnp.where(corner >= 2, low, 1 - low)
     return (rows * weights[..., None]).sum(-2)
+
+
+def _dense_warp(view: Array, x: Array, y: Array) -> Array:
+    """`warp` at positions `x, y [...]`."""
+    near = lambda at, place: jnp.maximum(0, 1 - abs(at - place))  # noqa: E731
+    columns = jnp.einsum("...w,hwc->...hc", near(x[..., None], jnp.arange(view.shape[1])), view)
+    # The rows' weights in full size, channels too: XLA would store smaller ones, and computes these where it reads them.
+    rows = jax.lax.broadcasted_iota(jnp.float32, columns.shape, columns.ndim - 2)
+    return (columns * near(y[..., None, None], rows)).sum(-2)
 
 
 def _grid(view: Array) -> tuple[Array, Array]:

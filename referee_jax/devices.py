@@ -81,6 +81,12 @@ def chip() -> chips.Chip | None:
     return chips.of(device.device_kind)
 
 
+def is_dense() -> bool:
+    """Whether that chip takes products of matrices for what others gather or interleave."""
+    found = chip()
+    return found is not None and found.dense
+
+
 def memory(device: jax.Device) -> int | None:
     """Bytes that JAX may use of an accelerator's own memory; None where it has none, or is not there (topology.py)."""
     try:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from referee_jax import augment
+from referee_jax import augment, devices
 
 AUGMENTATIONS = augment.AUGMENTATIONS
 Settings = augment.Settings
@@ -49,14 +49,25 @@ def _pool_axis(image: Array, size: int, axis: int, mode: str) -> Array:
         for row, inputs in enumerate(index):
             inputs = np.unique(inputs)
             matrix[row, inputs] = 1 / len(inputs)
-        pooled = jnp.tensordot(matrix, image, axes=(1, axis), precision="highest")
-        return jnp.moveaxis(pooled, 0, axis)
-    best = jnp.take(image, index[:, 0], axis=axis)
+        return _mixed(matrix, image, axis)
+    best = _taken(image, index[:, 0], axis)
     for inputs in index.T[1:]:
         # Strictly greater: of equal inputs the first gets the gradient, as in torch (and a repeated one gets none).
-        other = jnp.take(image, inputs, axis=axis)
+        other = _taken(image, inputs, axis)
         best = jnp.where(other > best, other, best)
     return best
+
+
+def _taken(image: Array, inputs: np.ndarray, axis: int) -> Array:
+    """Rows or columns `inputs` of `[H, W, C]`: gathered, or an exact product with zeros and ones."""
+    if not devices.is_dense():
+        return jnp.take(image, inputs, axis=axis)
+    return _mixed(np.eye(image.shape[axis], dtype=np.float32)[inputs], image, axis)
+
+
+def _mixed(matrix: np.ndarray, image: Array, axis: int) -> Array:
+    """`matrix [new, old]` times the rows or columns of `[H, W, C]`."""
+    return jnp.moveaxis(jnp.tensordot(matrix, image, axes=(1, axis), precision="highest"), 0, axis)
 
 
 def pool(image: Array, size: int) -> Array:

@@ -10,7 +10,7 @@ from kornia.augmentation import RandomErasing, RandomResizedCrop
 from kornia.geometry import transform
 from torch.nn import functional
 
-from referee_jax import augment, views
+from referee_jax import augment, devices, views
 from tests.conftest import VIEW_SIZE as SIZE
 from tests.conftest import picture
 
@@ -69,6 +69,13 @@ def affine(image, matrix):
     return transform.warp_affine(image, matrix, image.shape[-2:], align_corners=False)
 
 
+@pytest.fixture(params=[False, True], ids=["gathered", "dense"])
+def both_ways(request, monkeypatch):
+    """Pixels gathered, and as products of matrices, which TPUs are better at."""
+    monkeypatch.setattr(devices, "is_dense", lambda: request.param)
+
+
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(("height", "width"), [(96, 40), (81, 97), (40, 96), (512 // 7, 224 // 3)])
 def test_pool_is_torchs_adaptive_pooling(height, width):
     def theirs(image):
@@ -77,6 +84,7 @@ def test_pool_is_torchs_adaptive_pooling(height, width):
     compare(lambda x: views.pool(x, SIZE), theirs, picture(height=height, width=width), tolerance=1e-6)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_pool_at_the_papers_size():
     image = np.random.default_rng(0).uniform(size=(512, 512, 3)).astype(np.float32)
     pooled = views.pool(jnp.asarray(image), 224)
@@ -99,6 +107,7 @@ def test_pool_enlarges_a_small_image_bilinearly():
     compare(lambda x: views.pool(x, SIZE), theirs, picture(height=SIZE)[:16, :16], tolerance=1e-6)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(("angle", "shift"), [(30.0, (0.0, 3.7)), (-17.3, (-2.2, 0.4)), (0.0, (0.0, -4.0))])
 def test_affine(angle, shift):
     def theirs(image):
@@ -121,6 +130,7 @@ def test_affine_draws_stay_in_range_and_the_papers_never_move_sideways():
     assert 21 < np.abs(shift[:, 0]).max() <= 22.4
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("distortion", [0.2, 0.6])
 def test_perspective(seed, distortion):
@@ -227,6 +237,7 @@ def test_gaussian():
     assert 0.29 < params["Gn"]["noise"].std() < 0.31
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_rotation():
     def theirs(image):
         return transform.rotate(image, numbers(21.0)[0], align_corners=False)
@@ -234,6 +245,7 @@ def test_rotation():
     compare(augmented("Ro", angle=21.0), theirs, picture())
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(("sigma", "alpha"), [(32.0, 4.0), (6.0, 0.7)])
 def test_elastic(sigma, alpha):
     noise = np.random.default_rng(2).uniform(-1, 1, size=(SIZE, SIZE, 2)).astype(np.float32)
@@ -248,6 +260,7 @@ def test_elastic(sigma, alpha):
     compare(augmented("Et", shift=shift), theirs, picture(), tolerance=1e-3 if alpha > 1 else TOLERANCE)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_spline():
     points = np.asarray(drawn("Ts", 5)["points"])
     start = numbers([-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0], [0.0, 0.0])
@@ -260,6 +273,7 @@ def test_spline():
     compare(augmented("Ts", points=points), theirs, picture())
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("offset", [(3, -4), (0, 4), (-4, -1)])
 def test_crop_is_pad_and_cut(offset):
     def theirs(image):
@@ -273,6 +287,7 @@ def test_crop_is_pad_and_cut(offset):
     assert set(np.unique(drawn_offsets)) == set(range(-4, 5))
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("box", [(3.0, 7.0, 20.0, 31.0), (0.0, 0.0, 12.0, 12.0)])
 def test_resized_crop(box):
     left, top, width, height = box
@@ -295,6 +310,7 @@ def test_resized_crop_draws_inside_the_view():
     assert 0.7 < (width / height).min() < 0.8
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_chain_is_kornias_chain():
     """The paper's default chain of one view, pooled, with noise, at drawn parameters."""
     image = picture(height=90, width=96)

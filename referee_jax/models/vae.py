@@ -9,9 +9,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
+from referee_jax import devices
 from referee_jax.models import layers
 
 # Parameter names of checkpoints saved before diffusers 0.17 (SD 1.5, sd-vae-ft-mse), as weights.convert's `renames`.
@@ -132,8 +134,15 @@ class Upsample(nnx.Module):
 
 
 def double(x: Array) -> Array:
-    """Nearest-neighbour upsampling, `[B, H, W, C] -> [B, 2 H, 2 W, C]`."""
+    """Nearest-neighbour upsampling, `[B, H, W, C] -> [B, 2 H, 2 W, C]`.
+
+    Columns by a product where that is quicker than to interleave them; it is exact, as in each row of it there is one 1.
+    """
     b, h, w, c = x.shape
+    if devices.is_dense():
+        rows = jnp.broadcast_to(x[:, :, None], (b, h, 2, w, c)).reshape(b, 2 * h, w, c)
+        columns = jnp.asarray(np.repeat(np.eye(w), 2, axis=0), x.dtype)
+        return jnp.einsum("vw,bhwc->bhvc", columns, rows, precision="highest")
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
