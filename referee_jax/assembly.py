@@ -1,6 +1,7 @@
 """What the method takes (inversion.py), from settings, networks and a prompt: the plan, the numbers, what is encoded."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,16 @@ def make_looks(settings: config.Settings, spec: config.RefereeSpec) -> objective
     """How a referee looks at the image; its own number of views, where it has one, wins."""
     count = spec.views or settings.views.count
     keep = spec.keep or (count if spec.views else settings.views.keep)
-    return objective.Looks(tuple(sorted(spec.losses)), count, keep, tuple(settings.views.augmentations))
+    return objective.Looks(
+        losses=tuple(sorted(spec.losses)), count=count, keep=keep, augmentations=tuple(settings.views.augmentations),
+        passes=make_passes(keep, settings.views.per_pass),
+    )  # fmt: skip
+
+
+def make_passes(keep: int, most: int) -> int:
+    """The fewest passes over so many views with at most so many (0: all) in each; a few more where the views then divide."""
+    fewest = math.ceil(keep / most) if most else 1
+    return next((passes for passes in range(fewest, 2 * fewest) if keep % passes == 0), fewest)
 
 
 def make_weights(spec: config.RefereeSpec) -> objective.Weights:

@@ -42,7 +42,7 @@ WEBP_SIDE = 16383  # pixels; the format has no larger images
 # What decides which images are made, how they are stored or how fast, but not what any one of them looks like.
 _NOT_OF_THE_IMAGE = (
     "prompts", "samples", "workdir", "batch_size", "remat", "mesh", "chunk", "checkpoint_seconds", "stall_seconds",
-    "outputs.trajectory", "outputs.format", "outputs.shard_size", "outputs.shard_images",
+    "views.per_pass", "outputs.trajectory", "outputs.format", "outputs.shard_size", "outputs.shard_images",
 )  # fmt: skip
 
 
@@ -141,6 +141,8 @@ class Views(augment.Settings):
     keep: int = bounded(10, low=1)  # so many of the hardest have a gradient
     augmentations: tuple[str, ...] = views.DEFAULT
     shared_erase: bool = True  # one erased rectangle for all views
+    # So many at most have their gradient at once, the others after them, to save memory; 0: all.
+    per_pass: int = bounded(0, low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

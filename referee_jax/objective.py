@@ -1,8 +1,8 @@
 """The referees' half of the gradient, and its balance with the prior's (arXiv 2402.16305).
 
-The image is decoded once, with its pullback held. Each referee looks at its own views of it and adds its gradient with
-respect to the image; one pullback through the decoder turns the sum into a gradient of the latents. Nothing here knows
-which referees there are.
+The image is decoded once, with its pullback held. Each referee looks at its own views of it, all at once or in several passes,
+and adds its gradient with respect to the image; one pullback through the decoder turns the sum into a gradient of the latents.
+Nothing here knows which referees there are.
 """
 
 from typing import Any
@@ -44,12 +44,16 @@ class Hyper(struct.PyTreeNode):
 
 
 class Looks(struct.PyTreeNode):
-    """How one referee looks at the image: static facts. `losses` are their names; `keep` <= `count` views count."""
+    """How one referee looks at the image: static facts.
+
+    `losses` are their names; `keep` <= `count` views count, and have their gradient in as many `passes` one after the other.
+    """
 
     losses: tuple[str, ...] = struct.field(pytree_node=False)
     count: int = struct.field(pytree_node=False)
     keep: int = struct.field(pytree_node=False)
     augmentations: tuple[str, ...] = struct.field(pytree_node=False)
+    passes: int = struct.field(pytree_node=False, default=1)
 
 
 class Weights(struct.PyTreeNode):
@@ -98,20 +102,29 @@ def image_gradient(
     """d(loss)/d(image) of one referee, and its losses, means over the kept views.
 
     Of `count` views the `keep` with the largest loss are kept (all, unscored, where keep = count); `noise [keep, S, S, 3]`,
-    in pixel units, is added to those.
+    in pixel units, is added to those. In several passes memory is that of one; views that fill up the last of them count nothing.
     """
     size, names = referee.image_size, looks.augmentations
     if looks.keep < looks.count:
         scored = weights.total(looks, referee.views_losses(views.apply(image, params, size=size, names=names), text))
         params = views.take(params, views.hardest(scored, looks.keep))
 
-    def loss(image: Array) -> tuple[Array, dict[str, Array]]:
-        shown = views.apply(image, params, size=size, names=names) + noise
-        losses = {name: value.mean() for name, value in referee.views_losses(shown, text).items()}
-        return weights.total(looks, losses), losses
+    def gradient(params: views.Params, noise: Array, counts: Array) -> tuple[Array, dict[str, Array]]:
+        def loss(image: Array) -> tuple[Array, dict[str, Array]]:
+            shown = views.apply(image, params, size=size, names=names) + noise
+            each = referee.views_losses(shown, text)
+            losses = {name: (counts * value).sum() / looks.keep for name, value in each.items()}
+            return weights.total(looks, losses), losses
 
-    (total, losses), gradient = jax.value_and_grad(loss, has_aux=True)(image)
-    return gradient, {name: losses[name] for name in looks.losses} | {"loss": total}
+        (total, losses), gradient = jax.value_and_grad(loss, has_aux=True)(image)
+        return gradient, {name: losses[name] for name in looks.losses} | {"loss": total}
+
+    counts = jnp.ones(looks.keep)
+    if looks.passes == 1:
+        return gradient(params, noise, counts)
+    params, noise = views.in_passes(params, looks.passes), views.split(noise, looks.passes, mode="edge")
+    given = params, noise, views.split(counts, looks.passes, mode="constant")
+    return jax.tree.map(lambda x: x.sum(0), jax.lax.map(lambda one: gradient(*one), given))
 
 
 def verdict(referee: base.Referee, image: Array, text: Any, looks: Looks, weights: Weights) -> Array:

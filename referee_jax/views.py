@@ -156,6 +156,22 @@ def take(params: Params, index: Array) -> Params:
     )
 
 
+def in_passes(params: Params, passes: int) -> Params:
+    """The parameters in groups, each leaf with a leading axis `[passes]`; the last view fills up the last group."""
+
+    def leaf(axis: int | None, x: Array) -> Array:
+        return jnp.broadcast_to(x, (passes, *x.shape)) if axis is None else split(x, passes, mode="edge")
+
+    return jax.tree.map(leaf, _axes(params), params, is_leaf=lambda x: x is None)
+
+
+def split(x: Array, passes: int, *, mode: str) -> Array:
+    """`[count, ...] -> [passes, ceil(count / passes), ...]`, filled up as `mode` of jnp.pad says."""
+    size = -(-len(x) // passes)
+    x = jnp.pad(x, ((0, passes * size - len(x)), *[(0, 0)] * (x.ndim - 1)), mode=mode)
+    return x.reshape(passes, size, *x.shape[1:])
+
+
 def hardest(losses: Array, keep: int) -> Array:
     """Indices `[keep]` of the largest of `losses [count]`, largest first; `keep` is static, at most count."""
     return jax.lax.top_k(losses, keep)[1]

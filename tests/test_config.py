@@ -57,7 +57,7 @@ def test_defaults_agree_with_the_modules_that_use_them(group, hyper, prefix):
 
 def test_every_magnitude_of_a_view_is_a_setting():
     magnitudes = {field.name for field in dataclasses.fields(augment.Settings)}
-    own = {"count", "keep", "augmentations", "shared_erase"}
+    own = {"count", "keep", "augmentations", "shared_erase", "per_pass"}
     assert set(dataclasses.asdict(config.Settings().views)) == magnitudes | own
 
 

@@ -1,0 +1,90 @@
+"""The gradient of one referee in several passes over its views."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from referee_jax import assembly, config, devices, hlo, memory, objective, views
+
+SIZE, NAMES = 16, ("Ji", "Er")
+
+
+class Referee:
+    """Two losses of a view that is compared with a text."""
+
+    image_size = SIZE
+
+    def views_losses(self, views, text):
+        far = jnp.square(views - text).mean((1, 2, 3))
+        return {"far": far, "curved": jnp.sin(3 * views.mean((1, 2, 3)) + far)}
+
+
+def looks(count, keep, passes=1):
+    return objective.Looks(losses=("curved", "far"), count=count, keep=keep, augmentations=NAMES, passes=passes)
+
+
+def given_views(count, keep):
+    """An image, a text, parameters and noise."""
+    image, text, noise = (jax.random.uniform(jax.random.key(n), (24, 24, 3)) for n in range(3))
+    params = views.sample(jax.random.key(3), views.Settings(), names=NAMES, count=count, size=SIZE)
+    return image, text[:SIZE, :SIZE], params, jnp.stack([n * noise[:SIZE, :SIZE] for n in range(keep)])
+
+
+def gradient(looks, image, text, params, noise):
+    weights = objective.Weights((0.5, 2.0))
+    return objective.image_gradient(Referee(), image, text, looks, weights, params=params, noise=noise)
+
+
+@pytest.mark.parametrize(("count", "keep", "passes"), [(4, 4, 2), (5, 5, 3), (4, 3, 2)])
+def test_passes_change_nothing(count, keep, passes):
+    """Nor do views that fill up the last pass, if there are such; the losses are those of views one by one."""
+    args = given_views(count, keep)
+    one, told = jax.jit(gradient, static_argnums=0)(looks(count, keep), *args)
+    several, losses = jax.jit(gradient, static_argnums=0)(looks(count, keep, passes), *args)
+    np.testing.assert_allclose(several, one, atol=1e-5 * float(abs(one).max()))
+    assert losses.keys() == told.keys() == {"curved", "far", "loss"}
+    for name, value in told.items():
+        assert float(losses[name]) == pytest.approx(float(value), rel=1e-4)
+    assert float(told["loss"]) == pytest.approx(0.5 * float(told["curved"]) + 2 * float(told["far"]), rel=1e-6)
+    if keep == count:
+        image, text, params, noise = args
+        shown = views.apply(image, params, size=SIZE, names=NAMES) + noise
+        assert float(losses["far"]) == pytest.approx(float(Referee().views_losses(shown, text)["far"].mean()), rel=1e-4)
+
+
+def test_memory_is_that_of_one_pass():
+    needed = {}
+    for passes in (1, 8):
+        fn = lambda *args: gradient(looks(16, 16, passes), *args)  # noqa: B023, E731
+        needed[passes] = memory.peak(jax.make_jaxpr(fn)(*given_views(16, 16)).jaxpr)
+    assert needed[8] < 0.4 * needed[1]
+
+
+@pytest.mark.parametrize("is_dense", [False, True])
+def test_where_products_are_quicker_nothing_is_gathered(monkeypatch, is_dense):
+    """Views of the paper's sizes, and their gradient."""
+    monkeypatch.setattr(devices, "is_dense", lambda: is_dense)
+
+    def pulled(image, key):
+        params = views.sample(key, views.Settings(), count=2, size=224)
+        shown, pullback = jax.vjp(lambda image: views.apply(image, params, size=224), image)
+        return pullback(shown)[0]
+
+    lowered = jax.jit(pulled).lower(jax.ShapeDtypeStruct((512, 512, 3), "float32"), jax.random.key(0))
+    found = {x.kind for x in hlo.surprises(lowered.as_text("hlo"))}
+    assert ({"gather", "scatter"} & found == set()) == is_dense
+
+
+def test_passes():
+    """As few as the memory allows; a few more where none is then filled up."""
+    assert [assembly.make_passes(10, most) for most in (0, 10, 9, 5, 4, 3, 1)] == [1, 1, 2, 2, 5, 5, 10]
+    assert assembly.make_passes(11, 7) == 2 and assembly.make_passes(7, 9) == 1
+    settings = config.override(config.Settings(), {"views.per_pass": 4})
+    assert assembly.make_looks(settings, config.RefereeSpec(views=8)).passes == 2
+
+
+def test_passes_are_not_of_the_image():
+    settings = config.Settings()
+    other = config.override(settings, {"views.per_pass": 2})
+    assert other.views.per_pass == 2 and config.fingerprint(other) == config.fingerprint(settings)
