@@ -260,7 +260,7 @@ class Inverter:
         state, told, is_swept = batch.state, [], self._is_swept(batch)
         done = min(self.chunk, self.steps - batch.step)
         # Loop and phases are the host's: XLA:CPU works at less than half its speed within a loop or a branch. Nothing is waited
-        # for in between.
+        # for in between; what an iteration tells is on its way to the host while the next ones run.
         numbers = jax.tree.map(np.asarray, batch.hyper.referee)
         for i in range(batch.step, batch.step + done):
             run = self._program("step", is_swept, on=_all(numbers.is_on(i)) if self.judges else False)
@@ -270,6 +270,8 @@ class Inverter:
             elif self.held_out:
                 loss = np.full(self.batch_size, np.nan, np.float32)
             told.append(metrics | ({"held_out_loss": loss} if self.held_out else {}))
+            for value in metrics.values():
+                value.copy_to_host_async()
         count = len(batch.items)
         metrics = {name: np.stack([np.asarray(x[name])[:count] for x in told], axis=1) for name in told[0]}
         self.compiled = True
