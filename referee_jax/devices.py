@@ -10,6 +10,9 @@ import jax
 from referee_jax import chips
 
 KINDS = ("auto", "cpu", "gpu", "tpu")
+# Platform -> XLA's options for the programs of an iteration. A TPU's own memory is for what is worked on: else one large weight
+# lies there from a program's beginning until it is needed, and attention's logits do not.
+OPTIONS = {"tpu": {"xla_max_cross_program_prefetches": "0"}}
 
 # TPU v3, v4, v5p, v5e, v6e, 7x on the PCI bus, as JAX knows them: since v5 they have no device file of their own.
 _TPU_VENDOR, _TPU_CHIPS = "0x1ae0", ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")

@@ -380,7 +380,9 @@ class Inverter:
         fn, batched, donated = PROGRAMS[name]
         batched = [swept if x == "hyper" else x for x in batched]
         fn = jax.vmap(functools.partial(fn, plan=self.plan, **static), in_axes=[0 if x else None for x in batched])
-        return jax.jit(parallel.across_devices(fn, self.mesh, batched), donate_argnums=donated)
+        options = devices_lib.OPTIONS.get(self.mesh.devices.flat[0].platform)
+        spread = parallel.across_devices(fn, self.mesh, batched)
+        return jax.jit(spread, donate_argnums=donated, compiler_options=options)
 
 
 def _all(values: np.ndarray) -> bool | None:

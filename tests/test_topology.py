@@ -81,11 +81,14 @@ def test_a_program_that_does_not_fit():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra [tpu]) is not installed")
 def test_a_slice_of_v5e(tmp_path):
-    """In a process of its own: eight chips and a program that is spread over them without a word between them."""
+    """In a process of its own: eight chips and a program that is spread over them without a word between them.
+
+    And devices.OPTIONS does what it is for: no weight is fetched long before it is needed.
+    """
     script = tmp_path / "compile.py"
     script.write_text(
         "import jax, numpy, jax.numpy as jnp\n"
-        "from referee_jax import hlo, parallel, topology\n"
+        "from referee_jax import devices, hlo, parallel, topology\n"
         "mesh = parallel.prompt_mesh(topology.devices('v5e:2x4'))\n"
         "assert len(topology.devices('v4:2x2x1')) == 4  # a chip of v4 has two cores and is one device\n"
         "step = lambda w, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=5)[0]\n"
@@ -93,6 +96,10 @@ def test_a_slice_of_v5e(tmp_path):
         "fn = jax.jit(parallel.across_devices(step, mesh, (False, True)))\n"
         "compiled = fn.lower(shape(512, False), shape(2048, True)).compile()\n"
         "found = hlo.cycles(compiled.as_text())\n"
+        "late = lambda w, v, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ v), None), x, None, length=9)[0] @ w\n"
+        "for options, count in ({}, 1), (devices.OPTIONS['tpu'], 0):\n"
+        "    lowered = jax.jit(late, compiler_options=options).lower(*map(shape, (512, 512, 2048), (False, False, False)))\n"
+        "    assert lowered.compile().as_text().count('cross_program_prefetch_index=') == count\n"
         "print(mesh.size, found.total, len(found.uncounted), hlo.collectives(compiled.as_text()))\n"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
