@@ -58,7 +58,7 @@ def part(step: cost.Step, piece: cost.Part, batch: int, least: float) -> dict[st
     keys = jax.random.split(jax.random.key(0), batch)
     given = networks, prompt, hyper, jax.random.normal(jax.random.key(1), x.shape), keys
     start = time.monotonic()
-    compiled = jax.jit(fn, compiler_options=devices.OPTIONS.get(jax.default_backend())).lower(*given).compile()
+    compiled = jax.jit(fn, compiler_options=devices.compiler_options(jax.default_backend())).lower(*given).compile()
     compiling = time.monotonic() - start
     return {"seconds": seconds(lambda: compiled(*given), least), "compile": compiling}
 

@@ -10,7 +10,7 @@ chunk of iterations, and `finish` are the pieces of the loop, for who wants to l
 import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,7 +112,7 @@ class Inverter:
         self.plan = assembly.make_plan(settings, prior, self.judges, self.held_out)
         self.hyper = assembly.make_hyper(settings)
         self.compiled, self._programs = False, {}
-        self._encode = jax.jit(jax.vmap(assembly.encode, in_axes=(None, None, 0)))
+        self._encode = self._jit(jax.vmap(assembly.encode, in_axes=(None, None, 0)))
 
     @classmethod
     def from_config(
@@ -380,9 +380,11 @@ class Inverter:
         fn, batched, donated = PROGRAMS[name]
         batched = [swept if x == "hyper" else x for x in batched]
         fn = jax.vmap(functools.partial(fn, plan=self.plan, **static), in_axes=[0 if x else None for x in batched])
-        options = devices_lib.OPTIONS.get(self.mesh.devices.flat[0].platform)
-        spread = parallel.across_devices(fn, self.mesh, batched)
-        return jax.jit(spread, donate_argnums=donated, compiler_options=options)
+        return self._jit(parallel.across_devices(fn, self.mesh, batched), donate_argnums=donated)
+
+    def _jit(self, fn: Callable, **how: Any) -> Any:
+        platform = self.mesh.devices.flat[0].platform
+        return jax.jit(fn, compiler_options=devices_lib.compiler_options(platform), **how)
 
 
 def _all(values: np.ndarray) -> bool | None:

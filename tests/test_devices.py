@@ -184,6 +184,19 @@ def test_cudnn(monkeypatch, backend, version, capability, found):
     assert devices.has_cudnn() == found
 
 
+def test_options_of_xla(monkeypatch):
+    """It knows them, or would refuse; what the user tells XLA himself wins."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    assert devices.compiler_options("gpu") == {}
+    options = devices.compiler_options("cpu")
+    assert options == devices.OPTIONS["cpu"] != {}
+    jax.jit(lambda x: x + 1, compiler_options=options)(1.0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_no_such": "1"})(1.0)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    assert devices.compiler_options("cpu") == {}
+
+
 def test_the_chip_that_is_traced_for():
     """A mesh's, though its devices are not there; else what JAX computes on, which the table does not have."""
     assert devices.chip() is None
