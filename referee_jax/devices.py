@@ -78,7 +78,7 @@ def has_cudnn() -> bool:
 
 
 def compiler_options(platform: str) -> dict[str, str]:
-    """OPTIONS of a platform, without those that XLA_FLAGS has an own mind of."""
+    """OPTIONS of a platform, but for what XLA_FLAGS decides."""
     flags = os.environ.get("XLA_FLAGS", "")
     return {name: value for name, value in OPTIONS.get(platform, {}).items() if f"--{name}=" not in flags}
 
