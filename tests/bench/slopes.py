@@ -1,10 +1,12 @@
 """What an iteration takes with every view, referee and image more, beside what cost.py counts.
 
     python -m tests.bench.slopes --out=slopes.json
+    python -m tests.bench.slopes --config=configs/paper.py --precision=bfloat16 --out=slopes.json     # a GPU
 
-Networks have the sizes of a config's, here of the shapes world's, and random weights. The slope of an axis is that of seconds
-over operations, by least squares: its inverse is the rate at which what was added is done. A ratio of 1 says that it took the
-share of the time that it has of the operations of the axis' last row; more, that views, say, take longer than cost.py has it.
+Networks have the sizes of a config's, in the first line of the shapes world's, and random weights. The slope of an axis is that
+of seconds over operations, by least squares: its inverse is the rate at which what was added is done. A ratio of 1 says that it
+took the share of the time that it has of the operations of the axis' last row; more, that views, say, take longer than cost.py
+has it.
 """
 
 import argparse
@@ -21,10 +23,17 @@ from referee_jax import bench, config, cost, devices, outputs, sizes
 from referee_jax.benchmarks import statistics
 
 COUNTS = (1, 2, 4, 8)
-REFEREES = (
-    config.RefereeSpec(name="blip_itm", checkpoint="shapes/blip_itm", losses={"itm": 1.0}),
-    config.RefereeSpec(name="align", checkpoint="shapes/align", losses={"contrastive": 1.0}),
-)
+# Whether the config's generator is the shapes world's -> the referees that are added to its own.
+REFEREES = {
+    True: (
+        config.RefereeSpec(name="blip_itm", checkpoint="shapes/blip_itm", losses={"itm": 1.0}),
+        config.RefereeSpec(name="align", checkpoint="shapes/align", losses={"contrastive": 1.0}),
+    ),
+    False: (
+        config.RefereeSpec(name="clip", checkpoint="openai/clip-vit-large-patch14", losses={"cosine": 1.0}),
+        config.RefereeSpec(name="blip_itm", checkpoint="Salesforce/blip-itm-base-coco", losses={"itm": 1.0}),
+    ),
+}
 
 
 def variants(settings: config.Settings, batch: int, counts: Sequence[int] = COUNTS) -> Iterator[tuple[str, str, Any]]:
@@ -39,8 +48,9 @@ def variants(settings: config.Settings, batch: int, counts: Sequence[int] = COUN
         yield "views", str(count), dataclasses.replace(settings, views=looked)
     for count in counts:
         yield "images at once", str(count), dataclasses.replace(settings, batch_size=count)
-    for count in range(len(REFEREES) + 1):
-        added = REFEREES[:count]
+    more = REFEREES[config.is_embedded(settings.generator.checkpoint)]
+    for count in range(len(more) + 1):
+        added = more[:count]
         name = " + ".join(["its own", *(spec.name for spec in added)])
         yield "referees", name, dataclasses.replace(settings, referees=own + added)
 

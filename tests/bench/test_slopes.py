@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from referee_jax import config, cost, program
+from referee_jax import config, cost, program, sizes
 from tests.bench import slopes
 
 SETTINGS = config.load("configs/shapes.py")
@@ -29,6 +29,15 @@ def test_more_of_anything_is_more_work():
     for rows in found.values():
         assert sorted(rows.values()) == list(rows.values()) and len(set(rows.values())) == len(rows)
     assert found["images at once"]["3"] == 3 * found["images at once"]["1"]
+
+
+def test_a_published_generator_has_published_referees():
+    varied = list(slopes.variants(config.load("configs/paper.py"), 2))
+    assert [name for axis, name, _ in varied if axis == "referees"] == [
+        "its own", "its own + clip", "its own + clip + blip_itm",
+    ]  # fmt: skip
+    *_, (_, _, settings) = varied
+    assert all(spec.checkpoint in sizes.PUBLISHED for spec in settings.referees[1:])
 
 
 @pytest.mark.slow  # as test_bench measures one
