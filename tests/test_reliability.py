@@ -27,7 +27,7 @@ def place(tmp_path_factory):
 
 
 def test_kills(place):
-    assert kill_fuzz.fuzz(3, 209, *place) == []
+    assert kill_fuzz.fuzz(5, 209, *place) == []
 
 
 def test_kills_in_a_pool_that_writes_shards(place):
