@@ -23,8 +23,7 @@ import jax.numpy as jnp
 from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import command, config, cost, devices, disk, inverter, outputs, parallel, queue, sizes, topology
-from referee_jax.benchmarks import statistics
+from referee_jax import cli, config, console, cost, devices, disk, inverter, items, outputs, parallel, sizes, topology
 
 RUNS = 3  # at least; the median counts
 
@@ -69,7 +68,7 @@ def whole(settings: config.Settings, sized: sizes.Sized, device: jax.Device, bat
 
     def first() -> tuple[inverter.Inverter, inverter.Batch, float]:
         engine = inverter.Inverter(settings, sized.prior, sized.judges, [device])
-        begun = engine.begin(queue.items(["a photo"], batch), 0)
+        begun = engine.begin(items.expand(["a photo"], batch), 0)
         start = time.monotonic()
         begun, _ = engine.advance(begun)
         return engine, begun, time.monotonic() - start
@@ -141,7 +140,7 @@ def table(found: dict[str, Any]) -> str:
         "remat",
     ]
     title = f"{found['device']}, {found['precision']}; product of matrices {found['matmul'] / 1e9:.4g} GFLOP/s\n"
-    return "\n".join([title, statistics.markdown(columns, rows), statistics.markdown(heads, runs)])
+    return "\n".join([title, console.markdown(columns, rows), console.markdown(heads, runs)])
 
 
 @contextlib.contextmanager
@@ -177,4 +176,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("seconds", 1.0, "time each part for so long at least", lower_bound=0)
     flags.DEFINE_string("compile-for", None, "compile for this TPU slice instead, v5e:2x4 say")
     flags.DEFINE_string("out", None, "JSON file to write")
-    command.start(main)
+    cli.start(main)

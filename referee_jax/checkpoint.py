@@ -24,6 +24,7 @@ import safetensors.numpy
 from absl import logging
 
 from referee_jax import disk, queue
+from referee_jax.items import Item, Part
 
 KEPT = 2
 FILE = "state.safetensors"
@@ -45,21 +46,21 @@ class _Handler(ocp.CheckpointHandler):
         state = {name: np.ascontiguousarray(x) for name, x in args.part.state.items()}
         disk.write_atomic(Path(directory) / FILE, safetensors.numpy.save(state, metadata))
 
-    def restore(self, directory: Path, args: Any = None) -> tuple[queue.Part, str]:
+    def restore(self, directory: Path, args: Any = None) -> tuple[Part, str]:
         """The part and the fingerprint of its settings. ValueError where they are not those that were saved."""
         with safetensors.safe_open(Path(directory) / FILE, "np") as file:
             metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
         if _hash(state, metadata["about"]) != metadata["hash"]:
             raise ValueError("this is not what was saved")
         about = json.loads(metadata["about"])
-        items = tuple(queue.Item(prompt, sample) for prompt, sample in about["items"])
-        return queue.Part(items, about["step"], state), about["fingerprint"]
+        items = tuple(Item(prompt, sample) for prompt, sample in about["items"])
+        return Part(items, about["step"], state), about["fingerprint"]
 
 
 @ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class _Save(ocp.args.CheckpointArgs):
-    part: queue.Part
+    part: Part
     fingerprint: str
 
 
@@ -71,7 +72,7 @@ class Checkpoints:
         self.directory, self.own = directory, directory / queue.name_process()
         self._manager: ocp.CheckpointManager | None = None
 
-    def save(self, part: queue.Part, fingerprint: str) -> None:
+    def save(self, part: Part, fingerprint: str) -> None:
         """Saves a part in flight; on disk when this returns. OSError where it cannot be written."""
         manager = self._manager = self._manager or _manager(self.own)
         number = 1 + max(manager.all_steps(), default=0)
@@ -106,12 +107,12 @@ class Checkpoints:
             return self.directory.stat().st_mtime - place.stat().st_mtime > disk.STALE
         return False
 
-    def begun(self, fingerprint: str) -> list[queue.Part]:
+    def begun(self, fingerprint: str) -> list[Part]:
         """What any process has left in the middle under these settings: the newest whole checkpoint of each."""
         found = (next(self._of(place, fingerprint), None) for place in _places(self.directory))
         return [part for part in found if part]
 
-    def _of(self, place: Path, fingerprint: str | None) -> Iterator[queue.Part]:
+    def _of(self, place: Path, fingerprint: str | None) -> Iterator[Part]:
         """The parts in a process's folder, the newest first; damaged ones are told of and passed over."""
         numbers = [int(x.name) for x in _listed(place) if x.name.isdigit()]
         for number in sorted(numbers, reverse=True):

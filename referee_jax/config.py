@@ -18,7 +18,7 @@ from typing import Any
 import ml_collections
 
 from referee_jax import augment, optim, prompts, views
-from referee_jax.parsing import ConfigError, bounded, parse, wrong
+from referee_jax.schema import ConfigError, bounded, parse, wrong
 
 ASSETS = pathlib.Path(__file__).parent / "shapes" / "assets"
 EMBEDDED = "shapes/"  # checkpoints whose names begin so are part of the package

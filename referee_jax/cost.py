@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
-from referee_jax import assembly, chips, config, inversion, memory, program, sds, sizes, views, watch
-from referee_jax.benchmarks import statistics
+from referee_jax import assembly, chips, config, console, inversion, memory, program, sds, sizes, views, watch
 
 UNKNOWN, MOST = 8, 64  # images at once where the memory is not known, and where it is: more are no faster
 USABLE = 0.9  # of a chip's memory: the rest is the runtime's, and lost between buffers
@@ -349,7 +348,7 @@ def table(found: Estimate, *, precision: str = "") -> str:
             "A decoder or a forward pass alone is within the row that goes back as well.\n",
             _scaled(f"memory, {precision}" if precision else "memory", "B", kept),
             "Memory is estimated: of the paper's sizes an H200 and the compiler for v5e take 0.7 to 0.8; a CPU takes more.\n",
-            statistics.markdown(["chip (bfloat16 TFLOP/s, GB, of TPUs GiB)", "least s/image", "images at once"], shown),
+            console.markdown(["chip (bfloat16 TFLOP/s, GB, of TPUs GiB)", "least s/image", "images at once"], shown),
         ]
     )
 
@@ -363,7 +362,7 @@ def _amount(x: float, unit: str) -> str:
 def _scaled(what: str, unit: str, values: dict[str, float]) -> str:
     """A table of numbers in the largest unit in which the largest of them is at least 1."""
     scale, prefix = max(((s, p) for s, p in _PREFIXES if max(values.values()) >= s), default=_PREFIXES[0])
-    return statistics.markdown([what, prefix + unit], {name: [f"{x / scale:.3g}"] for name, x in values.items()})
+    return console.markdown([what, prefix + unit], {name: [f"{x / scale:.3g}"] for name, x in values.items()})
 
 
 _PREFIXES = ((1e6, "M"), (1e9, "G"), (1e12, "T"))

@@ -32,7 +32,8 @@ from absl import app, flags, logging
 from huggingface_hub import constants, errors
 from packaging import requirements
 
-from referee_jax import compile_cache, config, devices, outputs, progress, prompts, remote, run
+from referee_jax import compile_cache, config, console, cost, devices, outputs, prompts, remote, run, sizes, topology
+from referee_jax.runs import prompt_file
 from referee_jax.weights import hub as hub_files
 
 GB = 1e9
@@ -165,7 +166,7 @@ def prompts_of(command: run.Command | None) -> list[Finding]:
         return []
     if not command.entries:
         return [Finding("prompts", "none are given; a run needs some")]
-    kept, rejected = prompts.sift(command.entries)
+    kept, rejected = prompt_file.sift(command.entries)
     text = f"{len(kept)} of {len(command.entries)} can be used" + (f"; {rejected[0]}" if rejected else "")
     return [Finding("prompts", text, "give other prompts" if not kept else "")]
 
@@ -185,7 +186,6 @@ def price(command: run.Command | None) -> list[Finding]:
     """What the config costs (cost.py), and whether a batch fits the device."""
     if not command:
         return []
-    from referee_jax import cost, sizes  # the networks' code is slow to import
 
     try:
         try:
@@ -197,7 +197,7 @@ def price(command: run.Command | None) -> list[Finding]:
     except config.ConfigError as error:
         return [Finding("cost", str(error), "correct the config")]
     except (ValueError, RuntimeError) as error:  # also where there is no device, which `device` says
-        return [Finding("cost", f"not known: {progress.first_line(error)}")]
+        return [Finding("cost", f"not known: {console.first_line(error)}")]
     weights, size = sum(found.weights.values()) + found.fixed, settings.batch_size
     needed = weights + size * found.live
     text = (
@@ -318,7 +318,6 @@ def report(findings: Sequence[Finding]) -> str:
 
 def compile_for(command: run.Command, name: str) -> tuple[str, dict[str, Any], bool]:
     """What compiling for the slice `name` says, for reading and as JSON has it, and whether it fits and is silent."""
-    from referee_jax import topology  # the networks' code is slow to import
 
     found = topology.compile_for(command.settings, name)
     return "\n".join(found.lines()), found.to_dict(), found.fits and not found.collectives

@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from referee_jax import command, disk, outputs, remote
+from referee_jax import cli, console, disk, outputs, remote
 from referee_jax.benchmarks import agreement, layouts, measures, noun_phrases, shapes, statistics, t2i_compbench
 
 ALL = "all"
@@ -93,7 +93,7 @@ def table(found: Mapping[str, Mapping[str, statistics.Mean]], titles: Mapping[st
         part: [max(mean.images for mean in own.values()), *(own.get(name, "-") for name in names)]
         for part, own in found.items()
     }
-    return statistics.markdown(["", "images", *((titles or {}).get(name, name) for name in names)], rows)
+    return console.markdown(["", "images", *((titles or {}).get(name, name) for name in names)], rows)
 
 
 def plan(
@@ -273,7 +273,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     own = {"flag_values": values}
     flags.DEFINE_string("workdir", None, "run directory, or a folder of images in a benchmark's layout", **own)
     flags.DEFINE_enum("benchmark", None, ["shapes", "t2i_compbench", "geneval"], "what is measured", **own)
-    command.define_device(values)
+    cli.define_device(values)
     flags.DEFINE_multi_string("referee", [], "checkpoint of a referee that scores each image; may be repeated", **own)
     flags.DEFINE_string(
         "lists", None, "directory of T2I-CompBench's *_val.txt files: what is seen and unseen, and of what kind complex prompts "
@@ -311,10 +311,10 @@ def main(args: flags.FlagValues) -> str:
     if not args.workdir:
         raise ValueError("--workdir is missing: a run directory, or a folder of images in a benchmark's layout")
     if args.referee or args.vqa or args.benchmark == "t2i_compbench":  # who scores needs a device
-        command.prepare(args.device)
+        cli.prepare(args.device)
     return evaluate(args)
 
 
 if __name__ == "__main__":
     define_flags()
-    command.start(main)
+    cli.start(main)

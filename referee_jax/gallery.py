@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 import jinja2
 
-from referee_jax import command, config, disk, formats, outputs, place, remote, shards
+from referee_jax import cli, config, disk, formats, outputs, place, remote, shards
 
 EMBEDDED = 300  # pictures; of 512 px they make a page of about 5 MB
 THUMBNAIL = 256  # pixels at most, of a picture in the page
@@ -118,4 +118,4 @@ def main(_: Any, run_directory: str = "") -> str:
 
 
 if __name__ == "__main__":
-    command.start(main, arguments=1)
+    cli.start(main, arguments=1)

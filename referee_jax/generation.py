@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from referee_jax import checkpoint, devices, disk, outputs, progress, queue, trouble, writers
+from referee_jax import checkpoint, console, devices, disk, outputs, queue, trouble, writers
+from referee_jax.items import Item, Part
 
 
 class Stopped(Exception):
@@ -52,7 +53,7 @@ class Generator:
         run: outputs.RunDirectory,
         writer: writers.Writer,
         checkpoints: checkpoint.Checkpoints,
-        bar: progress.Progress,
+        bar: console.Progress,
         *,
         stop: Stop,
     ):
@@ -79,7 +80,7 @@ class Generator:
                     self.make(part, work.claims)
                 except jax.errors.JaxRuntimeError as error:
                     if not devices.is_memory(error):
-                        why = progress.first_line(error)[:300]
+                        why = console.first_line(error)[:300]
                         self.run.log("device failed", items=[item.id for item in part.items], error=why)
                         raise trouble.DeviceFailed(part.items, self.made.images, why) from error
                     self.halve(error)
@@ -87,13 +88,13 @@ class Generator:
             self.settle(work.claims)
         self.check()
 
-    def make(self, part: queue.Part, claims: queue.Claims | None = None) -> None:
+    def make(self, part: Part, claims: queue.Claims | None = None) -> None:
         """Makes one batch, from its start or from where it was left, and writes its images. Raises Stopped."""
         self.check()
         engine, begun = self.engine, time.monotonic()
         saved = begun
         if not engine.compiled:
-            progress.say(engine.compiling)
+            console.say(engine.compiling)
         part, batch = self.begin(part)
         if not engine.compiled:
             tell_cost(engine, self.run, batch, self.bar.images - self.bar.done)
@@ -130,7 +131,7 @@ class Generator:
             # At once: what is on this machine alone is lost with it, an open shard too.
             self.settle(claims, commit=time.monotonic() - self.committed > self.save_every)
 
-    def begin(self, part: queue.Part) -> tuple[queue.Part, Any]:
+    def begin(self, part: Part) -> tuple[Part, Any]:
         """The batch of a part, which is begun anew where its saved state is not this version's; and the part as it is then."""
         seed = self.run.settings.seed
         if part.state:
@@ -138,7 +139,7 @@ class Generator:
                 return part, self.engine.resume(part, seed)
             except ValueError as error:
                 logging.warning("%s; begun anew", error)
-                part = queue.Part(part.items)
+                part = Part(part.items)
         return part, self.engine.begin(part.items, seed)
 
     def settle(self, claims: queue.Claims | None, *, commit: bool = False) -> None:
@@ -157,9 +158,7 @@ class Generator:
 
     def tell_stall(self, seconds: float) -> None:
         """Says and notes who hangs, and at what."""
-        progress.say(
-            f"error: {disk.HOST}: nothing has moved for {seconds:.0f} s, at {self.at}; ending", file=sys.stderr
-        )
+        console.say(f"error: {disk.HOST}: nothing has moved for {seconds:.0f} s, at {self.at}; ending", file=sys.stderr)
         self.run.log("stalled", host=disk.HOST, at=self.at, seconds=round(seconds))
         self.run.place.send()
 
@@ -170,7 +169,7 @@ class Generator:
             raise error
         self.engine = smaller
         size = smaller.settings.batch_size
-        progress.say(f"the device's memory is too small, going on with --config.batch_size={size}")
+        console.say(f"the device's memory is too small, going on with --config.batch_size={size}")
         self.run.log("halved", batch_size=size)
 
     def check(self) -> None:
@@ -182,13 +181,11 @@ class Generator:
 def tell_cost(engine: Any, run: outputs.RunDirectory, batch: Any, images: int) -> None:
     """Says and notes what an image costs, and all that are to be made."""
     found = engine.cost(batch)
-    progress.say(found.line(images))
+    console.say(found.line(images))
     run.log("cost", flops=found.image, weights=found.weights, batch=found.batch)
 
 
-def log_chunk(
-    run: outputs.RunDirectory, items: Sequence[queue.Item], step: int, metrics: dict[str, np.ndarray]
-) -> None:
+def log_chunk(run: outputs.RunDirectory, items: Sequence[Item], step: int, metrics: dict[str, np.ndarray]) -> None:
     """Notes the mean of each metric `[item, iteration]` over those of a chunk's iterations in which there is one."""
-    means = {name: progress.mean(x) for name, x in metrics.items()}
+    means = {name: console.mean(x) for name, x in metrics.items()}
     run.log("chunk", step=step, items=[item.id for item in items], metrics=means)

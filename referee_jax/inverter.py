@@ -28,13 +28,14 @@ from referee_jax import (
     parallel,
     program,
     prompts,
-    queue,
     referees,
     sampler,
     sizes,
     watch,
 )
 from referee_jax import devices as devices_lib
+from referee_jax import items as items_lib
+from referee_jax.items import Item, Part
 from referee_jax.weights import load
 
 
@@ -45,7 +46,7 @@ class Picture:
     `losses`, where there are held-out referees: those of `referee` and `held_out`, each a pair of first and last (watch.py).
     """
 
-    item: queue.Item
+    item: Item
     image: np.ndarray
     scores: dict[str, float]
     latents: np.ndarray
@@ -57,7 +58,7 @@ class Picture:
 class Result:
     """All results of a call, in the order prompts x samples; `history` has `[item, step]` per metric."""
 
-    items: list[queue.Item]
+    items: list[Item]
     images: np.ndarray
     scores: list[dict[str, float]]
     latents: np.ndarray
@@ -77,7 +78,7 @@ class Start(NamedTuple):
 class Batch:
     """A batch between two chunks: its real items, and what the compiled program carries, padded to the batch size."""
 
-    items: tuple[queue.Item, ...]
+    items: tuple[Item, ...]
     step: int
     prompt: inversion.Prompt
     hyper: inversion.Hyper
@@ -158,7 +159,7 @@ class Inverter:
                 return f"{count} tokens, {who} reads {limit}"
         return None
 
-    def begin(self, items: Sequence[queue.Item], seed: int, hypers: Sequence[inversion.Hyper] | None = None) -> Batch:
+    def begin(self, items: Sequence[Item], seed: int, hypers: Sequence[inversion.Hyper] | None = None) -> Batch:
         """A batch before its first iteration; `hypers` gives each item its own numbers (one more vmapped axis)."""
         settings = self.settings
         start = Start(settings.init, settings.init_steps, settings.init_guidance, settings.init_candidates)
@@ -166,7 +167,7 @@ class Inverter:
 
     def _begin(
         self,
-        items: Sequence[queue.Item],
+        items: Sequence[Item],
         seed: int,
         start: Start,
         hypers: Sequence[inversion.Hyper] | None = None,
@@ -195,7 +196,7 @@ class Inverter:
         return latents
 
     def _ready(
-        self, items: Sequence[queue.Item], seed: int, hypers: Sequence[inversion.Hyper] | None = None
+        self, items: Sequence[Item], seed: int, hypers: Sequence[inversion.Hyper] | None = None
     ) -> tuple[inversion.Prompt, inversion.Hyper, Array]:
         """What a batch is given, padded and on the devices: encoded prompts, numbers, keys."""
         if not 0 < len(items) <= self.batch_size:
@@ -213,13 +214,13 @@ class Inverter:
         """To the batch size, with the last one again and again."""
         return rows + rows[-1:] * (self.batch_size - len(rows))
 
-    def snapshot(self, batch: Batch) -> queue.Part:
+    def snapshot(self, batch: Batch) -> Part:
         """A batch between two chunks as arrays of its items, to be saved."""
         leaves = jax.tree_util.tree_leaves_with_path(batch.state)
         state = {jax.tree_util.keystr(path): np.asarray(x)[: len(batch.items)] for path, x in leaves}
-        return queue.Part(batch.items, batch.step, state)
+        return Part(batch.items, batch.step, state)
 
-    def resume(self, part: queue.Part, seed: int) -> Batch:
+    def resume(self, part: Part, seed: int) -> Batch:
         """The batch of a part that `snapshot` gave, of this or another batch. ValueError for a state of other settings."""
         prompt, hyper, keys = self._ready(part.items, seed)
         state = self._begun(hyper)
@@ -280,7 +281,7 @@ class Inverter:
 
     def shapes(self) -> Batch:
         """A batch of shapes alone, for `trace` and `flops`."""
-        item = queue.Item("any", 0)
+        item = Item("any", 0)
         tokens = jax.tree.map(lambda x: np.stack([x] * self.batch_size), self._tokenize(item.prompt))
         place = functools.partial(parallel.place, mesh=self.mesh)
         prompt = place(jax.eval_shape(self._encode, self.networks, self.text_encoder, tokens), batched=True)
@@ -328,9 +329,9 @@ class Inverter:
         for text in texts:
             if reason := self.check(text):
                 raise ValueError(f"prompt {text[:80]!r}: {reason}")
-        items = queue.items(texts, samples)
+        items = items_lib.expand(texts, samples)
         pictures, histories = [], []
-        for share in queue.batches(items, self.batch_size):
+        for share in items_lib.batches(items, self.batch_size):
             batch, history = self.begin(share, seed), []
             while batch.step < self.steps:
                 batch, metrics = self.advance(batch)
@@ -359,7 +360,7 @@ class Inverter:
         Of several `candidates` per item the one that the referees like best is taken.
         """
         pictures, start = [], Start("sample", steps, guidance, candidates)
-        for share in queue.batches(queue.items(texts, samples), self.batch_size):
+        for share in items_lib.batches(items_lib.expand(texts, samples), self.batch_size):
             pictures += self.finish(self._begin(share, seed, start))
         return _result(pictures, {})
 
@@ -402,7 +403,7 @@ def _result(pictures: Sequence[Picture], history: dict[str, np.ndarray]) -> Resu
     )
 
 
-def item_key(seed: int, item: queue.Item) -> Array:
+def item_key(seed: int, item: Item) -> Array:
     """The key of all that is random for one item: of the seed, the prompt's text and the sample's number, nothing else."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), item.prompt_id), item.sample)
 

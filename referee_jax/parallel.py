@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from referee_jax import devices, disk, progress
+from referee_jax import console, devices, disk
 
 AXIS, MODEL = "prompt", "model"
 LARGE = 2**16  # elements; smaller weights are whole on every device
@@ -126,7 +126,7 @@ def _presence(place: Path, name: str, timeout: float, wanted: Iterable[int]) -> 
         come = sorted(file.name for file in place.iterdir() if not is_left(file))
         there = {file.split()[1] for file in come}
         missing = ", ".join(str(x) for x in wanted if str(x) not in there)
-        progress.say(
+        console.say(
             f"others of this job are waited for, {timeout:.0f} s at most; here are: {', '.join(come)}"
             + (f"; missing: {missing}" if missing else ""),
             file=sys.stderr,

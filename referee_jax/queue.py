@@ -6,68 +6,16 @@ and go, each takes what nobody has yet (`Claims`). `Work` hands them out batch b
 
 import collections
 import contextlib
-import dataclasses
-import hashlib
 import os
-import re
 import socket
 import time
-import unicodedata
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
 
-STEM = 60  # characters of the prompt in an item's id
+from referee_jax import items as items_lib
+from referee_jax.items import Item, Part
+
 WAIT = 1.0  # seconds between two looks at what others have claimed
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Item:
-    """One image to be made: sample number `sample` (0, 1, ...) of a prompt."""
-
-    prompt: str
-    sample: int
-
-    @property
-    def prompt_id(self) -> int:
-        """uint32 of the prompt's text: the first four bytes of its SHA-256, the same on every machine."""
-        return int(self._hash()[:8], 16)
-
-    @property
-    def id(self) -> str:
-        """A file stem for any text: ASCII words of the prompt, the hash that tells texts apart, the sample."""
-        plain = unicodedata.normalize("NFKD", self.prompt).encode("ascii", "ignore").decode()
-        words = re.sub(r"[^A-Za-z0-9]+", "_", plain).strip("_")
-        # Few texts have the same words. But thousands begin alike, or have no ASCII words at all, and of 100,000 hashes of
-        # 32 bits two are the same.
-        is_whole = self.prompt.isascii() and 0 < len(words) <= STEM
-        return f"{words[:STEM].rstrip('_') or 'prompt'}-{self._hash()[: 8 if is_whole else 16]}-s{self.sample:03d}"
-
-    def _hash(self) -> str:
-        """SHA-256, in hex."""
-        # A lone surrogate is no character, but a text may hold one.
-        return hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def items(prompts: Sequence[str], samples: int) -> list[Item]:
-    """`samples` of each prompt, prompt by prompt."""
-    return [Item(prompt, sample) for prompt in prompts for sample in range(samples)]
-
-
-def missing(wanted: Sequence[Item], done: Collection[str]) -> list[Item]:
-    """Those of `wanted`, in their order, whose ids are not `done`."""
-    return [item for item in wanted if item.id not in done]
-
-
-def share(wanted: Sequence[Item], index: int, count: int) -> list[Item]:
-    """What process `index` of `count` makes of all that is wanted, done or not: every `count`-th item."""
-    return list(wanted[index::count])
-
-
-def batches(wanted: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    """Consecutive batches of `size`, the last perhaps shorter."""
-    for start in range(0, len(wanted), size):
-        yield list(wanted[start : start + size])
 
 
 def name_process() -> str:
@@ -87,28 +35,6 @@ def is_alive(name: str) -> bool:
     except (PermissionError, OverflowError):
         pass
     return True
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A batch that is to be made: from the start, or from iteration `step` on with the `state` that was saved then.
-
-    `state` has arrays `[item, ...]` by name.
-    """
-
-    items: tuple[Item, ...]
-    step: int = 0
-    state: dict[str, Any] | None = None
-
-    def only(self, kept: Collection[Item]) -> "Part":
-        """The part of it with these items."""
-        rows = [row for row, item in enumerate(self.items) if item in kept]
-        state = self.state and {name: x[rows] for name, x in self.state.items()}
-        return Part(tuple(self.items[row] for row in rows), self.step, state)
-
-    def split(self, size: int) -> list["Part"]:
-        """In pieces of at most `size` items."""
-        return [self.only(piece) for piece in batches(self.items, size)]
 
 
 class Claims:
@@ -259,11 +185,11 @@ class Work:
                 continue  # another has it; the next may be had
             finished = self.done()  # also what others did between our last look and the claim
             self.claims.release({item.id for item in part.items} & set(finished))
-            self.fresh = collections.deque(missing(self.fresh, finished))
+            self.fresh = collections.deque(items_lib.missing(self.fresh, finished))
             if not part.items:
                 before_waiting()
                 time.sleep(WAIT if self.fresh else 0)
-            elif left := missing(part.items, finished):
+            elif left := items_lib.missing(part.items, finished):
                 return part.only(left)
         return None
 

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import fsspec
 
-from referee_jax import disk, queue
+from referee_jax import disk, items, queue
+from referee_jax.items import Item
 
 CONTENT = ("images", "shards", "trajectories")
 LINES = ("metadata", "log")
@@ -204,7 +205,7 @@ class Bucket:
             with self._asked(), contextlib.suppress(FileNotFoundError):
                 self.fs.get_file(self._at(name), str(self.local / name))
         small = [name for name in names if name not in large]
-        for share in queue.batches(small, TOGETHER):
+        for share in items.batches(small, TOGETHER):
             with self._asked():
                 found = self.fs.cat([self._at(name) for name in share], on_error="return")
                 for name in share:
@@ -324,7 +325,7 @@ class Claims:
         self._list_again = -math.inf
         self._ahead: float | None = None  # seconds of the bucket's clock before the monotonic one
 
-    def take(self, item: queue.Item) -> bool:
+    def take(self, item: Item) -> bool:
         """Whether the item is ours now: it was already, nobody had it, or who had it is gone."""
         return self.take_name(item.id)
 

@@ -29,19 +29,25 @@ from referee_jax import (
     checkpoint,
     compile_cache,
     config,
+    console,
+    cost,
     devices,
     gallery,
     generation,
+    inverter,
     outputs,
     parallel,
-    progress,
     prompts,
     queue,
     remote,
     trouble,
 )
-from referee_jax.command import Command, CommandError, parse_flags, read_command
-from referee_jax.progress import say
+from referee_jax import items as items_lib
+from referee_jax.console import say
+from referee_jax.items import Item
+from referee_jax.runs import prompt_file
+from referee_jax.runs.command import Command, CommandError, parse_flags, read_command
+from referee_jax.runs.prompt_file import Rejected
 from referee_jax.weights import convert, hub
 
 SHOWN_REJECTED = 20
@@ -51,7 +57,6 @@ GRACE = 8.0  # seconds that a run has to finish its chunk and save when it is as
 
 def load_inverter(settings: config.Settings) -> Any:
     """The engine."""
-    from referee_jax import inverter  # the networks' code is slow to import, and a wrong command should say so at once
 
     return inverter.Inverter.from_config(settings)
 
@@ -69,7 +74,7 @@ def execute(
     """
     if not command.entries:
         raise CommandError("there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts")
-    texts, rejected = prompts.sift(command.entries)
+    texts, rejected = prompt_file.sift(command.entries)
     if not texts:
         raise CommandError(f"no prompt can be used; {rejected[0]}")
     device = f"{jax.local_devices()[0].device_kind} x {jax.local_device_count()}"
@@ -86,7 +91,7 @@ def carry_out(
     command: Command,
     run: outputs.RunDirectory,
     texts: Sequence[str],
-    rejected: list[prompts.Rejected],
+    rejected: list[Rejected],
     *,
     load: Callable[[config.Settings], Any],
     stop: generation.Stop | None,
@@ -95,11 +100,11 @@ def carry_out(
     """`execute` in an open run directory."""
     settings, start = command.settings, time.monotonic()
     report_rejected(run, rejected)
-    wanted = everything = queue.items(texts, settings.samples)
+    wanted = everything = items_lib.expand(texts, settings.samples)
     if not command.claim:
-        wanted = queue.share(wanted, command.shard_index, command.shard_count)
+        wanted = items_lib.share(wanted, command.shard_index, command.shard_count)
     done = run.done()
-    missing = queue.missing(wanted, done)
+    missing = items_lib.missing(wanted, done)
     if len(missing) < len(wanted):
         say(f"{len(wanted) - len(missing)} of {len(wanted)} images are there already")
     failed = [item for item in missing if tried.says(item)]
@@ -109,13 +114,13 @@ def carry_out(
     missing.sort(key=lambda item: failures[item.id])
     made = generation.Made()
     if missing:
-        run.check_space(len(queue.missing(everything, done)))  # the others write to the same disk
+        run.check_space(len(items_lib.missing(everything, done)))  # the others write to the same disk
         say(f"loading {settings.generator.checkpoint} and {len(settings.referees)} referees")
         # What was begun with one state of a checkpoint goes on with it, whatever its owners do meanwhile.
         engine = load(config.pinned(settings, run.noted("commits")))
         note_checkpoints(run)
         refused = {item.prompt: engine.check(item.prompt) for item in missing}
-        unfit = [prompts.Rejected(text, "prompt", reason) for text, reason in refused.items() if reason]
+        unfit = [Rejected(text, "prompt", reason) for text, reason in refused.items() if reason]
         report_rejected(run, unfit)
         rejected += unfit
         missing = [item for item in missing if not refused[item.prompt]]
@@ -124,11 +129,13 @@ def carry_out(
         engine = fitted(engine, settings, len(missing))
         made = generate(engine, run, missing, command, stop or generation.Stop(), failures)
     finish(run, made, len(rejected), time.monotonic() - start)
-    if failed := queue.missing(failed, run.done()):  # another may have made them meanwhile
+    if failed := items_lib.missing(failed, run.done()):  # another may have made them meanwhile
         run.log("failed", items=[item.id for item in failed])
         run.place.send()
         names = ", ".join(item.id for item in failed[:5]) + (", ..." if len(failed) > 5 else "")
-        return _fail(1, f"the device failed twice at {len(failed)} images, which the same command tries again: {names}")
+        return console.fail(
+            1, f"the device failed twice at {len(failed)} images, which the same command tries again: {names}"
+        )
     return 0
 
 
@@ -150,7 +157,7 @@ def note_checkpoints(run: outputs.RunDirectory) -> None:
 def generate(
     engine: Any,
     run: outputs.RunDirectory,
-    items: Sequence[queue.Item],
+    items: Sequence[Item],
     command: Command,
     stop: generation.Stop,
     failures: Mapping[str, int],
@@ -166,7 +173,7 @@ def generate(
     if begun := sum(len(part.items) for part in work.begun):
         say(f"{begun} images go on where they were left")
     try:
-        with progress.shown(len(items), engine.steps) as bar, run.writing() as writer:
+        with console.shown(len(items), engine.steps) as bar, run.writing() as writer:
             generator = generation.Generator(engine, run, writer, checkpoints, bar, stop=stop)
             generator.work(work)
     finally:
@@ -206,7 +213,6 @@ def finish(run: outputs.RunDirectory, made: generation.Made, skipped: int, secon
 
 def estimate(command: Command, **_: Any) -> int:
     """Says what a command's config costs; loads and writes nothing."""
-    from referee_jax import cost  # slow to import, as above
 
     say(cost.table(cost.estimate(command.settings), precision=command.settings.precision))
     return 0
@@ -219,7 +225,7 @@ def warm_up(command: Command, *, load: Callable[[config.Settings], Any] = load_i
     if command.entries:
         engine = fitted(engine, settings, len(command.entries) * settings.samples)
     say(engine.compiling)
-    batch = engine.begin(queue.items(["a photo"], 1), settings.seed)
+    batch = engine.begin(items_lib.expand(["a photo"], 1), settings.seed)
     last = settings.steps - 1
     # The referees are not asked in all iterations, and the held-out ones look in few.
     look = min(settings.look_every - 1, last) if settings.look_every > settings.chunk else 0
@@ -232,7 +238,7 @@ def warm_up(command: Command, *, load: Callable[[config.Settings], Any] = load_i
     return 0
 
 
-def report_rejected(run: outputs.RunDirectory, rejected: Sequence[prompts.Rejected]) -> None:
+def report_rejected(run: outputs.RunDirectory, rejected: Sequence[Rejected]) -> None:
     """Notes the prompts that are left out in the log, and tells of the first ones."""
     for one in rejected:
         run.log("skipped", text=one.text, where=one.where, reason=one.reason)
@@ -243,11 +249,6 @@ def report_rejected(run: outputs.RunDirectory, rejected: Sequence[prompts.Reject
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
-
-
-def _fail(code: int, text: str) -> int:
-    say(f"error: {text}", file=sys.stderr)
-    return code
 
 
 def main(
@@ -272,16 +273,16 @@ def main(
             return 128 + stop.number
         tried = tried.after(error)
         if begin_anew is None:
-            return _fail(1, f"the device failed ({error.why}); {keeps}")
+            return console.fail(1, f"the device failed ({error.why}); {keeps}")
         if tried.in_a_row >= trouble.FAILURES:
-            return _fail(1, f"the device fails at whatever it is given ({error.why}); {keeps}")
+            return console.fail(1, f"the device fails at whatever it is given ({error.why}); {keeps}")
         say(f"the device failed ({error.why}) at {len(error.items)} images; a fresh process goes on", file=sys.stderr)
         try:
             return begin_anew(tried)
         except OSError as why:
-            return _fail(1, f"no fresh process can be begun ({why}); {keeps}")
+            return console.fail(1, f"no fresh process can be begun ({why}); {keeps}")
     except (CommandError, config.ConfigError, prompts.PromptError, outputs.RunError, convert.WeightsError) as error:
-        return _fail(2, str(error))
+        return console.fail(2, str(error))
     except KeyboardInterrupt:
         say(f"interrupted; {keeps}", file=sys.stderr)
         return 130
@@ -289,14 +290,14 @@ def main(
         say(f"interrupted; {keeps}", file=sys.stderr)
         return 128 + stopped.number
     except OSError as error:
-        return _fail(1, f"{error}; {keeps}")
+        return console.fail(1, f"{error}; {keeps}")
     except jax.errors.JaxRuntimeError as error:
         if devices.is_memory(error):
-            return _fail(
+            return console.fail(
                 1,
                 f"the device's memory is too small even for --config.batch_size=1 (--config.remat=full needs least); {keeps}",
             )
-        return _fail(1, f"the device failed: {progress.first_line(error)[:300]}; {keeps}")
+        return console.fail(1, f"the device failed: {console.first_line(error)[:300]}; {keeps}")
 
 
 def catch_signals(stop: generation.Stop) -> None:
@@ -329,7 +330,7 @@ def _absl_flags(argv: list[str]) -> list[str]:
     try:
         return parse_flags(argv, flags.FLAGS)
     except CommandError as error:
-        sys.exit(_fail(2, str(error)))
+        sys.exit(console.fail(2, str(error)))
 
 
 def _absl_main(argv: list[str]) -> int:
@@ -346,7 +347,7 @@ def _absl_main(argv: list[str]) -> int:
             command = dataclasses.replace(command, shard_index=index, shard_count=count)
         device = devices.choose(command.device)
     except (CommandError, config.ConfigError, prompts.PromptError, devices.DeviceError) as error:
-        return _fail(2, str(error))
+        return console.fail(2, str(error))
     if problem := compile_cache.use(device):
         say(f"warning: {problem}", file=sys.stderr)
     work = estimate if flags.FLAGS.estimate else warm_up if flags.FLAGS.warmup else execute

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from referee_jax import command, config, formats, referees
+from referee_jax import cli, config, formats, referees
 
 
 def listing() -> str:
@@ -56,7 +56,7 @@ def main(args: flags.FlagValues) -> str:
         return listing()
     if not args.referee:
         raise ValueError("--referee is missing: a directory or a hub id, see --list")
-    command.prepare(args.device)
+    cli.prepare(args.device)
     reading = {name: args[name].value for name in ("template", "first_token") if args[name].present}
     return score(args.referee, args.image, args.text, name=args.name or "", revision=args.revision, **reading)
 
@@ -70,8 +70,8 @@ if __name__ == "__main__":
         "[ENC], or [CLS], as transformers' own class is asked",
     )  # fmt: skip
     flags.DEFINE_string("revision", "", "commit of a hub id; default: the newest")
-    command.define_device()
+    cli.define_device()
     flags.DEFINE_multi_string("image", [], "image file; may be repeated")
     flags.DEFINE_multi_string("text", [], "text; may be repeated")
     flags.DEFINE_bool("list", False, "name the referees and their published checkpoints")
-    command.start(main, hint="texts are given with --text")
+    cli.start(main, hint="texts are given with --text")

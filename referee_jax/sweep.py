@@ -24,10 +24,12 @@ from typing import Any
 import tqdm
 from absl import flags
 
-from referee_jax import assembly, command, config, disk, formats, inverter, queue, remote
+from referee_jax import assembly, cli, config, disk, formats, inverter, remote
+from referee_jax import items as items_lib
 from referee_jax.benchmarks import report, shapes, statistics
+from referee_jax.items import Item
 
-Row = tuple[str, queue.Item]  # name of the variant, what is made
+Row = tuple[str, Item]  # name of the variant, what is made
 GAINS = {
     "right": "right, gain",
     "quality": "quality, gain",
@@ -77,14 +79,14 @@ def run(variants: Mapping[str, config.Settings], out: Path) -> list[dict[str, An
     disk.mend(journal)
     records = disk.read_lines(journal)
     done = {(record["variant"], record["prompt"], record["sample"]) for record in records}
-    items = queue.items(first.prompts, first.samples)
+    items = items_lib.expand(first.prompts, first.samples)
     todo = [(name, item) for name in variants for item in items if (name, item.prompt, item.sample) not in done]
     with tqdm.tqdm(total=len(todo), unit="image", dynamic_ncols=True) as bar:
         for names in programs(variants):
             engine = None  # its networks make room for the next one's
             own = [row for row in todo if row[0] in names]
             engine = inverter.Inverter.from_config(variants[names[0]]) if own else None
-            for share in queue.batches(own, engine.batch_size) if engine else ():
+            for share in items_lib.batches(own, engine.batch_size) if engine else ():
                 bar.set_description(share[0][0])
                 for record in _made(engine, share, variants, out):
                     disk.append(journal, record)
@@ -197,7 +199,7 @@ def main(args: flags.FlagValues) -> str:
     """The command line."""
     if not args.sweep or not args.workdir:
         raise ValueError("--sweep=FILE and --workdir=DIRECTORY are needed")
-    command.prepare(args.device)
+    cli.prepare(args.device)
     changes = {name: args[name].value for name in ("samples", "batch_size") if args[name].value is not None}
     return sweep(args.sweep, remote.local_only(args.workdir), vary=args.vary, names=args.variant, changes=changes)
 
@@ -205,9 +207,9 @@ def main(args: flags.FlagValues) -> str:
 if __name__ == "__main__":
     flags.DEFINE_string("sweep", None, "config file, with get_variants() or not")
     flags.DEFINE_string("workdir", None, "directory of scores, table, figure and images")
-    command.define_device()
+    cli.define_device()
     flags.DEFINE_integer("samples", None, "images per prompt; default: the config's", lower_bound=1)
     flags.DEFINE_integer("batch_size", None, "images at once on each device; default: the config's", lower_bound=1)
     flags.DEFINE_multi_string("vary", [], "setting=value,value,...: variants with these; may be repeated")
     flags.DEFINE_multi_string("variant", [], "only this variant; may be repeated")
-    command.start(main)
+    cli.start(main)

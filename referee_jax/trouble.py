@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from referee_jax import queue
+from referee_jax.items import Item
 
 VARIABLE = "REFEREE_JAX_TRIED"
 FAILURES = 2  # batches given up in a row, with no image made between them: then the device is given up
@@ -26,7 +26,7 @@ LAST = 10.0  # seconds for last words
 class DeviceFailed(Exception):
     """The device failed at a batch, after so many images were made."""
 
-    def __init__(self, items: Sequence[queue.Item], made: int, why: str):
+    def __init__(self, items: Sequence[Item], made: int, why: str):
         super().__init__(why)
         self.items, self.made, self.why = items, made, why
 
@@ -57,12 +57,12 @@ class Tried:
         in_a_row = (0 if error.made else self.in_a_row) + bool(keys & self.once)
         return Tried(self.once | keys, self.failed | (keys & self.once), in_a_row)
 
-    def says(self, item: queue.Item) -> bool:
+    def says(self, item: Item) -> bool:
         """Whether an item is to be left out."""
         return key(item) in self.failed
 
 
-def key(item: queue.Item) -> str:
+def key(item: Item) -> str:
     """An item in few letters: an environment variable holds some 100,000."""
     return f"{item.prompt_id:x}.{item.sample}"
 

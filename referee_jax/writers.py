@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from referee_jax import config, disk, formats, queue, shards, watch
+from referee_jax import config, disk, formats, shards, watch
+from referee_jax.items import Item
 
 THREADS = 4
 PENDING = 16  # images that are given and not written
@@ -26,7 +27,7 @@ PENDING = 16  # images that are given and not written
 class Picture(Protocol):
     """What is written: see inverter.Picture. `image` is float32 `[H, W, 3]` in [0, 1]."""
 
-    item: queue.Item
+    item: Item
     image: np.ndarray
     scores: Mapping[str, float]
     status: str

@@ -12,8 +12,9 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from referee_jax import chips, cost, formats, outputs, queue, run
-from referee_jax import command as commands
+from referee_jax import chips, cost, formats, outputs, run
+from referee_jax.items import Item, Part
+from referee_jax.runs import command as command_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "paper.py"
@@ -29,7 +30,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    item: queue.Item
+    item: Item
     image: np.ndarray
     scores: dict
     latents: np.ndarray
@@ -58,7 +59,7 @@ class FakeInverter:
         return Batch(tuple(items), seed)
 
     def snapshot(self, batch):
-        return queue.Part(batch.items, batch.step, {"prompt": np.array([item.prompt_id for item in batch.items])})
+        return Part(batch.items, batch.step, {"prompt": np.array([item.prompt_id for item in batch.items])})
 
     def resume(self, part, seed):
         assert part.state["prompt"].tolist() == [item.prompt_id for item in part.items]
@@ -102,7 +103,7 @@ class FakeInverter:
 def command(*arguments, path=CONFIG):
     argv = ["run", f"--config={path}", *map(str, arguments)]
     values = flags.FlagValues()
-    return commands.read_command(values, commands.parse_flags(argv, values)[1:])
+    return command_lib.read_command(values, command_lib.parse_flags(argv, values)[1:])
 
 
 def execute(*arguments, failures=(), stop=None):

@@ -7,15 +7,16 @@ import socket
 import numpy as np
 import pytest
 
-from referee_jax import checkpoint, queue
+from referee_jax import checkpoint, items, queue
+from referee_jax.items import Part
 
-ITEMS = tuple(queue.items(["a cat", "\udcff <b>", "ünï"], 1))
+ITEMS = tuple(items.expand(["a cat", "\udcff <b>", "ünï"], 1))
 
 
 def part(step, rng=None):
     rng = np.random.default_rng(step)
     state = {".latents": rng.normal(size=(3, 4, 4, 2)).astype(np.float32), ".optimizer[0].count": np.arange(3)}
-    return queue.Part(ITEMS, step, state | {".frozen": np.array([True, False, True])})
+    return Part(ITEMS, step, state | {".frozen": np.array([True, False, True])})
 
 
 def assert_same(a, b):
@@ -91,7 +92,7 @@ def test_one_that_is_being_written_is_left_to_its_process(tmp_path):
 def test_forgotten_when_all_is_done(tmp_path):
     one, two = (checkpoint.Checkpoints(tmp_path / "checkpoints") for _ in range(2))
     one.save(part(10), "print")
-    two.save(queue.Part(ITEMS[:1], 5, {"x": np.zeros(1)}), "print")
+    two.save(Part(ITEMS[:1], 5, {"x": np.zeros(1)}), "print")
     assert len(one.begun("print")) == 2
     one.forget({ITEMS[0].id})
     assert [found.step for found in one.begun("print")] == [10]

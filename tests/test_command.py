@@ -8,14 +8,15 @@ import sys
 import pytest
 from absl import flags
 
-from referee_jax import command as commands
 from referee_jax import config, run
+from referee_jax.runs import command as command_lib
+from referee_jax.runs.command import CommandError
 from tests.fakes import ROOT, command, program
 
 
 @pytest.mark.parametrize("arguments", [["--shard_index=2", "--shard_count=2"], ["--claim", "--shard_count=2"]])
 def test_impossible_shares(arguments):
-    with pytest.raises(commands.CommandError, match="shard_(index|count)"):
+    with pytest.raises(CommandError, match="shard_(index|count)"):
         command("--prompt=one", *arguments)
 
 
@@ -66,8 +67,8 @@ def test_prompts_are_needed(capsys, tmp_path):
 
 def test_a_config_is_needed():
     values = flags.FlagValues()
-    with pytest.raises(commands.CommandError, match="--config is missing, for example --config=configs/shapes.py"):
-        commands.parse_flags(["run", "--prompt=a"], values)
+    with pytest.raises(CommandError, match="--config is missing, for example --config=configs/shapes.py"):
+        command_lib.parse_flags(["run", "--prompt=a"], values)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_mistakes_in_the_config_file(tmp_path, text, message):
     if text is not None:
         body = f"    settings = config.default()\n    {text}\n    return settings\n"
         file.write_text(f"from referee_jax import config\n\ndef get_config():\n{body}")
-    with pytest.raises(commands.CommandError) as caught:
+    with pytest.raises(CommandError) as caught:
         command("--prompt=a", path=file)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from referee_jax import chips, config, cost, devices, doctor, inverter, program, queue, sizes
+from referee_jax import chips, config, cost, devices, doctor, inverter, items, program, sizes
 from referee_jax.models import blip, blip2, clip, layers, unet, vae
 
 
@@ -173,7 +173,7 @@ def test_a_run_the_doctor_and_the_estimate_tell_one_number(checkpoints):
     settings = dataclasses.replace(small(checkpoints), init="sample", init_steps=5, init_candidates=3, remat="full")
     estimated = cost.estimate(settings)
     engine = inverter.Inverter.from_config(settings, jax.devices()[:2])
-    found = engine.cost(engine.begin(queue.items(["a photo"], 3), 0))
+    found = engine.cost(engine.begin(items.expand(["a photo"], 3), 0))
     assert found.image == pytest.approx(estimated.image, rel=1e-6) and found.chip is None
     assert found.image > 1.5 * settings.steps * estimated.step  # which a run told once
     assert found.weights == sum(estimated.weights.values())

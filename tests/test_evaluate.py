@@ -12,7 +12,7 @@ from absl import flags
 
 from referee_jax import disk, evaluate
 from referee_jax.benchmarks import layouts, measures, noun_phrases
-from referee_jax.command import tell
+from referee_jax.cli import tell
 from referee_jax.shapes import world
 from tests.oracles import networks
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from referee_jax import command, config, gallery, outputs, queue
+from referee_jax import cli, config, gallery, items, outputs
+from referee_jax.items import Item
 from tests import pages
 from tests.test_outputs import SETTINGS, picture
 
@@ -66,10 +67,10 @@ def test_what_the_page_shows(tmp_path):
     thumbnail = first.pop("thumbnail")
     assert first == {
         "text": "a red circle", "sample": 0, "seed": 7, "scores": {"cosine": 0.125, "held_out": 0.5}, "status": "done",
-        "seconds": 1.5, "image": f"./images/{queue.Item('a red circle', 0).id}.png",
+        "seconds": 1.5, "image": f"./images/{Item('a red circle', 0).id}.png",
     }  # fmt: skip
     # Small pictures are there to the pixel.
-    original = Image.open(run.image_file(queue.Item("a red circle", 0).id))
+    original = Image.open(run.image_file(Item("a red circle", 0).id))
     np.testing.assert_array_equal(open_image(thumbnail).convert("RGB"), original)
     assert (second["scores"], second["status"], second["hacked"]) == ({"cosine": None, "itm": 0.25}, "nonfinite", True)
     assert second["losses"] == {"referee": [2.0, 1.0], "held_out": [0.5, 0.75]}
@@ -109,7 +110,7 @@ def test_many_pictures_are_beside_the_page(tmp_path, monkeypatch):
         assert all(x["thumbnail"].startswith("data:") for x in records) == (sample < 2)
     assert all(x["thumbnail"] == x["image"] for x in records)
     # An image that is lost is not shown, and nothing temporary is left.
-    run.image_file(queue.Item("a red circle", 0).id).unlink()
+    run.image_file(Item("a red circle", 0).id).unlink()
     gallery.write(run)
     assert [x["sample"] for x in read(run).data["records"]] == [1, 2]
     assert not list(run.path.glob(".*"))
@@ -147,7 +148,7 @@ def test_no_text_is_markup(run, text, score, status):
 def test_the_command(run, tmp_path, capsys):
     (run.path / "gallery.html").unlink(missing_ok=True)
     before = run.log_file.read_bytes()
-    assert command.tell(lambda: gallery.main(flags.FLAGS, str(run.path))) == 0
+    assert cli.tell(lambda: gallery.main(flags.FLAGS, str(run.path))) == 0
     assert capsys.readouterr().out == f"{run.path / 'gallery.html'}\n"
     assert read(run).data["records"][0]["text"] == "a red circle"
     assert run.log_file.read_bytes() == before  # nothing is begun: another process may be at work
@@ -165,7 +166,7 @@ def test_the_command(run, tmp_path, capsys):
 def test_mistakes(tmp_path, capsys, made, message):
     if made is not None:
         (tmp_path / "config.json").write_text(made)
-    assert command.tell(lambda: gallery.main(flags.FLAGS, str(tmp_path))) == 2
+    assert cli.tell(lambda: gallery.main(flags.FLAGS, str(tmp_path))) == 2
     assert capsys.readouterr().err == f"error: {message.format(tmp_path)}\n"
 
 
@@ -175,7 +176,7 @@ def test_images_in_shards(tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, outputs=config.Outputs(format="webdataset"))
     directory = outputs.RunDirectory.open(tmp_path, settings)
     with directory.writing() as writer:
-        for item in queue.items(["one", "two", "three"], 1):
+        for item in items.expand(["one", "two", "three"], 1):
             writer.write(picture(item.prompt, item.sample), seconds=1.0)
     gallery.write(directory)
     assert "2 images of 2 prompts; 1 more are in the shards" in " ".join(

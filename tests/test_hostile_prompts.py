@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ImageFont
 
-from referee_jax import formats, outputs, prompts, queue, run
+from referee_jax import console, formats, outputs
+from referee_jax.items import Item
+from referee_jax.runs import prompt_file
 from tests import pages
 from tests.fakes import execute, lines
 
@@ -91,7 +93,7 @@ def test_a_run_of_hostile_prompts(tmp_path, monkeypatch, capsys):
     # Each is made once, in its order, and each of the others is told of.
     records = lines(work / "metadata.jsonl")
     assert [x["text"] for x in records] == [*accepted, "a cat"]
-    assert [x["id"] for x in records] == [queue.Item(x["text"], 0).id for x in records]
+    assert [x["id"] for x in records] == [Item(x["text"], 0).id for x in records]
     assert sum(map(len, engine.begun)) == len(records)
     skipped = [x["reason"] for x in lines(work / "log.jsonl") if x["event"] == "skipped"]
     assert len(skipped) == 2 * len(REJECTED) and skipped.count("not UTF-8") == 2  # the odd bytes and the half character
@@ -127,7 +129,7 @@ def test_a_file_of_any_bytes(tmp_path_factory, listed):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code, _ = execute(f"--prompts={path / 'list.txt'}", f"--workdir={path / 'run'}")
     assert code == 0
-    kept, rejected = prompts.sift(prompts.read_prompts(path / "list.txt"))
+    kept, rejected = prompt_file.sift(prompt_file.read_prompts(path / "list.txt"))
     assert [x["text"] for x in lines(path / "run" / "metadata.jsonl")] == kept
     assert steers(out.getvalue() + err.getvalue()) == set()
     assert tree(path) - {f"run/{x}" for x in tree(path / "run")} == {"list.txt", "run"}
@@ -143,15 +145,15 @@ def test_a_hostile_command(tmp_path, monkeypatch, capsys, option):
     try:
         assert execute("--prompt=a cat", option)[0] == 0
     except ValueError as error:
-        assert run._fail(2, str(error)) == 2
+        assert console.fail(2, str(error)) == 2
     said = "".join(capsys.readouterr())
     assert "\\x1b[31m" in said and steers(said) == set()
 
 
 def test_what_a_terminal_is_told():
-    assert prompts.printable("a\x1b[31m\u202e\ud800é\nb") == "a\\x1b[31m\\u202e\\ud800é\nb"
-    assert prompts.printable("é 🙂", "latin-1") == "é \\U0001f642"
-    assert prompts.printable("é 🙂", "ascii") == "\\xe9 \\U0001f642"
+    assert console.printable("a\x1b[31m\u202e\ud800é\nb") == "a\\x1b[31m\\u202e\\ud800é\nb"
+    assert console.printable("é 🙂", "latin-1") == "é \\U0001f642"
+    assert console.printable("é 🙂", "ascii") == "\\xe9 \\U0001f642"
 
 
 @pytest.mark.parametrize("text", ["x" * 2000, "\u7ea2" * 2000, "a" + "\u0300" * 1999, "a " * 1000])

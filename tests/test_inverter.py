@@ -19,12 +19,12 @@ from referee_jax import (
     parallel,
     program,
     prompts,
-    queue,
     referees,
     run,
     topology,
 )
 from referee_jax import inverter as inverter_lib
+from referee_jax import items as items_lib
 from tests import fakes
 from tests.conftest import relative_l2
 from tests.oracles import networks
@@ -93,7 +93,7 @@ def test_result(inverter, straight):
 
 def test_flops_are_of_one_image(checkpoints, inverter):
     """Whatever the batch, the chunk and the devices; more views cost more."""
-    items = queue.items(PROMPTS, 1)
+    items = items_lib.expand(PROMPTS, 1)
     each = inverter.flops(inverter.begin(items, 0))
     assert each > 1e6
     # As it is estimated from the networks' sizes alone.
@@ -109,7 +109,7 @@ def test_shapes_alone_make_the_same_program(checkpoints, inverter):
     unloaded = topology.unloaded(settings(checkpoints), jax.devices()[:1])
     batch = unloaded.shapes()
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((unloaded.networks, batch.state)))
-    real = inverter.trace(inverter.begin(queue.items(PROMPTS, 1), 0))
+    real = inverter.trace(inverter.begin(items_lib.expand(PROMPTS, 1), 0))
     assert str(unloaded.trace(batch).jaxpr) == str(real.jaxpr)
     assert unloaded.flops(batch) > 1e6
 
@@ -133,7 +133,7 @@ def test_samples_and_seed(inverter):
 
 
 def chunk_text(engine) -> str:
-    batch = engine.begin(queue.items(PROMPTS, 1), 0)
+    batch = engine.begin(items_lib.expand(PROMPTS, 1), 0)
     args = engine.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(0)
     return engine._program("step", on=True).lower(*args).compile().as_text()
 
@@ -210,7 +210,7 @@ def test_transformations(inverter):
     """One iteration under jit, vmap, scan, shard_map and pmap."""
     networks, plan, hyper = inverter.networks, inverter.plan, inverter.hyper
     mesh = parallel.prompt_mesh(jax.devices())
-    batch = inverter.begin(queue.items(PROMPTS, 1), 3)
+    batch = inverter.begin(items_lib.expand(PROMPTS, 1), 3)
     prompt, state, keys = jax.device_get((batch.prompt, batch.state, jax.random.key_data(batch.keys)))
     networks = jax.device_get(networks)
 
@@ -298,7 +298,7 @@ def test_after_a_warm_up_nothing_is_compiled(checkpoints, tmp_path):
 
 def run_rows(inverter, hypers) -> list[np.ndarray]:
     """The latents of the first prompt with each row's numbers."""
-    batch = inverter.begin(queue.items(PROMPTS[:1], 1) * len(hypers), 0, hypers)
+    batch = inverter.begin(items_lib.expand(PROMPTS[:1], 1) * len(hypers), 0, hypers)
     while batch.step < inverter.steps:
         batch, _ = inverter.advance(batch)
     return [picture.latents for picture in inverter.finish(batch)]
@@ -318,7 +318,7 @@ def test_settings_as_an_axis(inverter, monkeypatch):
 
 def test_rows_whose_referees_act_at_other_times(inverter, monkeypatch):
     """Each as it would be alone: from the start, later, never."""
-    items = queue.items(PROMPTS[:1], 1) * 3
+    items = items_lib.expand(PROMPTS[:1], 1) * 3
     times = [(0, 2), (1, 2), (0, 0)]
     hypers = [
         inverter.hyper.replace(referee=inverter.hyper.referee.replace(start=jnp.int32(start), stop=jnp.int32(stop)))
@@ -336,7 +336,7 @@ def test_rows_whose_referees_act_at_other_times(inverter, monkeypatch):
 
 def test_rows_with_numbers_of_their_own_share_the_weights(inverter):
     """What differs from row to row must not give each a copy of the networks: no convolution or product has groups for it."""
-    items = queue.items(PROMPTS[:1], 1) * 3
+    items = items_lib.expand(PROMPTS[:1], 1) * 3
     shapes = []
     for hypers, on in ((None, True), ([inverter.hyper] * 3, True), ([inverter.hyper] * 3, None)):
         batch = inverter.begin(items, 0, hypers)
@@ -365,7 +365,7 @@ def test_a_nonfinite_prompt_is_frozen_alone(checkpoints, monkeypatch, what):
         return found, losses | {"loss": losses["loss"] + jnp.where(weights.share > 5, jnp.inf, 0)}
 
     monkeypatch.setattr(objective, "image_gradient", lost)
-    items, numbers = queue.items(PROMPTS[:3], 1), [inverter.hyper] * 3
+    items, numbers = items_lib.expand(PROMPTS[:3], 1), [inverter.hyper] * 3
     clean = inverter.begin(items, 0, numbers)
     if what == "loss":
         weights = (inverter.hyper.weights[0].replace(share=jnp.float32(9)),)
@@ -384,7 +384,7 @@ def test_a_nonfinite_prompt_is_frozen_alone(checkpoints, monkeypatch, what):
 
 
 def test_a_batch_of_frozen_items_is_over(inverter):
-    batch = inverter.begin(queue.items(PROMPTS[:2], 1), 0)
+    batch = inverter.begin(items_lib.expand(PROMPTS[:2], 1), 0)
     batch = dataclasses.replace(batch, prompt=batch.prompt.replace(cond=batch.prompt.cond * jnp.nan))
     batch, _ = inverter.advance(batch)
     assert inverter.chunk < inverter.steps and batch.step == inverter.steps
@@ -394,7 +394,7 @@ def test_a_batch_of_frozen_items_is_over(inverter):
 @pytest.mark.parametrize("init", ["noise", "sample"])
 def test_start(checkpoints, init):
     inverter = build(checkpoints, init=init, init_steps=3, steps=1, batch_size=1)
-    start = np.asarray(inverter.begin(queue.items(PROMPTS[:1], 1), 0).state.latents[0])
+    start = np.asarray(inverter.begin(items_lib.expand(PROMPTS[:1], 1), 0).state.latents[0])
     sampled = inverter.sample(PROMPTS[:1], steps=3, guidance=7.5).latents[0]
     assert (relative_l2(start, sampled) < 1e-5) == (init == "sample")
 
@@ -439,7 +439,7 @@ def test_a_batch_goes_on_from_a_snapshot(checkpoints, inverter, straight, watche
         specs = inverter.settings.referees[0], {"checkpoint": clip, "role": "held_out", "losses": {"cosine": 1.0}}
         inverter = build(checkpoints, referees=specs, look_every=2, output="best_held_out")
         straight = inverter(PROMPTS, seed=3)
-    items = queue.items(PROMPTS, 1)
+    items = items_lib.expand(PROMPTS, 1)
     batch, _ = inverter.advance(inverter.begin(items, 3))
     part = inverter.snapshot(batch)
     assert part.step == 4 and part.items == tuple(items)
@@ -460,7 +460,7 @@ def test_a_batch_goes_on_from_a_snapshot(checkpoints, inverter, straight, watche
 
 def test_another_number_of_devices_goes_on(inverter, spread, straight):
     """What one device has begun eight finish, and the other way round."""
-    items = queue.items(PROMPTS, 1)
+    items = items_lib.expand(PROMPTS, 1)
     for before, after in ((inverter, spread), (spread, inverter)):
         batch, _ = before.advance(before.begin(items, 3))
         resumed, _ = after.advance(after.resume(before.snapshot(batch), 3))
@@ -476,7 +476,7 @@ def test_halved(checkpoints, straight):
         sizes.append(engine.batch_size)
         engine, smaller = engine.halved(), engine
     assert sizes == [8, 4, 2, 1]
-    part = inverter_lib.Inverter.halved(build(checkpoints)).begin(queue.items(PROMPTS[:4], 1), 3)
+    part = inverter_lib.Inverter.halved(build(checkpoints)).begin(items_lib.expand(PROMPTS[:4], 1), 3)
     assert part.state.latents.shape[0] == 4
     found = smaller(PROMPTS[:2], seed=3)
     assert relative_l2(found.latents, straight.latents[:2]) < TOLERANCE

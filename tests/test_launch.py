@@ -15,7 +15,8 @@ import pytest
 import yaml
 from absl import flags
 
-from referee_jax import command, outputs
+from referee_jax import outputs
+from referee_jax.runs import command
 from tests.fakes import lines
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"

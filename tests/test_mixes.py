@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import config, inversion, inverter, objective, queue, watch
+from referee_jax import config, inversion, inverter, items, objective, watch
 from tests.conftest import relative_l2
 from tests.oracles import networks
 
@@ -46,7 +46,7 @@ def mixed(directories):
     engine = build(directories, SPECS.values())
     latents = jax.random.normal(jax.random.key(0), engine.plan.latent)
     noise = inversion.draw(jax.random.key(1), engine.networks, engine.plan, engine.hyper, 0)
-    prompt = jax.tree.map(lambda x: x[0], engine.begin(queue.items(PROMPTS[:1], 1), 0).prompt)
+    prompt = jax.tree.map(lambda x: x[0], engine.begin(items.expand(PROMPTS[:1], 1), 0).prompt)
     return engine, (engine.networks, prompt, engine.hyper), (latents, noise)
 
 
@@ -116,7 +116,7 @@ def watched(directories):
 @pytest.fixture(scope="module")
 def history(watched):
     """Held-out losses of all looks, `[prompt, look]`, the one before the first iteration first, and the pictures."""
-    batch, losses = watched.begin(queue.items(PROMPTS, 1), 5), []
+    batch, losses = watched.begin(items.expand(PROMPTS, 1), 5), []
     losses.append(np.asarray(batch.state.watched.first)[:, 1:])
     while batch.step < watched.steps:
         batch, metrics = watched.advance(batch)
@@ -127,7 +127,7 @@ def history(watched):
 def test_a_watcher_changes_nothing(directories, history):
     """The latents are those of a run without a held-out referee."""
     blind = build(directories, [SPECS["clip"]], steps=STEPS)
-    batch = blind.begin(queue.items(PROMPTS, 1), 5)
+    batch = blind.begin(items.expand(PROMPTS, 1), 5)
     assert batch.state.watched is None
     while batch.step < blind.steps:
         batch, _ = blind.advance(batch)
@@ -155,7 +155,7 @@ def test_patience(directories, history):
     losses = history[0][:, 0::2]
     patience = 3
     patient = build(directories, [SPECS["clip"], HELD_OUT], steps=STEPS, chunk=5, patience=patience)
-    batch, looked = patient.begin(queue.items(PROMPTS, 1), 5), []
+    batch, looked = patient.begin(items.expand(PROMPTS, 1), 5), []
     while batch.step < patient.steps:
         batch, metrics = patient.advance(batch)
         looked.append(metrics["held_out_loss"])
@@ -200,6 +200,6 @@ def test_impossible(change, message):
 
 def test_state_is_the_same_everywhere(watched):
     """The watch has a batch axis, as all of the state has."""
-    batch = watched.begin(queue.items(PROMPTS, 1), 0)
+    batch = watched.begin(items.expand(PROMPTS, 1), 0)
     assert {x.shape[0] for x in jax.tree.leaves(batch.state)} == {3}
     assert batch.state.watched.since.tolist() == [0, 0, 0]

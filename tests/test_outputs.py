@@ -17,8 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from referee_jax import config, disk, formats, gallery, outputs, queue
+from referee_jax import config, disk, formats, gallery, outputs
+from referee_jax import items as items_lib
 from referee_jax.benchmarks import layouts, measures
+from referee_jax.items import Item
 from tests import conftest
 
 SETTINGS = config.from_config({"seed": 7, "image_size": 16})
@@ -26,7 +28,7 @@ SETTINGS = config.from_config({"seed": 7, "image_size": 16})
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    item: queue.Item
+    item: Item
     image: np.ndarray
     scores: dict
     status: str = "done"
@@ -36,7 +38,7 @@ class Picture:
 def picture(prompt="a red circle", sample=0, value=0.5, **changes):
     image = np.full((16, 16, 3), value, np.float32)
     image[:8, :, 0] = 0.25
-    return Picture(queue.Item(prompt, sample), image, {"cosine": 0.125, "held_out": 0.5}, **changes)
+    return Picture(Item(prompt, sample), image, {"cosine": 0.125, "held_out": 0.5}, **changes)
 
 
 def lines(path):
@@ -48,7 +50,7 @@ def test_an_image_and_its_line(tmp_path):
     prompt = 'the "café" / 🙂'
     assert run.write(picture(prompt, 3), seconds=1.5) == "done"
     (record,) = lines(run.journal)
-    name = queue.Item(prompt, 3).id
+    name = Item(prompt, 3).id
     assert record.pop("time").endswith("Z")
     assert record == {
         "file_name": f"images/{name}.png", "text": prompt, "id": name, "sample": 3, "seed": 7,
@@ -79,7 +81,7 @@ def test_a_watched_image_and_its_line(tmp_path):
 def test_settings_in_the_image(tmp_path):
     run = outputs.RunDirectory.open(tmp_path / "run", SETTINGS)
     run.write(picture("ü 🙂"), seconds=1)
-    file = run.image_file(queue.Item("ü 🙂", 0).id)
+    file = run.image_file(Item("ü 🙂", 0).id)
     read = formats.read_settings(file)
     assert (read["text"], read["seed"], read["scores"]["held_out"]) == ("ü 🙂", 7, 0.5)
     assert read["fingerprint"] == config.fingerprint(SETTINGS)
@@ -153,7 +155,7 @@ def test_an_item_needs_its_line_and_its_image(tmp_path):
     run = outputs.RunDirectory.open(tmp_path, SETTINGS)
     for sample in range(3):
         run.write(picture(sample=sample), seconds=1)
-    names = [queue.Item("a red circle", sample).id for sample in range(3)]
+    names = [Item("a red circle", sample).id for sample in range(3)]
     run.image_file(names[0]).unlink()
     kept = [line for line in run.journal.read_text().splitlines() if names[1] not in line]
     run.journal.write_text("\n".join(kept) + "\n")
@@ -190,7 +192,7 @@ def test_a_journal_cut_at_any_byte(finished, data):
     run = outputs.RunDirectory.open(copy, SETTINGS)
     assert run.done() == complete
     run.write(picture("new"), seconds=1)
-    assert {x["id"] for x in lines(run.journal)} == complete | {queue.Item("new", 0).id}
+    assert {x["id"] for x in lines(run.journal)} == complete | {Item("new", 0).id}
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def test_each_process_has_a_journal_and_all_read_all(tmp_path):
     ]
     assert [x["event"] for x in lines(tmp_path / "log.jsonl")] == ["start"] * 3
     for run in runs:
-        assert run.done() == {queue.Item("a red circle", n).id for n in range(3)}
+        assert run.done() == {Item("a red circle", n).id for n in range(3)}
         assert [x["sample"] for x in run.finished()] == [0, 1, 2]
     assert [entry.sample for entry in layouts.read_run(tmp_path)] == [0, 1, 2]
     runs[0].merge()
@@ -231,7 +233,7 @@ def test_an_image_that_two_made_counts_once(tmp_path):
 def test_claims_of_the_dead_go_at_the_end(tmp_path):
     """Where what they had was taken up by another start; of what is not done they stay."""
     run = outputs.RunDirectory.open(tmp_path, SETTINGS)
-    dead, items = run.place.claims(900), queue.items(["a red circle"], 2)
+    dead, items = run.place.claims(900), items_lib.expand(["a red circle"], 2)
     assert all(map(dead.take, items))
     run.write(picture(), seconds=1)
     run.merge()
@@ -283,7 +285,7 @@ def test_a_start_leaves_alone_what_others_write(tmp_path):
         crashed.file.close()
         writer._shard = None
     run = outputs.RunDirectory.open(tmp_path, SETTINGS)
-    assert run.done() == {queue.Item("a red circle", 0).id} == {x["id"] for x in lines(run.journal)}
+    assert run.done() == {Item("a red circle", 0).id} == {x["id"] for x in lines(run.journal)}
     assert [x for x in tmp_path.rglob("*") if x.name.startswith(".")] == []
 
 
@@ -430,7 +432,7 @@ def test_a_damaged_picture_spoils_no_sheet(tmp_path):
     run = outputs.RunDirectory.open(tmp_path, SETTINGS)
     for sample in (0, 1):
         run.write(picture(sample=sample), seconds=1)
-    run.image_file(queue.Item("a red circle", 1).id).write_bytes(b"no picture")
+    run.image_file(Item("a red circle", 1).id).write_bytes(b"no picture")
     with Image.open(run.contact_sheet()) as sheet:
         assert (0xBB, 0xBB, 0xBB) in {colour for _, colour in sheet.convert("RGB").getcolors(1 << 24)}
     assert gallery.write(run).read_text().count("data:image/webp") == 1

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from referee_jax import config, inverter, queue, sizes
+from referee_jax import config, inverter, items, sizes
 
 
 @pytest.mark.slow
@@ -24,7 +24,7 @@ def test_one_step():
     assert sum(x.size for x in jax.tree.leaves(parts)) > 2.0e9
     engine = inverter.Inverter(settings, networks.prior, networks.judges, jax.devices()[:1])
     assert engine.plan.latent == (64, 64, 4)
-    batch = engine.begin(queue.items(["a red circle and a blue square"], 1), 0)
+    batch = engine.begin(items.expand(["a red circle and a blue square"], 1), 0)
     start, begin = np.asarray(batch.state.latents), time.monotonic()
     batch, metrics = engine.advance(batch)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from referee_jax import progress
+from referee_jax import console
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Seconds, in a list of one."""
     now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -20,30 +20,30 @@ def told(capsys):
 
 def test_a_line_now_and_then(clock, capsys):
     """However many batches there are; and at the end how far it came."""
-    with progress.shown(10_000, 4) as bar:
+    with console.shown(10_000, 4) as bar:
         for _ in range(1250):
             for _ in range(2):
                 clock[0] += 1.0
                 bar.advance(8 * 2, {"loss": np.ones(8)})
             bar.finished(8)
     lines = told(capsys)
-    assert 2500 / progress.SECONDS_BETWEEN_LINES - 5 < len(lines) < 2500 / progress.SECONDS_BETWEEN_LINES + 5
+    assert 2500 / console.SECONDS_BETWEEN_LINES - 5 < len(lines) < 2500 / console.SECONDS_BETWEEN_LINES + 5
     assert lines[0] == "120/10000 images, 496/40000" and lines[-1] == "10000/10000 images, 40000/40000"
 
 
 def test_the_last_line_is_told_once(clock, capsys):
     """Also of a run that ends before its time, by an exception; not where the last batch was told of."""
-    with pytest.raises(KeyboardInterrupt), progress.shown(9, 2) as bar:
+    with pytest.raises(KeyboardInterrupt), console.shown(9, 2) as bar:
         bar.advance(3 * 2, {})
         bar.finished(3)
         assert told(capsys) == []
         raise KeyboardInterrupt
     assert told(capsys) == ["3/9 images, 6/18"]
-    with progress.shown(3, 2) as bar:
+    with console.shown(3, 2) as bar:
         bar.advance(3 * 2, {})
-        clock[0] += 1.0 + progress.SECONDS_BETWEEN_LINES
+        clock[0] += 1.0 + console.SECONDS_BETWEEN_LINES
         bar.finished(3)
     assert told(capsys) == ["3/3 images, 6/6"]
-    with progress.shown(3, 2):
+    with console.shown(3, 2):
         pass
     assert told(capsys) == []

@@ -7,6 +7,7 @@ import pytest
 import transformers
 
 from referee_jax import prompts
+from referee_jax.runs import prompt_file
 from referee_jax.shapes import tokens
 
 
@@ -27,7 +28,7 @@ def test_a_file_of_all_sorts(tmp_path):
         b"a red circle\n"
         b"tab\there\n" + "👩‍🚀 rides, “quoted”\u2028one line\n".encode() + b"x" * 2001 + b"\nlast/no end"
     )
-    kept, rejected = prompts.sift(prompts.read_prompts(file))
+    kept, rejected = prompt_file.sift(prompt_file.read_prompts(file))
     assert kept == ["a red circle", "a blue square", "👩‍🚀 rides, “quoted”\u2028one line", "last/no end"]
     assert [(x.where, x.reason) for x in rejected] == [
         ("line 2 of list.txt", "blank"),
@@ -43,25 +44,25 @@ def test_a_file_of_all_sorts(tmp_path):
 def test_empty_file_and_last_line(tmp_path):
     file = tmp_path / "empty.txt"
     file.write_bytes(b"")
-    assert prompts.read_prompts(file) == []
+    assert prompt_file.read_prompts(file) == []
     file.write_bytes(b"one\ntwo\n")
-    assert [entry.text for entry in prompts.read_prompts(file)] == ["one", "two"]
+    assert [entry.text for entry in prompt_file.read_prompts(file)] == ["one", "two"]
 
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(prompts.PromptError, match=r"none.txt cannot be read: No such file"):
-        prompts.read_prompts(tmp_path / "none.txt")
+        prompt_file.read_prompts(tmp_path / "none.txt")
     with pytest.raises(prompts.PromptError, match="cannot be read: Is a directory"):
-        prompts.read_prompts(tmp_path)
+        prompt_file.read_prompts(tmp_path)
     file = tmp_path / "wide.txt"
     file.write_text("a red circle", encoding="utf-16")
     with pytest.raises(prompts.PromptError, match="is UTF-16; save it as UTF-8"):
-        prompts.read_prompts(file)
+        prompt_file.read_prompts(file)
 
 
 @pytest.mark.parametrize("text", ["a", "ä", "🙂", "a" * 2000, "two\u00a0words", "👨‍👩‍👧"])
 def test_good_prompts(text):
-    assert prompts.check(text) is None
+    assert prompt_file.check(text) is None
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_good_prompts(text):
     ],
 )
 def test_bad_prompts(text, reason):
-    assert prompts.check(text) == reason
+    assert prompt_file.check(text) == reason
 
 
 def test_tokens(tokenizer):

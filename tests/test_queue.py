@@ -10,37 +10,39 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from referee_jax import items as items_lib
 from referee_jax import queue
+from referee_jax.items import Item, Part
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=300)  # lone surrogates too
 
 
 def test_ids_are_what_they_were():
     # A run directory of an earlier version must be recognised: these may never change.
-    assert queue.Item("a red circle", 0).id == "a_red_circle-a1e4a280-s000"
-    assert queue.Item("a red circle", 0).prompt_id == 0xA1E4A280
-    assert queue.Item("A man's hat, 2 x.", 0).id == "A_man_s_hat_2_x-34782459-s000"
-    assert queue.Item('a/b\\c: "q" 🙂 é', 12).id == "a_b_c_q_e-b0e037bd346008fd-s012"
-    assert queue.Item("红色的圆", 1000).id == "prompt-4e9a0a4b919417c5-s1000"
+    assert Item("a red circle", 0).id == "a_red_circle-a1e4a280-s000"
+    assert Item("a red circle", 0).prompt_id == 0xA1E4A280
+    assert Item("A man's hat, 2 x.", 0).id == "A_man_s_hat_2_x-34782459-s000"
+    assert Item('a/b\\c: "q" 🙂 é', 12).id == "a_b_c_q_e-b0e037bd346008fd-s012"
+    assert Item("红色的圆", 1000).id == "prompt-4e9a0a4b919417c5-s1000"
 
 
 @given(ANY_TEXT, st.integers(0, 10**6))
 def test_ids_are_file_names(prompt, sample):
-    name = queue.Item(prompt, sample).id
+    name = Item(prompt, sample).id
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_]{0,59}-([0-9a-f]{8}){1,2}-s[0-9]{3,7}", name)
     assert len(name.encode()) <= 86  # a member of a tar, with its ending, may have 100
-    assert queue.Item(prompt, sample).id == name
+    assert Item(prompt, sample).id == name
 
 
 @given(st.lists(st.tuples(ANY_TEXT, st.integers(0, 2000)), unique=True, max_size=20))
 def test_ids_tell_items_apart(pairs):
     # Also on a file system that takes upper for lower case.
-    assert len({queue.Item(*pair).id.lower() for pair in pairs}) == len(pairs)
+    assert len({Item(*pair).id.lower() for pair in pairs}) == len(pairs)
 
 
 def test_prompts_that_look_the_same_are_told_apart():
     texts = ["a cat", "A cat", "a  cat", "a-cat", "a cat ", "a" * 100, "a" * 101, "猫", "犬"]
-    assert len({queue.Item(text, 0).id.lower() for text in texts}) == len(texts)
+    assert len({Item(text, 0).id.lower() for text in texts}) == len(texts)
 
 
 THINGS = [
@@ -59,33 +61,33 @@ LONG = "a photograph, taken from far away on a rainy day in autumn, of "
 )
 def test_a_hundred_thousand_prompts_are_told_apart(prompts, pair):
     """Where 32 bits of a hash do not: in both lists two prompts have the same."""
-    assert set(pair) < set(prompts) and len({queue.Item(prompt, 0).prompt_id for prompt in pair}) == 1
-    assert len({queue.Item(prompt, 0).id.lower() for prompt in prompts}) == len(prompts) > 99_999
+    assert set(pair) < set(prompts) and len({Item(prompt, 0).prompt_id for prompt in pair}) == 1
+    assert len({Item(prompt, 0).id.lower() for prompt in prompts}) == len(prompts) > 99_999
 
 
 @given(st.lists(ANY_TEXT, unique=True, max_size=12), st.integers(1, 3), st.integers(1, 5), st.data())
 def test_what_is_missing_is_done_once(prompts, samples, size, data):
-    wanted = queue.items(prompts, samples)
+    wanted = items_lib.expand(prompts, samples)
     assert len(wanted) == len(prompts) * samples
     done = {item.id for item in wanted if data.draw(st.booleans())}
-    batches = list(queue.batches(queue.missing(wanted, done), size))
+    batches = list(items_lib.batches(items_lib.missing(wanted, done), size))
     assert all(len(batch) == size for batch in batches[:-1]) and all(batches)
     assert [item for batch in batches for item in batch] == [item for item in wanted if item.id not in done]
 
 
 @given(st.integers(0, 40), st.integers(1, 7))
 def test_shares_are_a_partition(count, processes):
-    wanted = queue.items(list(map(str, range(count))), 1)
-    shares = [queue.share(wanted, index, processes) for index in range(processes)]
+    wanted = items_lib.expand(list(map(str, range(count))), 1)
+    shares = [items_lib.share(wanted, index, processes) for index in range(processes)]
     assert sorted(item for own in shares for item in own) == sorted(wanted)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-ITEMS = queue.items(list("abcdef"), 1)
+ITEMS = items_lib.expand(list("abcdef"), 1)
 
 
 def begun(items, step):
-    return queue.Part(tuple(items), step, {"x": np.array([item.prompt_id for item in items])})
+    return Part(tuple(items), step, {"x": np.array([item.prompt_id for item in items])})
 
 
 @given(
@@ -116,7 +118,7 @@ def test_what_is_put_back_comes_first():
     ]
     fresh = work.take(2)
     work.put_back(fresh)
-    assert work.take(3) == queue.Part((*fresh.items, ITEMS[2]))
+    assert work.take(3) == Part((*fresh.items, ITEMS[2]))
 
 
 def test_what_others_have_begun_is_not_waited_for(tmp_path, monkeypatch):
@@ -126,7 +128,7 @@ def test_what_others_have_begun_is_not_waited_for(tmp_path, monkeypatch):
     waited = []
     monkeypatch.setattr(queue.time, "sleep", waited.append)
     work = queue.Work(ITEMS, [begun([item], 7) for item in ITEMS[:4]], claims=two)
-    assert work.take(2, before_waiting=lambda: waited.append("commit")) == queue.Part(tuple(ITEMS[4:]))
+    assert work.take(2, before_waiting=lambda: waited.append("commit")) == Part(tuple(ITEMS[4:]))
     assert not waited
 
 
@@ -206,7 +208,7 @@ def test_an_expired_claim_is_taken_over_once(tmp_path):
 def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch, hours):
     """A worker's own clock, put forward or back: claims age by that of the file system."""
     one, two = queue.Claims(tmp_path, 900), queue.Claims(tmp_path, 900)
-    item = queue.Item("a", 0)
+    item = Item("a", 0)
     assert one.take(item)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 3600 * hours)
@@ -220,7 +222,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch, hours):
 def test_a_pool_makes_each_item_once(tmp_path, monkeypatch):
     """Also where one worker dies with a batch in its hands."""
     monkeypatch.setattr(queue, "WAIT", 0.01)
-    items, done, made = queue.items([str(n) for n in range(40)], 1), set(), []
+    items, done, made = items_lib.expand([str(n) for n in range(40)], 1), set(), []
 
     def worker(number):
         claims = queue.Claims(tmp_path, 1.0)

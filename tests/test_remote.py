@@ -12,6 +12,7 @@ import fsspec
 import pytest
 from PIL import Image
 
+from referee_jax import items as items_lib
 from referee_jax import outputs, queue, remote, run
 from tests.bench import kill_fuzz
 from tests.fakes import FakeInverter, colours, command, execute
@@ -147,7 +148,7 @@ def test_processes_share_a_bucket(tmp_path, url, monkeypatch, process):
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         assert list(pool.map(work, range(3))) == [0, 0, 0]
-    assert sorted(begun) == sorted(queue.items([f"number {n}" for n in range(12)], 1))
+    assert sorted(begun) == sorted(items_lib.expand([f"number {n}" for n in range(12)], 1))
     assert finished(url, 12) == colours(tmp_path)
 
 
@@ -166,7 +167,7 @@ def test_what_a_dead_worker_left_in_flight_goes_with_the_last(url):
 def test_claims(url):
     """One owner; given back, or silent for longer than the expiry by the bucket's clock, it may be taken by another."""
     claims = lambda: remote.Claims(remote.Bucket(url), 60, patience=0)  # noqa: E731
-    one, two, (item, other) = claims(), claims(), queue.items(["a", "b"], 1)
+    one, two, (item, other) = claims(), claims(), items_lib.expand(["a", "b"], 1)
     assert one.take(item) and not two.take(item) and two.take(other)
     one.release([item.id])
     two = claims()
@@ -194,7 +195,7 @@ def test_claims(url):
 def test_the_claims_of_others_are_listed_and_not_asked_for_one_by_one(url, monkeypatch):
     """Some requests for any number of them; what is given back is seen at the next look."""
     one, two = (remote.Claims(remote.Bucket(url), 60) for _ in range(2))
-    items = queue.items([str(n) for n in range(50)], 1)
+    items = items_lib.expand([str(n) for n in range(50)], 1)
     assert all(map(one.take, items))
     monkeypatch.setattr(remote.Bucket, "create", None)
     assert not any(map(two.take, items))
@@ -231,7 +232,7 @@ def test_a_merge_of_another_hides_no_line(url, monkeypatch):
 def test_a_claim_given_back_and_taken_by_another_is_left(url, monkeypatch):
     """Between two of our requests."""
     one, two, three = (remote.Claims(remote.Bucket(url), 60, patience=0) for _ in range(3))
-    (item,) = queue.items(["a"], 1)
+    (item,) = items_lib.expand(["a"], 1)
     assert one.take(item)
     modified = remote.Bucket.modified
 
@@ -263,7 +264,7 @@ def test_nothing_is_left_on_the_machine(url, monkeypatch, form):
 @pytest.mark.parametrize("hours", [-24, 24])
 def test_a_clock_that_jumps_changes_nothing(url, monkeypatch, hours):
     one, two = (remote.Claims(remote.Bucket(url), 60, patience=0) for _ in range(2))
-    (item,) = queue.items(["a"], 1)
+    (item,) = items_lib.expand(["a"], 1)
     assert one.take(item)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 3600 * hours)

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from referee_jax import config, formats, generation, outputs, queue, run
+from referee_jax import config, formats, generation, outputs, run
+from referee_jax import items as items_lib
+from referee_jax.items import Item
 from referee_jax.weights import convert
 from tests.fakes import ROOT, FakeInverter, colours, command, execute, lines, pixels, shown
 
@@ -33,7 +35,7 @@ def test_a_chunk_is_the_mean_of_what_there_is(tmp_path):
     run_directory = outputs.RunDirectory.open(tmp_path, config.from_config({}))
     nan = float("nan")
     looked = np.array([[nan, 1.0, nan, 2.0], [nan, nan, nan, nan]], np.float32)
-    generation.log_chunk(run_directory, queue.items(["one", "two"], 1), 4, {"held_out_loss": looked})
+    generation.log_chunk(run_directory, items_lib.expand(["one", "two"], 1), 4, {"held_out_loss": looked})
     assert lines(tmp_path / "log.jsonl")[-1]["metrics"] == {"held_out_loss": [1.5, None]}
 
 
@@ -51,7 +53,7 @@ def test_a_run(tmp_path, capsys):
     chunks = [x for x in lines(work / "log.jsonl") if x["event"] == "chunk"]
     assert [(len(x["items"]), x["step"]) for x in chunks] == [(3, 10), (3, 20), (3, 25), (1, 10), (1, 20), (1, 25)]
     assert chunks[2]["metrics"] == {"loss": [22.0] * 3, "norm": [None] * 3}
-    assert chunks[3]["items"] == [queue.Item("two", 1).id]
+    assert chunks[3]["items"] == [Item("two", 1).id]
     out, err = capsys.readouterr()
     told = out.splitlines()
     assert told[1] == "compiling for fake x 1, 3 images at once"
@@ -71,8 +73,8 @@ def test_done_is_done(tmp_path, capsys):
     assert (code, engine) == (0, None)  # nothing is loaded where nothing is to be made
     assert "2 of 2 images are there already" in capsys.readouterr().out
     code, engine = execute("--prompt=zero", "--prompt=one", "--samples=3", f"--workdir={tmp_path}")
-    assert [item.id for item in engine.begun[0]] == [queue.Item("zero", n).id for n in range(3)]
-    assert engine.begun[1] == (queue.Item("one", 2),)
+    assert [item.id for item in engine.begun[0]] == [Item("zero", n).id for n in range(3)]
+    assert engine.begun[1] == (Item("one", 2),)
     assert before.items() <= pixels(tmp_path).items() and len(pixels(tmp_path)) == 6
 
 
@@ -143,7 +145,7 @@ def test_what_else_may_become_of_a_run_directory(tmp_path, capsys):
     assert execute(*changed, "--resume=never")[0] == 2
     assert "is a run already, and --resume=never" in capsys.readouterr().err
     code, engine = execute(*changed, "--resume=force")
-    assert code == 0 and engine.begun == [(queue.Item("two", 0),)]
+    assert code == 0 and engine.begun == [(Item("two", 0),)]
     assert before.items() <= pixels(tmp_path).items() and len(pixels(tmp_path)) == 2
     events = [x for x in lines(tmp_path / "log.jsonl") if x["event"] == "settings"]
     assert [x["changes"] for x in events] == [["sds.guidance: 30.0 -> 5.0"]]
@@ -202,7 +204,7 @@ def test_a_stop_is_obeyed_after_the_chunk(tmp_path, capsys, call):
     assert capsys.readouterr().err.endswith("and the same command continues\n")
     assert len(pixels(tmp_path / "cut")) == (3 if call > 2 else 0)
     code, engine = execute(*arguments, f"--workdir={tmp_path / 'cut'}")
-    names = [queue.Item(str(n), 0) for n in range(4)]
+    names = [Item(str(n), 0) for n in range(4)]
     resumed = {1: [(tuple(names[:3]), 10)], 2: [(tuple(names[:3]), 20)], 3: [], 4: [(tuple(names[3:]), 10)]}[call]
     assert code == 0 and engine.resumed == resumed
     assert sum(map(len, engine.begun)) == 4 - (3 if call > 2 else 0) - sum(len(items) for items, _ in resumed)
@@ -228,7 +230,7 @@ def test_other_formats_lose_nothing_either(tmp_path, form, call):
 
 def test_trajectories(tmp_path):
     execute("--prompt=one", "--config.outputs.trajectory=True", f"--workdir={tmp_path}")
-    with Image.open(tmp_path / "trajectories" / f"{queue.Item('one', 0).id}.webp") as image:
+    with Image.open(tmp_path / "trajectories" / f"{Item('one', 0).id}.webp") as image:
         assert (image.n_frames, image.size) == (3, (8, 8))
 
 
@@ -242,7 +244,7 @@ def test_a_progress_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
 
 def test_outputs_are_what_the_engine_gave(tmp_path):
     execute("--prompt=one", "--seed=5", "--config.outputs.stretch=False", f"--workdir={tmp_path}")
-    name = queue.Item("one", 0).id
+    name = Item("one", 0).id
     assert colours(tmp_path)[f"{name}.png"] == tuple(hashlib.sha256(b"one 0 5").digest()[:3])
     assert formats.read_settings(tmp_path / "images" / f"{name}.png")["settings"]["steps"] == 25
 

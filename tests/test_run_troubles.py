@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from referee_jax import disk, generation, queue, run, trouble
+from referee_jax.items import Item
 from tests.fakes import ROOT, FakeInverter, colours, command, execute, lines, pixels, shown
 
 MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
@@ -180,7 +181,7 @@ def test_checkpoints_of_another_number_of_processes_go_on(tmp_path):
     stop = generation.Stop()
     end = lambda: setattr(stop, "number", signal.SIGTERM)  # noqa: E731
     execute(*arguments, f"--workdir={tmp_path}", failures={1: end}, stop=stop)
-    items = [queue.Item(str(n), 0) for n in range(3)]
+    items = [Item(str(n), 0) for n in range(3)]
     for index, own in enumerate([(items[0], items[2]), (items[1],)]):
         code, engine = execute(*arguments, f"--workdir={tmp_path}", f"--shard_index={index}", "--shard_count=2")
         assert code == 0 and engine.resumed == [(own, 10)] and not engine.begun
@@ -193,13 +194,13 @@ def test_workers_that_come_and_go(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "WAIT", 0.05)
     execute("--prompt=3", f"--workdir={tmp_path}")
     other = queue.Claims(tmp_path / "claims", 900)
-    item = queue.Item("1", 0)
+    item = Item("1", 0)
     assert other.take(item)
     begun = time.time()
     os.utime(tmp_path / "claims" / f"{item.id}.claim", (begun - 2, begun - 2))
     arguments = [f"--prompt={n}" for n in range(3)]
     code, engine = execute(*arguments, f"--workdir={tmp_path}", "--claim", "--claim_expiry=3")
-    assert code == 0 and engine.begun == [(queue.Item("0", 0), queue.Item("2", 0)), (item,)]
+    assert code == 0 and engine.begun == [(Item("0", 0), Item("2", 0)), (item,)]
     assert time.time() - begun > 0.9
     assert not (tmp_path / "claims").exists()
     other.close()

@@ -10,10 +10,11 @@ import time
 import hypothesis.strategies as st
 from hypothesis import given
 
-from referee_jax import queue, trouble
+from referee_jax import items as items_lib
+from referee_jax import trouble
 
 ROOT = pathlib.Path(__file__).parent.parent
-ITEMS = queue.items(list("abcdef"), 2)
+ITEMS = items_lib.expand(list("abcdef"), 2)
 
 
 @given(st.lists(st.tuples(st.sets(st.sampled_from(ITEMS), min_size=1), st.integers(0, 2)), max_size=20))
@@ -55,8 +56,8 @@ def test_a_fresh_process_is_this_command_once_more(tmp_path):
 
 
 def test_an_environment_holds_a_large_batch():
-    tried = trouble.Tried().after(trouble.DeviceFailed(queue.items(list(map(str, range(4000))), 2), 0, ""))
-    tried = tried.after(trouble.DeviceFailed(queue.items(list(map(str, range(4000))), 2), 0, ""))
+    tried = trouble.Tried().after(trouble.DeviceFailed(items_lib.expand(list(map(str, range(4000))), 2), 0, ""))
+    tried = tried.after(trouble.DeviceFailed(items_lib.expand(list(map(str, range(4000))), 2), 0, ""))
     assert len(tried.failed) == 8000 and len(tried.to_json()) < 128 * 1024
     assert trouble.Tried.read({trouble.VARIABLE: tried.to_json()}) == tried
 

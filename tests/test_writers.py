@@ -9,18 +9,19 @@ import time
 import numpy as np
 import pytest
 
-from referee_jax import config, disk, formats, outputs, queue, writers
+from referee_jax import config, disk, formats, outputs, writers
+from referee_jax.items import Item
 from tests.test_outputs import Picture
 
 FORMATS = "png", "webp", "webdataset"
 
 
 def picture(sample=0, prompt="a red circle"):
-    return Picture(queue.Item(prompt, sample), np.full((16, 16, 3), sample % 256 / 255, np.float32), {"cosine": 0.125})
+    return Picture(Item(prompt, sample), np.full((16, 16, 3), sample % 256 / 255, np.float32), {"cosine": 0.125})
 
 
 def ids(samples):
-    return [queue.Item("a red circle", n).id for n in samples]
+    return [Item("a red circle", n).id for n in samples]
 
 
 def directory(path, kind="png", **changes):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
+from referee_jax import console
 from referee_jax.benchmarks import statistics
 
 
@@ -76,4 +77,4 @@ def table(found: dict[str, Agreement]) -> str:
         for name, x in found.items()
     }  # fmt: skip
     columns = ["score", "rank correlation with right", "right before wrong", "of one prompt", "images"]
-    return statistics.markdown(columns, rows)
+    return console.markdown(columns, rows)

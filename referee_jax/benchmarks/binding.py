@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from referee_jax import command, config, referees
+from referee_jax import cli, config, console, referees
 from referee_jax.benchmarks import shapes, statistics
 from referee_jax.shapes import world
 
@@ -94,14 +94,14 @@ def table(args) -> str:
         asked = [losses(judge, loss, scenes(args.category, split, args.scenes, args.seed)) for split in splits]
         rows[f"{checkpoint}, {loss}"] = [share for kind in zip(*map(shares, asked), strict=True) for share in kind]
         logging.info("%s", checkpoint)
-    return statistics.markdown(["referee", *(f"{kind}, {x}" for kind in ("swap", "near") for x in splits)], rows)
+    return console.markdown(["referee", *(f"{kind}, {x}" for kind in ("swap", "near") for x in splits)], rows)
 
 
 def main(args: flags.FlagValues) -> str:
     """The command line."""
     if not args.referee:
         raise ValueError("--referee=DIRECTORY_OR_ID is needed, as often as you like")
-    command.prepare(args.device)
+    cli.prepare(args.device)
     return table(args)
 
 
@@ -111,5 +111,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum("category", "colour", CATEGORIES, "of the captions")
     flags.DEFINE_integer("scenes", 192, "of each split", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of the scenes")
-    command.define_device()
-    command.start(main)
+    cli.define_device()
+    cli.start(main)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import command, config, disk, formats, inverter, queue
+from referee_jax import cli, config, disk, formats, inverter, items
 from referee_jax.benchmarks import report, shapes, statistics
 from referee_jax.shapes import world
 
@@ -104,7 +104,7 @@ def measure(
     limit: int | None = None,
 ) -> list[dict]:
     """The records of one row, category and split, {prompt, sample, right, quality}; what `out` has already is not made again."""
-    wanted = queue.items(shapes.prompts(category, split)[:limit], settings.samples)
+    wanted = items.expand(shapes.prompts(category, split)[:limit], settings.samples)
     name = f"{row.replace(' ', '_')}-{category}-{split}"
     file = out / f"{name}.jsonl"
     disk.mend(file)
@@ -189,16 +189,16 @@ def compare(args: flags.FlagValues) -> str:
 
 def main(args: flags.FlagValues) -> str:
     """The command line."""
-    command.prepare(args.device)
+    cli.prepare(args.device)
     return compare(args)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", "configs/shapes.py", "file of settings")
-    command.define_device()
+    cli.define_device()
     flags.DEFINE_integer("samples", 2, "pictures per prompt", lower_bound=1)
     flags.DEFINE_integer("limit", None, "only the first so many prompts of each list", lower_bound=1)
     flags.DEFINE_multi_enum("category", ["colour"], ["all", *world.CATEGORIES], "of the prompts; may be repeated")
     flags.DEFINE_multi_enum("rows", None, list(ROWS), "only these rows")
     flags.DEFINE_string("out", "runs/methods", "directory of records and pictures")
-    command.start(main)
+    cli.start(main)

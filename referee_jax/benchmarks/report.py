@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import logging
 
-from referee_jax import disk
+from referee_jax import console, disk
 from referee_jax.benchmarks import statistics
 
 Rows = Mapping[str, Mapping[str, statistics.Mean]]  # row -> score -> mean
@@ -15,7 +15,7 @@ Rows = Mapping[str, Mapping[str, statistics.Mean]]  # row -> score -> mean
 
 def table(found: Rows, first: str, names: Sequence[str]) -> str:
     """A row for each, a column for each of the scores `names`, as Markdown; the column of the rows' names is called `first`."""
-    return statistics.markdown(
+    return console.markdown(
         [first, *names], {row: [own.get(name, "-") for name in names] for row, own in found.items()}
     )
 

@@ -1,6 +1,6 @@
 """Means over a benchmark, with what is known of them: bootstrap intervals over prompts, and tables."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,10 +54,3 @@ def mean_of_means(groups: Sequence[Iterable[tuple[Hashable, float]]]) -> Mean:
 def resamples(count: int, seed: int = 0) -> np.ndarray:
     """The bootstrap's draws with replacement of `count` things, int `[DRAWS, count]`; always the same ones for a `seed`."""
     return np.random.default_rng(seed).integers(count, size=(DRAWS, count))
-
-
-def markdown(columns: Sequence[str], rows: Mapping[str, Sequence[object]]) -> str:
-    """A table, one line per row: its name, then a cell for each of the other columns."""
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join([name, *map(str, cells)])} |" for name, cells in rows.items()]
-    return "\n".join(lines) + "\n"

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from absl import flags, logging
 
-from referee_jax import command
+from referee_jax import cli
 from referee_jax.shapes import recipes_generator, recipes_referees
 from referee_jax.shapes.recipes_referees import Batch
 
@@ -170,4 +170,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("workers", 1, "processes that draw batches, a tenth of a second each", lower_bound=1)
     flags.DEFINE_string("out", "shapes_networks", "directory that the trained networks are written to")
     flags.DEFINE_string("workdir", "shapes_training", "directory of the training's checkpoints")
-    command.start(main)
+    cli.start(main)

@@ -21,7 +21,7 @@ from absl import logging
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
-from referee_jax import progress
+from referee_jax import console
 from referee_jax.weights.convert import WeightsError
 
 TRIES = 4
@@ -49,7 +49,7 @@ def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str
             directory = _download(name, revision, patterns)
     except (OSError, hub_errors.HTTPError, hub_errors.HFValidationError) as error:
         raise WeightsError(
-            f"{name} is not a local directory, and getting it from the Hugging Face hub failed ({progress.first_line(error)}); "
+            f"{name} is not a local directory, and getting it from the Hugging Face hub failed ({console.first_line(error)}); "
             f"where there is a network, run: {download_command(name, revision, [*patterns, CARD])}"
         ) from error
     _check_sizes(directory, name, revision)
@@ -103,7 +103,7 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
             wait = _wait(error, tries)
             if wait is None or tries == TRIES:
                 raise
-            logging.warning("%s (try %d of %d); again in %.0f s", progress.first_line(error), tries, TRIES, wait)
+            logging.warning("%s (try %d of %d); again in %.0f s", console.first_line(error), tries, TRIES, wait)
         time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 

@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from referee_jax import progress
+from referee_jax import console
 from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
 from referee_jax.weights import configs, convert, hub
 from referee_jax.weights.convert import WeightsError
@@ -263,7 +263,7 @@ def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, subfo
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more special
-        raise WeightsError(f"{directory}: no tokenizer can be read here ({progress.first_line(error)})") from error
+        raise WeightsError(f"{directory}: no tokenizer can be read here ({console.first_line(error)})") from error
 
 
 def load_image_processor(path_or_id: str | Path, *, revision: str | None = None):
@@ -276,9 +276,7 @@ def load_image_processor(path_or_id: str | Path, *, revision: str | None = None)
     try:
         return transformers.AutoImageProcessor.from_pretrained(directory, **options)
     except Exception as error:  # it raises whatever the configuration makes it
-        raise WeightsError(
-            f"{directory}: no image processor can be read here ({progress.first_line(error)})"
-        ) from error
+        raise WeightsError(f"{directory}: no image processor can be read here ({console.first_line(error)})") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

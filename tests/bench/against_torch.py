@@ -31,7 +31,7 @@ import torch
 import transformers
 from torch import nn
 
-from referee_jax import assembly, config, devices, inverter, queue, referees, sizes
+from referee_jax import assembly, config, devices, inverter, items, referees, sizes
 from tests.oracles import inversion as oracle
 from tests.oracles import judges
 
@@ -77,7 +77,7 @@ def ours(settings: config.Settings, runs: int) -> Measured:
     else:
         sized = sizes.at_random(sizes.abstract(settings))
         engine = inverter.Inverter(settings, sized.prior, sized.judges, there)
-    batch, _ = engine.advance(engine.begin(queue.items([PROMPT], engine.batch_size), 0))
+    batch, _ = engine.advance(engine.begin(items.expand([PROMPT], engine.batch_size), 0))
     times = []
     for _ in range(runs):
         start = time.monotonic()

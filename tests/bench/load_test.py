@@ -24,7 +24,9 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from referee_jax import command, config, devices, inverter, outputs, prompts, run  # noqa: E402
+from referee_jax import config, devices, inverter, outputs, run  # noqa: E402
+from referee_jax.runs.command import Command  # noqa: E402
+from referee_jax.runs.prompt_file import Entry  # noqa: E402
 
 LIMIT = 1.05
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -117,10 +119,10 @@ def measure(
     make = NoiseEngine if engine == "fake" else inverter.Inverter.from_config
     colours, shapes = ("red", "blue", "green", "yellow"), ("circle", "square", "ring", "star")
     texts = [f"{n}: a {colours[n % 4]} {shapes[n // 4 % 4]}" for n in range(items)]
-    entries = tuple(prompts.Entry(text, f"line {n}") for n, text in enumerate(texts, 1))
+    entries = tuple(Entry(text, f"line {n}") for n, text in enumerate(texts, 1))
     with Memory(items) as memory:
         start = time.monotonic()
-        code = run.main(command.Command(settings, entries, workdir), load=lambda settings: memory.count(make(settings)))
+        code = run.main(Command(settings, entries, workdir), load=lambda settings: memory.count(make(settings)))
         seconds = time.monotonic() - start
     size = sum(file.stat().st_size for folder in outputs.FOLDERS for file in (workdir / folder).glob("*"))
     start = time.monotonic()

@@ -19,8 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from referee_jax import bench, config, cost, devices, outputs, sizes
-from referee_jax.benchmarks import statistics
+from referee_jax import bench, config, console, cost, devices, outputs, sizes
 
 COUNTS = (1, 2, 4, 8)
 # Whether the config's generator is the shapes world's -> the referees that are added to its own.
@@ -95,8 +94,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     }
     return "\n".join(
         [
-            statistics.markdown(["an iteration of", "ms", "GFLOP", "GFLOP/s"], shown),
-            statistics.markdown(["axis", "ms per GFLOP added", "of all of the last row", "ratio", "monotone"], summed),
+            console.markdown(["an iteration of", "ms", "GFLOP", "GFLOP/s"], shown),
+            console.markdown(["axis", "ms per GFLOP added", "of all of the last row", "ratio", "monotone"], summed),
         ]
     )
 

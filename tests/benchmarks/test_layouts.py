@@ -11,8 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from referee_jax import config, disk, outputs, queue
+from referee_jax import config, disk, items, outputs
 from referee_jax.benchmarks import layouts
+from referee_jax.items import Item
 
 PROMPTS = ["a red star and a blue circle", "a blue star. And a café", "3 stars"]
 METADATA = [{"tag": tag, "include": [], "prompt": text} for tag, text in zip("abb", reversed(PROMPTS), strict=True)]
@@ -22,7 +23,7 @@ def images(directory, prompts=PROMPTS, samples=2):
     """One-colour PNGs, all different, with the entries that name them."""
     directory.mkdir(exist_ok=True)
     entries = []
-    for n, item in enumerate(queue.items(prompts, samples)):
+    for n, item in enumerate(items.expand(prompts, samples)):
         file = directory / f"{item.id}.png"
         Image.fromarray(np.full((2, 2, 3), n, np.uint8)).save(file)
         entries.append(layouts.Entry(file, item.prompt, item.sample))
@@ -58,7 +59,7 @@ def answer(directory, folder, answers):
 def test_a_run_directory_is_read_in_the_journals_order(tmp_path):
     run = outputs.RunDirectory.open(tmp_path / "run", config.from_config({"image_size": 16}))
     assert layouts.read_run(run.path) == []
-    lines = [queue.Item("b", 1), queue.Item("a", 0), queue.Item("b", 0), queue.Item("lost", 0), queue.Item("b", 1)]
+    lines = [Item("b", 1), Item("a", 0), Item("b", 0), Item("lost", 0), Item("b", 1)]
     for n, item in enumerate(lines):
         status = "nonfinite" if n == 1 else "done"
         record = {"file_name": f"images/{item.id}.png", "text": item.prompt, "sample": item.sample, "status": status}
@@ -69,7 +70,7 @@ def test_a_run_directory_is_read_in_the_journals_order(tmp_path):
         file.write('{"file_name": "images/other.png"}\n{"half')
     found = layouts.read_run(run.path)
     assert [(x.prompt, x.sample) for x in found] == [("b", 1), ("a", 0), ("b", 0)]
-    assert all(x.file == run.image_file(queue.Item(x.prompt, x.sample).id) for x in found)
+    assert all(x.file == run.image_file(Item(x.prompt, x.sample).id) for x in found)
 
 
 def test_another_directory_is_no_run(tmp_path):

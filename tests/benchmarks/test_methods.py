@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from referee_jax import config, inverter, queue
+from referee_jax import config, inverter
+from referee_jax import items as items_lib
 from referee_jax.benchmarks import methods, shapes
 from referee_jax.shapes import world
 
@@ -26,7 +27,7 @@ class Engine:
     def make(self, engine, texts, samples, seed):
         """As the rows of methods.ROWS."""
         self.asked += texts
-        items = queue.items(texts, samples)
+        items = items_lib.expand(texts, samples)
         images = []
         for item in items:
             things = world.parse(item.prompt).things[: 1 if item.sample else None]

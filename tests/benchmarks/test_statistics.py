@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from referee_jax import console
 from referee_jax.benchmarks import statistics
 
 
@@ -33,7 +34,7 @@ def test_of_nothing():
 
 
 def test_markdown():
-    table = statistics.markdown(["method", "seen"], {"a": [statistics.mean([("p", 1)])], "b": ["-"]})
+    table = console.markdown(["method", "seen"], {"a": [statistics.mean([("p", 1)])], "b": ["-"]})
     assert table == "| method | seen |\n|---|---|\n| a | 1.000 (1.00..1.00) |\n| b | - |\n"
 
 

@@ -4,13 +4,11 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TextIO
 
 import numpy as np
 import tqdm
-
-from referee_jax import prompts
 
 SECONDS_BETWEEN_LINES = 30  # of progress, where it is not a terminal that reads it
 SHOWN_METRICS = 4
@@ -20,7 +18,7 @@ def say(text: str, *, file: TextIO | None = None) -> None:
     """Prints a line, without what would steer a terminal; where nobody reads any more (`| head`), the work goes on silently."""
     file = file or sys.stdout
     try:
-        tqdm.tqdm.write(prompts.printable(text, file.encoding), file=file)
+        tqdm.tqdm.write(printable(text, file.encoding), file=file)
         file.flush()
     except BrokenPipeError:
         # What is still in the buffer would raise again at exit.
@@ -114,3 +112,22 @@ def mean(metric: np.ndarray) -> np.ndarray:
 def first_line(error: Exception) -> str:
     """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def markdown(columns: Sequence[str], rows: Mapping[str, Sequence[object]]) -> str:
+    """A table, one line per row: its name, then a cell for each of the other columns."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join([name, *map(str, cells)])} |" for name, cells in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def printable(text: str, encoding: str | None = None) -> str:
+    """`text` for a terminal: what would steer it, or has no place in its encoding, as an escape; lines stay lines."""
+    encoding = encoding or "utf-8"
+    plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return plain.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def fail(code: int, text: str) -> int:
+    say(f"error: {text}", file=sys.stderr)
+    return code

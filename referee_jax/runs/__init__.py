@@ -1,0 +1,1 @@
+"""Runs: which process makes which images, and when."""

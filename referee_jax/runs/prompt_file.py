@@ -1,0 +1,89 @@
+"""Files of prompts: how they are read, and what can be wrong with one."""
+
+import dataclasses
+import os
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+from referee_jax import prompts
+
+LONGEST = 2000  # characters; the longest text encoder reads 77 tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A prompt as it was given, and where: "line 3 of prompts.txt". None is a text that could not be read."""
+
+    text: str | None
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A prompt that was left out, and why."""
+
+    text: str
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        shown = f" ({self.text[:60]!r})" if self.text else ""
+        return f"{self.where}{shown}: {self.reason}"
+
+
+def read_prompts(file: str | os.PathLike) -> list[Entry]:
+    """One entry per line of a UTF-8 text file, as it stands; PromptError where the file cannot be read."""
+    path = Path(file)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise prompts.PromptError(f"the prompt file {path} cannot be read: {error.strerror or error}") from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise prompts.PromptError(f"the prompt file {path} is UTF-16; save it as UTF-8")
+    # By bytes: str.splitlines would also end a line at U+2028 and the like.
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            text = None
+        entries.append(Entry(text, f"line {number} of {path.name}"))
+    return entries
+
+
+def clean(text: str) -> str:
+    """The prompt without white space around it; all else is the user's."""
+    return text.strip()
+
+
+def check(text: str) -> str | None:
+    """Why this text cannot be a prompt, or None."""
+    if not text.strip():
+        return "blank"
+    if len(text) > LONGEST:
+        return f"{len(text)} characters, at most {LONGEST} are allowed"
+    for place, character in enumerate(text, 1):
+        # Cc are control characters, Cs lone surrogates. Cf stays: emoji are joined by it.
+        if unicodedata.category(character) in ("Cc", "Cs"):
+            return f"U+{ord(character):04X} at character {place} is a control character or half a character"
+    return None
+
+
+def sift(entries: Iterable[Entry]) -> tuple[list[str], list[Rejected]]:
+    """The usable prompts, cleaned, each once and in order; and those left out, with reasons."""
+    kept: dict[str, str] = {}
+    rejected = []
+    for entry in entries:
+        text = clean(entry.text or "")
+        reason = "not UTF-8" if entry.text is None else check(text)
+        if not reason and text in kept:
+            reason = f"the same as {kept[text]}"
+        if reason:
+            rejected.append(Rejected(text, entry.where, reason))
+        else:
+            kept[text] = entry.where
+    return list(kept), rejected
