@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from referee_jax import devices
+from referee_jax.hardware import chips
 
 GREY = (0.299, 0.587, 0.114)
 ELASTIC_RADIUS = 31  # half width of the elastic transform's Gaussian, in pixels (kornia's kernel of 63)
@@ -77,7 +77,7 @@ def warp(view: Array, x: Array, y: Array) -> Array:
 
     Gathered; or, where a chip is better at products, by one with the weights of all columns for each pixel.
     """
-    if devices.is_dense():
+    if chips.is_dense():
         # The weights are as many as pixels x columns: made again going back, or they were all that is in memory.
         return jax.checkpoint(_dense_warp)(view, *jnp.broadcast_arrays(x, y))
     height, width, channels = view.shape

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import cli, config, console, cost, devices, disk, inverter, items, outputs, parallel, sizes, topology
+from referee_jax import cli, config, console, cost, disk, inverter, items, outputs, parallel, sizes, topology
+from referee_jax.hardware import chips, devices
 
 RUNS = 3  # at least; the median counts
 
@@ -57,7 +58,7 @@ def part(step: cost.Step, piece: cost.Part, batch: int, least: float) -> dict[st
     keys = jax.random.split(jax.random.key(0), batch)
     given = networks, prompt, hyper, jax.random.normal(jax.random.key(1), x.shape), keys
     start = time.monotonic()
-    compiled = jax.jit(fn, compiler_options=devices.compiler_options(jax.default_backend())).lower(*given).compile()
+    compiled = jax.jit(fn, compiler_options=chips.compiler_options(jax.default_backend())).lower(*given).compile()
     compiling = time.monotonic() - start
     return {"seconds": seconds(lambda: compiled(*given), least), "compile": compiling}
 
@@ -92,7 +93,7 @@ def bench(settings: config.Settings, batches: Sequence[int], *, least: float) ->
     rows, asked = [], settings
     lean = cost.estimate(dataclasses.replace(settings, remat="none"))
     for batch in sorted(batches):  # the peak of memory is that of all so far
-        settings = cost.fitting(dataclasses.replace(asked, batch_size=batch), sized, devices.memory(device))
+        settings = cost.fitting(dataclasses.replace(asked, batch_size=batch), sized, chips.memory_limit(device))
         step = cost.make_step(settings, sized)
         for piece in cost.parts(step):
             logging.info("%s, %d at once", piece.name, batch)

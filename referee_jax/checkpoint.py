@@ -23,7 +23,8 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from referee_jax import disk, queue
+from referee_jax import disk
+from referee_jax.hardware import processes
 from referee_jax.items import Item, Part
 
 KEPT = 2
@@ -69,7 +70,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path):
         # A name of its own: rows of an older checkpoint may be what another process goes on with.
-        self.directory, self.own = directory, directory / queue.name_process()
+        self.directory, self.own = directory, directory / processes.name_process()
         self._manager: ocp.CheckpointManager | None = None
 
     def save(self, part: Part, fingerprint: str) -> None:
@@ -100,7 +101,7 @@ class Checkpoints:
 
     def _is_left(self, place: Path) -> bool:
         """Whether nobody is at work on a folder, by its process or by the clock of its file system."""
-        if not queue.is_alive(place.name):
+        if not processes.is_alive(place.name):
             return True
         with contextlib.suppress(OSError):
             os.utime(self.directory)

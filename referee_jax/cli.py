@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from referee_jax import compile_cache, config, console, devices, schema
+from referee_jax import config, console, schema
+from referee_jax.hardware import chips, compile_cache, devices
 
 # config_flags reads the file and sets what is overridden while flags are parsed, and raises what comes.
 FLAG_ERRORS = (flags.Error, AttributeError, LookupError, TypeError, ValueError, SyntaxError, OSError)
@@ -37,7 +38,7 @@ def tell(work: Callable[[], str]) -> int:
         told = str(error)
     except jax.errors.JaxRuntimeError as error:
         told = f"the device failed: {console.first_line(error)[:300]}"
-        if devices.is_memory(error):
+        if chips.is_out_of_memory(error):
             told += "; its memory is too small for so much at once"
     print(console.printable(f"error: {told}", sys.stderr.encoding), file=sys.stderr)
     return 2

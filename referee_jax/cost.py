@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
-from referee_jax import assembly, chips, config, console, inversion, memory, program, sds, sizes, views, watch
+from referee_jax import assembly, config, console, inversion, memory, program, sds, sizes, views, watch
+from referee_jax.hardware import chips
 
 UNKNOWN, MOST = 8, 64  # images at once where the memory is not known, and where it is: more are no faster
 USABLE = 0.9  # of a chip's memory: the rest is the runtime's, and lost between buffers

@@ -10,7 +10,6 @@ import fcntl
 import json
 import math
 import os
-import platform
 import re
 import secrets
 import time
@@ -20,9 +19,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from referee_jax.hardware import processes
+
 PATIENCE = 60.0  # seconds; a process that was stopped while it held a lock holds up nobody longer
 STALE = 600.0  # seconds after which a temporary file is nobody's, where no lock can tell
-HOST = re.sub(r"[^A-Za-z0-9-]+", "-", platform.node())[:63]
 
 
 def now() -> str:
@@ -86,7 +86,7 @@ def open_temporary(path: Path) -> BinaryIO:
     By chance it is nobody else's, also where containers with the same host name count processes each for themselves.
     """
     while True:
-        file = open(path.with_name(f".{path.name}.{HOST}.{secrets.token_hex(6)}.tmp"), "xb", buffering=0)
+        file = open(path.with_name(f".{path.name}.{processes.HOST}.{secrets.token_hex(6)}.tmp"), "xb", buffering=0)
         lock(file)
         if os.fstat(file.fileno()).st_nlink:
             return file
@@ -162,7 +162,7 @@ def abandoned(temporary: Path, clock: float) -> Iterator[BinaryIO | None]:
     with file:
         is_locked = lock(file, 0)
         # The lock of another machine's process is not seen on every network file system.
-        is_of_here = re.search(rf"\.{re.escape(HOST)}\.\w+\.tmp$", temporary.name)
+        is_of_here = re.search(rf"\.{re.escape(processes.HOST)}\.\w+\.tmp$", temporary.name)
         is_old = clock - os.fstat(file.fileno()).st_mtime > STALE
         yield file if is_locked is not False and (is_old or (is_locked and is_of_here)) else None
 

@@ -32,7 +32,8 @@ from absl import app, flags, logging
 from huggingface_hub import constants, errors
 from packaging import requirements
 
-from referee_jax import compile_cache, config, console, cost, devices, outputs, prompts, remote, run, sizes, topology
+from referee_jax import config, console, cost, outputs, prompts, remote, run, sizes, topology
+from referee_jax.hardware import chips, compile_cache, devices
 from referee_jax.runs import prompt_file
 from referee_jax.weights import hub as hub_files
 
@@ -79,7 +80,7 @@ def device(command: run.Command | None) -> list[Finding]:
     found = jax.local_devices()
     told = []
     for device in found:
-        limit = devices.memory(device)
+        limit = chips.memory_limit(device)
         told.append(device.device_kind + (f" ({limit / GB:.1f} GB)" if limit else ""))
     text = ", ".join(f"{told.count(kind)} x {kind}" for kind in dict.fromkeys(told))
     return [Finding("devices", text)]
@@ -189,7 +190,7 @@ def price(command: run.Command | None) -> list[Finding]:
 
     try:
         try:
-            limit = devices.memory(jax.local_devices()[0])
+            limit = chips.memory_limit(jax.local_devices()[0])
         except RuntimeError:  # said by `device`
             limit = None
         settings = cost.fitting(command.settings, sizes.abstract(command.settings), limit)  # as the engine will

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from referee_jax import checkpoint, console, devices, disk, outputs, queue, trouble, writers
+from referee_jax import checkpoint, console, outputs, queue, trouble, writers
+from referee_jax.hardware import chips, processes
 from referee_jax.items import Item, Part
 
 
@@ -79,7 +80,7 @@ class Generator:
                 try:
                     self.make(part, work.claims)
                 except jax.errors.JaxRuntimeError as error:
-                    if not devices.is_memory(error):
+                    if not chips.is_out_of_memory(error):
                         why = console.first_line(error)[:300]
                         self.run.log("device failed", items=[item.id for item in part.items], error=why)
                         raise trouble.DeviceFailed(part.items, self.made.images, why) from error
@@ -158,8 +159,10 @@ class Generator:
 
     def tell_stall(self, seconds: float) -> None:
         """Says and notes who hangs, and at what."""
-        console.say(f"error: {disk.HOST}: nothing has moved for {seconds:.0f} s, at {self.at}; ending", file=sys.stderr)
-        self.run.log("stalled", host=disk.HOST, at=self.at, seconds=round(seconds))
+        console.say(
+            f"error: {processes.HOST}: nothing has moved for {seconds:.0f} s, at {self.at}; ending", file=sys.stderr
+        )
+        self.run.log("stalled", host=processes.HOST, at=self.at, seconds=round(seconds))
         self.run.place.send()
 
     def halve(self, error: jax.errors.JaxRuntimeError) -> None:

@@ -19,22 +19,9 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from referee_jax import (
-    assembly,
-    compile_cache,
-    config,
-    cost,
-    inversion,
-    parallel,
-    program,
-    prompts,
-    referees,
-    sampler,
-    sizes,
-    watch,
-)
-from referee_jax import devices as devices_lib
+from referee_jax import assembly, config, cost, inversion, parallel, program, prompts, referees, sampler, sizes, watch
 from referee_jax import items as items_lib
+from referee_jax.hardware import chips, compile_cache
 from referee_jax.items import Item, Part
 from referee_jax.weights import load
 
@@ -100,7 +87,7 @@ class Inverter:
         devices: Sequence[jax.Device] | None = None,
     ):
         self.mesh, self.tokenizer = assembly.make_mesh(settings, devices), prior.tokenizer
-        limit = devices_lib.memory(self.mesh.devices.flat[0])
+        limit = chips.memory_limit(self.mesh.devices.flat[0])
         self.settings = settings = cost.fitting(settings, sizes.Sized(prior, tuple(judges), ()), limit)
         self.steps, self.chunk = settings.steps, settings.chunk
         self.groups = self.mesh.shape[parallel.AXIS]
@@ -385,7 +372,7 @@ class Inverter:
 
     def _jit(self, fn: Callable, **how: Any) -> Any:
         platform = self.mesh.devices.flat[0].platform
-        return jax.jit(fn, compiler_options=devices_lib.compiler_options(platform), **how)
+        return jax.jit(fn, compiler_options=chips.compiler_options(platform), **how)
 
 
 def _all(values: np.ndarray) -> bool | None:

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from referee_jax.hardware import chips
+
 
 def flops(fn: Callable, *args: Any) -> float:
     """Floating-point operations of `fn(*args)`; arguments are arrays or jax.ShapeDtypeStructs, in any pytrees."""
@@ -59,10 +61,7 @@ def _dot(eqn: core.JaxprEqn) -> float:
     return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
 
 
-# cuDNN's attention, whose programs say nothing of their work -> products of the size of queries x keys. Going back, the
-# probabilities are made again.
-CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
-_ATTENTION = {CUDNN_FORWARD: 2, CUDNN_BACKWARD: 5}
+_ATTENTION = {chips.CUDNN_FORWARD: 2, chips.CUDNN_BACKWARD: 5}
 
 
 def _attention(eqn: core.JaxprEqn) -> float:

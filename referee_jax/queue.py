@@ -7,34 +7,15 @@ and go, each takes what nobody has yet (`Claims`). `Work` hands them out batch b
 import collections
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from referee_jax import items as items_lib
+from referee_jax.hardware import processes
 from referee_jax.items import Item, Part
 
 WAIT = 1.0  # seconds between two looks at what others have claimed
-
-
-def name_process() -> str:
-    """A name that no other process has or will have."""
-    return f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
-
-
-def is_alive(name: str) -> bool:
-    """Whether a process of this name may be at work: one of another machine may always."""
-    host, _, rest = name.rpartition("-")[0].rpartition("-")
-    if host != socket.gethostname() or not rest.isdigit():
-        return True
-    try:
-        os.kill(int(rest), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
 
 
 class Claims:
@@ -46,7 +27,7 @@ class Claims:
     """
 
     def __init__(self, directory: Path, expiry: float):
-        self.directory, self.expiry, self.owner = directory, expiry, name_process()
+        self.directory, self.expiry, self.owner = directory, expiry, processes.name_process()
         self.held: dict[str, Path] = {}
         directory.mkdir(parents=True, exist_ok=True)
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import fsspec
 
 from referee_jax import disk, items, queue
+from referee_jax.hardware import processes
 from referee_jax.items import Item
 
 CONTENT = ("images", "shards", "trajectories")
@@ -59,7 +60,7 @@ class Bucket:
     is_remote = True
 
     def __init__(self, url: str):
-        self.name, self.who = url.rstrip("/"), queue.name_process()
+        self.name, self.who = url.rstrip("/"), processes.name_process()
         kind = url.partition("://")[0]
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.name, use_listings_cache=False)

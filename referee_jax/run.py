@@ -27,16 +27,13 @@ from absl import app, flags, logging
 
 from referee_jax import (
     checkpoint,
-    compile_cache,
     config,
     console,
     cost,
-    devices,
     gallery,
     generation,
     inverter,
     outputs,
-    parallel,
     prompts,
     queue,
     remote,
@@ -44,6 +41,7 @@ from referee_jax import (
 )
 from referee_jax import items as items_lib
 from referee_jax.console import say
+from referee_jax.hardware import chips, compile_cache, devices, processes
 from referee_jax.items import Item
 from referee_jax.runs import prompt_file
 from referee_jax.runs.command import Command, CommandError, parse_flags, read_command
@@ -292,7 +290,7 @@ def main(
     except OSError as error:
         return console.fail(1, f"{error}; {keeps}")
     except jax.errors.JaxRuntimeError as error:
-        if devices.is_memory(error):
+        if chips.is_out_of_memory(error):
             return console.fail(
                 1,
                 f"the device's memory is too small even for --config.batch_size=1 (--config.remat=full needs least); {keeps}",
@@ -343,7 +341,7 @@ def _absl_main(argv: list[str]) -> int:
         devices.keep_freed_memory(command.device)
         if command.distributed:  # which must come before any device is looked at
             place = None if remote.is_remote(command.workdir) else Path(command.workdir).expanduser()
-            index, count = parallel.join(command.shard_index, command.shard_count, place)
+            index, count = processes.join(command.shard_index, command.shard_count, place)
             command = dataclasses.replace(command, shard_index=index, shard_count=count)
         device = devices.choose(command.device)
     except (CommandError, config.ConfigError, prompts.PromptError, devices.DeviceError) as error:

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies  # nothing public describes devices that are not there
 
-from referee_jax import chips, config, cost, hlo, inverter, sizes
-from referee_jax import devices as devices_lib
+from referee_jax import config, cost, hlo, inverter, sizes
+from referee_jax.hardware import chips
 
 GIB = 2**30
 # libtpu asks no metadata server which TPU this is, and does not insist on being the only one to use it: no chip is touched.
@@ -145,7 +145,7 @@ def compile_for(settings: config.Settings, name: str) -> Report:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if not devices_lib.is_memory(error):
+        if not chips.is_out_of_memory(error):
             raise
         return dataclasses.replace(report, needed=_asked(str(error)), compiling=time.monotonic() - begun)
     return measured(report, compiled, settings.steps, chip, time.monotonic() - begun)

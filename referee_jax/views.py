@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from referee_jax import augment, devices
+from referee_jax import augment
+from referee_jax.hardware import chips
 
 AUGMENTATIONS = augment.AUGMENTATIONS
 Settings = augment.Settings
@@ -60,7 +61,7 @@ def _pool_axis(image: Array, size: int, axis: int, mode: str) -> Array:
 
 def _taken(image: Array, inputs: np.ndarray, axis: int) -> Array:
     """Rows or columns `inputs` of `[H, W, C]`: gathered, or an exact product with zeros and ones."""
-    if not devices.is_dense():
+    if not chips.is_dense():
         return jnp.take(image, inputs, axis=axis)
     return _mixed(np.eye(image.shape[axis], dtype=np.float32)[inputs], image, axis)
 

@@ -10,7 +10,8 @@ from kornia.augmentation import RandomErasing, RandomResizedCrop
 from kornia.geometry import transform
 from torch.nn import functional
 
-from referee_jax import augment, devices, views
+from referee_jax import augment, views
+from referee_jax.hardware import chips
 from tests.conftest import VIEW_SIZE as SIZE
 from tests.conftest import picture
 
@@ -72,7 +73,7 @@ def affine(image, matrix):
 @pytest.fixture(params=[False, True], ids=["gathered", "dense"])
 def both_ways(request, monkeypatch):
     """Pixels gathered, and as products of matrices, which TPUs are better at."""
-    monkeypatch.setattr(devices, "is_dense", lambda: request.param)
+    monkeypatch.setattr(chips, "is_dense", lambda: request.param)
 
 
 @pytest.mark.usefixtures("both_ways")

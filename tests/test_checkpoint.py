@@ -7,7 +7,8 @@ import socket
 import numpy as np
 import pytest
 
-from referee_jax import checkpoint, items, queue
+from referee_jax import checkpoint, items
+from referee_jax.hardware import processes
 from referee_jax.items import Part
 
 ITEMS = tuple(items.expand(["a cat", "\udcff <b>", "ünï"], 1))
@@ -80,7 +81,13 @@ def test_one_that_its_owner_removes_meanwhile(tmp_path, monkeypatch):
 
 def test_one_that_is_being_written_is_left_to_its_process(tmp_path):
     """Nothing of it can be read yet, by which anything could be known to be done. What nobody is at work on is removed."""
-    names = queue.name_process(), f"{socket.gethostname()}-99999999-aa", "other-host-1-aa", "@other", "old-host-1-aa"
+    names = (
+        processes.name_process(),
+        f"{socket.gethostname()}-99999999-aa",
+        "other-host-1-aa",
+        "@other",
+        "old-host-1-aa",
+    )
     places = [tmp_path / "checkpoints" / name for name in names]
     for place in places:
         (place / "1.orbax-checkpoint-tmp").mkdir(parents=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from referee_jax import compile_cache
+from referee_jax.hardware import compile_cache
 
 
 @pytest.fixture(autouse=True)

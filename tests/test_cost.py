@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from referee_jax import chips, config, cost, devices, doctor, inverter, items, program, sizes
+from referee_jax import config, cost, doctor, inverter, items, program, sizes
+from referee_jax.hardware import chips
 from referee_jax.models import blip, blip2, clip, layers, unet, vae
 
 
@@ -264,7 +265,7 @@ def test_an_inverter_keeps_what_fits(monkeypatch, memory, remat):
     """By the memory of the first of its devices, whatever is loaded."""
     settings = config.override(config.load("configs/shapes_blip.py"), {"batch_size": 1})
     sized = sizes.abstract(settings)
-    monkeypatch.setattr(devices, "memory", lambda device: memory)
+    monkeypatch.setattr(chips, "memory_limit", lambda device: memory)
     engine = inverter.Inverter(settings, sized.prior, sized.judges, jax.devices()[:1])
     stacks = jax.tree.leaves(engine.networks.referees, is_leaf=lambda x: isinstance(x, layers.Stack))
     assert {stack.remat for stack in stacks if isinstance(stack, layers.Stack)} == {remat}

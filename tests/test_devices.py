@@ -12,7 +12,7 @@ import types
 import jax
 import pytest
 
-from referee_jax import chips, devices
+from referee_jax.hardware import chips, devices
 
 ROOT = pathlib.Path(devices.__file__).parents[1]
 
@@ -181,25 +181,25 @@ def test_cudnn(monkeypatch, backend, version, capability, found):
     device = types.SimpleNamespace(client=client, compute_capability=capability)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert devices.has_cudnn() == found
+    assert chips.has_cudnn() == found
 
 
 def test_options_of_xla(monkeypatch):
     """It knows them, or would refuse; what the user tells XLA himself wins."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
-    assert devices.compiler_options("gpu") == {}
-    options = devices.compiler_options("cpu")
-    assert options == devices.OPTIONS["cpu"] != {}
+    assert chips.compiler_options("gpu") == {}
+    options = chips.compiler_options("cpu")
+    assert options == chips.OPTIONS["cpu"] != {}
     jax.jit(lambda x: x + 1, compiler_options=options)(1.0)
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such"):
         jax.jit(lambda x: x + 1, compiler_options={"xla_no_such": "1"})(1.0)
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
-    assert devices.compiler_options("cpu") == {}
+    assert chips.compiler_options("cpu") == {}
 
 
 def test_the_chip_that_is_traced_for():
     """A mesh's, though its devices are not there; else what JAX computes on, which the table does not have."""
-    assert devices.chip() is None
+    assert chips.chip() is None
     tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("prompt",), abstract_device=tpu)):
-        assert devices.chip() == chips.TPUS["v5e"]
+        assert chips.chip() == chips.TPUS["v5e"]

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from referee_jax import disk
+from referee_jax.hardware import processes as processes_lib
 from tests import conftest
 
 
@@ -163,7 +164,7 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
     disk.write_atomic(tmp_path / "x", b"whole")
     disk.append(tmp_path / "y", {"n": 1})
     assert (tmp_path / "x").read_bytes() == b"whole" and disk.read_lines(tmp_path / "y") == [{"n": 1}]
-    temporary = tmp_path / f".x.{disk.HOST}.123.tmp"
+    temporary = tmp_path / f".x.{processes_lib.HOST}.123.tmp"
     temporary.write_bytes(b"half")
     disk.remove_abandoned(tmp_path, time.time())
     assert temporary.exists()

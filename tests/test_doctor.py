@@ -14,7 +14,8 @@ import jax
 import pytest
 from huggingface_hub import errors
 
-from referee_jax import config, devices, doctor, outputs
+from referee_jax import config, doctor, outputs
+from referee_jax.hardware import devices
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHAPES = f"--config={ROOT / 'configs' / 'shapes.py'}"

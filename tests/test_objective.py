@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import assembly, config, devices, hlo, memory, objective, views
+from referee_jax import assembly, config, hlo, memory, objective, views
+from referee_jax.hardware import chips
 
 SIZE, NAMES = 16, ("Ji", "Er")
 
@@ -64,7 +65,7 @@ def test_memory_is_that_of_one_pass():
 @pytest.mark.parametrize("is_dense", [False, True])
 def test_where_products_are_quicker_nothing_is_gathered(monkeypatch, is_dense):
     """Views of the paper's sizes, and their gradient."""
-    monkeypatch.setattr(devices, "is_dense", lambda: is_dense)
+    monkeypatch.setattr(chips, "is_dense", lambda: is_dense)
 
     def pulled(image, key):
         params = views.sample(key, views.Settings(), count=2, size=224)

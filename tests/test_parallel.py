@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from referee_jax import checkpoint, disk, parallel
+from referee_jax.hardware import processes
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -133,6 +134,6 @@ def test_who_is_missing_is_told(tmp_path):
     )
     assert done.returncode
     assert (
-        f"others of this job are waited for, 5 s at most; here are: process 0 on {disk.HOST}; missing: 1, 2\n"
+        f"others of this job are waited for, 5 s at most; here are: process 0 on {processes.HOST}; missing: 1, 2\n"
         in done.stderr
     )

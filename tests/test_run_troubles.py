@@ -12,7 +12,8 @@ import time
 import jax
 import pytest
 
-from referee_jax import disk, generation, queue, run, trouble
+from referee_jax import generation, queue, run, trouble
+from referee_jax.hardware import processes
 from referee_jax.items import Item
 from tests.fakes import ROOT, FakeInverter, colours, command, execute, lines, pixels, shown
 
@@ -167,11 +168,11 @@ def test_what_hangs_ends(tmp_path):
     err = process.communicate(timeout=100)[1]
     assert process.returncode == 1
     assert (
-        f"error: {disk.HOST}: nothing has moved for 2 s, at 0-" in err
+        f"error: {processes.HOST}: nothing has moved for 2 s, at 0-" in err
         and "in advance" not in err.partition("Thread")[0]
     )
     (stalled,) = [x for x in lines(tmp_path / "log.jsonl") if x["event"] == "stalled"]
-    assert stalled["host"] == disk.HOST and "and 2 others" in stalled["at"]
+    assert stalled["host"] == processes.HOST and "and 2 others" in stalled["at"]
     assert execute(*arguments, "--shard_index=0")[0] == 0 and len(pixels(tmp_path)) == 6
 
 

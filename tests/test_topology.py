@@ -11,7 +11,8 @@ import sys
 import jax
 import pytest
 
-from referee_jax import chips, config, cost, topology
+from referee_jax import config, cost, topology
+from referee_jax.hardware import chips
 from referee_jax.weights import load
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from referee_jax import devices, program
+from referee_jax.hardware import chips
 
 
 def exact_gelu(x: Array) -> Array:
@@ -81,7 +81,7 @@ def _is_for_cudnn(query: Array, key: Array) -> bool:
     if not is_long or query.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128:
         return False
     # Where weights are split over devices XLA would have to split it, too.
-    return not jax.sharding.get_abstract_mesh().auto_axes and devices.has_cudnn()
+    return not jax.sharding.get_abstract_mesh().auto_axes and chips.has_cudnn()
 
 
 def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
@@ -103,7 +103,7 @@ def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
 
 def _blocks(query: Array, key: Array) -> int:
     """Into how many blocks a TPU's queries are best split: a power of two, 1 for as they are."""
-    chip = devices.chip()
+    chip = chips.chip()
     if chip is None or chip.scores is None:
         return 1
     batch, asked, heads, _ = query.shape
@@ -283,7 +283,7 @@ POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": lambda prim, *args, **params: (
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params)
-        or prim.name == program.CUDNN_FORWARD
+        or prim.name == chips.CUDNN_FORWARD
     ),
     "none": jax.checkpoint_policies.everything_saveable,
 }

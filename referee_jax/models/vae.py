@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from referee_jax import devices
+from referee_jax.hardware import chips
 from referee_jax.models import layers
 
 # Parameter names of checkpoints saved before diffusers 0.17 (SD 1.5, sd-vae-ft-mse), as weights.convert's `renames`.
@@ -139,7 +139,7 @@ def double(x: Array) -> Array:
     Columns by a product where that is quicker than to interleave them; it is exact, as in each row of it there is one 1.
     """
     b, h, w, c = x.shape
-    if devices.is_dense():
+    if chips.is_dense():
         rows = jnp.broadcast_to(x[:, :, None], (b, h, 2, w, c)).reshape(b, 2 * h, w, c)
         columns = jnp.asarray(np.repeat(np.eye(w), 2, axis=0), x.dtype)
         return jnp.einsum("vw,bhwc->bhvc", columns, rows, precision="highest")

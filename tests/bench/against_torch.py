@@ -31,7 +31,8 @@ import torch
 import transformers
 from torch import nn
 
-from referee_jax import assembly, config, devices, inverter, items, referees, sizes
+from referee_jax import assembly, config, inverter, items, referees, sizes
+from referee_jax.hardware import devices
 from tests.oracles import inversion as oracle
 from tests.oracles import judges
 

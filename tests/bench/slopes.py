@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from referee_jax import bench, config, console, cost, devices, outputs, sizes
+from referee_jax import bench, config, console, cost, outputs, sizes
+from referee_jax.hardware import chips, devices
 
 COUNTS = (1, 2, 4, 8)
 # Whether the config's generator is the shapes world's -> the referees that are added to its own.
@@ -57,7 +58,7 @@ def variants(settings: config.Settings, batch: int, counts: Sequence[int] = COUN
 def measure(axis: str, name: str, settings: config.Settings, device: jax.Device) -> dict[str, Any]:
     """A row: seconds of an iteration of the whole batch, and the operations that its program has."""
     sized = sizes.at_random(sizes.abstract(settings))
-    settings = cost.fitting(settings, sized, devices.memory(device))
+    settings = cost.fitting(settings, sized, chips.memory_limit(device))
     flops = settings.batch_size * cost.estimate(settings).step
     seconds = bench.whole(settings, sized, device, settings.batch_size)["seconds"]
     return {"axis": axis, "row": name, "remat": settings.remat, "flops": flops, "seconds": seconds}

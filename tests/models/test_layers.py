@@ -7,7 +7,8 @@ import pytest
 import torch
 from flax import nnx
 
-from referee_jax import chips, devices, program
+from referee_jax import program
+from referee_jax.hardware import chips
 from referee_jax.models import clip, layers
 
 
@@ -180,7 +181,7 @@ def test_xla_attends(cuda, query, how):
 )  # fmt: skip
 def test_a_tpu_asks_in_blocks(monkeypatch, chip, query, blocks):
     """Of a gibibyte of logits 32 MiB at a time; what is on the chip as it is, or does not divide, is left in one."""
-    monkeypatch.setattr(devices, "chip", lambda: chip and chips.TPUS[chip])
+    monkeypatch.setattr(chips, "chip", lambda: chip and chips.TPUS[chip])
     text = str(jax.make_jaxpr(lambda x: layers.attention(x, x, x))(query))
     assert f"length={blocks}\n" in text if blocks > 1 else "scan[" not in text
 
@@ -192,7 +193,7 @@ def test_blocks_attend_as_all_at_once(monkeypatch):
     keys = jax.random.split(jax.random.key(2), 3)
     x = [jax.random.normal(key, (2, 1, tokens, 2, 4)) for key, tokens in zip(keys, (256, 512, 512), strict=True)]
     whole = asked(*x)
-    monkeypatch.setattr(devices, "chip", lambda: chips.TPUS["v5e"]._replace(scores=0.125))
+    monkeypatch.setattr(chips, "chip", lambda: chips.TPUS["v5e"]._replace(scores=0.125))
     assert "length=8" in str(jax.make_jaxpr(asked)(*x))
     for ours, theirs in zip(jax.tree.leaves(asked(*x)), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -2,19 +2,12 @@
 
 import ctypes
 import importlib.util
-import os
 from importlib import metadata
 from pathlib import Path
 
 import jax
 
-from referee_jax import chips
-
 KINDS = ("auto", "cpu", "gpu", "tpu")
-# Platform -> XLA's options for an engine's programs. On a CPU more optimisation takes half as long again, for programs that are
-# no quicker. A TPU's own memory is for what is worked on: else one large weight lies there from a program's beginning until it
-# is needed, and attention's logits do not.
-OPTIONS = {"cpu": {"xla_backend_optimization_level": "1"}, "tpu": {"xla_max_cross_program_prefetches": "0"}}
 
 # TPU v3, v4, v5p, v5e, v6e, 7x on the PCI bus, as JAX knows them: since v5 they have no device file of their own.
 _TPU_VENDOR, _TPU_CHIPS = "0x1ae0", ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
@@ -69,43 +62,6 @@ def keep_freed_memory(wanted: str = "auto", *, root: Path = Path("/")) -> None:
             mallopt(parameter, value)
 
 
-def has_cudnn() -> bool:
-    """Whether JAX computes on an NVIDIA GPU for which cuDNN has attention in half precision: from Ampere on."""
-    if jax.default_backend() != "gpu":
-        return False
-    device = jax.local_devices()[0]
-    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
-
-
-def compiler_options(platform: str) -> dict[str, str]:
-    """OPTIONS of a platform, but for what XLA_FLAGS decides."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in OPTIONS.get(platform, {}).items() if f"--{name}=" not in flags}
-
-
-def chip() -> chips.Chip | None:
-    """The chip for which a program is being traced, where the table has it: of the mesh it is for, else what JAX computes on.
-
-    A mesh's devices need not be there (topology.py).
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
-    return chips.of(device.device_kind)
-
-
-def is_dense() -> bool:
-    """Whether that chip takes products of matrices for what others gather or interleave."""
-    found = chip()
-    return found is not None and found.dense
-
-
-def memory(device: jax.Device) -> int | None:
-    """Bytes that JAX may use of an accelerator's own memory; None where it has none, or is not there (topology.py)."""
-    try:
-        return (device.memory_stats() or {}).get("bytes_limit")
-    except jax.errors.JaxRuntimeError:
-        return None
-
-
 def accelerators(root: Path = Path("/")) -> dict[str, str]:
     """The kinds of accelerators of the machine, whether JAX can use them or not: kind -> the file that shows it.
 
@@ -146,8 +102,3 @@ def _has_plugin(kind: str) -> bool:
     if kind == "tpu":
         return importlib.util.find_spec("libtpu") is not None
     return any("cuda" in plugin.name for plugin in metadata.entry_points(group="jax_plugins"))
-
-
-def is_memory(error: jax.errors.JaxRuntimeError) -> bool:
-    """Whether it says that memory was too small."""
-    return "RESOURCE_EXHAUSTED" in str(error)

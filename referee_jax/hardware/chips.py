@@ -1,7 +1,10 @@
 """What is known of chips: rates, memory, and of TPUs what is needed to compile for them and what suits them."""
 
+import os
 import re
 from typing import NamedTuple
+
+import jax
 
 
 class Chip(NamedTuple):
@@ -59,3 +62,56 @@ _KINDS = {
 def of(kind: str) -> Chip | None:
     """The chip of the table that a device's kind names, None where there is none."""
     return next((chip for chip in CHIPS if re.fullmatch(_KINDS.get(chip.name, chip.name), kind)), None)
+
+
+# Platform -> XLA's options for an engine's programs. On a CPU more optimisation takes half as long again, for programs that are
+# no quicker. A TPU's own memory is for what is worked on: else one large weight lies there from a program's beginning until it
+# is needed, and attention's logits do not.
+OPTIONS = {"cpu": {"xla_backend_optimization_level": "1"}, "tpu": {"xla_max_cross_program_prefetches": "0"}}
+
+
+def has_cudnn() -> bool:
+    """Whether JAX computes on an NVIDIA GPU for which cuDNN has attention in half precision: from Ampere on."""
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.local_devices()[0]
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+
+
+def compiler_options(platform: str) -> dict[str, str]:
+    """OPTIONS of a platform, but for what XLA_FLAGS decides."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in OPTIONS.get(platform, {}).items() if f"--{name}=" not in flags}
+
+
+def chip() -> Chip | None:
+    """The chip for which a program is being traced, where the table has it: of the mesh it is for, else what JAX computes on.
+
+    A mesh's devices need not be there (topology.py).
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
+    return of(device.device_kind)
+
+
+def is_dense() -> bool:
+    """Whether that chip takes products of matrices for what others gather or interleave."""
+    found = chip()
+    return found is not None and found.dense
+
+
+def memory_limit(device: jax.Device) -> int | None:
+    """Bytes that JAX may use of an accelerator's own memory; None where it has none, or is not there (topology.py)."""
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether it says that memory was too small."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+# cuDNN's attention, whose programs say nothing of their work -> products of the size of queries x keys. Going back, the
+# probabilities are made again.
+CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"

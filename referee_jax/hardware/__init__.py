@@ -1,0 +1,1 @@
+"""Hardware: what the program runs on."""
