@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from referee_jax import augment, config, inversion, objective, optim, parallel, prompts, referees, sds
+from referee_jax import config, parallel, prompts, referees
+from referee_jax.method import augmentations, inversion, objective, optim, sds
 from referee_jax.models import layers
 from referee_jax.weights import load
 
@@ -100,7 +101,7 @@ def make_hyper(settings: config.Settings) -> inversion.Hyper:
         prior=fill(sds.Hyper, settings.sds),
         referee=fill(objective.Hyper, settings.referee),
         update=fill(optim.Hyper, settings.optim).replace(**ema),
-        views=fill(augment.Settings, settings.views),
+        views=fill(augmentations.Settings, settings.views),
         weights=tuple(make_weights(spec) for spec in settings.referees if spec.role == "optimise"),
         held_out=tuple(make_weights(spec) for spec in settings.referees if spec.role == "held_out"),
     )
@@ -108,7 +109,7 @@ def make_hyper(settings: config.Settings) -> inversion.Hyper:
 
 
 # Group of the settings -> the numbers of it that a compiled program takes as arguments.
-TRACED = {"sds": sds.Hyper, "referee": objective.Hyper, "optim": optim.Hyper, "views": augment.Settings}
+TRACED = {"sds": sds.Hyper, "referee": objective.Hyper, "optim": optim.Hyper, "views": augmentations.Settings}
 
 
 def structure(settings: config.Settings) -> config.Settings:

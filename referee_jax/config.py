@@ -17,7 +17,8 @@ from typing import Any
 
 import ml_collections
 
-from referee_jax import augment, optim, prompts, views
+from referee_jax import prompts
+from referee_jax.method import augmentations, optim, views
 from referee_jax.schema import ConfigError, bounded, parse, wrong
 
 ASSETS = pathlib.Path(__file__).parent / "shapes" / "assets"
@@ -134,7 +135,7 @@ class Ema:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Views(augment.Settings):
+class Views(augmentations.Settings):
     """Augmented views of the image: how many, which augmentations, and (inherited) the magnitudes of all of them."""
 
     count: int = bounded(10, low=1)
@@ -292,7 +293,7 @@ def _check_views(settings: Views) -> None:
         views.check(settings.augmentations)
     except ValueError as error:
         raise ConfigError(f"views.augmentations = {settings.augmentations!r} is not possible: {error}") from error
-    for field in dataclasses.fields(augment.Settings):
+    for field in dataclasses.fields(augmentations.Settings):
         key, value = field.name, getattr(settings, field.name)
         amounts = value if isinstance(value, tuple) else (value,)
         if key.endswith("_p") and not 0 <= value <= 1:

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
-from referee_jax import assembly, config, console, inversion, memory, program, sds, sizes, views, watch
+from referee_jax import assembly, config, console, memory, program, sizes
 from referee_jax.hardware import chips
+from referee_jax.method import held_out as held_out_lib
+from referee_jax.method import inversion, sds, views
 
 UNKNOWN, MOST = 8, 64  # images at once where the memory is not known, and where it is: more are no faster
 USABLE = 0.9  # of a chip's memory: the rest is the runtime's, and lost between buffers
@@ -223,7 +225,7 @@ def one_step(plan: inversion.Plan) -> Callable:
     def run(networks, prompt, hyper, z: Array, key: Array) -> tuple[Any, dict[str, Array]]:
         i = jnp.int32(0)
         noise = inversion.draw(key, networks, plan, hyper, i)
-        watched = watch.begin(z, jnp.zeros(2)) if plan.held_out else None
+        watched = held_out_lib.begin(z, jnp.zeros(2)) if plan.held_out else None
         return inversion.step(networks, prompt, hyper, plan, inversion.init(z, plan, hyper, watched), i, noise, True)
 
     return run

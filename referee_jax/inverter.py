@@ -19,10 +19,11 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from referee_jax import assembly, config, cost, inversion, parallel, program, prompts, referees, sampler, sizes, watch
+from referee_jax import assembly, config, cost, parallel, program, prompts, referees, sizes
 from referee_jax import items as items_lib
 from referee_jax.hardware import chips, compile_cache
 from referee_jax.items import Item, Part
+from referee_jax.method import ddim, held_out, inversion
 from referee_jax.weights import load
 
 
@@ -178,7 +179,7 @@ class Inverter:
         """Latents of noise to those of a sample of the prior."""
         total, program = len(self.networks.alphas_cumprod), self._program("denoise")
         stride, guidance = jnp.int32(total // start.steps), jnp.float32(start.guidance)
-        for t in sampler.timesteps(total, start.steps):
+        for t in ddim.timesteps(total, start.steps):
             latents = program(self.networks, prompt, latents, jnp.int32(t), stride, guidance)
         return latents
 
@@ -404,7 +405,7 @@ def _noise(key, number, *, plan: inversion.Plan):
 
 
 def _denoise(networks, prompt, latents, t, stride, guidance, *, plan: inversion.Plan):
-    return sampler.step(
+    return ddim.step(
         networks.unet, latents, t, stride, cond=prompt.cond, uncond=prompt.uncond, guidance=guidance,
         alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
     )  # fmt: skip
@@ -420,7 +421,7 @@ def _better(one, two, *, plan: inversion.Plan):
 
 
 def _init(latents, losses, hyper, *, plan: inversion.Plan):
-    return inversion.init(latents, plan, hyper, None if losses is None else watch.begin(latents, losses))
+    return inversion.init(latents, plan, hyper, None if losses is None else held_out.begin(latents, losses))
 
 
 def _step(networks, prompt, hyper, state, key, i, *, plan: inversion.Plan, on: bool | None):

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from referee_jax import config, disk, formats, shards, watch
+from referee_jax import config, disk, formats, shards
 from referee_jax.items import Item
+from referee_jax.method import held_out
 
 THREADS = 4
 PENDING = 16  # images that are given and not written
@@ -170,4 +171,4 @@ def ending(asked: config.Outputs) -> str:
 
 def _watched(losses: Mapping[str, Sequence[float]] | None) -> dict[str, Any]:
     """What the journal says of the watch (watch.py): first and last losses, and whether they look like reward hacking."""
-    return {"losses": disk.finite(losses), "hacked": watch.is_hacked(losses)} if losses else {}
+    return {"losses": disk.finite(losses), "hacked": held_out.is_hacked(losses)} if losses else {}

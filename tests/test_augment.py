@@ -10,8 +10,8 @@ from kornia.augmentation import RandomErasing, RandomResizedCrop
 from kornia.geometry import transform
 from torch.nn import functional
 
-from referee_jax import augment, views
 from referee_jax.hardware import chips
+from referee_jax.method import augmentations, views
 from tests.conftest import VIEW_SIZE as SIZE
 from tests.conftest import picture
 
@@ -58,12 +58,12 @@ def compare(ours, theirs, image, *, tolerance=TOLERANCE, moved=0.05):
 def augmented(name, **params):
     """One augmentation of the table at given parameters, as a function of a view."""
     params = {leaf: jnp.asarray(value, jnp.int32 if leaf == "order" else jnp.float32) for leaf, value in params.items()}
-    return lambda view: augment.AUGMENTATIONS[name].apply(view, params)
+    return lambda view: augmentations.AUGMENTATIONS[name].apply(view, params)
 
 
 def drawn(name, seed, size=SIZE, **changes):
     """Parameters as `sample` draws them for one view."""
-    return augment.AUGMENTATIONS[name].sample(jax.random.key(seed), augment.Settings(**changes), size)
+    return augmentations.AUGMENTATIONS[name].sample(jax.random.key(seed), augmentations.Settings(**changes), size)
 
 
 def affine(image, matrix):
@@ -250,7 +250,7 @@ def test_rotation():
 @pytest.mark.parametrize(("sigma", "alpha"), [(32.0, 4.0), (6.0, 0.7)])
 def test_elastic(sigma, alpha):
     noise = np.random.default_rng(2).uniform(-1, 1, size=(SIZE, SIZE, 2)).astype(np.float32)
-    shift = augment.elastic_shift(noise, sigma=sigma, alpha=alpha)
+    shift = augmentations.elastic_shift(noise, sigma=sigma, alpha=alpha)
     assert abs(shift).max() > 0.5  # pixels
 
     def theirs(image):

@@ -8,7 +8,8 @@ import runpy
 
 import pytest
 
-from referee_jax import augment, config, objective, optim, sds, sweep
+from referee_jax import config, sweep
+from referee_jax.method import augmentations, objective, optim, sds
 from referee_jax.shapes import world
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -43,7 +44,7 @@ def test_defaults_are_the_papers():
         ("sds", sds.Hyper, ""),
         ("referee", objective.Hyper, ""),
         ("optim", optim.Hyper, ""),
-        ("views", augment.Settings, ""),
+        ("views", augmentations.Settings, ""),
     ]
     + [("ema", optim.Hyper, "ema_")],
 )
@@ -56,7 +57,7 @@ def test_defaults_agree_with_the_modules_that_use_them(group, hyper, prefix):
 
 
 def test_every_magnitude_of_a_view_is_a_setting():
-    magnitudes = {field.name for field in dataclasses.fields(augment.Settings)}
+    magnitudes = {field.name for field in dataclasses.fields(augmentations.Settings)}
     own = {"count", "keep", "augmentations", "shared_erase", "per_pass"}
     assert set(dataclasses.asdict(config.Settings().views)) == magnitudes | own
 

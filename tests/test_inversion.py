@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from referee_jax import augment, inversion, objective, optim, sds
+from referee_jax.method import augmentations, inversion, objective, optim, sds
 from referee_jax.referees import clip
 from referee_jax.weights import load
 from tests.conftest import relative_l2
@@ -87,7 +87,7 @@ def ours(settings: oracle.Settings) -> tuple[inversion.Plan, inversion.Hyper]:
             lr=s.optim_lr, lr_final=s.optim_lr_final, warmup=s.optim_warmup, noise=s.optim_noise,
             tail_noise=s.optim_tail_noise, ema_decay=s.ema_decay, ema_start=s.ema_start, ema_every=s.ema_every,
         ),
-        views=augment.Settings(), weights=(objective.Weights(tuple(map(float, s.referee_losses.values()))),),
+        views=augmentations.Settings(), weights=(objective.Weights(tuple(map(float, s.referee_losses.values()))),),
     )  # fmt: skip
     return plan, jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32), hyper)
 

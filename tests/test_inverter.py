@@ -9,22 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import (
-    assembly,
-    config,
-    cost,
-    hlo,
-    inversion,
-    objective,
-    parallel,
-    program,
-    prompts,
-    referees,
-    run,
-    topology,
-)
+from referee_jax import assembly, config, cost, hlo, parallel, program, prompts, referees, run, topology
 from referee_jax import inverter as inverter_lib
 from referee_jax import items as items_lib
+from referee_jax.method import inversion, objective
 from tests import fakes
 from tests.conftest import relative_l2
 from tests.oracles import networks

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import config, inversion, inverter, items, objective, watch
+from referee_jax import config, inverter, items
+from referee_jax.method import held_out, inversion, objective
 from tests.conftest import relative_l2
 from tests.oracles import networks
 
@@ -178,10 +179,10 @@ def test_patience(directories, history):
 
 
 def test_reward_hacking():
-    assert watch.is_hacked({"referee": (0.5, 0.4), "held_out": (0.5, 0.6)})
-    assert not watch.is_hacked({"referee": (0.5, 0.4), "held_out": (0.5, 0.5)})
-    assert not watch.is_hacked({"referee": (0.5, 0.6), "held_out": (0.5, 0.6)})
-    assert not watch.is_hacked({"referee": (0.5, float("nan")), "held_out": (0.5, 0.6)})
+    assert held_out.is_hacked({"referee": (0.5, 0.4), "held_out": (0.5, 0.6)})
+    assert not held_out.is_hacked({"referee": (0.5, 0.4), "held_out": (0.5, 0.5)})
+    assert not held_out.is_hacked({"referee": (0.5, 0.6), "held_out": (0.5, 0.6)})
+    assert not held_out.is_hacked({"referee": (0.5, float("nan")), "held_out": (0.5, 0.6)})
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import assembly, config, hlo, memory, objective, views
+from referee_jax import assembly, config, hlo, memory
 from referee_jax.hardware import chips
+from referee_jax.method import objective, views
 
 SIZE, NAMES = 16, ("Ji", "Er")
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from referee_jax import objective, optim, sds
+from referee_jax.method import objective, optim, sds
 from tests.conftest import relative_l2
 
 

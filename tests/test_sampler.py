@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from referee_jax import sampler
+from referee_jax.method import ddim
 from tests.conftest import relative_l2
 
 
@@ -35,17 +35,17 @@ def test_ddim(prediction_type, steps):
         shape = (-1, 1, 1, 1)
         return predict(jnp, latents, timesteps.astype(jnp.float32).reshape(shape), states.reshape(shape))
 
-    assert list(sampler.timesteps(1000, steps)) == scheduler.timesteps.tolist()
+    assert list(ddim.timesteps(1000, steps)) == scheduler.timesteps.tolist()
 
     @jax.jit
     def step(z, t, uncond):
-        return sampler.step(
+        return ddim.step(
             unet, z, t, 1000 // steps, cond=jnp.full((1, 1), cond), uncond=uncond, prediction_type=prediction_type,
             alphas_cumprod=jnp.asarray(scheduler.alphas_cumprod.numpy()), guidance=jnp.float32(guidance),
         )  # fmt: skip
 
     ours = unguided = jnp.asarray(start)
-    for t in sampler.timesteps(1000, steps):
+    for t in ddim.timesteps(1000, steps):
         ours, unguided = step(ours, t, jnp.full((1, 1), uncond)), step(unguided, t, None)
     assert relative_l2(ours, z.numpy()) < 1e-4
     assert relative_l2(z.numpy(), start) > 0.1

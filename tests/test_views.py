@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from referee_jax import augment, views
+from referee_jax.method import augmentations, views
 from tests.conftest import VIEW_SIZE as SIZE
 from tests.conftest import picture
 
@@ -51,7 +51,7 @@ def test_order_of_names_is_the_order_of_steps():
     image = jnp.asarray(picture())
     params = views.sample(jax.random.key(0), settings_, names=("Er", "Hf"), count=2, size=SIZE)
     erased, flipped = (views.apply(image, params, size=SIZE, names=names) for names in (("Er", "Hf"), ("Hf", "Er")))
-    erase, flip = augment.AUGMENTATIONS["Er"].apply, augment.AUGMENTATIONS["Hf"].apply
+    erase, flip = augmentations.AUGMENTATIONS["Er"].apply, augmentations.AUGMENTATIONS["Hf"].apply
     box = {"box": params["Er"]["box"][0]}
     np.testing.assert_array_equal(erased[0], flip(erase(image, box), {}))
     np.testing.assert_array_equal(flipped[0], erase(flip(image, {}), box))

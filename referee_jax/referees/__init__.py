@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 
 from referee_jax import config, prompts
+from referee_jax.method.referee import Referee
 from referee_jax.referees import align, base, blip, blip2, clip, image_reward
 from referee_jax.weights import configs, hub, load
 
@@ -24,7 +25,7 @@ class Judge:
     """A referee with its tokenizer and its part of the settings."""
 
     spec: config.RefereeSpec
-    referee: base.Referee
+    referee: Referee
     tokenizer: Any
 
     @property
@@ -131,7 +132,7 @@ class Family:
     """
 
     kind: str
-    build: Callable[[config.RefereeSpec, Any, Mapping, Any], base.Referee]
+    build: Callable[[config.RefereeSpec, Any, Mapping, Any], Referee]
     tokenize: base.Tokenize
     texts: Callable[[Judge, str], list[str]] = lambda judge, prompt: [judge.text(prompt)]
     clean: Callable[[str], str] = str
@@ -147,13 +148,13 @@ class Family:
 
 def _clip_referee(
     reading: clip.Reading, spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any
-) -> base.Referee:
+) -> Referee:
     return clip.from_checkpoint(network, preprocessing, reading)
 
 
 def _blip_referee(
     kind: type[blip.BlipReferee], spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any
-) -> base.Referee:
+) -> Referee:
     own = {"answers": blip.answer_tokens(tokenizer)} if kind is blip.Vqa else {}
     first = None
     if spec.first_token == "[ENC]":
@@ -162,20 +163,18 @@ def _blip_referee(
     return blip.from_checkpoint(kind, network, preprocessing, image_size=spec.image_size, first_token=first, **own)
 
 
-def _blip2_referee(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any) -> base.Referee:
+def _blip2_referee(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any) -> Referee:
     # The word that begins a caption: LAVIS' tokenizer has it as bos_token, BERT's own has none.
     return blip2.from_checkpoint(
         network, preprocessing, image_size=spec.image_size, dec_token_id=tokenizer.bos_token_id
     )
 
 
-def _image_reward_referee(
-    spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any
-) -> base.Referee:
+def _image_reward_referee(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any) -> Referee:
     return blip.from_checkpoint(image_reward.Reward, network, preprocessing, image_size=spec.image_size)
 
 
-def _align_referee(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any) -> base.Referee:
+def _align_referee(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any) -> Referee:
     return align.from_checkpoint(network, preprocessing, image_size=spec.image_size)
 
 

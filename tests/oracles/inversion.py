@@ -1,11 +1,11 @@
-"""The method in plain torch: the oracle of `referee_jax.inversion`, and a fair peer for its speed.
+"""The method in plain torch: the oracle of `referee_jax.method.inversion`, and a fair peer for its speed.
 
 Implements arXiv 2402.16305 step for step on diffusers' U-Net and VAE and a judge (judges.py), batched over prompts.
 Axes: B prompts, V views, K kept views, h x w latents, H x W image, S the referee's input side; NHWC throughout (a
 permuted view of it is what torch calls channels_last). All randomness of a step is injected, in one dict:
 
     t int64[B]    eps, n1, n2 float32[B, h, w, 4]    referee_noise float32[B, K, S, S, 3]
-    views: parameters of `referee_jax.views.sample`, with a leading axis B
+    views: parameters of `referee_jax.method.views.sample`, with a leading axis B
 
 With gs, gv the score-distillation and referee gradients, both at the same z, one step is, while the referee is on,
 
@@ -311,7 +311,7 @@ def tokens(path: str | os.PathLike, texts: list[str]) -> Tensor:
 def render(
     image: Tensor, params: Mapping[str, Any], *, size: int, names: Iterable[str] = ("Af", "Pe", "Ji", "Er")
 ) -> Tensor:
-    """Views [B, V, S, S, 3] of image [B, H, W, 3] by kornia, with `params` of `referee_jax.views.sample` vmapped."""
+    """Views [B, V, S, S, 3] of image [B, H, W, 3] by kornia, with `params` of `referee_jax.method.views.sample` vmapped."""
     count = params["noise"].shape[1]
     views = pool(_nchw(image), size).repeat_interleave(count, 0)
     for name in names:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from referee_jax import sds, views
-from referee_jax.referees import base
+from referee_jax.method import schedules, views
+from referee_jax.method.referee import Referee
 
 
 class Hyper(struct.PyTreeNode):
@@ -40,7 +40,9 @@ class Hyper(struct.PyTreeNode):
 
     def weight_at(self, i: Array) -> Array:
         """Length of the referees' step in prior steps at iteration `i`."""
-        return sds.cosine(self.weight, self.weight_final, (i - self.start) / jnp.maximum(self.stop - self.start, 1))
+        return schedules.cosine(
+            self.weight, self.weight_final, (i - self.start) / jnp.maximum(self.stop - self.start, 1)
+        )
 
 
 class Looks(struct.PyTreeNode):
@@ -90,7 +92,7 @@ _straight_through.defvjp(lambda x: (jnp.clip(x, 0, 1), x), _straight_through_bac
 
 
 def image_gradient(
-    referee: base.Referee,
+    referee: Referee,
     image: Array,
     text: Any,
     looks: Looks,
@@ -127,7 +129,7 @@ def image_gradient(
     return jax.tree.map(lambda x: x.sum(0), jax.lax.map(lambda one: gradient(*one), given))
 
 
-def verdict(referee: base.Referee, image: Array, text: Any, looks: Looks, weights: Weights) -> Array:
+def verdict(referee: Referee, image: Array, text: Any, looks: Looks, weights: Weights) -> Array:
     """The referee's loss on the image as it is: one view, fitted and not augmented."""
     losses = referee.views_losses(referee.fit(image)[None], text)
     return weights.total(looks, losses)[0]

@@ -17,7 +17,7 @@ import optax
 from flax import struct
 from jax import Array
 
-from referee_jax import sds
+from referee_jax.method import schedules
 
 # The authors' choice is plain gradient descent.
 OPTIMIZERS = {"sgd": optax.identity, "adam": optax.scale_by_adam}
@@ -39,7 +39,7 @@ class Hyper(struct.PyTreeNode):
 def referee_rate(hyper: Hyper, i: Array, steps: int) -> Array:
     """lr_i: linear over `warmup` iterations, then a cosine from `lr` to `lr_final` at iteration `steps`."""
     rising = hyper.lr * (i + 1) / jnp.maximum(hyper.warmup, 1)
-    falling = sds.cosine(hyper.lr, hyper.lr_final, (i - hyper.warmup) / jnp.maximum(steps - hyper.warmup, 1))
+    falling = schedules.cosine(hyper.lr, hyper.lr_final, (i - hyper.warmup) / jnp.maximum(steps - hyper.warmup, 1))
     return jnp.where(i < hyper.warmup, rising, falling)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from referee_jax.method import schedules
 from referee_jax.models import unet as unet_lib
 
 
@@ -36,19 +37,14 @@ class Hyper(struct.PyTreeNode):
     sigma_power: Array | float = 0.0
 
 
-def cosine(start: Array, end: Array, share: Array) -> Array:
-    """Half a cosine from `start` at share 0 to `end` at share 1, constant outside."""
-    return end + 0.5 * (start - end) * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))
-
-
 def weight_at(hyper: Hyper, i: Array) -> Array:
     """weight(i) of (3) at iteration `i`."""
-    return cosine(hyper.weight, hyper.weight_final, i / hyper.weight_steps)
+    return schedules.cosine(hyper.weight, hyper.weight_final, i / hyper.weight_steps)
 
 
 def sample_timestep(key: Array, hyper: Hyper, i: Array, timesteps: int) -> Array:
     """The timestep of iteration `i`, int32."""
-    t_max = jnp.round(cosine(hyper.t_max, hyper.t_max_final, i / hyper.weight_steps)).astype(jnp.int32)
+    t_max = jnp.round(schedules.cosine(hyper.t_max, hyper.t_max_final, i / hyper.weight_steps)).astype(jnp.int32)
     return jax.random.randint(key, (), hyper.t_min, jnp.minimum(t_max, timesteps) - 1)
 
 

@@ -17,10 +17,10 @@ import optax
 from flax import struct
 from jax import Array
 
-from referee_jax import augment, objective, optim, sds, views, watch
+from referee_jax.method import augmentations, held_out, objective, optim, sds, views
+from referee_jax.method.referee import Referee
 from referee_jax.models import unet as unet_lib
 from referee_jax.models import vae as vae_lib
-from referee_jax.referees import base
 
 
 class Networks(struct.PyTreeNode):
@@ -29,8 +29,8 @@ class Networks(struct.PyTreeNode):
     unet: unet_lib.UNet
     vae: vae_lib.AutoencoderKL
     alphas_cumprod: Array
-    referees: tuple[base.Referee, ...]
-    held_out: tuple[base.Referee, ...] = ()
+    referees: tuple[Referee, ...]
+    held_out: tuple[Referee, ...] = ()
     prediction_type: str = struct.field(pytree_node=False, default="epsilon")
 
 
@@ -55,7 +55,7 @@ class Hyper(struct.PyTreeNode):
     prior: sds.Hyper = sds.Hyper()
     referee: objective.Hyper = objective.Hyper()
     update: optim.Hyper = optim.Hyper()
-    views: augment.Settings = augment.Settings()
+    views: augmentations.Settings = augmentations.Settings()
     weights: tuple[objective.Weights, ...] = ()
     held_out: tuple[objective.Weights, ...] = ()
 
@@ -97,7 +97,7 @@ class InversionState(struct.PyTreeNode):
     best: Array
     best_loss: Array
     frozen: Array
-    watched: watch.Watch | None = None
+    watched: held_out.Watch | None = None
 
     @property
     def average(self) -> Array:
@@ -116,7 +116,7 @@ class Noise(struct.PyTreeNode):
     referee: tuple[Array, ...]
 
 
-def init(latents: Array, plan: Plan, hyper: Hyper, seen: watch.Watch | None = None) -> InversionState:
+def init(latents: Array, plan: Plan, hyper: Hyper, seen: held_out.Watch | None = None) -> InversionState:
     """The state before the first iteration, from latents `[h, w, C]`."""
     return InversionState(
         latents=latents,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 from jax import Array
 
-from referee_jax import sds
+from referee_jax.method import sds
 from referee_jax.models import unet as unet_lib
 
 

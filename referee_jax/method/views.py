@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from referee_jax import augment
 from referee_jax.hardware import chips
+from referee_jax.method import augmentations
 
-AUGMENTATIONS = augment.AUGMENTATIONS
-Settings = augment.Settings
+AUGMENTATIONS = augmentations.AUGMENTATIONS
+Settings = augmentations.Settings
 DEFAULT = ("Af", "Pe", "Ji", "Er")
 
 Params = dict[str, dict[str, Array] | Array]
@@ -96,7 +96,7 @@ def _axes(params: Params) -> dict:
 
 def sample(
     key: Array,
-    settings: augment.Settings,
+    settings: augmentations.Settings,
     *,
     names: Sequence[str] = DEFAULT,
     count: int,

@@ -1,0 +1,1 @@
+"""The method, for one prompt, pure."""
