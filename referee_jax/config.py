@@ -21,8 +21,6 @@ from referee_jax import prompts
 from referee_jax.method import augmentations, optim, views
 from referee_jax.schema import ConfigError, bounded, parse, wrong
 
-ASSETS = pathlib.Path(__file__).parent / "shapes" / "assets"
-EMBEDDED = "shapes/"  # checkpoints whose names begin so are part of the package
 # The referees that there are, and the losses of each. Those with the contrastive one read negatives; BLIP-2 has itg only
 # where its weights have a language head, which is seen when they are loaded.
 LOSSES = {
@@ -407,22 +405,3 @@ def pinned(settings: Settings, commits: Mapping[str, str]) -> Settings:
     """The settings with the commit of each checkpoint that names no revision, where `commits` has it."""
     pin = lambda x: dataclasses.replace(x, revision=x.revision or commits.get(x.checkpoint, ""))  # noqa: E731
     return dataclasses.replace(settings, generator=pin(settings.generator), referees=tuple(map(pin, settings.referees)))
-
-
-def is_embedded(name: str) -> bool:
-    """Whether a checkpoint is part of the package."""
-    return name.startswith(EMBEDDED)
-
-
-def checkpoint_path(name: str) -> str:
-    """The local directory of one of the package's own checkpoints (`shapes/...`); any other name as it is.
-
-    Raises ConfigError where the package holds no such checkpoint.
-    """
-    if not is_embedded(name):
-        return os.path.expanduser(name)
-    path = ASSETS / name.removeprefix(EMBEDDED)
-    if ".." in path.parts or not path.is_dir():
-        held = ", ".join(sorted(EMBEDDED + x.name for x in ASSETS.glob("*") if x.is_dir())) or "none"
-        raise ConfigError(f"the checkpoint {name!r} is not in the package; it holds {held}")
-    return str(path)

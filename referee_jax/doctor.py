@@ -239,7 +239,7 @@ def unwritable(path: Path) -> str | None:
 def checkpoint(name: str, revision: str) -> tuple[str, str]:
     """Where a checkpoint is, and the remedy where it is nowhere."""
     try:
-        if Path(config.checkpoint_path(name)).is_dir():
+        if Path(hub_files.checkpoint_path(name)).is_dir():
             return f"{name} is here", ""
     except config.ConfigError as error:
         return str(error), "name one of those"

@@ -24,7 +24,7 @@ from referee_jax import items as items_lib
 from referee_jax.hardware import chips, compile_cache
 from referee_jax.items import Item, Part
 from referee_jax.method import ddim, held_out, inversion
-from referee_jax.weights import load
+from referee_jax.weights import hub, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Inverter:
         settings = config.from_config(settings)
         dtype = assembly.DTYPES[settings.precision]
         prior = load.load_stable_diffusion(
-            config.checkpoint_path(settings.generator.checkpoint),
+            hub.checkpoint_path(settings.generator.checkpoint),
             revision=settings.generator.revision or None,
             dtype=dtype,
         )

@@ -146,7 +146,7 @@ def fitted(engine: Any, settings: config.Settings, count: int) -> Any:
 
 def note_checkpoints(run: outputs.RunDirectory) -> None:
     """Notes of what others made which state of it is used, and under which license."""
-    used = [(name, revision) for name, revision in config.checkpoints(run.settings) if not config.is_embedded(name)]
+    used = [(name, revision) for name, revision in config.checkpoints(run.settings) if not hub.is_embedded(name)]
     run.note("commits", {name: x for name, revision in used if not revision and (x := hub.commit(name, None))})
     said = {name: hub.license_of(name, revision or run.noted("commits").get(name)) for name, revision in used}
     run.note("licenses", {name: license for name, license in said.items() if license})

@@ -16,7 +16,7 @@ import numpy as np
 
 from referee_jax import assembly, config, referees
 from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
-from referee_jax.weights import configs, load
+from referee_jax.weights import config_json, hub, load
 
 _SD = {
     "clip_text": clip.TextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
@@ -157,12 +157,12 @@ def _drawn(rng: np.random.Generator, tree: Any) -> Any:
 
 
 def _prior(checkpoint: str, dtype: Any, assumed: list[str]) -> load.StableDiffusion:
-    directory = Path(config.checkpoint_path(checkpoint)).expanduser()
-    schedule, sizes = configs.Schedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), _SD
+    directory = Path(hub.checkpoint_path(checkpoint)).expanduser()
+    schedule, sizes = config_json.Schedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), _SD
     if directory.is_dir():
         sizes = {kind: _read(kind, directory / folder) for kind, folder in _FOLDERS.items()}
         file = directory / "scheduler" / "scheduler_config.json"
-        schedule = configs.config_from_json(configs.Schedule, configs.read_json(file), where=str(file))
+        schedule = config_json.config_from_json(config_json.Schedule, config_json.read_json(file), where=str(file))
     elif checkpoint != config.Generator().checkpoint:
         assumed.append(f"{checkpoint} is not here: sizes are those of {config.Generator().checkpoint}")
     networks = {kind: load.abstract(kind, sizes[kind], dtype=dtype) for kind in _FOLDERS}
@@ -178,11 +178,11 @@ def _prior(checkpoint: str, dtype: Any, assumed: list[str]) -> load.StableDiffus
 
 def _read(kind: str, directory: Path) -> Any:
     file = directory / "config.json"
-    return load.KINDS[kind].config(configs.read_json(file), where=str(file))
+    return load.KINDS[kind].config(config_json.read_json(file), where=str(file))
 
 
 def _judge(spec: config.RefereeSpec, dtype: Any, assumed: list[str]) -> referees.Judge:
-    family, directory = referees.REFEREES[spec.name], Path(config.checkpoint_path(spec.checkpoint)).expanduser()
+    family, directory = referees.REFEREES[spec.name], Path(hub.checkpoint_path(spec.checkpoint)).expanduser()
     preprocessing = _PREPROCESSING
     if directory.is_dir():
         sizes = _read(family.kind, directory)

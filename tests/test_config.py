@@ -11,6 +11,7 @@ import pytest
 from referee_jax import config, sweep
 from referee_jax.method import augmentations, objective, optim, sds
 from referee_jax.shapes import world
+from referee_jax.weights import hub
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -228,14 +229,14 @@ def test_diff_names_what_changed():
 
 
 def test_checkpoints_of_the_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(hub, "ASSETS", tmp_path / "assets")
     (tmp_path / "assets" / "clip").mkdir(parents=True)
     (tmp_path / "outside").mkdir()
-    assert config.checkpoint_path("shapes/clip") == str(tmp_path / "assets" / "clip")
-    assert config.checkpoint_path("openai/clip-vit-large-patch14") == "openai/clip-vit-large-patch14"
+    assert hub.checkpoint_path("shapes/clip") == str(tmp_path / "assets" / "clip")
+    assert hub.checkpoint_path("openai/clip-vit-large-patch14") == "openai/clip-vit-large-patch14"
     for name in ("shapes/clop", "shapes/../outside"):
         with pytest.raises(config.ConfigError, match="not in the package; it holds shapes/clip$"):
-            config.checkpoint_path(name)
+            hub.checkpoint_path(name)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
@@ -245,7 +246,7 @@ def test_every_config_is_possible(file):
     variants = sweep.read(str(file)) if made else {"": config.load(str(file))}
     for settings in variants.values():
         for name in (settings.generator.checkpoint, *(spec.checkpoint for spec in settings.referees)):
-            assert not name.startswith("shapes/") or pathlib.Path(config.checkpoint_path(name)).is_dir()
+            assert not name.startswith("shapes/") or pathlib.Path(hub.checkpoint_path(name)).is_dir()
 
 
 def test_configs():

@@ -6,6 +6,8 @@ asked again, a few times; then what is in the cache has to do, or the user is to
 
 import contextlib
 import email.utils
+import os
+import pathlib
 import random
 import re
 import shlex
@@ -22,6 +24,7 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
 from referee_jax import console
+from referee_jax.schema import ConfigError
 from referee_jax.weights.convert import WeightsError
 
 TRIES = 4
@@ -206,3 +209,28 @@ def _check_sizes(directory: Path, name: str, revision: str | None) -> None:
         if cached.exists() and (size := cached.stat().st_size) != file.size:
             again = download_command(name, revision, [file.path], "--force-download")
             raise WeightsError(f"{cached} is damaged: {size} bytes, on the hub {file.size}; run: {again}")
+
+
+ASSETS = pathlib.Path(__file__).parent / "shapes" / "assets"
+
+
+EMBEDDED = "shapes/"  # checkpoints whose names begin so are part of the package
+
+
+def is_embedded(name: str) -> bool:
+    """Whether a checkpoint is part of the package."""
+    return name.startswith(EMBEDDED)
+
+
+def checkpoint_path(name: str) -> str:
+    """The local directory of one of the package's own checkpoints (`shapes/...`); any other name as it is.
+
+    Raises ConfigError where the package holds no such checkpoint.
+    """
+    if not is_embedded(name):
+        return os.path.expanduser(name)
+    path = ASSETS / name.removeprefix(EMBEDDED)
+    if ".." in path.parts or not path.is_dir():
+        held = ", ".join(sorted(EMBEDDED + x.name for x in ASSETS.glob("*") if x.is_dir())) or "none"
+        raise ConfigError(f"the checkpoint {name!r} is not in the package; it holds {held}")
+    return str(path)

@@ -20,7 +20,7 @@ from flax import nnx
 
 from referee_jax import console
 from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
-from referee_jax.weights import configs, convert, hub
+from referee_jax.weights import config_json, convert, hub
 from referee_jax.weights.convert import WeightsError
 
 TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"  # what the two libraries call a file of weights
@@ -58,7 +58,7 @@ class Kind:
 def _blip(network: Callable[..., nnx.Module], architecture: str) -> Kind:
     predictions, words = "text_decoder.cls.predictions", "text_decoder.bert.embeddings.word_embeddings.weight"
     return Kind(
-        config=configs.blip_config,
+        config=config_json.blip_config,
         network=network,
         stem=TRANSFORMERS,
         architecture=architecture,
@@ -70,7 +70,7 @@ def _blip(network: Callable[..., nnx.Module], architecture: str) -> Kind:
 KINDS: dict[str, Kind] = {
     # Buffers that transformers wrote before 4.31.
     "clip": Kind(
-        config=configs.clip_config,
+        config=config_json.clip_config,
         network=clip.CLIP,
         stem=TRANSFORMERS,
         architecture="CLIPModel",
@@ -78,7 +78,7 @@ KINDS: dict[str, Kind] = {
     ),
     # transformers 5 writes this class without the prefix that all published files have.
     "clip_text": Kind(
-        config=configs.reader(clip.TextConfig),
+        config=config_json.reader(clip.TextConfig),
         network=clip.TextModel,
         stem=TRANSFORMERS,
         architecture="CLIPTextModel",
@@ -86,7 +86,7 @@ KINDS: dict[str, Kind] = {
         ignore=("*.position_ids",),
     ),
     "siglip": Kind(
-        config=configs.reader(siglip.Config),
+        config=config_json.reader(siglip.Config),
         network=siglip.SigLIP,
         stem=TRANSFORMERS,
         architecture="SiglipModel",
@@ -97,7 +97,7 @@ KINDS: dict[str, Kind] = {
     "blip_caption": _blip(blip.ConditionalGeneration, "BlipForConditionalGeneration"),
     "blip_vqa": _blip(blip.QuestionAnswering, "BlipForQuestionAnswering"),
     "blip2": Kind(
-        config=configs.reader(blip2.Config),
+        config=config_json.reader(blip2.Config),
         network=blip2.BLIP2,
         stem=TRANSFORMERS,
         architecture="Blip2ForImageTextRetrieval",
@@ -111,14 +111,14 @@ KINDS: dict[str, Kind] = {
     ),
     # As weights.lavis writes it: the authors' file is a pickle, and transformers has no class for it.
     "image_reward": Kind(
-        config=configs.reader(image_reward.Config),
+        config=config_json.reader(image_reward.Config),
         network=image_reward.ImageReward,
         stem=TRANSFORMERS,
         architecture="ImageReward",
         float32=("mlp.*",),
     ),
     "align": Kind(
-        config=configs.reader(align.Config),
+        config=config_json.reader(align.Config),
         network=align.ALIGN,
         stem=TRANSFORMERS,
         architecture="AlignModel",
@@ -126,17 +126,17 @@ KINDS: dict[str, Kind] = {
         ignore=("*.position_ids", "*.token_type_ids", "*.num_batches_tracked"),
         float32=("*.batchnorm.*", "*_bn.*", "*.depthwise_norm.*"),
     ),
-    "unet": Kind(config=configs.reader(unet.Config), network=unet.UNet, stem=DIFFUSERS),
-    "vae": Kind(config=configs.reader(vae.Config), network=vae.AutoencoderKL, stem=DIFFUSERS, renames=vae.RENAMES),
+    "unet": Kind(config=config_json.reader(unet.Config), network=unet.UNet, stem=DIFFUSERS),
+    "vae": Kind(config=config_json.reader(vae.Config), network=vae.AutoencoderKL, stem=DIFFUSERS, renames=vae.RENAMES),
     "vae_decoder": Kind(
-        config=configs.reader(vae.Config),
+        config=config_json.reader(vae.Config),
         network=lambda config, *, rngs: vae.AutoencoderKL(config, encoder=False, rngs=rngs),
         stem=DIFFUSERS,
         renames=vae.RENAMES,
         ignore=("encoder.*", "quant_conv.*"),
     ),
     "vae_tiny": Kind(
-        config=configs.reader(vae.TinyConfig), network=vae.TinyDecoder, stem=DIFFUSERS, ignore=("encoder.*",)
+        config=config_json.reader(vae.TinyConfig), network=vae.TinyDecoder, stem=DIFFUSERS, ignore=("encoder.*",)
     ),
 }
 
@@ -157,7 +157,7 @@ def load(
     row = KINDS[kind]
     directory = hub.resolve(path_or_id, revision, _patterns(row.stem, subfolder)) / subfolder
     file = directory / "config.json"
-    values = configs.read_json(file)
+    values = config_json.read_json(file)
     _check_kind(kind, values, file)
     config = row.config(values, where=str(file))
     tensors = Tensors(directory, row.stem)
@@ -243,7 +243,7 @@ def read_preprocessing(directory: Path) -> dict:
     Raises WeightsError where neither has.
     """
     file = directory / _PROCESSOR
-    settings = configs.read_json(file).get("image_processor") if file.exists() else None
+    settings = config_json.read_json(file).get("image_processor") if file.exists() else None
     if settings is not None:
         if not isinstance(settings, dict):
             raise WeightsError(f"{file}: image_processor does not hold a JSON object")
@@ -251,7 +251,7 @@ def read_preprocessing(directory: Path) -> dict:
     file = directory / _IMAGE_PROCESSOR
     if not file.exists():
         raise WeightsError(f"{file} is missing, and there is no {_PROCESSOR} that says how an image is prepared")
-    return configs.read_json(file)
+    return config_json.read_json(file)
 
 
 def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, subfolder: str = ""):
@@ -317,7 +317,7 @@ def load_stable_diffusion(
     ]
     directory = hub.resolve(path_or_id, revision, patterns)
     file = directory / "scheduler" / "scheduler_config.json"
-    schedule = configs.config_from_json(configs.Schedule, configs.read_json(file), where=str(file))
+    schedule = config_json.config_from_json(config_json.Schedule, config_json.read_json(file), where=str(file))
     parts = StableDiffusion(
         tokenizer=load_tokenizer(directory, subfolder="tokenizer"),
         text_encoder=load("clip_text", directory, subfolder="text_encoder", dtype=dtype),
@@ -399,7 +399,7 @@ def _shards(directory: Path, stem: str) -> dict[Path, set[str] | None]:
             "the authors' own file with referee_jax.weights.lavis"
         )
     shards: dict[Path, set[str]] = {}
-    weight_map = configs.read_json(index).get("weight_map")
+    weight_map = config_json.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index} has no weight_map")
     for name, file in weight_map.items():

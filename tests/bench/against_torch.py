@@ -33,6 +33,7 @@ from torch import nn
 
 from referee_jax import assembly, config, inverter, items, referees, sizes
 from referee_jax.hardware import devices
+from referee_jax.weights import hub
 from tests.oracles import inversion as oracle
 from tests.oracles import judges
 
@@ -64,7 +65,7 @@ def settings_of(path: str, batch: int, precision: str = "float32") -> config.Set
 def is_here(settings: config.Settings) -> bool:
     """Whether all checkpoints are directories, so that nothing need be random."""
     names = [settings.generator.checkpoint, *(spec.checkpoint for spec in settings.referees)]
-    return all(Path(config.checkpoint_path(name)).expanduser().is_dir() for name in names)
+    return all(Path(hub.checkpoint_path(name)).expanduser().is_dir() for name in names)
 
 
 def ours(settings: config.Settings, runs: int) -> Measured:
@@ -100,7 +101,7 @@ def build(settings: config.Settings, device: str, **how: bool) -> tuple[oracle.O
     if is_here(settings):
         referee = sized.judges[0].referee
         paths = (
-            str(Path(config.checkpoint_path(x)).expanduser()) for x in (settings.generator.checkpoint, spec.checkpoint)
+            str(Path(hub.checkpoint_path(x)).expanduser()) for x in (settings.generator.checkpoint, spec.checkpoint)
         )
         made = oracle.load(*paths, mean=referee.mean, std=referee.std, **given)
     else:

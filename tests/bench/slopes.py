@@ -21,6 +21,7 @@ import numpy as np
 
 from referee_jax import bench, config, console, cost, outputs, sizes
 from referee_jax.hardware import chips, devices
+from referee_jax.weights import hub
 
 COUNTS = (1, 2, 4, 8)
 # Whether the config's generator is the shapes world's -> the referees that are added to its own.
@@ -48,7 +49,7 @@ def variants(settings: config.Settings, batch: int, counts: Sequence[int] = COUN
         yield "views", str(count), dataclasses.replace(settings, views=looked)
     for count in counts:
         yield "images at once", str(count), dataclasses.replace(settings, batch_size=count)
-    more = REFEREES[config.is_embedded(settings.generator.checkpoint)]
+    more = REFEREES[hub.is_embedded(settings.generator.checkpoint)]
     for count in range(len(more) + 1):
         added = more[:count]
         name = " + ".join(["its own", *(spec.name for spec in added)])

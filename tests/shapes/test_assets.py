@@ -9,6 +9,7 @@ import transformers
 
 from referee_jax import config, referees
 from referee_jax.shapes import world
+from referee_jax.weights import hub
 from tests.conftest import cosine
 
 # Directory -> transformers' class, the loss by which it is asked here, and the share of attribute swaps, of pairs that captions
@@ -41,10 +42,10 @@ def scenes(count: int, *, unseen: bool) -> list[tuple[np.ndarray, world.Prompt]]
 
 
 def test_their_size():
-    files = [file for file in config.ASSETS.rglob("*") if file.is_file()]
+    files = [file for file in hub.ASSETS.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 30e6
     assert {file.parent.name for file in files if file.name == "preprocessor_config.json"} == EMBEDDED.keys()
-    assert all((config.ASSETS / name / "README.md").is_file() for name in EMBEDDED)
+    assert all((hub.ASSETS / name / "README.md").is_file() for name in EMBEDDED)
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -102,7 +103,7 @@ def gradients(who: referees.Judge, loss: str, pictures: np.ndarray, prompts) -> 
 def test_the_torch_class_reads_it(name):
     """With nothing missing, in the published layout."""
     cls = EMBEDDED[name][0]
-    theirs, told = cls.from_pretrained(config.ASSETS / name, output_loading_info=True, dtype=torch.float32)
+    theirs, told = cls.from_pretrained(hub.ASSETS / name, output_loading_info=True, dtype=torch.float32)
     assert not told["missing_keys"] and not told["mismatched_keys"]
     # transformers' BLIP-2 has no language head.
     assert all(key.startswith("cls.predictions.") for key in told["unexpected_keys"])

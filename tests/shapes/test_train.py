@@ -11,7 +11,7 @@ import transformers
 
 from referee_jax import config, referees
 from referee_jax.shapes import batches, recipes_generator, recipes_referees, tokens, train, world
-from referee_jax.weights import load
+from referee_jax.weights import hub, load
 from tests.conftest import cosine, relative_l2
 
 
@@ -308,8 +308,8 @@ def test_blips_eye_begins_as_clips():
     batch = train.Steps(lambda rng: batches.pair_batch(rng, 6), seed=0)[0]
     images = 2 * batch["image"] - 1
     with torch.no_grad():
-        clip = transformers.CLIPModel.from_pretrained(config.ASSETS / "clip", dtype=torch.float32)
-        eye = recipes_referees.Blip(config.ASSETS).trained["itm"].vision_model
+        clip = transformers.CLIPModel.from_pretrained(hub.ASSETS / "clip", dtype=torch.float32)
+        eye = recipes_referees.Blip(hub.ASSETS).trained["itm"].vision_model
         wanted = clip.vision_model(images, output_hidden_states=True).hidden_states[3]
         found = eye.encoder(eye.embeddings(images)).last_hidden_state
     assert cosine(found, wanted) > 0.85

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from referee_jax.models import vae
-from referee_jax.weights import configs, load
+from referee_jax.weights import config_json, load
 from tests.oracles import networks
 from tests.weights.checkpoints import edit_json, edit_tensors, fails, same
 
@@ -289,11 +289,11 @@ def test_unknown_config_of_diffusers(published, tmp_path):
 
 
 def test_config_takes_integers_for_floats_and_lists_for_tuples():
-    config = configs.config_from_json(vae.Config, {"scaling_factor": 1, "block_out_channels": [8, 16]})
+    config = config_json.config_from_json(vae.Config, {"scaling_factor": 1, "block_out_channels": [8, 16]})
     assert config.scaling_factor == 1.0 and isinstance(config.scaling_factor, float)
     assert config.block_out_channels == (8, 16)
     assert hash(config) == hash(
-        configs.config_from_json(vae.Config, {"scaling_factor": 1.0, "block_out_channels": (8, 16)})
+        config_json.config_from_json(vae.Config, {"scaling_factor": 1.0, "block_out_channels": (8, 16)})
     )
 
 

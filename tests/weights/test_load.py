@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from referee_jax.models import clip, unet, vae
-from referee_jax.weights import configs, convert, load
+from referee_jax.weights import config_json, convert, load
 from tests import conftest
 from tests.oracles import networks
 from tests.weights.checkpoints import edit_json, same
@@ -93,7 +93,9 @@ def test_tiny_decoder(tmp_path):
 def test_noise_schedules(cls, shape, prediction, tmp_path):
     theirs = cls(beta_schedule=shape, beta_start=0.00085, beta_end=0.012, prediction_type=prediction)
     theirs.save_pretrained(tmp_path)
-    schedule = configs.config_from_json(configs.Schedule, configs.read_json(tmp_path / "scheduler_config.json"))
+    schedule = config_json.config_from_json(
+        config_json.Schedule, config_json.read_json(tmp_path / "scheduler_config.json")
+    )
     np.testing.assert_allclose(schedule.alphas_cumprod(), theirs.alphas_cumprod.numpy(), rtol=2e-5)
     assert schedule.prediction_type == prediction
 
@@ -103,7 +105,7 @@ def test_noise_schedules(cls, shape, prediction, tmp_path):
 
 def test_transformers_reads_what_we_write(published, tmp_path):
     network = load.load_clip(published[1])
-    load.save_directory(tmp_path, network, configs.read_json(published[1] / "config.json"))
+    load.save_directory(tmp_path, network, config_json.read_json(published[1] / "config.json"))
     oracle, info = transformers.CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for name, x in networks.clip(seed=1).state_dict().items():
@@ -120,7 +122,9 @@ def test_parts_are_written_for_their_library(part, published, tmp_path):
         "vae": ("vae", diffusers.AutoencoderKL),
     }[part]
     network = load.load(kind, published[0], subfolder=part)
-    load.save_directory(tmp_path, network, configs.read_json(published[0] / part / "config.json"), dtype=jnp.float16)
+    load.save_directory(
+        tmp_path, network, config_json.read_json(published[0] / part / "config.json"), dtype=jnp.float16
+    )
     file = next(tmp_path.glob("*.safetensors"))
     assert {x.dtype for x in safetensors.numpy.load_file(file).values()} == {np.dtype(np.float16)}
     oracle, info = cls.from_pretrained(tmp_path, output_loading_info=True)
