@@ -12,7 +12,7 @@ everything runs on without a download; cost and bench say what it all takes.
 """
 
 from referee_jax.config import load as load_config
-from referee_jax.inverter import Inverter, Result
+from referee_jax.engine.inverter import Inverter, Result
 from referee_jax.referees import load_referee
 
 __all__ = ["Inverter", "Result", "load_config", "load_referee"]

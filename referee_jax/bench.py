@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import cli, config, console, cost, disk, inverter, items, outputs, parallel, sizes, topology
+from referee_jax import cli, config, console, cost, disk, items, outputs, sizes, topology
+from referee_jax.engine import capacity, inverter, parallel
 from referee_jax.hardware import chips, devices
 
 RUNS = 3  # at least; the median counts
@@ -49,9 +50,9 @@ def matmul_rate(device: jax.Device, least: float) -> float:
     return 2 * size**3 / seconds(lambda: multiply(x), least)
 
 
-def part(step: cost.Step, piece: cost.Part, batch: int, least: float) -> dict[str, float]:
+def part(step: capacity.Step, piece: cost.Part, batch: int, least: float) -> dict[str, float]:
     """One part of an iteration: `seconds` for the batch, and the seconds to `compile` it."""
-    fn, args = cost.batched(piece.fn, step, piece.shape, batch)
+    fn, args = capacity.batched(piece.fn, step, piece.shape, batch)
     networks, prompt, hyper, x, _ = args
     # What a text says decides nothing here, but all of it must be real, or means over nothing are NaN.
     prompt = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), prompt)
@@ -93,8 +94,8 @@ def bench(settings: config.Settings, batches: Sequence[int], *, least: float) ->
     rows, asked = [], settings
     lean = cost.estimate(dataclasses.replace(settings, remat="none"))
     for batch in sorted(batches):  # the peak of memory is that of all so far
-        settings = cost.fitting(dataclasses.replace(asked, batch_size=batch), sized, chips.memory_limit(device))
-        step = cost.make_step(settings, sized)
+        settings = capacity.fitting(dataclasses.replace(asked, batch_size=batch), sized, chips.memory_limit(device))
+        step = capacity.make_step(settings, sized)
         for piece in cost.parts(step):
             logging.info("%s, %d at once", piece.name, batch)
             flops = batch * lean.parts[piece.name]

@@ -13,28 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.extend import core
 
-from referee_jax import assembly, config, console, memory, program, sizes
+from referee_jax import config, console, program, sizes
+from referee_jax.engine import capacity, peak_memory
 from referee_jax.hardware import chips
-from referee_jax.method import held_out as held_out_lib
 from referee_jax.method import inversion, sds, views
-
-UNKNOWN, MOST = 8, 64  # images at once where the memory is not known, and where it is: more are no faster
-USABLE = 0.9  # of a chip's memory: the rest is the runtime's, and lost between buffers
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What an iteration of one image reads: arrays, or jax.ShapeDtypeStructs in their place."""
-
-    settings: config.Settings
-    networks: inversion.Networks
-    text_encoder: Any
-    prompt: inversion.Prompt
-    hyper: inversion.Hyper
-    plan: inversion.Plan
-    assumed: tuple[str, ...] = ()
 
 
 class Part(NamedTuple):
@@ -74,7 +57,7 @@ class Estimate:
 
     def fits(self, chip: chips.Chip) -> int:
         """Images of a batch on one chip."""
-        free = USABLE * chip.bytes - sum(self.weights.values()) - self.fixed
+        free = capacity.USABLE * chip.bytes - sum(self.weights.values()) - self.fixed
         return max(0, int(free // self.live))
 
 
@@ -109,55 +92,12 @@ class Running:
         return f"{each} for an image, {total} for all {images}; {weights} of weights, {batch} for a batch{least}"
 
 
-def abstract_step(settings: config.Settings) -> Step:
+def abstract_step(settings: config.Settings) -> capacity.Step:
     """An iteration of a config without weights. Raises what `sizes.abstract` does."""
-    return make_step(settings, sizes.abstract(settings))
+    return capacity.make_step(settings, sizes.abstract(settings))
 
 
-def make_step(settings: config.Settings, sized: sizes.Sized) -> Step:
-    """An iteration over these networks; what depends on the text is abstract."""
-    judges = [judge for judge in sized.judges if judge.spec.role == "optimise"]
-    held_out = [judge for judge in sized.judges if judge.spec.role == "held_out"]
-    remat = "full" if settings.remat == "auto" else settings.remat
-    networks = assembly.make_networks(sized.prior, judges, held_out, remat=remat)
-    tokens = assembly.tokenize(settings, sized.prior.tokenizer, judges, held_out, "a")
-    prompt = jax.eval_shape(assembly.encode, networks, sized.prior.text_encoder, tokens)
-    plan = assembly.make_plan(settings, sized.prior, judges, held_out)
-    hyper = assembly.make_hyper(settings)
-    return Step(settings, networks, sized.prior.text_encoder, prompt, hyper, plan, sized.assumed)
-
-
-def fitting(settings: config.Settings, sized: sizes.Sized, limit: int | None) -> config.Settings:
-    """`settings` with what they leave open decided by memory of `limit` bytes (None: unknown).
-
-    `remat` "auto" becomes "dots" if a batch then fits, else "full"; `batch_size` 0 the images that fit, at most MOST, or UNKNOWN
-    where the memory is.
-    """
-    is_open = settings.remat == "auto"
-    if limit is None:
-        remat = "full" if is_open else settings.remat
-        return dataclasses.replace(settings, remat=remat, batch_size=settings.batch_size or UNKNOWN)
-    if not is_open and settings.batch_size:
-        return settings
-    for remat in ("dots", "full") if is_open else (settings.remat,):
-        tried = dataclasses.replace(settings, remat=remat)
-        if batch := fitting_batch(tried, sized, limit):
-            return dataclasses.replace(tried, batch_size=batch)
-    return dataclasses.replace(tried, batch_size=settings.batch_size or 1)  # the device will say
-
-
-def fitting_batch(settings: config.Settings, sized: sizes.Sized, limit: int) -> int:
-    """The batch that is asked for, if it fits, else 0; where none is, the largest that does."""
-    step = make_step(settings, sized)
-    free = USABLE * limit - sum(_weights(step).values())
-    needed = lambda batch: memory.peak(_traced(step, batch))  # noqa: E731
-    if settings.batch_size:
-        return settings.batch_size if needed(settings.batch_size) <= free else 0
-    least, most = needed(1), needed(2)
-    return min(MOST, 1 + int((free - least) // (most - least))) if least <= free else 0
-
-
-def parts(step: Step) -> list[Part]:
+def parts(step: capacity.Step) -> list[Part]:
     """The pieces of an iteration."""
     plan = step.plan
     side = step.settings.image_size
@@ -219,37 +159,16 @@ def _backward(n: int, looks: Any) -> Callable:
     )(shown)
 
 
-def one_step(plan: inversion.Plan) -> Callable:
-    """`fn(networks, prompt, hyper, z, key)`: an iteration of one image with its referees, from latents `z`."""
-
-    def run(networks, prompt, hyper, z: Array, key: Array) -> tuple[Any, dict[str, Array]]:
-        i = jnp.int32(0)
-        noise = inversion.draw(key, networks, plan, hyper, i)
-        watched = held_out_lib.begin(z, jnp.zeros(2)) if plan.held_out else None
-        return inversion.step(networks, prompt, hyper, plan, inversion.init(z, plan, hyper, watched), i, noise, True)
-
-    return run
-
-
-def batched(fn: Callable, step: Step, shape: Sequence[int], batch: int) -> tuple[Callable, tuple]:
-    """A part's or `one_step`'s function over a batch of images, and its arguments, abstract where the step's are."""
-    lead = lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype)  # noqa: E731
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    x = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
-    args = step.networks, jax.tree.map(lead, step.prompt), step.hyper, x, keys
-    return jax.vmap(fn, in_axes=(None, 0, None, 0, 0)), args
-
-
 def estimate(settings: config.Settings) -> Estimate:
     """What a config costs. Raises ConfigError, or WeightsError for a directory whose config.json is not understood."""
     step = abstract_step(settings)
     found = {part.name: _asked(step, part.fn, part.shape) for part in parts(step)}
-    one, two = (_traced(step, batch) for batch in (1, 2))
-    least, most = memory.peak(one), memory.peak(two)
+    one, two = (capacity.traced(step, batch) for batch in (1, 2))
+    least, most = peak_memory.peak(one), peak_memory.peak(two)
     return Estimate(
         parts=found,
         **_work(step, program.count(one), found["U-Net"])._asdict(),
-        weights=_weights(step),
+        weights=capacity.weights(step),
         fixed=max(0, 2 * least - most),
         live=most - least,
         assumed=step.assumed,
@@ -260,17 +179,17 @@ def running(engine: Any, batch: Any) -> Running:
     """What an inverter's program of a batch costs; what is not of that program is traced besides, nothing is compiled."""
     traced, device = engine.trace(batch).jaxpr.jaxpr, engine.mesh.devices.flat[0]
     prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.prompt)
-    step = Step(engine.settings, engine.networks, engine.text_encoder, prompt, engine.hyper, engine.plan)
+    step = capacity.Step(engine.settings, engine.networks, engine.text_encoder, prompt, engine.hyper, engine.plan)
     whole, unet = program.count(traced) / engine.settings.batch_size, _asked(step, _unet, step.plan.latent)
     return Running(
         image=_work(step, whole, unet).image,
-        weights=sum(_weights(step).values()),
-        batch=memory.peak(traced),
+        weights=sum(capacity.weights(step).values()),
+        batch=peak_memory.peak(traced),
         chip=chips.of(device.device_kind),
     )
 
 
-def _work(step: Step, whole: float, unet: float) -> Work:
+def _work(step: capacity.Step, whole: float, unet: float) -> Work:
     """What an image takes, where an iteration takes `whole` and the U-Net within `unet`."""
     settings, plan = step.settings, step.plan
     look = _asked(step, _looked(plan, ("held_out",)), plan.latent) if plan.held_out else 0.0
@@ -281,16 +200,10 @@ def _work(step: Step, whole: float, unet: float) -> Work:
     return Work(whole, tail, look, image)
 
 
-def _asked(step: Step, fn: Callable, shape: Sequence[int]) -> float:
+def _asked(step: capacity.Step, fn: Callable, shape: Sequence[int]) -> float:
     """Operations of a part's function, of one image."""
-    fn, args = batched(fn, step, shape, 1)
+    fn, args = capacity.batched(fn, step, shape, 1)
     return program.flops(fn, *args)
-
-
-def _traced(step: Step, batch: int) -> core.Jaxpr:
-    """The program of an iteration of a batch."""
-    fn, args = batched(one_step(step.plan), step, step.plan.latent, batch)
-    return jax.make_jaxpr(fn)(*args).jaxpr
 
 
 def _looked(plan: inversion.Plan, who: Sequence[str]) -> Callable:
@@ -311,7 +224,7 @@ _TEXTS = {"referees": "texts", "held_out": "held_out"}
 _WEIGHTS = {"referees": "weights", "held_out": "held_out"}
 
 
-def _ends(step: Step, unet: float) -> tuple[float, float]:
+def _ends(step: capacity.Step, unet: float) -> tuple[float, float]:
     """Operations of an image's start, the choice among candidates included, and of its last decoding and scoring."""
     settings, plan = step.settings, step.plan
     judged = _asked(step, _looked(plan, ("referees", "held_out")), plan.latent)
@@ -320,16 +233,6 @@ def _ends(step: Step, unet: float) -> tuple[float, float]:
         start += judged
     # All judges score the result; where some are held out, all look at it once more.
     return settings.init_candidates * start, judged
-
-
-def _weights(step: Step) -> dict[str, int]:
-    networks = step.networks
-    named = {"text encoder": step.text_encoder, "U-Net": networks.unet, "decoder": networks.vae}
-    specs = [spec for role in ("optimise", "held_out") for spec in step.settings.referees if spec.role == role]
-    for n, (spec, referee) in enumerate(zip(specs, (*networks.referees, *networks.held_out), strict=True)):
-        held_out = " (held out)" if spec.role == "held_out" else ""
-        named[f"{spec.name} {n}{held_out}" if len(specs) > 1 else spec.name] = referee
-    return {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for name, tree in named.items()}
 
 
 def table(found: Estimate, *, precision: str = "") -> str:

@@ -33,6 +33,7 @@ from huggingface_hub import constants, errors
 from packaging import requirements
 
 from referee_jax import config, console, cost, outputs, prompts, remote, run, sizes, topology
+from referee_jax.engine import capacity
 from referee_jax.hardware import chips, compile_cache, devices
 from referee_jax.runs import prompt_file
 from referee_jax.weights import hub as hub_files
@@ -193,7 +194,7 @@ def price(command: run.Command | None) -> list[Finding]:
             limit = chips.memory_limit(jax.local_devices()[0])
         except RuntimeError:  # said by `device`
             limit = None
-        settings = cost.fitting(command.settings, sizes.abstract(command.settings), limit)  # as the engine will
+        settings = capacity.fitting(command.settings, sizes.abstract(command.settings), limit)  # as the engine will
         found = cost.estimate(settings)
     except config.ConfigError as error:
         return [Finding("cost", str(error), "correct the config")]

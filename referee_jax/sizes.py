@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from referee_jax import assembly, config, referees
+from referee_jax import config, referees
+from referee_jax.engine import builders
 from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
 from referee_jax.weights import config_json, hub, load
 
@@ -127,7 +128,7 @@ def abstract(settings: config.Settings) -> Sized:
     `assumed` says, a sentence each, where a checkpoint is neither here nor in the table, and what was taken instead. Raises
     ConfigError or WeightsError for a directory that does not fit.
     """
-    dtype, assumed = assembly.DTYPES[settings.precision], []
+    dtype, assumed = builders.DTYPES[settings.precision], []
     prior = _prior(settings.generator.checkpoint, dtype, assumed)
     judges = tuple(_judge(spec, dtype, assumed) for spec in settings.referees)
     return Sized(prior, judges, tuple(assumed))

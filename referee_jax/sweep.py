@@ -24,9 +24,10 @@ from typing import Any
 import tqdm
 from absl import flags
 
-from referee_jax import assembly, cli, config, disk, formats, inverter, remote
+from referee_jax import cli, config, disk, formats, remote
 from referee_jax import items as items_lib
 from referee_jax.benchmarks import report, shapes, statistics
+from referee_jax.engine import builders, inverter
 from referee_jax.items import Item
 
 Row = tuple[str, Item]  # name of the variant, what is made
@@ -61,7 +62,7 @@ def programs(variants: Mapping[str, config.Settings]) -> list[list[str]]:
     """The names of the variants, those together that one compiled program serves."""
     groups: dict[str, list[str]] = {}
     for name, settings in variants.items():
-        groups.setdefault(config.to_json(assembly.structure(settings)), []).append(name)
+        groups.setdefault(config.to_json(builders.structure(settings)), []).append(name)
     return list(groups.values())
 
 
@@ -112,7 +113,7 @@ def _made(
     engine: inverter.Inverter, share: Sequence[Row], variants: Mapping[str, config.Settings], out: Path
 ) -> list[dict[str, Any]]:
     """One batch, its images written."""
-    hypers = [assembly.make_hyper(variants[name]) for name, _ in share]
+    hypers = [builders.make_hyper(variants[name]) for name, _ in share]
     batch = engine.begin([item for _, item in share], engine.settings.seed, hypers)
     while batch.step < engine.steps:
         batch, _ = engine.advance(batch)

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies  # nothing public describes devices that are not there
 
-from referee_jax import config, cost, hlo, inverter, sizes
+from referee_jax import config, cost, hlo, sizes
+from referee_jax.engine import capacity, inverter
 from referee_jax.hardware import chips
 
 GIB = 2**30
@@ -125,7 +126,7 @@ def unloaded(settings: config.Settings, there: Sequence[jax.Device], memory: int
 def _engine(
     settings: config.Settings, sized: sizes.Sized, there: Sequence[jax.Device], memory: int | None
 ) -> inverter.Inverter:
-    return inverter.Inverter(cost.fitting(settings, sized, memory), sized.prior, sized.judges, there)
+    return inverter.Inverter(capacity.fitting(settings, sized, memory), sized.prior, sized.judges, there)
 
 
 def compile_for(settings: config.Settings, name: str) -> Report:
@@ -139,7 +140,7 @@ def compile_for(settings: config.Settings, name: str) -> Report:
         topology=name, chips=len(there), batch=decided.batch_size, fits=False, needed=None, flops=engine.flops(batch),
         weights=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(engine.networks)), useful=useful.image,
         floor=useful.seconds(chip), remat=decided.remat,
-        most=cost.fitting_batch(dataclasses.replace(decided, batch_size=0), sized, int(chip.bytes)),
+        most=capacity.fitting_batch(dataclasses.replace(decided, batch_size=0), sized, int(chip.bytes)),
     )  # fmt: skip
     lowered, begun = engine.trace(batch).lower(), time.monotonic()
     try:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from referee_jax import config, cost, doctor, inverter, items, program, sizes
+from referee_jax import config, cost, doctor, items, program, sizes
+from referee_jax.engine import capacity, inverter
 from referee_jax.hardware import chips
 from referee_jax.models import blip, blip2, clip, layers, unet, vae
 
@@ -214,7 +215,7 @@ def test_xla_counts_as_many_operations():
     settings = config.load("configs/shapes.py")
     settings = dataclasses.replace(settings, referees=settings.referees[:1])
     step = cost.abstract_step(settings)
-    fn, args = cost.batched(cost.one_step(step.plan), step, step.plan.latent, 2)
+    fn, args = capacity.batched(capacity.one_step(step.plan), step, step.plan.latent, 2)
     told = jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
     assert 2 * cost.estimate(settings).step == pytest.approx(told, rel=0.03)
 
@@ -222,7 +223,7 @@ def test_xla_counts_as_many_operations():
 def test_xla_needs_as_much_memory(checkpoints, tiny):
     """A whole iteration of tiny networks: within a third (measured: 0.69 of XLA's on a CPU, which copies more)."""
     step = cost.abstract_step(small(checkpoints))
-    fn, args = cost.batched(cost.one_step(step.plan), step, step.plan.latent, 6)
+    fn, args = capacity.batched(capacity.one_step(step.plan), step, step.plan.latent, 6)
     told = jax.jit(fn).lower(*args).compile().memory_analysis()
     needed = told.temp_size_in_bytes + told.output_size_in_bytes
     assert tiny.fixed + 6 * tiny.live == pytest.approx(needed, rel=0.33)
@@ -233,30 +234,30 @@ def test_what_is_left_to_the_memory(monkeypatch):
     settings = config.override(config.load("configs/shapes_blip.py"), {"batch_size": 4})
     sized = sizes.abstract(settings)
     # Steps and their programs, which take seconds, depend on nothing else that varies here.
-    steps, programs, trace = {}, {}, cost._traced
+    steps, programs, trace = {}, {}, capacity.traced
     for remat in ("full", "dots", "none"):
-        steps[remat] = cost.make_step(dataclasses.replace(settings, remat=remat), sized)
+        steps[remat] = capacity.make_step(dataclasses.replace(settings, remat=remat), sized)
 
     def traced(step, batch):
         key = step.settings.remat, batch
         programs[key] = programs.get(key) or trace(step, batch)
         return programs[key]
 
-    monkeypatch.setattr(cost, "make_step", lambda settings, sized: steps[settings.remat])
-    monkeypatch.setattr(cost, "_traced", traced)
+    monkeypatch.setattr(capacity, "make_step", lambda settings, sized: steps[settings.remat])
+    monkeypatch.setattr(capacity, "traced", traced)
 
     def fitting(limit, **how):
-        found = cost.fitting(dataclasses.replace(settings, **how), sized, limit)
+        found = capacity.fitting(dataclasses.replace(settings, **how), sized, limit)
         return found.remat, found.batch_size
 
     kept = {name: cost.estimate(dataclasses.replace(settings, remat=name)) for name in ("full", "dots")}
     assert kept["dots"].step < kept["full"].step and kept["dots"].live > kept["full"].live
-    needed = lambda found, batch: (sum(found.weights.values()) + found.fixed + batch * found.live) / cost.USABLE  # noqa: E731
+    needed = lambda found, batch: (sum(found.weights.values()) + found.fixed + batch * found.live) / capacity.USABLE  # noqa: E731
     four = needed(kept["dots"], 4)
     assert fitting(None) == fitting(int(0.95 * four)) == ("full", 4) and fitting(int(1.05 * four)) == ("dots", 4)
     assert fitting(None, remat="none") == fitting(10**6, remat="none") == ("none", 4)
-    assert fitting(None, batch_size=0) == ("full", cost.UNKNOWN) and fitting(10**6, batch_size=0) == ("full", 1)
-    assert fitting(10**12, batch_size=0) == ("dots", cost.MOST)
+    assert fitting(None, batch_size=0) == ("full", capacity.UNKNOWN) and fitting(10**6, batch_size=0) == ("full", 1)
+    assert fitting(10**12, batch_size=0) == ("dots", capacity.MOST)
     assert fitting(int(needed(kept["full"], 5.5)), remat="full", batch_size=0) == ("full", 5)
 
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import assembly, config, cost, hlo, parallel, program, prompts, referees, run, topology
-from referee_jax import inverter as inverter_lib
+from referee_jax import config, cost, hlo, program, prompts, referees, run, topology
 from referee_jax import items as items_lib
+from referee_jax.engine import builders, parallel, programs
+from referee_jax.engine import inverter as inverter_lib
 from referee_jax.method import inversion, objective
 from tests import fakes
 from tests.conftest import relative_l2
@@ -164,7 +165,7 @@ def test_no_program_of_a_run_speaks(checkpoints, monkeypatch):
 
     monkeypatch.setattr(engine, "_program", watched)
     engine(PROMPTS, seed=3)
-    assert {name for name, *_ in seen} == set(inverter_lib.PROGRAMS) and len(seen) == len(inverter_lib.PROGRAMS) + 1
+    assert {name for name, *_ in seen} == set(programs.PROGRAMS) and len(seen) == len(programs.PROGRAMS) + 1
     for compiled, shapes in seen.values():
         text = compiled.lower(*shapes).compile().as_text()
         assert "num_partitions=8" in text and hlo.collectives(text) == []
@@ -250,8 +251,8 @@ def test_nothing_recompiles(checkpoints):
         for guidance, rate, weights in ((4.0, 0.5, (2.0, 0.5, 0.25, 3.0, 2.0)), (2.0, 0.25, (1.0, 1.5, 0.0, 0.5, 4.0)))
     ]  # fmt: skip
     asked = dataclasses.replace(inverter.settings, remat="auto")
-    assert assembly.structure(changed[0]) == assembly.structure(changed[1]) == assembly.structure(asked)
-    rows = [assembly.make_hyper(one) for one in changed]
+    assert builders.structure(changed[0]) == builders.structure(changed[1]) == builders.structure(asked)
+    rows = [builders.make_hyper(one) for one in changed]
     swept = run_rows(inverter, rows)
     for row, latents in zip(rows, swept, strict=True):
         inverter.hyper = row

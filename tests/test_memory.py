@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from referee_jax import memory
+from referee_jax.engine import peak_memory
 from referee_jax.models import blip, clip, vae
 
 KIB = jax.ShapeDtypeStruct((16, 16), "float32")  # a value of 1024 bytes
 
 
 def peak(fn, *args) -> int:
-    return memory.peak(jax.make_jaxpr(fn)(*args).jaxpr)
+    return peak_memory.peak(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 def test_by_hand():

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import config, inverter, items
+from referee_jax import config, items
+from referee_jax.engine import inverter
 from referee_jax.method import held_out, inversion, objective
 from tests.conftest import relative_l2
 from tests.oracles import networks

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import assembly, config, hlo, memory
+from referee_jax import config, hlo
+from referee_jax.engine import builders, peak_memory
 from referee_jax.hardware import chips
 from referee_jax.method import objective, views
 
@@ -59,7 +60,7 @@ def test_memory_is_that_of_one_pass():
     needed = {}
     for passes in (1, 8):
         fn = lambda *args: gradient(looks(16, 16, passes), *args)  # noqa: B023, E731
-        needed[passes] = memory.peak(jax.make_jaxpr(fn)(*given_views(16, 16)).jaxpr)
+        needed[passes] = peak_memory.peak(jax.make_jaxpr(fn)(*given_views(16, 16)).jaxpr)
     assert needed[8] < 0.4 * needed[1]
 
 
@@ -80,10 +81,10 @@ def test_where_products_are_quicker_nothing_is_gathered(monkeypatch, is_dense):
 
 def test_passes():
     """As few as the memory allows; a few more where none is then filled up."""
-    assert [assembly.make_passes(10, most) for most in (0, 10, 9, 5, 4, 3, 1)] == [1, 1, 2, 2, 5, 5, 10]
-    assert assembly.make_passes(11, 7) == 2 and assembly.make_passes(7, 9) == 1
+    assert [builders.make_passes(10, most) for most in (0, 10, 9, 5, 4, 3, 1)] == [1, 1, 2, 2, 5, 5, 10]
+    assert builders.make_passes(11, 7) == 2 and builders.make_passes(7, 9) == 1
     settings = config.override(config.Settings(), {"views.per_pass": 4})
-    assert assembly.make_looks(settings, config.RefereeSpec(views=8)).passes == 2
+    assert builders.make_looks(settings, config.RefereeSpec(views=8)).passes == 2
 
 
 def test_passes_are_not_of_the_image():

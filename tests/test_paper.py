@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from referee_jax import config, inverter, items, sizes
+from referee_jax import config, items, sizes
+from referee_jax.engine import inverter
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from referee_jax import checkpoint, disk, parallel
+from referee_jax import checkpoint, disk
+from referee_jax.engine import parallel
 from referee_jax.hardware import processes
 
 ROOT = pathlib.Path(__file__).parent.parent

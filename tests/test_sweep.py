@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from referee_jax import config, disk, inverter, sweep
+from referee_jax import config, disk, sweep
+from referee_jax.engine import inverter
 from referee_jax.shapes import world
 from tests.conftest import relative_l2
 

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from referee_jax import config, cost, topology
+from referee_jax.engine import capacity
 from referee_jax.hardware import chips
 from referee_jax.weights import load
 
@@ -123,6 +124,6 @@ def test_devices_here_may_stand_for_a_slice(monkeypatch, checkpoints):
     found = topology.compile_for(config.from_config(values), "v5e:2x4")
     assert (found.chips, found.batch, found.fits, found.collectives, found.uncounted) == (2, 1, True, [], 0)
     assert found.needed > found.weights > 1e5 and found.flops > 1e6
-    assert found.floor == pytest.approx(found.useful / 197e12) and found.most == cost.MOST
+    assert found.floor == pytest.approx(found.useful / 197e12) and found.most == capacity.MOST
     # With its start and end, without what is made again.
     assert found.useful == cost.estimate(config.from_config(values | {"remat": "none"})).image > 6 * found.flops

@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import cli, config, disk, formats, inverter, items
+from referee_jax import cli, config, disk, formats, items
 from referee_jax.benchmarks import report, shapes, statistics
+from referee_jax.engine import inverter
 from referee_jax.shapes import world
 
 GUIDANCE = 7.5

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import PIL.Image
 
-from referee_jax import parallel, referees
+from referee_jax import referees
+from referee_jax.engine import parallel
 
 
 class Scorer:

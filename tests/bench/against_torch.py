@@ -31,7 +31,8 @@ import torch
 import transformers
 from torch import nn
 
-from referee_jax import assembly, config, inverter, items, referees, sizes
+from referee_jax import config, items, referees, sizes
+from referee_jax.engine import builders, inverter
 from referee_jax.hardware import devices
 from referee_jax.weights import hub
 from tests.oracles import inversion as oracle
@@ -107,7 +108,7 @@ def build(settings: config.Settings, device: str, **how: bool) -> tuple[oracle.O
     else:
         made = at_random(sized, **given)
     # Of a text only its length matters here.
-    tokens = assembly.tokenize(settings, sized.prior.tokenizer, sized.judges, (), PROMPT)
+    tokens = builders.tokenize(settings, sized.prior.tokenizer, sized.judges, (), PROMPT)
     cond, uncond = (_expand(ids, settings.batch_size, device) for ids in (tokens["prior"][0], tokens["prior"][-1]))
     (texts,) = tokens["referees"]
     texts = {name: _expand(x, settings.batch_size, device) for name, x in texts.items()}
@@ -244,7 +245,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", default="configs/shapes.py")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--precision", default="float32", choices=sorted(assembly.DTYPES))
+    parser.add_argument("--precision", default="float32", choices=sorted(builders.DTYPES))
     parser.add_argument("--rows", default=",".join(names), help="which, of " + ", ".join(names))
     args = parser.parse_args()
     args.rows = args.rows.split(",")

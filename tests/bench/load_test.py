@@ -24,7 +24,8 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from referee_jax import config, inverter, outputs, run  # noqa: E402
+from referee_jax import config, outputs, run  # noqa: E402
+from referee_jax.engine import inverter  # noqa: E402
 from referee_jax.hardware import devices  # noqa: E402
 from referee_jax.runs.command import Command  # noqa: E402
 from referee_jax.runs.prompt_file import Entry  # noqa: E402

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from referee_jax import config, cost, program, sizes
+from referee_jax.engine import capacity
 from tests.bench import slopes
 
 SETTINGS = config.load("configs/shapes.py")
@@ -13,7 +14,7 @@ SETTINGS = config.load("configs/shapes.py")
 
 def work(settings):
     step = cost.abstract_step(settings)
-    fn, args = cost.batched(cost.one_step(step.plan), step, step.plan.latent, settings.batch_size)
+    fn, args = capacity.batched(capacity.one_step(step.plan), step, step.plan.latent, settings.batch_size)
     return program.flops(fn, *args)
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from referee_jax import config, inverter
+from referee_jax import config
 from referee_jax import items as items_lib
 from referee_jax.benchmarks import methods, shapes
+from referee_jax.engine import inverter
 from referee_jax.shapes import world
 
 SETTINGS = config.from_config({"samples": 2, "prompts": ("a red circle and a blue square",)})

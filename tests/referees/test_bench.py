@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import transformers
 
-from referee_jax import config, parallel, program, prompts, referees
+from referee_jax import config, program, prompts, referees
+from referee_jax.engine import parallel
 from tests.conftest import cosine, relative_l2
 from tests.oracles import networks
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from referee_jax import config, parallel, prompts, referees
+from referee_jax import config, prompts, referees
+from referee_jax.engine import parallel
 from referee_jax.method import augmentations, inversion, objective, optim, sds
 from referee_jax.models import layers
 from referee_jax.weights import load

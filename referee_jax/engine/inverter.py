@@ -19,11 +19,12 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from referee_jax import assembly, config, cost, parallel, program, prompts, referees, sizes
+from referee_jax import config, cost, program, prompts, referees, sizes
 from referee_jax import items as items_lib
+from referee_jax.engine import builders, capacity, parallel, programs
 from referee_jax.hardware import chips, compile_cache
 from referee_jax.items import Item, Part
-from referee_jax.method import ddim, held_out, inversion
+from referee_jax.method import ddim, inversion
 from referee_jax.weights import hub, load
 
 
@@ -87,21 +88,21 @@ class Inverter:
         judges: Sequence[referees.Judge],
         devices: Sequence[jax.Device] | None = None,
     ):
-        self.mesh, self.tokenizer = assembly.make_mesh(settings, devices), prior.tokenizer
+        self.mesh, self.tokenizer = builders.make_mesh(settings, devices), prior.tokenizer
         limit = chips.memory_limit(self.mesh.devices.flat[0])
-        self.settings = settings = cost.fitting(settings, sizes.Sized(prior, tuple(judges), ()), limit)
+        self.settings = settings = capacity.fitting(settings, sizes.Sized(prior, tuple(judges), ()), limit)
         self.steps, self.chunk = settings.steps, settings.chunk
         self.groups = self.mesh.shape[parallel.AXIS]
         self.batch_size = settings.batch_size * self.groups
         self.judges = [judge for judge in judges if judge.spec.role == "optimise"]
         self.held_out = [judge for judge in judges if judge.spec.role == "held_out"]
-        networks = assembly.make_networks(prior, self.judges, self.held_out, remat=settings.remat)
+        networks = builders.make_networks(prior, self.judges, self.held_out, remat=settings.remat)
         self.networks = parallel.place(networks, self.mesh, batched=False)
         self.text_encoder = prior.text_encoder
-        self.plan = assembly.make_plan(settings, prior, self.judges, self.held_out)
-        self.hyper = assembly.make_hyper(settings)
+        self.plan = builders.make_plan(settings, prior, self.judges, self.held_out)
+        self.hyper = builders.make_hyper(settings)
         self.compiled, self._programs = False, {}
-        self._encode = self._jit(jax.vmap(assembly.encode, in_axes=(None, None, 0)))
+        self._encode = self._jit(jax.vmap(builders.encode, in_axes=(None, None, 0)))
 
     @classmethod
     def from_config(
@@ -112,7 +113,7 @@ class Inverter:
         Raises ConfigError for impossible settings, WeightsError where a checkpoint cannot be had or does not fit.
         """
         settings = config.from_config(settings)
-        dtype = assembly.DTYPES[settings.precision]
+        dtype = builders.DTYPES[settings.precision]
         prior = load.load_stable_diffusion(
             hub.checkpoint_path(settings.generator.checkpoint),
             revision=settings.generator.revision or None,
@@ -193,7 +194,7 @@ class Inverter:
         tokens = jax.tree.map(lambda *x: np.stack(x), *[self._tokenize(item.prompt) for item in padded])
         place = functools.partial(parallel.place, mesh=self.mesh, batched=True)
         prompt = place(self._encode(self.networks, self.text_encoder, tokens))
-        keys = place(jnp.stack([item_key(seed, item) for item in padded]))
+        keys = place(jnp.stack([programs.item_key(seed, item) for item in padded]))
         if hypers is None:
             return prompt, self.hyper, keys
         return prompt, place(jax.tree.map(lambda *x: jnp.stack(x), *self._padded(list(hypers)))), keys
@@ -353,7 +354,7 @@ class Inverter:
         return _result(pictures, {})
 
     def _tokenize(self, prompt: str) -> dict[str, Any]:
-        return assembly.tokenize(self.settings, self.tokenizer, self.judges, self.held_out, prompt)
+        return builders.tokenize(self.settings, self.tokenizer, self.judges, self.held_out, prompt)
 
     def _is_swept(self, batch: Batch) -> bool:
         return jax.tree.leaves(batch.hyper)[0].ndim > 0
@@ -366,7 +367,7 @@ class Inverter:
         return self._programs[key]
 
     def _make_program(self, name: str, swept: bool, static: dict[str, Any]) -> Any:
-        fn, batched, donated = PROGRAMS[name]
+        fn, batched, donated = programs.PROGRAMS[name]
         batched = [swept if x == "hyper" else x for x in batched]
         fn = jax.vmap(functools.partial(fn, plan=self.plan, **static), in_axes=[0 if x else None for x in batched])
         return self._jit(parallel.across_devices(fn, self.mesh, batched), donate_argnums=donated)
@@ -391,72 +392,4 @@ def _result(pictures: Sequence[Picture], history: dict[str, np.ndarray]) -> Resu
     )
 
 
-def item_key(seed: int, item: Item) -> Array:
-    """The key of all that is random for one item: of the seed, the prompt's text and the sample's number, nothing else."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), item.prompt_id), item.sample)
-
-
 # --- the compiled pieces, for one item -----------------------------------------------------------------------------------
-
-
-def _noise(key, number, *, plan: inversion.Plan):
-    # Iterations fold in 0, 1, ...; starts count down from what no iteration reaches.
-    return jax.random.normal(jax.random.fold_in(key, 2**31 - 1 - number), plan.latent)
-
-
-def _denoise(networks, prompt, latents, t, stride, guidance, *, plan: inversion.Plan):
-    return ddim.step(
-        networks.unet, latents, t, stride, cond=prompt.cond, uncond=prompt.uncond, guidance=guidance,
-        alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
-    )  # fmt: skip
-
-
-def _judge(networks, prompt, hyper, latents, *, plan: inversion.Plan):
-    return inversion.verdicts(networks, prompt, hyper, plan, inversion.decode(networks, latents, plan))
-
-
-def _better(one, two, *, plan: inversion.Plan):
-    """Of two candidates, each (latents, losses), the one that the optimised referees like more."""
-    return jax.tree.map(lambda a, b: jnp.where(two[1][0] < one[1][0], b, a), one, two)
-
-
-def _init(latents, losses, hyper, *, plan: inversion.Plan):
-    return inversion.init(latents, plan, hyper, None if losses is None else held_out.begin(latents, losses))
-
-
-def _step(networks, prompt, hyper, state, key, i, *, plan: inversion.Plan, on: bool | None):
-    noise = inversion.draw(key, networks, plan, hyper, i)
-    return inversion.step(networks, prompt, hyper, plan, state, i, noise, on)
-
-
-def _look(networks, prompt, hyper, state, *, plan: inversion.Plan):
-    return inversion.look(networks, prompt, hyper, plan, state)
-
-
-def _finish(networks, prompt, hyper, state, *, plan: inversion.Plan, output: str):
-    latents = inversion.output(state, output)
-    image = inversion.decode(networks, latents, plan)
-    scores = {}
-    judged = zip((*networks.referees, *networks.held_out), (*prompt.texts, *prompt.held_out), strict=True)
-    for number, (referee, text) in enumerate(judged):
-        place = number - len(networks.referees)
-        name = f"referee_{number}" if place < 0 else f"held_out_{place}"
-        scores |= {f"{name}_{key}": value for key, value in referee.scores(referee.fit(image), text).items()}
-    losses = {}
-    if networks.held_out:
-        last = inversion.verdicts(networks, prompt, hyper, plan, image)
-        losses = {name: jnp.stack([state.watched.first[n], last[n]]) for n, name in enumerate(("referee", "held_out"))}
-    return latents, image, scores, losses
-
-
-# Name -> the function of one item, which of its arguments are of each item (the numbers, where swept), and which is donated.
-PROGRAMS = {
-    "noise": (_noise, (True, False), ()),
-    "denoise": (_denoise, (False, True, True, False, False, False), ()),
-    "judge": (_judge, (False, True, "hyper", True), ()),
-    "better": (_better, (True, True), ()),
-    "init": (_init, (True, True, "hyper"), ()),
-    "step": (_step, (False, True, "hyper", True, True, False), (3,)),
-    "look": (_look, (False, True, "hyper", True), (3,)),
-    "finish": (_finish, (False, True, "hyper", True), ()),
-}

@@ -1,0 +1,1 @@
+"""The engine: networks and compiled programs on the devices of a process."""

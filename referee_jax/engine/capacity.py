@@ -1,0 +1,113 @@
+"""How many images fit into a device's memory at once."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend import core
+
+from referee_jax import config, sizes
+from referee_jax.engine import builders, peak_memory
+from referee_jax.method import held_out as held_out_lib
+from referee_jax.method import inversion
+
+UNKNOWN, MOST = 8, 64  # images at once where the memory is not known, and where it is: more are no faster
+
+
+USABLE = 0.9  # of a chip's memory: the rest is the runtime's, and lost between buffers
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What an iteration of one image reads: arrays, or jax.ShapeDtypeStructs in their place."""
+
+    settings: config.Settings
+    networks: inversion.Networks
+    text_encoder: Any
+    prompt: inversion.Prompt
+    hyper: inversion.Hyper
+    plan: inversion.Plan
+    assumed: tuple[str, ...] = ()
+
+
+def make_step(settings: config.Settings, sized: sizes.Sized) -> Step:
+    """An iteration over these networks; what depends on the text is abstract."""
+    judges = [judge for judge in sized.judges if judge.spec.role == "optimise"]
+    held_out = [judge for judge in sized.judges if judge.spec.role == "held_out"]
+    remat = "full" if settings.remat == "auto" else settings.remat
+    networks = builders.make_networks(sized.prior, judges, held_out, remat=remat)
+    tokens = builders.tokenize(settings, sized.prior.tokenizer, judges, held_out, "a")
+    prompt = jax.eval_shape(builders.encode, networks, sized.prior.text_encoder, tokens)
+    plan = builders.make_plan(settings, sized.prior, judges, held_out)
+    hyper = builders.make_hyper(settings)
+    return Step(settings, networks, sized.prior.text_encoder, prompt, hyper, plan, sized.assumed)
+
+
+def fitting(settings: config.Settings, sized: sizes.Sized, limit: int | None) -> config.Settings:
+    """`settings` with what they leave open decided by memory of `limit` bytes (None: unknown).
+
+    `remat` "auto" becomes "dots" if a batch then fits, else "full"; `batch_size` 0 the images that fit, at most MOST, or UNKNOWN
+    where the memory is.
+    """
+    is_open = settings.remat == "auto"
+    if limit is None:
+        remat = "full" if is_open else settings.remat
+        return dataclasses.replace(settings, remat=remat, batch_size=settings.batch_size or UNKNOWN)
+    if not is_open and settings.batch_size:
+        return settings
+    for remat in ("dots", "full") if is_open else (settings.remat,):
+        tried = dataclasses.replace(settings, remat=remat)
+        if batch := fitting_batch(tried, sized, limit):
+            return dataclasses.replace(tried, batch_size=batch)
+    return dataclasses.replace(tried, batch_size=settings.batch_size or 1)  # the device will say
+
+
+def fitting_batch(settings: config.Settings, sized: sizes.Sized, limit: int) -> int:
+    """The batch that is asked for, if it fits, else 0; where none is, the largest that does."""
+    step = make_step(settings, sized)
+    free = USABLE * limit - sum(weights(step).values())
+    needed = lambda batch: peak_memory.peak(traced(step, batch))  # noqa: E731
+    if settings.batch_size:
+        return settings.batch_size if needed(settings.batch_size) <= free else 0
+    least, most = needed(1), needed(2)
+    return min(MOST, 1 + int((free - least) // (most - least))) if least <= free else 0
+
+
+def one_step(plan: inversion.Plan) -> Callable:
+    """`fn(networks, prompt, hyper, z, key)`: an iteration of one image with its referees, from latents `z`."""
+
+    def run(networks, prompt, hyper, z: Array, key: Array) -> tuple[Any, dict[str, Array]]:
+        i = jnp.int32(0)
+        noise = inversion.draw(key, networks, plan, hyper, i)
+        watched = held_out_lib.begin(z, jnp.zeros(2)) if plan.held_out else None
+        return inversion.step(networks, prompt, hyper, plan, inversion.init(z, plan, hyper, watched), i, noise, True)
+
+    return run
+
+
+def batched(fn: Callable, step: Step, shape: Sequence[int], batch: int) -> tuple[Callable, tuple]:
+    """A part's or `one_step`'s function over a batch of images, and its arguments, abstract where the step's are."""
+    lead = lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype)  # noqa: E731
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    x = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+    args = step.networks, jax.tree.map(lead, step.prompt), step.hyper, x, keys
+    return jax.vmap(fn, in_axes=(None, 0, None, 0, 0)), args
+
+
+def traced(step: Step, batch: int) -> core.Jaxpr:
+    """The program of an iteration of a batch."""
+    fn, args = batched(one_step(step.plan), step, step.plan.latent, batch)
+    return jax.make_jaxpr(fn)(*args).jaxpr
+
+
+def weights(step: Step) -> dict[str, int]:
+    networks = step.networks
+    named = {"text encoder": step.text_encoder, "U-Net": networks.unet, "decoder": networks.vae}
+    specs = [spec for role in ("optimise", "held_out") for spec in step.settings.referees if spec.role == role]
+    for n, (spec, referee) in enumerate(zip(specs, (*networks.referees, *networks.held_out), strict=True)):
+        held_out = " (held out)" if spec.role == "held_out" else ""
+        named[f"{spec.name} {n}{held_out}" if len(specs) > 1 else spec.name] = referee
+    return {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for name, tree in named.items()}

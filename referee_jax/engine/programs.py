@@ -1,0 +1,76 @@
+"""The programs that an engine compiles."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from referee_jax.items import Item
+from referee_jax.method import ddim, held_out, inversion
+
+
+def item_key(seed: int, item: Item) -> Array:
+    """The key of all that is random for one item: of the seed, the prompt's text and the sample's number, nothing else."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), item.prompt_id), item.sample)
+
+
+def _noise(key, number, *, plan: inversion.Plan):
+    # Iterations fold in 0, 1, ...; starts count down from what no iteration reaches.
+    return jax.random.normal(jax.random.fold_in(key, 2**31 - 1 - number), plan.latent)
+
+
+def _denoise(networks, prompt, latents, t, stride, guidance, *, plan: inversion.Plan):
+    return ddim.step(
+        networks.unet, latents, t, stride, cond=prompt.cond, uncond=prompt.uncond, guidance=guidance,
+        alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
+    )  # fmt: skip
+
+
+def _judge(networks, prompt, hyper, latents, *, plan: inversion.Plan):
+    return inversion.verdicts(networks, prompt, hyper, plan, inversion.decode(networks, latents, plan))
+
+
+def _better(one, two, *, plan: inversion.Plan):
+    """Of two candidates, each (latents, losses), the one that the optimised referees like more."""
+    return jax.tree.map(lambda a, b: jnp.where(two[1][0] < one[1][0], b, a), one, two)
+
+
+def _init(latents, losses, hyper, *, plan: inversion.Plan):
+    return inversion.init(latents, plan, hyper, None if losses is None else held_out.begin(latents, losses))
+
+
+def _step(networks, prompt, hyper, state, key, i, *, plan: inversion.Plan, on: bool | None):
+    noise = inversion.draw(key, networks, plan, hyper, i)
+    return inversion.step(networks, prompt, hyper, plan, state, i, noise, on)
+
+
+def _look(networks, prompt, hyper, state, *, plan: inversion.Plan):
+    return inversion.look(networks, prompt, hyper, plan, state)
+
+
+def _finish(networks, prompt, hyper, state, *, plan: inversion.Plan, output: str):
+    latents = inversion.output(state, output)
+    image = inversion.decode(networks, latents, plan)
+    scores = {}
+    judged = zip((*networks.referees, *networks.held_out), (*prompt.texts, *prompt.held_out), strict=True)
+    for number, (referee, text) in enumerate(judged):
+        place = number - len(networks.referees)
+        name = f"referee_{number}" if place < 0 else f"held_out_{place}"
+        scores |= {f"{name}_{key}": value for key, value in referee.scores(referee.fit(image), text).items()}
+    losses = {}
+    if networks.held_out:
+        last = inversion.verdicts(networks, prompt, hyper, plan, image)
+        losses = {name: jnp.stack([state.watched.first[n], last[n]]) for n, name in enumerate(("referee", "held_out"))}
+    return latents, image, scores, losses
+
+
+# Name -> the function of one item, which of its arguments are of each item (the numbers, where swept), and which is donated.
+PROGRAMS = {
+    "noise": (_noise, (True, False), ()),
+    "denoise": (_denoise, (False, True, True, False, False, False), ()),
+    "judge": (_judge, (False, True, "hyper", True), ()),
+    "better": (_better, (True, True), ()),
+    "init": (_init, (True, True, "hyper"), ()),
+    "step": (_step, (False, True, "hyper", True, True, False), (3,)),
+    "look": (_look, (False, True, "hyper", True), (3,)),
+    "finish": (_finish, (False, True, "hyper", True), ()),
+}
