@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import cli, config, console, cost, disk, items, outputs, sizes, topology
+from referee_jax import cli, config, console, disk, items, outputs
 from referee_jax.engine import capacity, inverter, parallel
 from referee_jax.hardware import chips, devices
+from referee_jax.performance import abstract_networks, ahead_of_time, cost
 
 RUNS = 3  # at least; the median counts
 
@@ -64,7 +65,9 @@ def part(step: capacity.Step, piece: cost.Part, batch: int, least: float) -> dic
     return {"seconds": seconds(lambda: compiled(*given), least), "compile": compiling}
 
 
-def whole(settings: config.Settings, sized: sizes.Sized, device: jax.Device, batch: int) -> dict[str, float]:
+def whole(
+    settings: config.Settings, sized: abstract_networks.Sized, device: jax.Device, batch: int
+) -> dict[str, float]:
     """An iteration as a run has it, in chunks: as `part`, and `warm`, the seconds to compile it again out of the cache."""
     settings = dataclasses.replace(settings, batch_size=batch, init="noise", init_candidates=1)
 
@@ -90,7 +93,7 @@ def whole(settings: config.Settings, sized: sizes.Sized, device: jax.Device, bat
 def bench(settings: config.Settings, batches: Sequence[int], *, least: float) -> dict[str, Any]:
     """All measurements, as they are written; what is not measured on this device is None."""
     device = parallel.prompt_mesh().devices.flat[0]
-    sized = sizes.at_random(sizes.abstract(settings))
+    sized = abstract_networks.at_random(abstract_networks.abstract(settings))
     rows, asked = [], settings
     lean = cost.estimate(dataclasses.replace(settings, remat="none"))
     for batch in sorted(batches):  # the peak of memory is that of all so far
@@ -160,7 +163,7 @@ def main(args: flags.FlagValues) -> str:
         raise ValueError(f"--batches={','.join(args.batches)}: numbers of images are needed, at least 1")
     settings, name = config.from_config(args.config), getattr(args, "compile-for")
     if name:
-        report = topology.compile_for(settings, name)
+        report = ahead_of_time.compile_for(settings, name)
         found, told = report.to_dict(), "\n".join(report.lines())
     else:
         devices.choose()

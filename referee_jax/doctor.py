@@ -32,9 +32,10 @@ from absl import app, flags, logging
 from huggingface_hub import constants, errors
 from packaging import requirements
 
-from referee_jax import config, console, cost, outputs, prompts, remote, run, sizes, topology
+from referee_jax import config, console, outputs, prompts, remote, run
 from referee_jax.engine import capacity
 from referee_jax.hardware import chips, compile_cache, devices
+from referee_jax.performance import abstract_networks, ahead_of_time, cost
 from referee_jax.runs import prompt_file
 from referee_jax.weights import hub as hub_files
 
@@ -194,7 +195,9 @@ def price(command: run.Command | None) -> list[Finding]:
             limit = chips.memory_limit(jax.local_devices()[0])
         except RuntimeError:  # said by `device`
             limit = None
-        settings = capacity.fitting(command.settings, sizes.abstract(command.settings), limit)  # as the engine will
+        settings = capacity.fitting(
+            command.settings, abstract_networks.abstract(command.settings), limit
+        )  # as the engine will
         found = cost.estimate(settings)
     except config.ConfigError as error:
         return [Finding("cost", str(error), "correct the config")]
@@ -321,7 +324,7 @@ def report(findings: Sequence[Finding]) -> str:
 def compile_for(command: run.Command, name: str) -> tuple[str, dict[str, Any], bool]:
     """What compiling for the slice `name` says, for reading and as JSON has it, and whether it fits and is silent."""
 
-    found = topology.compile_for(command.settings, name)
+    found = ahead_of_time.compile_for(command.settings, name)
     return "\n".join(found.lines()), found.to_dict(), found.fits and not found.collectives
 
 

@@ -25,12 +25,13 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from referee_jax import checkpoint, config, console, cost, gallery, generation, outputs, prompts, queue, remote, trouble
+from referee_jax import checkpoint, config, console, gallery, generation, outputs, prompts, queue, remote, trouble
 from referee_jax import items as items_lib
 from referee_jax.console import say
 from referee_jax.engine import inverter
 from referee_jax.hardware import chips, compile_cache, devices, processes
 from referee_jax.items import Item
+from referee_jax.performance import cost
 from referee_jax.runs import prompt_file
 from referee_jax.runs.command import Command, CommandError, parse_flags, read_command
 from referee_jax.runs.prompt_file import Rejected

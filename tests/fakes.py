@@ -12,9 +12,10 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from referee_jax import cost, formats, outputs, run
+from referee_jax import formats, outputs, run
 from referee_jax.hardware import chips
 from referee_jax.items import Item, Part
+from referee_jax.performance import cost
 from referee_jax.runs import command as command_lib
 
 ROOT = pathlib.Path(__file__).parent.parent

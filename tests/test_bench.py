@@ -7,7 +7,8 @@ import types
 import jax
 import pytest
 
-from referee_jax import bench, config, cost, sizes, topology
+from referee_jax import bench, config
+from referee_jax.performance import abstract_networks, ahead_of_time, cost
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_bench(checkpoints, tmp_path, keep_cache):
 def test_what_is_made_again_is_no_progress(monkeypatch):
     """Operations are those of a config without remat, of networks in which it makes a fifth again."""
     settings = config.override(config.load("configs/shapes_blip.py"), {"remat": "full"})
-    monkeypatch.setattr(sizes, "at_random", lambda sized: sized)
+    monkeypatch.setattr(abstract_networks, "at_random", lambda sized: sized)
     monkeypatch.setattr(bench, "part", lambda *_: {"seconds": 1.0, "compile": 1.0})
     monkeypatch.setattr(bench, "whole", lambda *_: {"seconds": 1.0, "compile": 1.0, "warm": 1.0})
     rows = {row["part"]: row for row in bench.bench(settings, [4], least=0.0)["rows"]}
@@ -65,12 +66,12 @@ def test_what_is_made_again_is_no_progress(monkeypatch):
 
 def test_a_slice_is_compiled_for(monkeypatch, tmp_path):
     """The report that doctor prints; nothing is run."""
-    report = topology.Report(
+    report = ahead_of_time.Report(
         topology="v5e:2x4", chips=8, batch=2, fits=True, needed=2**30, weights=1, flops=1.0, useful=2.0, floor=1.5,
         remat="full", most=3,
     )  # fmt: skip
     asked = []
-    monkeypatch.setattr(topology, "compile_for", lambda *of: asked.append(of) or report)
+    monkeypatch.setattr(ahead_of_time, "compile_for", lambda *of: asked.append(of) or report)
     settings, out = config.load("configs/shapes.py"), tmp_path / "report.json"
     assert bench.main(arguments(settings, ["1"], out, "v5e:2x4")) == "\n".join(report.lines())
     assert json.loads(out.read_text()) == report.to_dict() and asked == [(settings, "v5e:2x4")]

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from referee_jax import config, cost, doctor, items, program, sizes
+from referee_jax import config, doctor, items
 from referee_jax.engine import capacity, inverter
 from referee_jax.hardware import chips
 from referee_jax.models import blip, blip2, clip, layers, unet, vae
+from referee_jax.performance import abstract_networks, cost, flops
 
 
 def abstract(make):
@@ -31,7 +32,7 @@ def pulled_back(fn):
     )
 
 
-PUBLISHED_SIZES = sizes.PUBLISHED
+PUBLISHED_SIZES = abstract_networks.PUBLISHED
 # Network -> makes it, what is asked of it, and GF as counted layer by layer, within 2 %.
 PUBLISHED = {
     "U-Net": (
@@ -84,7 +85,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_networks(name):
     make, ask, sizes, counted = PUBLISHED[name]
-    assert program.flops(ask, abstract(make), shape(*sizes)) / 1e9 == pytest.approx(counted, rel=0.02)
+    assert flops.flops(ask, abstract(make), shape(*sizes)) / 1e9 == pytest.approx(counted, rel=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +233,7 @@ def test_xla_needs_as_much_memory(checkpoints, tiny):
 def test_what_is_left_to_the_memory(monkeypatch):
     """What works least is taken where it fits, and is no more than what a batch and all weights need; so are batches."""
     settings = config.override(config.load("configs/shapes_blip.py"), {"batch_size": 4})
-    sized = sizes.abstract(settings)
+    sized = abstract_networks.abstract(settings)
     # Steps and their programs, which take seconds, depend on nothing else that varies here.
     steps, programs, trace = {}, {}, capacity.traced
     for remat in ("full", "dots", "none"):
@@ -265,7 +266,7 @@ def test_what_is_left_to_the_memory(monkeypatch):
 def test_an_inverter_keeps_what_fits(monkeypatch, memory, remat):
     """By the memory of the first of its devices, whatever is loaded."""
     settings = config.override(config.load("configs/shapes_blip.py"), {"batch_size": 1})
-    sized = sizes.abstract(settings)
+    sized = abstract_networks.abstract(settings)
     monkeypatch.setattr(chips, "memory_limit", lambda device: memory)
     engine = inverter.Inverter(settings, sized.prior, sized.judges, jax.devices()[:1])
     stacks = jax.tree.leaves(engine.networks.referees, is_leaf=lambda x: isinstance(x, layers.Stack))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from referee_jax import hlo
+from referee_jax.performance import hlo
 
 # A loop of seven trips, in which a branch is taken or not and another loop says its trips itself; a fusion has its estimate at
 # its call, so what is within it is not counted again.

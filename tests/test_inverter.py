@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import config, cost, hlo, program, prompts, referees, run, topology
+from referee_jax import config, prompts, referees, run
 from referee_jax import items as items_lib
 from referee_jax.engine import builders, parallel, programs
 from referee_jax.engine import inverter as inverter_lib
 from referee_jax.method import inversion, objective
+from referee_jax.performance import ahead_of_time, cost, flops, hlo
 from tests import fakes
 from tests.conftest import relative_l2
 from tests.oracles import networks
@@ -95,7 +96,7 @@ def test_flops_are_of_one_image(checkpoints, inverter):
 
 def test_shapes_alone_make_the_same_program(checkpoints, inverter):
     """What is traced without weights is, to the letter, what is traced of real ones."""
-    unloaded = topology.unloaded(settings(checkpoints), jax.devices()[:1])
+    unloaded = ahead_of_time.unloaded(settings(checkpoints), jax.devices()[:1])
     batch = unloaded.shapes()
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((unloaded.networks, batch.state)))
     real = inverter.trace(inverter.begin(items_lib.expand(PROMPTS, 1), 0))
@@ -340,7 +341,7 @@ def weights(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "conv_general_dilated":
             yield eqn.invars[1].aval.shape, eqn.params["feature_group_count"], eqn.params["batch_group_count"]
-        for inner in program._inner(eqn.params):
+        for inner in flops._inner(eqn.params):
             yield from weights(inner)
 
 

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import config, hlo
+from referee_jax import config
 from referee_jax.engine import builders, peak_memory
 from referee_jax.hardware import chips
 from referee_jax.method import objective, views
+from referee_jax.performance import hlo
 
 SIZE, NAMES = 16, ("Ji", "Er")
 

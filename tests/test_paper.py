@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from referee_jax import config, items, sizes
+from referee_jax import config, items
 from referee_jax.engine import inverter
+from referee_jax.performance import abstract_networks
 
 
 @pytest.mark.slow
@@ -20,7 +21,7 @@ def test_one_step():
     """
     settings = dataclasses.replace(config.load("configs/paper.py"), chunk=1, batch_size=1)
     assert settings.image_size == 512 and settings.views.keep == settings.views.count == 10
-    networks = sizes.at_random(sizes.abstract(settings))
+    networks = abstract_networks.at_random(abstract_networks.abstract(settings))
     parts = networks.prior.unet, networks.prior.vae, networks.judges[0].referee
     assert sum(x.size for x in jax.tree.leaves(parts)) > 2.0e9
     engine = inverter.Inverter(settings, networks.prior, networks.judges, jax.devices()[:1])

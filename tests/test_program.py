@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from referee_jax import program
 from referee_jax.models import unet
+from referee_jax.performance import flops
 
 
 def abstract(make):
@@ -23,14 +23,14 @@ def shape(*sizes: int, dtype="float32") -> jax.ShapeDtypeStruct:
 def test_by_hand():
     matrix, vectors = shape(5, 7), shape(3, 7)
     dot = 2 * 3 * 5 * 7
-    assert program.flops(lambda a, b: b @ a.T, matrix, vectors) == dot
-    assert program.flops(jax.vmap(lambda b, a: a @ b, in_axes=(0, None)), vectors, matrix) == dot
-    assert program.flops(lambda a, b: jax.lax.map(lambda x: x @ a.T, b), matrix, vectors) == dot
+    assert flops.flops(lambda a, b: b @ a.T, matrix, vectors) == dot
+    assert flops.flops(jax.vmap(lambda b, a: a @ b, in_axes=(0, None)), vectors, matrix) == dot
+    assert flops.flops(lambda a, b: jax.lax.map(lambda x: x @ a.T, b), matrix, vectors) == dot
     branches = lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: b @ a.T, lambda: b @ a.T @ a @ a.T)  # noqa: E731
-    assert program.flops(branches, matrix, vectors) == 3 * dot
-    assert program.flops(jax.grad(lambda b, a: (b @ a.T).sum()), vectors, matrix) in (dot, 2 * dot)
+    assert flops.flops(branches, matrix, vectors) == 3 * dot
+    assert flops.flops(jax.grad(lambda b, a: (b @ a.T).sum()), vectors, matrix) in (dot, 2 * dot)
     remat = jax.grad(lambda b, a: jnp.square(jax.checkpoint(lambda b: jnp.sin(b @ a.T))(b)).sum())
-    assert program.flops(remat, vectors, matrix) == 3 * dot  # forward, forward again, backward
+    assert flops.flops(remat, vectors, matrix) == 3 * dot  # forward, forward again, backward
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -42,8 +42,8 @@ def test_a_convolution_and_its_gradient(stride):
     )  # fmt: skip
     image, kernel = shape(2, 8, 8, 4), shape(3, 3, 4, 6)
     once = 2 * 2 * (8 // stride) ** 2 * 6 * 9 * 4
-    assert program.flops(conv, image, kernel) == once
-    both = program.flops(
+    assert flops.flops(conv, image, kernel) == once
+    both = flops.flops(
         lambda x, k: jax.vjp(lambda x: conv(x, k), x)[1](jnp.ones((2, 8 // stride, 8 // stride, 6))), image, kernel
     )
     assert both == 2 * once
@@ -59,4 +59,4 @@ def test_xla_counts_as_much():
     args = module, shape(2, 16, 16, 4), shape(2, dtype="int32"), shape(2, 20, 32)
     fn = lambda module, *args: module(*args)  # noqa: E731
     counted = jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
-    assert program.flops(fn, *args) == pytest.approx(counted, rel=0.1)
+    assert flops.flops(fn, *args) == pytest.approx(counted, rel=0.1)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import config, referees, sizes
+from referee_jax import config, referees
+from referee_jax.performance import abstract_networks
 from referee_jax.weights import hub, load
 from referee_jax.weights.convert import WeightsError
 
@@ -30,7 +31,7 @@ EMBEDDED = {
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_referees_are_as_they_are_loaded(name):
     spec = config.RefereeSpec(name=name, checkpoint=f"shapes/{name}", losses={EMBEDDED[name]: 1.0})
-    (judge,) = sizes.abstract(config.from_config(SMALL | {"referees": (spec,)})).judges
+    (judge,) = abstract_networks.abstract(config.from_config(SMALL | {"referees": (spec,)})).judges
     loaded = referees.load_referee(spec, dtype=jnp.bfloat16)
     assert shapes(judge.referee) == shapes(loaded.referee)
     assert judge.referee.image_size == loaded.referee.image_size and judge.length == loaded.length
@@ -40,7 +41,7 @@ def test_referees_are_as_they_are_loaded(name):
 
 
 def test_the_prior_is_as_it_is_loaded():
-    sized = sizes.abstract(config.from_config(SMALL))
+    sized = abstract_networks.abstract(config.from_config(SMALL))
     loaded = load.load_stable_diffusion(hub.checkpoint_path("shapes/stable-diffusion"), dtype=jnp.bfloat16)
     for name in ("text_encoder", "unet", "vae"):
         assert shapes(getattr(sized.prior, name)) == shapes(getattr(loaded, name)), name
@@ -51,14 +52,14 @@ def test_the_prior_is_as_it_is_loaded():
 
 @pytest.mark.parametrize("name", referees.REFEREES)
 def test_every_published_checkpoint_has_a_size(name):
-    assert set(referees.REFEREES[name].published) <= set(sizes.PUBLISHED)
+    assert set(referees.REFEREES[name].published) <= set(abstract_networks.PUBLISHED)
 
 
 def test_random_weights():
-    sized = sizes.abstract(config.load("configs/shapes_align.py"))
-    drawn = sizes.at_random(sized)
+    sized = abstract_networks.abstract(config.load("configs/shapes_align.py"))
+    drawn = abstract_networks.at_random(sized)
     assert shapes(drawn.prior.unet) == shapes(sized.prior.unet)
-    again = jax.tree.leaves(sizes.at_random(sized).prior.unet)
+    again = jax.tree.leaves(abstract_networks.at_random(sized).prior.unet)
     for x, y in zip(jax.tree.leaves(drawn.prior.unet), again, strict=True):
         np.testing.assert_array_equal(x, y)
     norm, batch_norm = drawn.prior.unet.conv_norm_out, drawn.judges[0].referee.network.vision_model.embeddings.batchnorm
@@ -69,7 +70,7 @@ def test_random_weights():
 def test_a_checkpoint_that_is_not_here():
     """Its family's first is taken, and that is said; a directory that is not understood is an error."""
     spec = config.referee(name="blip2", checkpoint="checkpoints/mine", losses={"itg": 1.0})
-    sized = sizes.abstract(config.from_config(SMALL | {"referees": (spec,)}))
+    sized = abstract_networks.abstract(config.from_config(SMALL | {"referees": (spec,)}))
     assert sized.assumed == ("checkpoints/mine is not here: sizes are those of Salesforce/blip2-itm-vit-g",)
     assert sized.judges[0].referee.losses == ("itm", "itc", "itg")
     assert sum(x.size for x in jax.tree.leaves(sized.judges[0].referee.network.vision_model)) == pytest.approx(
@@ -81,4 +82,4 @@ def test_a_directory_that_is_not_understood(tmp_path):
     (tmp_path / "config.json").write_text('{"unheard_of": 1}')
     spec = config.referee(checkpoint=str(tmp_path))
     with pytest.raises(WeightsError, match="unheard_of"):
-        sizes.abstract(config.from_config(SMALL | {"referees": (spec,)}))
+        abstract_networks.abstract(config.from_config(SMALL | {"referees": (spec,)}))

@@ -11,13 +11,14 @@ import sys
 import jax
 import pytest
 
-from referee_jax import config, cost, topology
+from referee_jax import config
 from referee_jax.engine import capacity
 from referee_jax.hardware import chips
+from referee_jax.performance import ahead_of_time, cost
 from referee_jax.weights import load
 
 ROOT = pathlib.Path(__file__).parent.parent
-REPORT = topology.Report(
+REPORT = ahead_of_time.Report(
     topology="v5e:2x4", chips=8, batch=2, fits=False, needed=None, weights=2**30, flops=4e12, useful=2.955e14, floor=1.5,
     remat="full", most=3,
 )  # fmt: skip
@@ -25,14 +26,14 @@ REPORT = topology.Report(
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:16", "h100:2x4", "v5e:2x4x", "../v5e:2x4"])
 def test_what_is_no_slice(name):
-    with pytest.raises(topology.TopologyError, match="is no slice, as v5e:16x16"):
-        topology.devices(name)
+    with pytest.raises(ahead_of_time.TopologyError, match="is no slice, as v5e:16x16"):
+        ahead_of_time.devices(name)
 
 
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(topology.TopologyError, match=r'not installed: pip install -e ".\[tpu\]"'):
-        topology.devices("v5e:2x4")
+    with pytest.raises(ahead_of_time.TopologyError, match=r'not installed: pip install -e ".\[tpu\]"'):
+        ahead_of_time.devices("v5e:2x4")
 
 
 def test_peaks_and_clocks_agree():
@@ -47,7 +48,7 @@ class Compiled:
 
     def memory_analysis(self):
         sizes = {"argument": 5, "output": 2, "alias": 1, "temp": 3, "generated_code": 1}
-        return type("Stats", (), {f"{name}_size_in_bytes": n * topology.GIB for name, n in sizes.items()})
+        return type("Stats", (), {f"{name}_size_in_bytes": n * ahead_of_time.GIB for name, n in sizes.items()})
 
     def as_text(self):
         return (
@@ -58,8 +59,8 @@ class Compiled:
 
 def test_a_measured_program():
     """Five iterations of 3e9 cycles at 1.5 GHz are 10 s for the two images of a chip."""
-    found = topology.measured(REPORT, Compiled(), 5, chips.TPUS["v5e"], 60)
-    assert (found.fits, found.needed, found.collectives, found.uncounted) == (True, 10 * topology.GIB, [], 0)
+    found = ahead_of_time.measured(REPORT, Compiled(), 5, chips.TPUS["v5e"], 60)
+    assert (found.fits, found.needed, found.collectives, found.uncounted) == (True, 10 * ahead_of_time.GIB, [], 0)
     assert found.seconds == pytest.approx(5.0)
     text = "\n".join(found.lines())
     assert "10.00 GiB of the 16 GiB of a chip, weights 1.00 GiB: fits" in text
@@ -73,11 +74,11 @@ def test_a_measured_program():
 
 def test_a_program_that_does_not_fit():
     refusal = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
-    assert topology._asked(refusal) == int(20.5 * topology.GIB)
-    assert topology._asked("something else") is None
+    assert ahead_of_time._asked(refusal) == int(20.5 * ahead_of_time.GIB)
+    assert ahead_of_time._asked("something else") is None
     later = "Ran out of memory on HBM, the total memory required for HLO temporaries (23.01G) exceeds available HBM (15.75G)."
-    assert topology._asked(later) == int(23.01 * topology.GIB)
-    text = "\n".join(dataclasses.replace(REPORT, needed=topology._asked(refusal)).lines())
+    assert ahead_of_time._asked(later) == int(23.01 * ahead_of_time.GIB)
+    text = "\n".join(dataclasses.replace(REPORT, needed=ahead_of_time._asked(refusal)).lines())
     assert "at least 20.50 GiB of the 16 GiB of a chip" in text and "does not fit" in text and "cycles" not in text
 
 
@@ -114,14 +115,14 @@ def test_a_slice_of_v5e(tmp_path):
 
 def test_devices_here_may_stand_for_a_slice(monkeypatch, checkpoints):
     """All of it but libtpu, with tiny networks: their config.json are read, their weights are not."""
-    monkeypatch.setattr(topology, "devices", lambda name: jax.devices()[:2])
+    monkeypatch.setattr(ahead_of_time, "devices", lambda name: jax.devices()[:2])
     monkeypatch.setattr(load.Tensors, "__getitem__", None)
     sd, clip = map(str, checkpoints)
     values = {"steps": 6, "chunk": 3, "image_size": 32, "batch_size": 1, "views": {"count": 2, "keep": 2}}
     values |= {"generator": {"checkpoint": sd}, "referees": ({"checkpoint": clip},)}
     # A U-Net would only take time to compile, and what fits is asked in test_cost.py.
     values |= {"sds": {"weight": 0.0, "weight_final": 0.0}, "remat": "full"}
-    found = topology.compile_for(config.from_config(values), "v5e:2x4")
+    found = ahead_of_time.compile_for(config.from_config(values), "v5e:2x4")
     assert (found.chips, found.batch, found.fits, found.collectives, found.uncounted) == (2, 1, True, [], 0)
     assert found.needed > found.weights > 1e5 and found.flops > 1e6
     assert found.floor == pytest.approx(found.useful / 197e12) and found.most == capacity.MOST

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
-from referee_jax import config, sizes
+from referee_jax import config
 from referee_jax.engine import builders, peak_memory
 from referee_jax.method import held_out as held_out_lib
 from referee_jax.method import inversion
+from referee_jax.performance import abstract_networks
 
 UNKNOWN, MOST = 8, 64  # images at once where the memory is not known, and where it is: more are no faster
 
@@ -33,7 +34,7 @@ class Step:
     assumed: tuple[str, ...] = ()
 
 
-def make_step(settings: config.Settings, sized: sizes.Sized) -> Step:
+def make_step(settings: config.Settings, sized: abstract_networks.Sized) -> Step:
     """An iteration over these networks; what depends on the text is abstract."""
     judges = [judge for judge in sized.judges if judge.spec.role == "optimise"]
     held_out = [judge for judge in sized.judges if judge.spec.role == "held_out"]
@@ -46,7 +47,7 @@ def make_step(settings: config.Settings, sized: sizes.Sized) -> Step:
     return Step(settings, networks, sized.prior.text_encoder, prompt, hyper, plan, sized.assumed)
 
 
-def fitting(settings: config.Settings, sized: sizes.Sized, limit: int | None) -> config.Settings:
+def fitting(settings: config.Settings, sized: abstract_networks.Sized, limit: int | None) -> config.Settings:
     """`settings` with what they leave open decided by memory of `limit` bytes (None: unknown).
 
     `remat` "auto" becomes "dots" if a batch then fits, else "full"; `batch_size` 0 the images that fit, at most MOST, or UNKNOWN
@@ -65,7 +66,7 @@ def fitting(settings: config.Settings, sized: sizes.Sized, limit: int | None) ->
     return dataclasses.replace(tried, batch_size=settings.batch_size or 1)  # the device will say
 
 
-def fitting_batch(settings: config.Settings, sized: sizes.Sized, limit: int) -> int:
+def fitting_batch(settings: config.Settings, sized: abstract_networks.Sized, limit: int) -> int:
     """The batch that is asked for, if it fits, else 0; where none is, the largest that does."""
     step = make_step(settings, sized)
     free = USABLE * limit - sum(weights(step).values())

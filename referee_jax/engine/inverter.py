@@ -19,12 +19,13 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from referee_jax import config, cost, program, prompts, referees, sizes
+from referee_jax import config, prompts, referees
 from referee_jax import items as items_lib
 from referee_jax.engine import builders, capacity, parallel, programs
 from referee_jax.hardware import chips, compile_cache
 from referee_jax.items import Item, Part
 from referee_jax.method import ddim, inversion
+from referee_jax.performance import abstract_networks, cost, flops
 from referee_jax.weights import hub, load
 
 
@@ -90,7 +91,7 @@ class Inverter:
     ):
         self.mesh, self.tokenizer = builders.make_mesh(settings, devices), prior.tokenizer
         limit = chips.memory_limit(self.mesh.devices.flat[0])
-        self.settings = settings = capacity.fitting(settings, sizes.Sized(prior, tuple(judges), ()), limit)
+        self.settings = settings = capacity.fitting(settings, abstract_networks.Sized(prior, tuple(judges), ()), limit)
         self.steps, self.chunk = settings.steps, settings.chunk
         self.groups = self.mesh.shape[parallel.AXIS]
         self.batch_size = settings.batch_size * self.groups
@@ -286,7 +287,7 @@ class Inverter:
 
     def flops(self, batch: Batch) -> float:
         """Floating-point operations of one image in an iteration with all that there is to do; nothing is compiled."""
-        return program.count(self.trace(batch).jaxpr.jaxpr) / (self.batch_size // self.groups)
+        return flops.count(self.trace(batch).jaxpr.jaxpr) / (self.batch_size // self.groups)
 
     def cost(self, batch: Batch) -> cost.Running:
         """What a run with such batches takes; nothing is compiled."""

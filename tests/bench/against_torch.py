@@ -31,9 +31,10 @@ import torch
 import transformers
 from torch import nn
 
-from referee_jax import config, items, referees, sizes
+from referee_jax import config, items, referees
 from referee_jax.engine import builders, inverter
 from referee_jax.hardware import devices
+from referee_jax.performance import abstract_networks
 from referee_jax.weights import hub
 from tests.oracles import inversion as oracle
 from tests.oracles import judges
@@ -78,7 +79,7 @@ def ours(settings: config.Settings, runs: int) -> Measured:
     if is_here(settings):
         engine = inverter.Inverter.from_config(settings, there)
     else:
-        sized = sizes.at_random(sizes.abstract(settings))
+        sized = abstract_networks.at_random(abstract_networks.abstract(settings))
         engine = inverter.Inverter(settings, sized.prior, sized.judges, there)
     batch, _ = engine.advance(engine.begin(items.expand([PROMPT], engine.batch_size), 0))
     times = []
@@ -92,7 +93,7 @@ def ours(settings: config.Settings, runs: int) -> Measured:
 
 def build(settings: config.Settings, device: str, **how: bool) -> tuple[oracle.Oracle, oracle.Prompt]:
     """The oracle with the settings' numbers, and a batch of prompts."""
-    sized, (spec,) = sizes.abstract(settings), settings.referees
+    sized, (spec,) = abstract_networks.abstract(settings), settings.referees
     numbers = oracle.Settings(
         steps=settings.steps, sds_guidance=settings.sds.guidance, referee_losses=dict(spec.losses),
         views_count=settings.views.count, views_keep=settings.views.keep, views_augmentations=settings.views.augmentations,
@@ -127,7 +128,7 @@ def _judged(judge: referees.Judge, texts: dict[str, torch.Tensor]) -> tuple[Any,
     return ids, texts["attention_mask"], judge.referee.dec_token_id
 
 
-def at_random(sized: sizes.Sized, *, device: str, dtype: torch.dtype, **how: Any) -> oracle.Oracle:
+def at_random(sized: abstract_networks.Sized, *, device: str, dtype: torch.dtype, **how: Any) -> oracle.Oracle:
     """`oracle.load` of networks of these sizes, with weights drawn as `sizes.at_random` draws them."""
     prior, referee = sized.prior, sized.judges[0].referee
     make = {"clip": _clip, "blip2": _blip2}[sized.judges[0].spec.name]

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from referee_jax import bench, config, console, cost, outputs, sizes
+from referee_jax import bench, config, console, outputs
 from referee_jax.engine import capacity
 from referee_jax.hardware import chips, devices
+from referee_jax.performance import abstract_networks, cost
 from referee_jax.weights import hub
 
 COUNTS = (1, 2, 4, 8)
@@ -59,7 +60,7 @@ def variants(settings: config.Settings, batch: int, counts: Sequence[int] = COUN
 
 def measure(axis: str, name: str, settings: config.Settings, device: jax.Device) -> dict[str, Any]:
     """A row: seconds of an iteration of the whole batch, and the operations that its program has."""
-    sized = sizes.at_random(sizes.abstract(settings))
+    sized = abstract_networks.at_random(abstract_networks.abstract(settings))
     settings = capacity.fitting(settings, sized, chips.memory_limit(device))
     flops = settings.batch_size * cost.estimate(settings).step
     seconds = bench.whole(settings, sized, device, settings.batch_size)["seconds"]

@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import pytest
 
-from referee_jax import config, cost, program, sizes
+from referee_jax import config
 from referee_jax.engine import capacity
+from referee_jax.performance import abstract_networks, cost, flops
 from tests.bench import slopes
 
 SETTINGS = config.load("configs/shapes.py")
@@ -15,7 +16,7 @@ SETTINGS = config.load("configs/shapes.py")
 def work(settings):
     step = cost.abstract_step(settings)
     fn, args = capacity.batched(capacity.one_step(step.plan), step, step.plan.latent, settings.batch_size)
-    return program.flops(fn, *args)
+    return flops.flops(fn, *args)
 
 
 def test_more_of_anything_is_more_work():
@@ -38,7 +39,7 @@ def test_a_published_generator_has_published_referees():
         "its own", "its own + clip", "its own + clip + blip_itm",
     ]  # fmt: skip
     *_, (_, _, settings) = varied
-    assert all(spec.checkpoint in sizes.PUBLISHED for spec in settings.referees[1:])
+    assert all(spec.checkpoint in abstract_networks.PUBLISHED for spec in settings.referees[1:])
 
 
 @pytest.mark.slow  # as test_bench measures one

@@ -7,9 +7,9 @@ import pytest
 import torch
 from flax import nnx
 
-from referee_jax import program
 from referee_jax.hardware import chips
 from referee_jax.models import clip, layers
+from referee_jax.performance import flops as flops_lib
 
 
 class Layer(nnx.Module):
@@ -92,7 +92,7 @@ def passes(stack, policy):
     """Products of a gradient, in those of a forward pass."""
     asked = layers.with_remat(stack, policy)
     forward = lambda x: layers.scan_layers(asked, x, remat=True).sum()  # noqa: E731
-    return program.flops(jax.grad(forward), X) / program.flops(forward, X)
+    return flops_lib.flops(jax.grad(forward), X) / flops_lib.flops(forward, X)
 
 
 def test_what_is_made_again(stack):
@@ -142,14 +142,14 @@ def test_cudnn_attends(cuda, tokens):
     assert out.shape == batched[0].shape and out.dtype == jnp.bfloat16
     even = [n + n % 2 for n in tokens]
     forward = 2 * 2 * 2 * 16 * 88 * even[0] * even[1]
-    assert program.flops(loss, own, others) == forward
-    assert program.flops(jax.grad(loss), own, others) == forward * 7 / 2
+    assert flops_lib.flops(loss, own, others) == forward
+    assert flops_lib.flops(jax.grad(loss), own, others) == forward * 7 / 2
 
 
 def test_kept_attention_is_not_made_again(cuda):
     fn = lambda x: (layers.attention(x, x, x).astype(jnp.float32) ** 2).sum()  # noqa: E731
     x = shaped(2, 256, 16, 88)
-    flops = {name: program.flops(jax.grad(jax.checkpoint(fn, policy=p)), x) for name, p in layers.POLICIES.items()}
+    flops = {name: flops_lib.flops(jax.grad(jax.checkpoint(fn, policy=p)), x) for name, p in layers.POLICIES.items()}
     assert flops["dots"] == flops["none"] == flops["full"] * 7 / 9
 
 

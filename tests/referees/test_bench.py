@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import transformers
 
-from referee_jax import config, program, prompts, referees
+from referee_jax import config, prompts, referees
 from referee_jax.engine import parallel
+from referee_jax.performance import flops
 from tests.conftest import cosine, relative_l2
 from tests.oracles import networks
 
@@ -122,7 +123,7 @@ def test_a_text_is_encoded_once(judge, texts, images):
     def kept(loss, read, over):
         """Operations of which two images need no more than one, by vmap `over` them and, or not, their texts."""
         one, two = (
-            program.flops(
+            flops.flops(
                 jax.vmap(loss, over), judge.referee, images[:n, None], of(read, 0 if over[2] is None else np.s_[:n])
             )
             for n in (1, 2)
@@ -133,7 +134,7 @@ def test_a_text_is_encoded_once(judge, texts, images):
     def of_text_alone(loss, read):
         return kept(loss, read, (None, 0, None)) - kept(loss, read, (None, 0, 0))
 
-    encoding = program.flops(lambda r, t: r.encode(t), judge.referee, of(tokens, 0))
+    encoding = flops.flops(lambda r, t: r.encode(t), judge.referee, of(tokens, 0))
     assert of_text_alone(lambda r, x, text: r.views_losses(x, text), texts) == 0
     assert of_text_alone(lambda r, x, read: r.views_losses(x, r.encode(read)), tokens) == encoding
     # What reads its image from the first layer on has nothing to encode.

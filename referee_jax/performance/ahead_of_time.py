@@ -16,9 +16,10 @@ from typing import Any
 import jax
 from jax.experimental import topologies  # nothing public describes devices that are not there
 
-from referee_jax import config, cost, hlo, sizes
+from referee_jax import config
 from referee_jax.engine import capacity, inverter
 from referee_jax.hardware import chips
+from referee_jax.performance import abstract_networks, cost, hlo
 
 GIB = 2**30
 # libtpu asks no metadata server which TPU this is, and does not insist on being the only one to use it: no chip is touched.
@@ -120,11 +121,11 @@ def unloaded(settings: config.Settings, there: Sequence[jax.Device], memory: int
 
     Raises ConfigError; WeightsError for a checkpoint of unknown sizes.
     """
-    return _engine(settings, sizes.abstract(settings), there, memory)
+    return _engine(settings, abstract_networks.abstract(settings), there, memory)
 
 
 def _engine(
-    settings: config.Settings, sized: sizes.Sized, there: Sequence[jax.Device], memory: int | None
+    settings: config.Settings, sized: abstract_networks.Sized, there: Sequence[jax.Device], memory: int | None
 ) -> inverter.Inverter:
     return inverter.Inverter(capacity.fitting(settings, sized, memory), sized.prior, sized.judges, there)
 
@@ -132,7 +133,7 @@ def _engine(
 def compile_for(settings: config.Settings, name: str) -> Report:
     """Compiles the program of an iteration for a slice. Raises TopologyError, and what `unloaded` does."""
     chip, there = _chip(name), devices(name)
-    sized = sizes.abstract(settings)
+    sized = abstract_networks.abstract(settings)
     engine = _engine(settings, sized, there, int(chip.bytes))
     batch, decided = engine.shapes(), engine.settings
     useful = cost.estimate(dataclasses.replace(settings, remat="none"))

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from referee_jax import config, console, program, sizes
+from referee_jax import config, console
 from referee_jax.engine import capacity, peak_memory
 from referee_jax.hardware import chips
 from referee_jax.method import inversion, sds, views
+from referee_jax.performance import abstract_networks, flops
 
 
 class Part(NamedTuple):
@@ -94,7 +95,7 @@ class Running:
 
 def abstract_step(settings: config.Settings) -> capacity.Step:
     """An iteration of a config without weights. Raises what `sizes.abstract` does."""
-    return capacity.make_step(settings, sizes.abstract(settings))
+    return capacity.make_step(settings, abstract_networks.abstract(settings))
 
 
 def parts(step: capacity.Step) -> list[Part]:
@@ -167,7 +168,7 @@ def estimate(settings: config.Settings) -> Estimate:
     least, most = peak_memory.peak(one), peak_memory.peak(two)
     return Estimate(
         parts=found,
-        **_work(step, program.count(one), found["U-Net"])._asdict(),
+        **_work(step, flops.count(one), found["U-Net"])._asdict(),
         weights=capacity.weights(step),
         fixed=max(0, 2 * least - most),
         live=most - least,
@@ -180,7 +181,7 @@ def running(engine: Any, batch: Any) -> Running:
     traced, device = engine.trace(batch).jaxpr.jaxpr, engine.mesh.devices.flat[0]
     prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.prompt)
     step = capacity.Step(engine.settings, engine.networks, engine.text_encoder, prompt, engine.hyper, engine.plan)
-    whole, unet = program.count(traced) / engine.settings.batch_size, _asked(step, _unet, step.plan.latent)
+    whole, unet = flops.count(traced) / engine.settings.batch_size, _asked(step, _unet, step.plan.latent)
     return Running(
         image=_work(step, whole, unet).image,
         weights=sum(capacity.weights(step).values()),
@@ -203,7 +204,7 @@ def _work(step: capacity.Step, whole: float, unet: float) -> Work:
 def _asked(step: capacity.Step, fn: Callable, shape: Sequence[int]) -> float:
     """Operations of a part's function, of one image."""
     fn, args = capacity.batched(fn, step, shape, 1)
-    return program.flops(fn, *args)
+    return flops.flops(fn, *args)
 
 
 def _looked(plan: inversion.Plan, who: Sequence[str]) -> Callable:

@@ -1,0 +1,1 @@
+"""Performance: what a config costs, and what its programs do."""
