@@ -23,10 +23,11 @@ import jax.numpy as jnp
 from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import cli, config, console, disk, items, outputs
+from referee_jax import cli, config, console, items
 from referee_jax.engine import capacity, inverter, parallel
 from referee_jax.hardware import chips, devices
 from referee_jax.performance import abstract_networks, ahead_of_time, cost
+from referee_jax.storage import files, run_directory
 
 RUNS = 3  # at least; the median counts
 
@@ -111,7 +112,7 @@ def bench(settings: config.Settings, batches: Sequence[int], *, least: float) ->
     return {
         "device": device.device_kind,
         "precision": settings.precision,
-        "versions": outputs.versions(),
+        "versions": run_directory.versions(),
         "matmul": matmul_rate(device, least),
         "assumed": sized.assumed,
         "rows": rows,
@@ -171,7 +172,7 @@ def main(args: flags.FlagValues) -> str:
             found = bench(settings, list(map(int, args.batches)), least=args.seconds)
         told = table(found)
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(disk.finite(found), indent=2) + "\n")
+        pathlib.Path(args.out).write_text(json.dumps(files.finite(found), indent=2) + "\n")
     return told
 
 

@@ -32,11 +32,13 @@ from absl import app, flags, logging
 from huggingface_hub import constants, errors
 from packaging import requirements
 
-from referee_jax import config, console, outputs, prompts, remote, run
+from referee_jax import config, console, prompts, run
 from referee_jax.engine import capacity
 from referee_jax.hardware import chips, compile_cache, devices
 from referee_jax.performance import abstract_networks, ahead_of_time, cost
 from referee_jax.runs import prompt_file
+from referee_jax.storage import bucket as bucket_lib
+from referee_jax.storage import run_directory
 from referee_jax.weights import hub as hub_files
 
 GB = 1e9
@@ -60,7 +62,7 @@ class Finding:
 
 def versions(command: run.Command | None) -> list[Finding]:
     """Of Python and the packages, and whether they are as new as asked for."""
-    told = ", ".join(f"{name} {version}" for name, version in outputs.versions().items())
+    told = ", ".join(f"{name} {version}" for name, version in run_directory.versions().items())
     wrong = []
     for text in importlib.metadata.requires("referee_jax") or []:
         asked = requirements.Requirement(text)
@@ -124,7 +126,7 @@ def cache(command: run.Command | None) -> list[Finding]:
 def workdir(command: run.Command | None) -> list[Finding]:
     """The run directory: can it be written, is there room, and does its clock (a file server's, perhaps) agree with ours."""
     path = command.workdir if command else Path("runs")
-    if remote.is_remote(path):
+    if bucket_lib.is_remote(path):
         return bucket(str(path))
     if problem := unwritable(path):
         return [Finding("workdir", problem, "choose another --workdir, or get the right to write there")]
@@ -132,7 +134,7 @@ def workdir(command: run.Command | None) -> list[Finding]:
     place = existing(path)
     free, need = shutil.disk_usage(place).free, SPARE_BYTES
     if command:
-        need += outputs.bytes_per_item(command.settings) * command.settings.samples * len(command.entries)
+        need += run_directory.bytes_per_item(command.settings) * command.settings.samples * len(command.entries)
     text = f"{free / GB:.1f} GB free for {path}, {need / GB:.1f} GB needed at most"
     found.append(Finding("disk", text, "" if free > need else "free some, or choose a --workdir on a larger disk"))
     with tempfile.NamedTemporaryFile(dir=place, prefix=".doctor-") as probe:
@@ -145,7 +147,7 @@ def workdir(command: run.Command | None) -> list[Finding]:
 def bucket(url: str) -> list[Finding]:
     """A run directory in a bucket: can it be written, and how does its clock agree with ours."""
     try:
-        place = remote.Bucket(url)
+        place = bucket_lib.Bucket(url)
         now = place.now()
     except ValueError as error:
         return [Finding("workdir", str(error), "install it, or choose another --workdir")]

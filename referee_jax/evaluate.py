@@ -27,8 +27,9 @@ from typing import Any
 
 from absl import flags, logging
 
-from referee_jax import cli, console, disk, outputs, remote
+from referee_jax import cli, console
 from referee_jax.benchmarks import agreement, layouts, measures, noun_phrases, shapes, statistics, t2i_compbench
+from referee_jax.storage import bucket, contact_sheet, files, run_directory
 
 ALL = "all"
 VQA, CLIP = "checkpoints/blip-vqa-480", "openai/clip-vit-base-patch32"
@@ -131,7 +132,7 @@ def plan(
 
 def evaluate(args) -> str:
     """What the command line says; returns what is to be printed. Raises ValueError for what cannot be done."""
-    directory = remote.local_only(args.workdir)
+    directory = bucket.local_only(args.workdir)
     entries = read(directory)
     if args.export:
         return export(args.export, entries, Path(args.out or directory / args.export), args)
@@ -161,17 +162,17 @@ def evaluate(args) -> str:
         {"file": str(entry.file), "prompt": entry.prompt, "sample": entry.sample, **evaluation.scores[str(entry.file)]}
         for entry in entries
     ]
-    disk.write_atomic(out / "images.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    files.write_atomic(out / "images.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     record = {
         "measures": dict.fromkeys(brought, {"imported": args.import_scores})
         | {measure.settings.get("label", measure.name): measure.settings for measure, _ in wanted},
-        "versions": outputs.versions(),
+        "versions": run_directory.versions(),
         "scores": {part: {name: mean._asdict() for name, mean in own.items()} for part, own in found.items()},
     }
     agreed = agreements(lines, out)
     if agreed:
         record["agreement"] = {name: own._asdict() for name, own in agreed.items()}
-    disk.write_atomic(out / "scores.json", json.dumps(disk.finite(record), indent=2).encode() + b"\n")
+    files.write_atomic(out / "scores.json", json.dumps(files.finite(record), indent=2).encode() + b"\n")
     titles = {name: f"{name} (imported)" for name in brought if args.benchmark == "t2i_compbench"}
     if any(measure.name == "blip_vqa" for measure, _ in wanted):
         titles["blip_vqa"] = f"blip_vqa ({args.noun_phrases} noun phrases)"
@@ -194,8 +195,8 @@ def agreements(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, agree
             shown.append((Path(lines[row]["file"]), lines[row]["prompt"], {name: scores[row]}))
     if shown:
         buffer = io.BytesIO()
-        outputs.draw_sheet(shown, title="wrong pictures with the highest scores").save(buffer, "PNG")
-        disk.write_atomic(out / "fooled.png", buffer.getvalue())
+        contact_sheet.draw_sheet(shown, title="wrong pictures with the highest scores").save(buffer, "PNG")
+        files.write_atomic(out / "fooled.png", buffer.getvalue())
     return found
 
 

@@ -11,9 +11,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from referee_jax import checkpoint, console, outputs, queue, trouble, writers
+from referee_jax import console, queue, trouble
 from referee_jax.hardware import chips, processes
 from referee_jax.items import Item, Part
+from referee_jax.storage import checkpoints as checkpoints_lib
+from referee_jax.storage import claims as claims_lib
+from referee_jax.storage import run_directory
+from referee_jax.storage import writer as writer_lib
 
 
 class Stopped(Exception):
@@ -51,9 +55,9 @@ class Generator:
     def __init__(
         self,
         engine: Any,
-        run: outputs.RunDirectory,
-        writer: writers.Writer,
-        checkpoints: checkpoint.Checkpoints,
+        run: run_directory.RunDirectory,
+        writer: writer_lib.Writer,
+        checkpoints: checkpoints_lib.Checkpoints,
         bar: console.Progress,
         *,
         stop: Stop,
@@ -89,7 +93,7 @@ class Generator:
             self.settle(work.claims)
         self.check()
 
-    def make(self, part: Part, claims: queue.Claims | None = None) -> None:
+    def make(self, part: Part, claims: claims_lib.Claims | None = None) -> None:
         """Makes one batch, from its start or from where it was left, and writes its images. Raises Stopped."""
         self.check()
         engine, begun = self.engine, time.monotonic()
@@ -143,7 +147,7 @@ class Generator:
                 part = Part(part.items)
         return part, self.engine.begin(part.items, seed)
 
-    def settle(self, claims: queue.Claims | None, *, commit: bool = False) -> None:
+    def settle(self, claims: claims_lib.Claims | None, *, commit: bool = False) -> None:
         """Waits for the images written so far, and gives up their checkpoint and claims; see writers.Writer.flush."""
         written = self.writer.flush(commit=commit)
         if commit:
@@ -181,14 +185,16 @@ class Generator:
             raise Stopped(self.stop.number)
 
 
-def tell_cost(engine: Any, run: outputs.RunDirectory, batch: Any, images: int) -> None:
+def tell_cost(engine: Any, run: run_directory.RunDirectory, batch: Any, images: int) -> None:
     """Says and notes what an image costs, and all that are to be made."""
     found = engine.cost(batch)
     console.say(found.line(images))
     run.log("cost", flops=found.image, weights=found.weights, batch=found.batch)
 
 
-def log_chunk(run: outputs.RunDirectory, items: Sequence[Item], step: int, metrics: dict[str, np.ndarray]) -> None:
+def log_chunk(
+    run: run_directory.RunDirectory, items: Sequence[Item], step: int, metrics: dict[str, np.ndarray]
+) -> None:
     """Notes the mean of each metric `[item, iteration]` over those of a chunk's iterations in which there is one."""
     means = {name: console.mean(x) for name, x in metrics.items()}
     run.log("chunk", step=step, items=[item.id for item in items], metrics=means)

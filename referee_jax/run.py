@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from referee_jax import checkpoint, config, console, gallery, generation, outputs, prompts, queue, remote, trouble
+from referee_jax import config, console, generation, prompts, queue, trouble
 from referee_jax import items as items_lib
 from referee_jax.console import say
 from referee_jax.engine import inverter
@@ -35,6 +35,8 @@ from referee_jax.performance import cost
 from referee_jax.runs import prompt_file
 from referee_jax.runs.command import Command, CommandError, parse_flags, read_command
 from referee_jax.runs.prompt_file import Rejected
+from referee_jax.storage import bucket, gallery_page, run_directory
+from referee_jax.storage import checkpoints as checkpoints_lib
 from referee_jax.weights import convert, hub
 
 SHOWN_REJECTED = 20
@@ -67,7 +69,7 @@ def execute(
     device = f"{jax.local_devices()[0].device_kind} x {jax.local_device_count()}"
     # A fresh process finds what the one before it has begun.
     resume = "auto" if tried and tried.once and command.resume == "never" else command.resume
-    run = outputs.RunDirectory.open(
+    run = run_directory.RunDirectory.open(
         command.workdir, command.settings, device=device, process=command.shard_index, resume=resume
     )
     with contextlib.closing(run.place):
@@ -76,7 +78,7 @@ def execute(
 
 def carry_out(
     command: Command,
-    run: outputs.RunDirectory,
+    run: run_directory.RunDirectory,
     texts: Sequence[str],
     rejected: list[Rejected],
     *,
@@ -133,7 +135,7 @@ def fitted(engine: Any, settings: config.Settings, count: int) -> Any:
     return engine.at_once(max(1, min(engine.settings.batch_size, -(-count // engine.groups))))
 
 
-def note_checkpoints(run: outputs.RunDirectory) -> None:
+def note_checkpoints(run: run_directory.RunDirectory) -> None:
     """Notes of what others made which state of it is used, and under which license."""
     used = [(name, revision) for name, revision in config.checkpoints(run.settings) if not hub.is_embedded(name)]
     run.note("commits", {name: x for name, revision in used if not revision and (x := hub.commit(name, None))})
@@ -143,7 +145,7 @@ def note_checkpoints(run: outputs.RunDirectory) -> None:
 
 def generate(
     engine: Any,
-    run: outputs.RunDirectory,
+    run: run_directory.RunDirectory,
     items: Sequence[Item],
     command: Command,
     stop: generation.Stop,
@@ -170,17 +172,17 @@ def generate(
     return generator.made
 
 
-def in_flight(run: outputs.RunDirectory) -> checkpoint.Checkpoints:
+def in_flight(run: run_directory.RunDirectory) -> checkpoints_lib.Checkpoints:
     """What any process has left in the middle."""
     run.place.fetch_checkpoints()
-    return checkpoint.Checkpoints(run.path / "checkpoints")
+    return checkpoints_lib.Checkpoints(run.path / "checkpoints")
 
 
-def finish(run: outputs.RunDirectory, made: generation.Made, skipped: int, seconds: float) -> None:
+def finish(run: run_directory.RunDirectory, made: generation.Made, skipped: int, seconds: float) -> None:
     """Joins the journals, draws the contact sheet and the gallery, and tells what was done."""
     in_flight(run).forget(run.done())
     run.merge()  # whoever is last brings all together
-    sheet, page = run.contact_sheet(), gallery.write(run)
+    sheet, page = run.contact_sheet(), gallery_page.write(run)
     finished = run.finished()
     hacked = [record["id"] for record in finished if record.get("hacked")]
     if hacked:
@@ -225,7 +227,7 @@ def warm_up(command: Command, *, load: Callable[[config.Settings], Any] = load_i
     return 0
 
 
-def report_rejected(run: outputs.RunDirectory, rejected: Sequence[Rejected]) -> None:
+def report_rejected(run: run_directory.RunDirectory, rejected: Sequence[Rejected]) -> None:
     """Notes the prompts that are left out in the log, and tells of the first ones."""
     for one in rejected:
         run.log("skipped", text=one.text, where=one.where, reason=one.reason)
@@ -268,7 +270,13 @@ def main(
             return begin_anew(tried)
         except OSError as why:
             return console.fail(1, f"no fresh process can be begun ({why}); {keeps}")
-    except (CommandError, config.ConfigError, prompts.PromptError, outputs.RunError, convert.WeightsError) as error:
+    except (
+        CommandError,
+        config.ConfigError,
+        prompts.PromptError,
+        run_directory.RunError,
+        convert.WeightsError,
+    ) as error:
         return console.fail(2, str(error))
     except KeyboardInterrupt:
         say(f"interrupted; {keeps}", file=sys.stderr)
@@ -329,7 +337,7 @@ def _absl_main(argv: list[str]) -> int:
         command = read_command(flags.FLAGS, argv[1:])
         devices.keep_freed_memory(command.device)
         if command.distributed:  # which must come before any device is looked at
-            place = None if remote.is_remote(command.workdir) else Path(command.workdir).expanduser()
+            place = None if bucket.is_remote(command.workdir) else Path(command.workdir).expanduser()
             index, count = processes.join(command.shard_index, command.shard_count, place)
             command = dataclasses.replace(command, shard_index=index, shard_count=count)
         device = devices.choose(command.device)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from referee_jax import cli, config, formats, referees
+from referee_jax import cli, config, referees
+from referee_jax.storage import images as images_lib
 
 
 def listing() -> str:
@@ -36,7 +37,7 @@ def score(
         raise ValueError("there is nothing to score; give --image=FILE and --text=TEXT, each as often as you like")
     if reading.get("template") and reading["template"].count("{}") != 1:
         raise ValueError(f"--template={reading['template']!r} is not a text with one {{}} where the prompt is put")
-    opened = [formats.read_image(file) for file in images]
+    opened = [images_lib.read_image(file) for file in images]
     spec = config.RefereeSpec(
         name=name or referees.name_of(referee, revision or None), checkpoint=referee, revision=revision, losses={},
         **reading,

@@ -24,11 +24,12 @@ from typing import Any
 import tqdm
 from absl import flags
 
-from referee_jax import cli, config, disk, formats, remote
+from referee_jax import cli, config
 from referee_jax import items as items_lib
 from referee_jax.benchmarks import report, shapes, statistics
 from referee_jax.engine import builders, inverter
 from referee_jax.items import Item
+from referee_jax.storage import bucket, files, images
 
 Row = tuple[str, Item]  # name of the variant, what is made
 GAINS = {
@@ -77,8 +78,8 @@ def run(variants: Mapping[str, config.Settings], out: Path) -> list[dict[str, An
         raise config.ConfigError("variants have prompts, samples and seed in common")
     _keep(variants, out)
     journal = out / "scores.jsonl"
-    disk.mend(journal)
-    records = disk.read_lines(journal)
+    files.mend(journal)
+    records = files.read_lines(journal)
     done = {(record["variant"], record["prompt"], record["sample"]) for record in records}
     items = items_lib.expand(first.prompts, first.samples)
     todo = [(name, item) for name in variants for item in items if (name, item.prompt, item.sample) not in done]
@@ -90,7 +91,7 @@ def run(variants: Mapping[str, config.Settings], out: Path) -> list[dict[str, An
             for share in items_lib.batches(own, engine.batch_size) if engine else ():
                 bar.set_description(share[0][0])
                 for record in _made(engine, share, variants, out):
-                    disk.append(journal, record)
+                    files.append(journal, record)
                     records.append(record)
                 bar.update(len(share))
     return records
@@ -106,7 +107,7 @@ def _keep(variants: Mapping[str, config.Settings], out: Path) -> None:
                 raise config.ConfigError(f"{out} has other results of {name!r}; choose another --workdir\n{difference}")
         said = before | said
     (out / "images").mkdir(parents=True, exist_ok=True)
-    disk.write_atomic(file, json.dumps(said, indent=2).encode() + b"\n")
+    files.write_atomic(file, json.dumps(said, indent=2).encode() + b"\n")
 
 
 def _made(
@@ -121,9 +122,9 @@ def _made(
     for (name, item), picture in zip(share, engine.finish(batch), strict=True):
         file = out / "images" / slug(name) / f"{item.id}.png"
         record = {"variant": name, "prompt": item.prompt, "sample": item.sample, "file": str(file.relative_to(out))}
-        record["scores"] = disk.finite(picture.scores | truth(picture.image, item.prompt))
+        record["scores"] = files.finite(picture.scores | truth(picture.image, item.prompt))
         file.parent.mkdir(parents=True, exist_ok=True)
-        disk.write_atomic(file, formats.encode_png(formats.to_uint8(picture.image), record))
+        files.write_atomic(file, images.encode_png(images.to_uint8(picture.image), record))
         records.append(record)
     return records
 
@@ -202,7 +203,7 @@ def main(args: flags.FlagValues) -> str:
         raise ValueError("--sweep=FILE and --workdir=DIRECTORY are needed")
     cli.prepare(args.device)
     changes = {name: args[name].value for name in ("samples", "batch_size") if args[name].value is not None}
-    return sweep(args.sweep, remote.local_only(args.workdir), vary=args.vary, names=args.variant, changes=changes)
+    return sweep(args.sweep, bucket.local_only(args.workdir), vary=args.vary, names=args.variant, changes=changes)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from referee_jax import disk
+from referee_jax.storage import files
 
 # What is ignored here, as in a job that a shell put into the background, is ignored by all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -94,7 +94,7 @@ def picture(seed=0, height=VIEW_SIZE, width=VIEW_SIZE):
 BARE = (
     "import pathlib, sys, time, types\n"
     "package = types.ModuleType('referee_jax')\n"
-    f"package.__path__ = [{os.path.dirname(disk.__file__)!r}]\n"
+    f"package.__path__ = [{os.path.dirname(files.__file__)!r}]\n"
     "sys.modules['referee_jax'] = package\n"
 )
 
@@ -125,7 +125,7 @@ def room(monkeypatch):
     def opened(path, mode, buffering=-1):
         return File(path, mode) if buffering == 0 else open(path, mode, buffering)
 
-    monkeypatch.setattr(disk, "open", opened, raising=False)
+    monkeypatch.setattr(files, "open", opened, raising=False)
     return room
 
 

@@ -12,11 +12,12 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from referee_jax import formats, outputs, run
+from referee_jax import run
 from referee_jax.hardware import chips
 from referee_jax.items import Item, Part
 from referee_jax.performance import cost
 from referee_jax.runs import command as command_lib
+from referee_jax.storage import images, run_directory
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "paper.py"
@@ -146,5 +147,5 @@ def program(*arguments, **options):
 
 def shown(path):
     """Id -> colour of all finished images, wherever they are."""
-    records = outputs.read_journal(path)
-    return {x["id"]: formats.read_image(path / x["file_name"]).getpixel((0, 0)) for x in records}
+    records = run_directory.read_journal(path)
+    return {x["id"]: images.read_image(path / x["file_name"]).getpixel((0, 0)) for x in records}

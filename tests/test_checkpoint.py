@@ -7,9 +7,10 @@ import socket
 import numpy as np
 import pytest
 
-from referee_jax import checkpoint, items
+from referee_jax import items
 from referee_jax.hardware import processes
 from referee_jax.items import Part
+from referee_jax.storage import checkpoints
 
 ITEMS = tuple(items.expand(["a cat", "\udcff <b>", "ünï"], 1))
 
@@ -28,14 +29,14 @@ def assert_same(a, b):
 
 
 def test_the_newest_comes_back(tmp_path):
-    one = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    one = checkpoints.Checkpoints(tmp_path / "checkpoints")
     assert one.begun("print") == []
     for step in (10, 20, 30):
         one.save(part(step), "print")
-    (found,) = checkpoint.Checkpoints(tmp_path / "checkpoints").begun("print")
+    (found,) = checkpoints.Checkpoints(tmp_path / "checkpoints").begun("print")
     assert_same(found, part(30))
     assert sorted(x.name for x in one.own.iterdir() if x.name.isdigit()) == ["2", "3"]
-    assert checkpoint.Checkpoints(tmp_path / "checkpoints").begun("other settings") == []
+    assert checkpoints.Checkpoints(tmp_path / "checkpoints").begun("other settings") == []
     one.clear()
     assert one.begun("print") == []
 
@@ -44,7 +45,7 @@ def test_the_newest_comes_back(tmp_path):
 @pytest.mark.parametrize("where", [0.02, 0.1, 0.5, 0.9, 0.999])
 def test_a_damaged_one_is_passed_over(tmp_path, damage, where, caplog):
     """Every file of the newest in turn: what comes back is that one whole, or the one before; never anything else."""
-    one = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    one = checkpoints.Checkpoints(tmp_path / "checkpoints")
     for step in (10, 20):
         one.save(part(step), "print")
     fallen = 0
@@ -69,12 +70,12 @@ def test_a_damaged_one_is_passed_over(tmp_path, damage, where, caplog):
 
 def test_one_that_its_owner_removes_meanwhile(tmp_path, monkeypatch):
     """Between the list of folders and a look into one: it is none."""
-    one = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    one = checkpoints.Checkpoints(tmp_path / "checkpoints")
     one.save(part(10), "print")
-    listed = checkpoint._places(one.directory)
+    listed = checkpoints._places(one.directory)
     one.clear()
-    monkeypatch.setattr(checkpoint, "_places", lambda directory: listed)
-    other = checkpoint.Checkpoints(one.directory)
+    monkeypatch.setattr(checkpoints, "_places", lambda directory: listed)
+    other = checkpoints.Checkpoints(one.directory)
     assert other.begun("print") == []
     other.forget(set())
 
@@ -92,12 +93,12 @@ def test_one_that_is_being_written_is_left_to_its_process(tmp_path):
     for place in places:
         (place / "1.orbax-checkpoint-tmp").mkdir(parents=True)
     os.utime(places[-1], (0, 0))
-    checkpoint.Checkpoints(tmp_path / "checkpoints").forget(set())
+    checkpoints.Checkpoints(tmp_path / "checkpoints").forget(set())
     assert [place.exists() for place in places] == [True, False, True, True, False]
 
 
 def test_forgotten_when_all_is_done(tmp_path):
-    one, two = (checkpoint.Checkpoints(tmp_path / "checkpoints") for _ in range(2))
+    one, two = (checkpoints.Checkpoints(tmp_path / "checkpoints") for _ in range(2))
     one.save(part(10), "print")
     two.save(Part(ITEMS[:1], 5, {"x": np.zeros(1)}), "print")
     assert len(one.begun("print")) == 2

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from referee_jax import disk
 from referee_jax.hardware import processes as processes_lib
+from referee_jax.storage import files
 from tests import conftest
 
 
@@ -25,10 +25,10 @@ from tests import conftest
 def test_reading_lines_of_anything(tmp_path, rows):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b"\n".join(rows))
-    assert disk.read_lines(file).count({"id": "a"}) == rows.count(b'{"id": "a"}')
-    disk.mend(file)
-    disk.append(file, {"id": "b"})
-    records = disk.read_lines(file)
+    assert files.read_lines(file).count({"id": "a"}) == rows.count(b'{"id": "a"}')
+    files.mend(file)
+    files.append(file, {"id": "b"})
+    records = files.read_lines(file)
     assert records[-1] == {"id": "b"} and records.count({"id": "a"}) == rows.count(b'{"id": "a"}')
 
 
@@ -41,7 +41,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        disk.write_atomic(file, b"new")
+        files.write_atomic(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
 
@@ -52,28 +52,28 @@ def test_one_creates_a_file(tmp_path, monkeypatch, has_links):
     file = tmp_path / "x.json"
     if not has_links:
         monkeypatch.setattr(os, "link", lambda *_: os.rename("/nowhere", "/else"))  # OSError
-    assert [disk.create(file, data) for data in (b"one", b"two")] == [True, False]
+    assert [files.create(file, data) for data in (b"one", b"two")] == [True, False]
     assert file.read_bytes() == b"one" and list(tmp_path.iterdir()) == [file]
     monkeypatch.setattr(os, "fsync", lambda handle: os.rename("/nowhere", "/else"))
     with pytest.raises(OSError):
-        disk.create(tmp_path / "y.json", b"three")
+        files.create(tmp_path / "y.json", b"three")
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_lock_is_of_the_file_that_has_the_name(tmp_path):
     """Also where another was put in its place while it was waited for."""
     file = tmp_path / "x.json"
-    disk.write_atomic(file, b"old")
+    files.write_atomic(file, b"old")
     with open(file, "rb+") as old, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        disk.lock(old)
+        files.lock(old)
 
         def wait():
-            with disk.locked(file), open(file, "rb+") as new:
-                return disk.lock(new, 0)
+            with files.locked(file), open(file, "rb+") as new:
+                return files.lock(new, 0)
 
         waiting = pool.submit(wait)
         time.sleep(0.05)
-        disk.write_atomic(file, b"new")
+        files.write_atomic(file, b"new")
         old.close()
         assert waiting.result(10) is False  # it holds the new one
 
@@ -82,36 +82,36 @@ def test_a_lock_is_of_the_file_that_has_the_name(tmp_path):
 def test_lines_are_added_whole_or_not_at_all(tmp_path, room, left):
     """A full disk takes a part of what is written; what is added when there is room again is not spoilt by it."""
     file = tmp_path / "x.jsonl"
-    disk.append(file, {"n": 0})
+    files.append(file, {"n": 0})
     before, room.left = file.read_bytes(), left
     with pytest.raises(OSError, match=rf"No space left on device: '{file}'"):
-        disk.append(file, {"n": 1}, {"n": 2})
+        files.append(file, {"n": 1}, {"n": 2})
     assert file.read_bytes() == before
     room.left = 100
-    disk.append(file, {"n": 3})
-    assert disk.read_lines(file) == [{"n": 0}, {"n": 3}]
+    files.append(file, {"n": 3})
+    assert files.read_lines(file) == [{"n": 0}, {"n": 3}]
 
 
 def test_a_full_disk_is_named(tmp_path, room):
     room.left = 3
     with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'x.png'}'"):
-        disk.write_atomic(tmp_path / "x.png", b"more than three")
+        files.write_atomic(tmp_path / "x.png", b"more than three")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_lines_go_to_the_file_that_has_the_name(tmp_path, monkeypatch):
     """Another process replaces a journal just when a line is to be added to it."""
-    file, lock = tmp_path / "x.jsonl", disk.lock
-    disk.append(file, {"n": 0})
+    file, lock = tmp_path / "x.jsonl", files.lock
+    files.append(file, {"n": 0})
 
     def late(handle):
-        monkeypatch.setattr(disk, "lock", lock)
-        disk.write_atomic(file, disk.encode_lines({"n": 1}))
+        monkeypatch.setattr(files, "lock", lock)
+        files.write_atomic(file, files.encode_lines({"n": 1}))
         return lock(handle)
 
-    monkeypatch.setattr(disk, "lock", late)
-    disk.append(file, {"n": 2})
-    assert disk.read_lines(file) == [{"n": 1}, {"n": 2}]
+    monkeypatch.setattr(files, "lock", late)
+    files.append(file, {"n": 2})
+    assert files.read_lines(file) == [{"n": 1}, {"n": 2}]
 
 
 def holder(file):
@@ -132,11 +132,11 @@ def test_what_another_process_writes_is_left_alone_until_it_dies(tmp_path):
     try:
         assert temporary.parent == tmp_path and temporary.name.startswith(".x.png.")
         process.send_signal(signal.SIGSTOP)  # not even one that stands still for long loses its file
-        disk.remove_abandoned(tmp_path, time.time() + 10 * disk.STALE)
+        files.remove_abandoned(tmp_path, time.time() + 10 * files.STALE)
         assert temporary.exists()
         process.kill()
         process.wait()
-        disk.remove_abandoned(tmp_path, time.time())
+        files.remove_abandoned(tmp_path, time.time())
         assert not temporary.exists()
     finally:
         process.kill()
@@ -148,9 +148,9 @@ def test_what_another_machine_writes_is_left_alone_for_a_while(tmp_path):
     temporary = tmp_path / ".x.png.elsewhere.123.tmp"
     temporary.write_bytes(b"half")
     written = temporary.stat().st_mtime
-    disk.remove_abandoned(tmp_path, written + 0.9 * disk.STALE)
+    files.remove_abandoned(tmp_path, written + 0.9 * files.STALE)
     assert temporary.exists()
-    disk.remove_abandoned(tmp_path, written + 1.1 * disk.STALE)
+    files.remove_abandoned(tmp_path, written + 1.1 * files.STALE)
     assert not temporary.exists()
 
 
@@ -161,26 +161,26 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    disk.write_atomic(tmp_path / "x", b"whole")
-    disk.append(tmp_path / "y", {"n": 1})
-    assert (tmp_path / "x").read_bytes() == b"whole" and disk.read_lines(tmp_path / "y") == [{"n": 1}]
+    files.write_atomic(tmp_path / "x", b"whole")
+    files.append(tmp_path / "y", {"n": 1})
+    assert (tmp_path / "x").read_bytes() == b"whole" and files.read_lines(tmp_path / "y") == [{"n": 1}]
     temporary = tmp_path / f".x.{processes_lib.HOST}.123.tmp"
     temporary.write_bytes(b"half")
-    disk.remove_abandoned(tmp_path, time.time())
+    files.remove_abandoned(tmp_path, time.time())
     assert temporary.exists()
-    disk.remove_abandoned(tmp_path, time.time() + 1.1 * disk.STALE)
+    files.remove_abandoned(tmp_path, time.time() + 1.1 * files.STALE)
     assert not temporary.exists()
 
 
 def test_nobody_waits_for_ever(tmp_path, monkeypatch):
     """For a process that was stopped while it held a lock."""
-    monkeypatch.setattr(disk, "PATIENCE", 0.1)
-    disk.append(tmp_path / "x.jsonl", {"n": 0})
-    with disk.locked(tmp_path / "x.jsonl"):
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    files.append(tmp_path / "x.jsonl", {"n": 0})
+    with files.locked(tmp_path / "x.jsonl"):
         with open(tmp_path / "x.jsonl") as file:
-            assert disk.lock(file, 0) is False
-        disk.append(tmp_path / "x.jsonl", {"n": 1})
-    assert len(disk.read_lines(tmp_path / "x.jsonl")) == 2
+            assert files.lock(file, 0) is False
+        files.append(tmp_path / "x.jsonl", {"n": 1})
+    assert len(files.read_lines(tmp_path / "x.jsonl")) == 2
 
 
 def test_lines_of_several_processes_do_not_mix(tmp_path):

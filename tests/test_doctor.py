@@ -14,8 +14,9 @@ import jax
 import pytest
 from huggingface_hub import errors
 
-from referee_jax import config, doctor, outputs
+from referee_jax import config, doctor
 from referee_jax.hardware import devices
+from referee_jax.storage import run_directory
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHAPES = f"--config={ROOT / 'configs' / 'shapes.py'}"
@@ -68,7 +69,7 @@ def test_old_packages(monkeypatch):
         doctor.importlib.metadata, "requires", lambda name: ["numpy>=99", "jax>=0.1", "torch>=99; extra == 'x'"]
     )
     (found,) = doctor.versions(None)
-    assert found.remedy == "pip install 'numpy>=99'" and f"jax {outputs.versions()['jax']}" in found.text
+    assert found.remedy == "pip install 'numpy>=99'" and f"jax {run_directory.versions()['jax']}" in found.text
 
 
 def test_no_device_and_an_unused_one(monkeypatch, tmp_path):

@@ -10,10 +10,11 @@ import scipy.stats
 import transformers
 from absl import flags
 
-from referee_jax import disk, evaluate
+from referee_jax import evaluate
 from referee_jax.benchmarks import layouts, measures, noun_phrases
 from referee_jax.cli import tell
 from referee_jax.shapes import world
+from referee_jax.storage import files
 from tests.oracles import networks
 
 PROMPTS = ("a red circle and a blue square", "a green star above a pink ring", "three black crosses")
@@ -38,7 +39,7 @@ def run(tmp_path):
         for sample in (0, 1):
             name = f"images/{n}-{sample}.png"
             drawn(prompt, right=sample == 0 or n == 0).save(tmp_path / name)
-            disk.append(tmp_path / "metadata.jsonl", {"file_name": name, "text": prompt, "sample": sample})
+            files.append(tmp_path / "metadata.jsonl", {"file_name": name, "text": prompt, "sample": sample})
     return tmp_path
 
 
@@ -61,7 +62,7 @@ def test_shapes(run, monkeypatch):
     })  # fmt: skip
     assert found["all"]["right"]["prompts"] == 3 and found["all"]["right"]["images"] == 6
     assert "| all | 6 | 0.667 (0.50..1.00) |" in printed
-    lines = disk.read_lines(run / "evaluation" / "images.jsonl")
+    lines = files.read_lines(run / "evaluation" / "images.jsonl")
     assert [line["right"] for line in lines] == [1.0, 1.0, 1.0, 0.0, 1.0, 0.0]
     assert [(line["prompt"], line["sample"]) for line in lines] == [(p, s) for p in PROMPTS for s in (0, 1)]
     # Again: nothing is measured twice, but what has changed.
@@ -83,7 +84,7 @@ def test_any_referee_scores(run, tmp_path_factory):
         networks.save_clip(root / path, seed=seed)
     for given, names in ((checkpoints[:1], ["clip_cosine"]), (checkpoints, [f"{path}_cosine" for path in checkpoints])):
         printed = command(run, referee=given)
-        lines = disk.read_lines(run / "evaluation" / "images.jsonl")
+        lines = files.read_lines(run / "evaluation" / "images.jsonl")
         means = [np.mean([line[name] for line in lines]) for name in names]
         assert np.ptp([line[names[0]] for line in lines]) > 1e-3 and len({f"{mean:.3f}" for mean in means}) == len(
             names
@@ -99,7 +100,7 @@ def test_scores_are_compared_with_the_truth(run, tmp_path_factory):
     networks.save_clip(root / "clip")
     networks.save_blip(networks.blip(transformers.BlipForQuestionAnswering), root / "vqa")
     printed = command(run, benchmark="shapes", vqa=str(root / "vqa"), referee=[str(root / "clip")])
-    lines = disk.read_lines(run / "evaluation" / "images.jsonl")
+    lines = files.read_lines(run / "evaluation" / "images.jsonl")
     found = json.loads((run / "evaluation" / "scores.json").read_text())["agreement"]
     assert list(found) == ["blip_vqa", "clip_cosine"]
     for name, own in found.items():
@@ -129,7 +130,7 @@ def test_t2i_compbench_there_and_back(run, tmp_path_factory):
     (folder / "vqa_result.json").write_text(json.dumps(answers))
     given = {"vqa": str(root / "vqa"), "clip": str(root / "clip"), "lists": str(root)}
     command(root / "out", benchmark="t2i_compbench", import_scores=str(root / "out"), **given)
-    lines = disk.read_lines(root / "out" / "evaluation" / "images.jsonl")
+    lines = files.read_lines(root / "out" / "evaluation" / "images.jsonl")
     assert [line["unidet_2d"] for line in lines] == [n / 10 for n in range(6)]
     for n, line in enumerate(lines):
         parts = ["blip_vqa", "clip_without_adjectives" if n < 2 else "unidet_2d"]
@@ -150,10 +151,10 @@ def written(root, **lists):
 
 def test_an_export_is_in_the_order_of_its_list(run):
     """Which the 3-in-1 scorer needs, and a run of several processes does not have."""
-    lines = disk.read_lines(run / "metadata.jsonl")
+    lines = files.read_lines(run / "metadata.jsonl")
     (run / "metadata.jsonl").unlink()
     for n in (5, 0, 3, 4, 1, 2):
-        disk.append(run / "metadata.jsonl", lines[n])
+        files.append(run / "metadata.jsonl", lines[n])
     listed = [PROMPTS[1], "a dog", *PROMPTS[:1], PROMPTS[2]]
     lists = written(run / "lists", color_val=["a cat", PROMPTS[0]], complex_val=listed, complex_val_spatial=PROMPTS[:1])
     out, given = run / "out", {"export": "t2i_compbench", "per_prompt": 2}
@@ -202,7 +203,7 @@ def warned(monkeypatch):
 def merged(out, **given):
     """The table, scores.json and images.jsonl of an evaluation with what was imported."""
     printed = command(out, benchmark="t2i_compbench", import_scores=str(out), **given)
-    lines = disk.read_lines(out / "evaluation" / "images.jsonl")
+    lines = files.read_lines(out / "evaluation" / "images.jsonl")
     return printed, json.loads((out / "evaluation" / "scores.json").read_text()), lines
 
 
@@ -278,7 +279,7 @@ def test_the_number_of_noun_phrases_is_said(tmp_path, monkeypatch):
         assert printed.startswith(f"|  | images | blip_vqa ({rule} noun phrases) |\n")
         found = json.loads((tmp_path / "evaluation" / "scores.json").read_text())
         assert found["measures"]["blip_vqa"]["noun_phrases"] == rule
-        (line,) = disk.read_lines(tmp_path / "evaluation" / "images.jsonl")
+        (line,) = files.read_lines(tmp_path / "evaluation" / "images.jsonl")
         assert list(line["questions"]) == phrases
         assert line["blip_vqa"] == pytest.approx(np.prod(list(line["questions"].values())))
     assert len(list((tmp_path / "evaluation").glob("blip_vqa-*.jsonl"))) == 2
@@ -325,12 +326,12 @@ def test_an_evaluation_goes_on_in_the_middle_of_a_measure(run, tmp_path_factory,
     with pytest.raises(KeyboardInterrupt):
         command(run, benchmark="shapes")
     (file,) = (run / "evaluation").glob("shapes-*.jsonl")
-    assert len(disk.read_lines(file)) == 4 and not (run / "evaluation" / "scores.json").exists()
+    assert len(files.read_lines(file)) == 4 and not (run / "evaluation" / "scores.json").exists()
     file.write_bytes(file.read_bytes()[:-20])
     asked.clear()
     stops.append(False)
     assert command(run, benchmark="shapes") == wanted and asked == [2, 1]
-    assert len(disk.read_lines(file)) == 6
+    assert len(files.read_lines(file)) == 6
 
 
 @pytest.mark.parametrize(
@@ -402,6 +403,6 @@ def test_bad_input(run, tmp_path_factory):
     (empty / "color_val.txt").write_text("another prompt")
     with pytest.raises(ValueError, match="3 prompts are in none of the lists"):
         command(run, benchmark="t2i_compbench", lists=str(empty))
-    disk.append(run / "metadata.jsonl", {"file_name": "images/0-0.png", "text": "a dog", "sample": 0})
+    files.append(run / "metadata.jsonl", {"file_name": "images/0-0.png", "text": "a dog", "sample": 0})
     with pytest.raises(ValueError, match="not a caption of the shapes world: 'a dog'|not a thing"):
         command(run, benchmark="shapes")

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from referee_jax import cli, config, gallery, items, outputs
+from referee_jax import cli, config, gallery, items
 from referee_jax.items import Item
+from referee_jax.storage import gallery_page, run_directory
 from tests import pages
 from tests.test_outputs import SETTINGS, picture
 
@@ -42,7 +43,7 @@ ANY_TEXT = st.one_of(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run directory with one image."""
-    directory = outputs.RunDirectory.open(tmp_path_factory.mktemp("run") / "mine", SETTINGS, device="cpu x 1")
+    directory = run_directory.RunDirectory.open(tmp_path_factory.mktemp("run") / "mine", SETTINGS, device="cpu x 1")
     directory.write(picture(), seconds=1.5)
     return directory
 
@@ -56,12 +57,12 @@ def open_image(uri):
 
 
 def test_what_the_page_shows(tmp_path):
-    run = outputs.RunDirectory.open(tmp_path / "mine", SETTINGS, device="cpu x 1")
+    run = run_directory.RunDirectory.open(tmp_path / "mine", SETTINGS, device="cpu x 1")
     run.write(picture(), seconds=1.5)
     losses = {"referee": (2.0, 1.0), "held_out": (0.5, 0.75)}
     other = dataclasses.replace(picture("a blue ring", 2, losses=losses), scores={"cosine": float("nan"), "itm": 0.25})
     run.write(other, seconds=2, frames=[np.zeros((16, 16, 3), np.uint8)] * 2)
-    assert gallery.write(run) == run.path / "gallery.html"
+    assert gallery_page.write(run) == run.path / "gallery.html"
     page = read(run)
     first, second = page.data["records"]
     thumbnail = first.pop("thumbnail")
@@ -84,7 +85,7 @@ def test_what_the_page_shows(tmp_path):
 
 
 def test_nothing_is_asked_of_a_network(run):
-    gallery.write(run)
+    gallery_page.write(run)
     page = read(run)
     named = [
         x for _, attributes, _ in page.elements for name, x in attributes.items() if name in ("src", "href", "action")
@@ -101,17 +102,17 @@ def test_nothing_is_asked_of_a_network(run):
 
 
 def test_many_pictures_are_beside_the_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(gallery, "EMBEDDED", 2)
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    monkeypatch.setattr(gallery_page, "EMBEDDED", 2)
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     for sample in range(3):
         run.write(picture(sample=sample), seconds=1)
-        gallery.write(run)
+        gallery_page.write(run)
         records = read(run).data["records"]
         assert all(x["thumbnail"].startswith("data:") for x in records) == (sample < 2)
     assert all(x["thumbnail"] == x["image"] for x in records)
     # An image that is lost is not shown, and nothing temporary is left.
     run.image_file(Item("a red circle", 0).id).unlink()
-    gallery.write(run)
+    gallery_page.write(run)
     assert [x["sample"] for x in read(run).data["records"]] == [1, 2]
     assert not list(run.path.glob(".*"))
 
@@ -119,14 +120,14 @@ def test_many_pictures_are_beside_the_page(tmp_path, monkeypatch):
 def test_large_pictures_are_shrunk(tmp_path):
     file = tmp_path / "a.png"
     Image.fromarray(np.full((200, 400, 3), 128, np.uint8)).save(file)
-    assert open_image(gallery.thumbnail(file)).size == (256, 128)
+    assert open_image(gallery_page.thumbnail(file)).size == (256, 128)
 
 
 @pytest.mark.parametrize(
     "name", ["javascript:alert(1)", "//evil.example/a", "data:text/html,x", 'a" onerror="x', "%2e"]
 )
 def test_a_link_stays_below_the_page(name):
-    link = gallery._link(name)
+    link = gallery_page._link(name)
     assert re.fullmatch(r"\./[A-Za-z0-9_.~/%-]*", link)
 
 
@@ -136,8 +137,8 @@ def test_no_text_is_markup(run, text, score, status):
     """The page of any text has the elements and attributes of the page of a harmless one, and the text is in its data."""
     (record,) = run.finished()
     hostile = record | {"text": text, "scores": {score: 0.5}, "status": status}
-    page = pages.Page(gallery.page(run, [hostile]).encode("utf-8", "replace").decode())
-    harmless = pages.Page(gallery.page(run, [record | {"scores": {"cosine": 0.5}}]))
+    page = pages.Page(gallery_page.page(run, [hostile]).encode("utf-8", "replace").decode())
+    harmless = pages.Page(gallery_page.page(run, [record | {"scores": {"cosine": 0.5}}]))
     assert [tag for tag, _ in page.skeleton] == [tag for tag, _ in harmless.skeleton]
     assert [x.keys() for _, x in page.skeleton] == [x.keys() for _, x in harmless.skeleton]
     assert page.texts["script"] == harmless.texts["script"] and page.texts["style"] == harmless.texts["style"]
@@ -172,13 +173,13 @@ def test_mistakes(tmp_path, capsys, made, message):
 
 def test_images_in_shards(tmp_path, monkeypatch):
     """The first ones are in the page, which says how many more there are; links go to the shard."""
-    monkeypatch.setattr(gallery, "EMBEDDED", 2)
+    monkeypatch.setattr(gallery_page, "EMBEDDED", 2)
     settings = dataclasses.replace(SETTINGS, outputs=config.Outputs(format="webdataset"))
-    directory = outputs.RunDirectory.open(tmp_path, settings)
+    directory = run_directory.RunDirectory.open(tmp_path, settings)
     with directory.writing() as writer:
         for item in items.expand(["one", "two", "three"], 1):
             writer.write(picture(item.prompt, item.sample), seconds=1.0)
-    gallery.write(directory)
+    gallery_page.write(directory)
     assert "2 images of 2 prompts; 1 more are in the shards" in " ".join(
         directory.path.joinpath("gallery.html").read_text().split()
     )

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ImageFont
 
-from referee_jax import console, formats, outputs
+from referee_jax import console
 from referee_jax.items import Item
 from referee_jax.runs import prompt_file
+from referee_jax.storage import contact_sheet, images
 from tests import pages
 from tests.fakes import execute, lines
 
@@ -103,7 +104,7 @@ def test_a_run_of_hostile_prompts(tmp_path, monkeypatch, capsys):
     assert {x for x in tree(tmp_path) - before if not x.startswith("a/b/run/")} == {"a", "a/b", "a/b/run"}
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for path in tree(work) for name in path.split("/"))
     assert len(tree(work / "images")) == len(records)
-    assert all(formats.read_settings(work / x["file_name"])["text"] == x["text"] for x in records)
+    assert all(images.read_settings(work / x["file_name"])["text"] == x["text"] for x in records)
     for journal in ("metadata.jsonl", "log.jsonl"):
         assert (work / journal).read_bytes().isascii()
     # Nothing steers the terminal, though it is told of them.
@@ -160,7 +161,7 @@ def test_what_a_terminal_is_told():
 def test_a_long_word_is_wrapped_at_once(text):
     """Measuring every length of every line took minutes."""
     begun = time.process_time()
-    wrapped = outputs.wrap(text, ImageFont.load_default(15), 192, lines=4)
+    wrapped = contact_sheet.wrap(text, ImageFont.load_default(15), 192, lines=4)
     assert len(wrapped) <= 4 and time.process_time() - begun < 5
 
 

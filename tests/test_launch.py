@@ -15,8 +15,8 @@ import pytest
 import yaml
 from absl import flags
 
-from referee_jax import outputs
 from referee_jax.runs import command
+from referee_jax.storage import run_directory
 from tests.fakes import lines
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
@@ -341,7 +341,7 @@ def test_local_processes_make_a_run(tmp_path):
     )
     assert done.returncode == 0, done.stdout
     assert {said[:4] for said in done.stdout.splitlines()} == {"[0] ", "[1] "}
-    records = outputs.read_journal(work)
+    records = run_directory.read_journal(work)
     assert sorted((x["text"], x["sample"]) for x in records) == [("a  $(star)", n) for n in range(samples)]
     assert {(work / x["file_name"]) for x in records} == set((work / "images").iterdir())
     starts = [x for x in lines(work / "log.jsonl") if x["event"] == "start"]

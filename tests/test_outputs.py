@@ -17,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from referee_jax import config, disk, formats, gallery, outputs
+from referee_jax import config
 from referee_jax import items as items_lib
 from referee_jax.benchmarks import layouts, measures
 from referee_jax.items import Item
+from referee_jax.storage import contact_sheet, files, gallery_page, images, run_directory
 from tests import conftest
 
 SETTINGS = config.from_config({"seed": 7, "image_size": 16})
@@ -46,7 +47,7 @@ def lines(path):
 
 
 def test_an_image_and_its_line(tmp_path):
-    run = outputs.RunDirectory.open(tmp_path / "a" / "b", SETTINGS, device="cpu x 1")
+    run = run_directory.RunDirectory.open(tmp_path / "a" / "b", SETTINGS, device="cpu x 1")
     prompt = 'the "café" / 🙂'
     assert run.write(picture(prompt, 3), seconds=1.5) == "done"
     (record,) = lines(run.journal)
@@ -68,31 +69,31 @@ def test_an_image_and_its_line(tmp_path):
 
 def test_a_watched_image_and_its_line(tmp_path):
     """First and last losses, and whether the two kinds of referees part."""
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     parting, agreeing = ({"referee": (2.0, 1.0), "held_out": (0.5, last)} for last in (0.75, 0.25))
     run.write(picture("parting", losses=parting), seconds=1)
     run.write(picture("agreeing", losses=agreeing), seconds=1)
     first, second = lines(run.journal)
     assert (first["hacked"], second["hacked"]) == (True, False)
     assert first["losses"] == {"referee": [2.0, 1.0], "held_out": [0.5, 0.75]}
-    assert formats.read_settings(run.image_file(first["id"]))["hacked"] is True
+    assert images.read_settings(run.image_file(first["id"]))["hacked"] is True
 
 
 def test_settings_in_the_image(tmp_path):
-    run = outputs.RunDirectory.open(tmp_path / "run", SETTINGS)
+    run = run_directory.RunDirectory.open(tmp_path / "run", SETTINGS)
     run.write(picture("ü 🙂"), seconds=1)
     file = run.image_file(Item("ü 🙂", 0).id)
-    read = formats.read_settings(file)
+    read = images.read_settings(file)
     assert (read["text"], read["seed"], read["scores"]["held_out"]) == ("ü 🙂", 7, 0.5)
     assert read["fingerprint"] == config.fingerprint(SETTINGS)
     assert config.fingerprint(config.from_config(read["settings"])) == read["fingerprint"]
     Image.open(file).save(tmp_path / "bare.png")
     with pytest.raises(ValueError, match="bare.png was not written by referee_jax"):
-        formats.read_settings(tmp_path / "bare.png")
+        images.read_settings(tmp_path / "bare.png")
 
 
 def test_config_is_recorded(tmp_path):
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS, device="cpu x 1")
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS, device="cpu x 1")
     record = json.loads((run.path / "config.json").read_text())
     assert config.from_config(record["settings"]) == SETTINGS
     assert (record["fingerprint"], record["device"]) == (config.fingerprint(SETTINGS), "cpu x 1")
@@ -101,7 +102,7 @@ def test_config_is_recorded(tmp_path):
 
 
 def test_what_is_not_finite_is_flagged(tmp_path):
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     bad = picture("a", value=np.nan)
     assert run.write(bad, seconds=1) == "nonfinite"
     assert (
@@ -118,41 +119,41 @@ def test_what_is_not_finite_is_flagged(tmp_path):
 
 
 def test_other_settings_are_refused(tmp_path):
-    outputs.RunDirectory.open(tmp_path, SETTINGS)
+    run_directory.RunDirectory.open(tmp_path, SETTINGS)
     same = config.from_config({"seed": 7, "image_size": 16, "prompts": ["a"], "samples": 4, "batch_size": 1})
-    outputs.RunDirectory.open(tmp_path, same)
+    run_directory.RunDirectory.open(tmp_path, same)
     other = config.from_config({"seed": 8, "image_size": 16, "sds": {"guidance": 5}, "prompts": ["b"]})
-    with pytest.raises(outputs.RunError) as caught:
-        outputs.RunDirectory.open(tmp_path, other)
+    with pytest.raises(run_directory.RunError) as caught:
+        run_directory.RunDirectory.open(tmp_path, other)
     assert str(caught.value).startswith(f"{tmp_path} was begun with other settings; choose another --workdir")
     assert str(caught.value).splitlines()[1:] == ["sds.guidance: 30.0 -> 5.0", "seed: 7 -> 8"]
 
 
 def test_what_is_no_run_directory_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(outputs.RunError, match="is not empty and not a run directory"):
-        outputs.RunDirectory.open(tmp_path, SETTINGS)
+    with pytest.raises(run_directory.RunError, match="is not empty and not a run directory"):
+        run_directory.RunDirectory.open(tmp_path, SETTINGS)
     assert [x.name for x in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(outputs.RunError, match=r"thesis.tex cannot be written: "):
-        outputs.RunDirectory.open(tmp_path / "thesis.tex", SETTINGS)
+    with pytest.raises(run_directory.RunError, match=r"thesis.tex cannot be written: "):
+        run_directory.RunDirectory.open(tmp_path / "thesis.tex", SETTINGS)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_read_only(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(outputs.RunError, match="cannot be written: Permission denied"):
-        outputs.RunDirectory.open(tmp_path / "run", SETTINGS)
+    with pytest.raises(run_directory.RunError, match="cannot be written: Permission denied"):
+        run_directory.RunDirectory.open(tmp_path / "run", SETTINGS)
 
 
 def test_damaged_config(tmp_path):
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     (run.path / "config.json").write_text('{"fingerprint": "a')
-    with pytest.raises(outputs.RunError, match="config.json is damaged"):
-        outputs.RunDirectory.open(tmp_path, SETTINGS)
+    with pytest.raises(run_directory.RunError, match="config.json is damaged"):
+        run_directory.RunDirectory.open(tmp_path, SETTINGS)
 
 
 def test_an_item_needs_its_line_and_its_image(tmp_path):
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     for sample in range(3):
         run.write(picture(sample=sample), seconds=1)
     names = [Item("a red circle", sample).id for sample in range(3)]
@@ -161,7 +162,7 @@ def test_an_item_needs_its_line_and_its_image(tmp_path):
     run.journal.write_text("\n".join(kept) + "\n")
     assert run.done() == {names[2]}
     # Opened again, and the lost ones made again: one line each.
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     for sample in range(2):
         run.write(picture(sample=sample), seconds=1)
     assert sorted(x["id"] for x in lines(run.journal)) == names
@@ -170,7 +171,7 @@ def test_an_item_needs_its_line_and_its_image(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    run = outputs.RunDirectory.open(tmp_path_factory.mktemp("run"), SETTINGS)
+    run = run_directory.RunDirectory.open(tmp_path_factory.mktemp("run"), SETTINGS)
     for sample in range(3):
         run.write(picture("é 🙂", sample), seconds=1)
     return run
@@ -189,7 +190,7 @@ def test_a_journal_cut_at_any_byte(finished, data):
     rows = whole.splitlines()
     ends = np.cumsum([len(row) + 1 for row in rows]) - 1
     complete = {json.loads(row)["id"] for row, end in zip(rows, ends, strict=True) if cut >= end}
-    run = outputs.RunDirectory.open(copy, SETTINGS)
+    run = run_directory.RunDirectory.open(copy, SETTINGS)
     assert run.done() == complete
     run.write(picture("new"), seconds=1)
     assert {x["id"] for x in lines(run.journal)} == complete | {Item("new", 0).id}
@@ -199,7 +200,7 @@ def test_a_journal_cut_at_any_byte(finished, data):
 
 
 def test_each_process_has_a_journal_and_all_read_all(tmp_path):
-    runs = [outputs.RunDirectory.open(tmp_path, SETTINGS, process=n) for n in range(3)]
+    runs = [run_directory.RunDirectory.open(tmp_path, SETTINGS, process=n) for n in range(3)]
     for n, run in enumerate(runs):
         run.write(picture(sample=n), seconds=1)
     assert [[x["sample"] for x in lines(tmp_path / f"metadata{own}.jsonl")] for own in ("", "-1", "-2")] == [
@@ -217,12 +218,12 @@ def test_each_process_has_a_journal_and_all_read_all(tmp_path):
     assert [x.name for x in tmp_path.glob("metadata*")] == ["metadata.jsonl"]
     runs[2].write(picture(sample=3), seconds=1)  # who is still at work begins another
     assert [x["sample"] for x in lines(tmp_path / "metadata-2.jsonl")] == [3]
-    alone = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    alone = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     assert [x["sample"] for x in lines(alone.journal)] == [0, 1, 2, 3] and len(alone.done()) == 4
 
 
 def test_an_image_that_two_made_counts_once(tmp_path):
-    first, second = (outputs.RunDirectory.open(tmp_path, SETTINGS, process=n) for n in range(2))
+    first, second = (run_directory.RunDirectory.open(tmp_path, SETTINGS, process=n) for n in range(2))
     for run in (first, second):
         run.write(picture(), seconds=1)
     assert len(first.finished()) == 1
@@ -232,7 +233,7 @@ def test_an_image_that_two_made_counts_once(tmp_path):
 
 def test_claims_of_the_dead_go_at_the_end(tmp_path):
     """Where what they had was taken up by another start; of what is not done they stay."""
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     dead, items = run.place.claims(900), items_lib.expand(["a red circle"], 2)
     assert all(map(dead.take, items))
     run.write(picture(), seconds=1)
@@ -245,7 +246,7 @@ def test_claims_of_the_dead_go_at_the_end(tmp_path):
 
 def test_no_line_is_lost_while_journals_are_merged(tmp_path):
     """Two processes add lines, as fast as they can, while two others merge."""
-    main, other = (outputs.RunDirectory.open(tmp_path, SETTINGS, process=n) for n in (0, 3))
+    main, other = (run_directory.RunDirectory.open(tmp_path, SETTINGS, process=n) for n in (0, 3))
     for n in range(100):
         (main.images / f"{n}.png").touch()
     script = conftest.BARE + (
@@ -274,17 +275,17 @@ def test_no_line_is_lost_while_journals_are_merged(tmp_path):
 def test_a_start_leaves_alone_what_others_write(tmp_path):
     """Open files and open shards of a process that is alive; and takes up what a dead one left."""
     sharded = config.override(SETTINGS, {"outputs.format": "webdataset"})
-    other = outputs.RunDirectory.open(tmp_path, sharded, process=1)
+    other = run_directory.RunDirectory.open(tmp_path, sharded, process=1)
     with other.writing() as writer:
         writer.write(picture(), seconds=1)
         writer.flush()
-        with disk.open_temporary(other.images / "x.png") as image:
-            assert outputs.RunDirectory.open(tmp_path, SETTINGS).done() == set()
+        with files.open_temporary(other.images / "x.png") as image:
+            assert run_directory.RunDirectory.open(tmp_path, SETTINGS).done() == set()
             assert os.path.exists(image.name)
         crashed = writer._shard  # its lock goes with it
         crashed.file.close()
         writer._shard = None
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     assert run.done() == {Item("a red circle", 0).id} == {x["id"] for x in lines(run.journal)}
     assert [x for x in tmp_path.rglob("*") if x.name.startswith(".")] == []
 
@@ -292,7 +293,9 @@ def test_a_start_leaves_alone_what_others_write(tmp_path):
 def test_several_begin_at_once(tmp_path):
     """In a directory that is not there yet."""
     threads = [
-        threading.Thread(target=lambda n: outputs.RunDirectory.open(tmp_path / "run", SETTINGS, process=n), args=(n,))
+        threading.Thread(
+            target=lambda n: run_directory.RunDirectory.open(tmp_path / "run", SETTINGS, process=n), args=(n,)
+        )
         for n in range(4)
     ]
     failures = []
@@ -311,10 +314,10 @@ def test_several_begin_at_once(tmp_path):
 
 def test_the_scan_lists_folders_and_asks_for_no_file(tmp_path, monkeypatch):
     """However many images there are: on a network's disk each question takes a millisecond."""
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     for n in range(500):
         (run.images / f"{n}.png").touch()
-    disk.append(run.journal, *({"id": f"{n}", "file_name": f"images/{n}.png"} for n in range(1000)))
+    files.append(run.journal, *({"id": f"{n}", "file_name": f"images/{n}.png"} for n in range(1000)))
     asked = []
     for name in ("stat", "scandir", "listdir", "open"):
         real = getattr(os, name)
@@ -326,10 +329,10 @@ def test_the_scan_lists_folders_and_asks_for_no_file(tmp_path, monkeypatch):
 def test_another_format_goes_on(tmp_path):
     """What is done is done, whatever it was written as; everything that reads a run directory reads all of it."""
     for n, kind in enumerate(("png", "webp", "webdataset", "webdataset")):
-        run = outputs.RunDirectory.open(tmp_path, config.override(SETTINGS, {"outputs.format": kind}))
+        run = run_directory.RunDirectory.open(tmp_path, config.override(SETTINGS, {"outputs.format": kind}))
         assert len(run.done()) == n
         run.write(dataclasses.replace(picture(sample=n), image=np.ones((64, 64, 3), np.float32)), seconds=1)
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     assert [x["sample"] for x in run.finished()] == [0, 1, 2, 3]
     assert [Path(x["file_name"]).suffix for x in run.finished()] == [".png", ".webp", ".png", ".png"]
     assert run.contact_sheet().is_file()
@@ -339,7 +342,7 @@ def test_another_format_goes_on(tmp_path):
     assert measures.collect(dataclasses.replace(measures.ground_truth(), build=None), entries, tmp_path) == found
     assert layouts.export_t2i_compbench(entries, tmp_path / "out", per_prompt=4) == 4
     exported = sorted((tmp_path / "out" / "samples").iterdir())
-    assert [formats.read_settings(x)["sample"] for x in exported] == [0, 1, 2, 3]
+    assert [images.read_settings(x)["sample"] for x in exported] == [0, 1, 2, 3]
     assert {Image.open(x).format for x in exported} == {"PNG"}
     # A shard that is taken away takes its images with it: they will be made again.
     next((tmp_path / "shards").iterdir()).unlink()
@@ -348,17 +351,17 @@ def test_another_format_goes_on(tmp_path):
 
 def test_a_disk_that_is_too_small(small_disk):
     """Refused in one sentence that names the directory, what is needed and what is there."""
-    run = outputs.RunDirectory.open(small_disk(300) / "run", SETTINGS)
+    run = run_directory.RunDirectory.open(small_disk(300) / "run", SETTINGS)
     run.check_space(2)
-    with pytest.raises(outputs.RunError) as caught:
+    with pytest.raises(run_directory.RunError) as caught:
         run.check_space(100_000)
-    needed = 100_000 * outputs.bytes_per_item(SETTINGS)
+    needed = 100_000 * run_directory.bytes_per_item(SETTINGS)
     free = shutil.disk_usage(run.path).free
     assert str(caught.value).startswith(f"{run.path} has ") and "\n" not in str(caught.value)
     assert f"({free:,} bytes)" in str(caught.value) and f"({needed:,} bytes)" in str(caught.value)
-    with pytest.raises(outputs.RunError):
-        run.check_space(free // outputs.bytes_per_item(SETTINGS) + 1)
-    run.check_space(free // outputs.bytes_per_item(SETTINGS))
+    with pytest.raises(run_directory.RunError):
+        run.check_space(free // run_directory.bytes_per_item(SETTINGS) + 1)
+    run.check_space(free // run_directory.bytes_per_item(SETTINGS))
 
 
 @pytest.mark.parametrize(
@@ -370,32 +373,32 @@ def test_the_estimate_is_generous_and_not_absurd(tmp_path, changes, size):
     asked = config.override(
         SETTINGS, {"image_size": size, "steps": 20, "chunk": 10, "outputs.shard_size": 4, **changes}
     )
-    run = outputs.RunDirectory.open(tmp_path, asked)
+    run = run_directory.RunDirectory.open(tmp_path, asked)
     noisy = np.random.default_rng(0).normal(0.5, 0.03, (size, size, 3)).astype(np.float32)
-    frames = [formats.to_uint8(noisy[:, ::step]) for step in (1, -1)] if asked.outputs.trajectory else []
+    frames = [images.to_uint8(noisy[:, ::step]) for step in (1, -1)] if asked.outputs.trajectory else []
     taken = lambda: sum(x.stat().st_blocks * 512 for x in tmp_path.rglob("*") if x.is_file())  # noqa: E731
     before = taken()
     with run.writing() as writer:
         for n in range(4):
             writer.write(dataclasses.replace(picture(sample=n), image=noisy), seconds=1, frames=frames)
-    assert (taken() - before) / 4 < outputs.bytes_per_item(asked) < 4 * (taken() - before) / 4
+    assert (taken() - before) / 4 < run_directory.bytes_per_item(asked) < 4 * (taken() - before) / 4
 
 
 def test_a_disk_that_is_read_only(small_disk):
     path = small_disk(300)
-    run = outputs.RunDirectory.open(path / "run", SETTINGS)
+    run = run_directory.RunDirectory.open(path / "run", SETTINGS)
     run.write(picture(), seconds=1)
     subprocess.run(["mount", "-o", "remount,ro", path], check=True)
     for name in "run", "new":
         with pytest.raises(
-            outputs.RunError, match=f"the run directory {path / name} cannot be written: Read-only file"
+            run_directory.RunError, match=f"the run directory {path / name} cannot be written: Read-only file"
         ):
-            outputs.RunDirectory.open(path / name, SETTINGS)
+            run_directory.RunDirectory.open(path / name, SETTINGS)
     assert len(run.done()) == 1  # and can be read
 
 
 def test_contact_sheet(tmp_path):
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     assert run.contact_sheet() is None
     for prompt in ("first", "second, with many more words than one line of a picture has place for", "x" * 300):
         for sample in range(2):
@@ -415,7 +418,7 @@ def test_contact_sheet(tmp_path):
 def test_an_open_shard_stays_young(tmp_path):
     """As long as its process is at work: another machine may not see its lock."""
     settings = dataclasses.replace(SETTINGS, outputs=dataclasses.replace(SETTINGS.outputs, format="webdataset"))
-    run = outputs.RunDirectory.open(tmp_path, settings)
+    run = run_directory.RunDirectory.open(tmp_path, settings)
     with run.writing() as writer:
         writer.refresh()
         writer.write(picture(sample=0), seconds=1)
@@ -429,23 +432,23 @@ def test_an_open_shard_stays_young(tmp_path):
 
 def test_a_damaged_picture_spoils_no_sheet(tmp_path):
     """It is grey there, and on the page what the browser makes of it."""
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     for sample in (0, 1):
         run.write(picture(sample=sample), seconds=1)
     run.image_file(Item("a red circle", 1).id).write_bytes(b"no picture")
     with Image.open(run.contact_sheet()) as sheet:
         assert (0xBB, 0xBB, 0xBB) in {colour for _, colour in sheet.convert("RGB").getcolors(1 << 24)}
-    assert gallery.write(run).read_text().count("data:image/webp") == 1
+    assert gallery_page.write(run).read_text().count("data:image/webp") == 1
 
 
 def test_contact_sheet_is_limited(tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs, "SHEET_PICTURES", 3)
-    run = outputs.RunDirectory.open(tmp_path, SETTINGS)
+    monkeypatch.setattr(contact_sheet, "SHEET_PICTURES", 3)
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     for sample in range(5):
         run.write(picture(sample=sample), seconds=1)
     drawn = []
     monkeypatch.setattr(
-        outputs, "draw_sheet", lambda shown, title: drawn.append((shown, title)) or Image.new("L", (1, 1))
+        contact_sheet, "draw_sheet", lambda shown, title: drawn.append((shown, title)) or Image.new("L", (1, 1))
     )
     run.contact_sheet()
     assert len(drawn[0][0]) == 3
@@ -456,7 +459,7 @@ def test_contact_sheet_is_limited(tmp_path, monkeypatch):
 @settings(deadline=None, max_examples=50)
 def test_wrapped_text_fits(text, count):
     font = ImageFont.load_default(15)
-    wrapped = outputs.wrap(text, font, 100, lines=count)
+    wrapped = contact_sheet.wrap(text, font, 100, lines=count)
     assert len(wrapped) <= count
     assert all(font.getlength(line) <= 100 for line in wrapped)
     if not (wrapped and wrapped[-1].endswith("...")):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from referee_jax import checkpoint, disk
 from referee_jax.engine import parallel
 from referee_jax.hardware import processes
+from referee_jax.storage import checkpoints, files
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -87,7 +87,7 @@ def test_processes_join(tmp_path):
     said = [process.communicate(timeout=200)[0].strip().splitlines() for process in running]
     assert said[0][-1] == "(0, 2)" and said[1][-2:] == ["(1, 2)", "asked to stop: True"]
     assert running[0].returncode == 0
-    found = checkpoint.Checkpoints(tmp_path / "checkpoints").begun("print")
+    found = checkpoints.Checkpoints(tmp_path / "checkpoints").begun("print")
     assert sorted((part.items[0].sample, part.state["x"].tolist()) for part in found) == [
         (0, [[0.0] * 3]), (1, [[1.0] * 3]),
     ]  # fmt: skip
@@ -113,7 +113,7 @@ def test_a_distributed_run(tmp_path):
     assert "3 images done" in said[0] and "2 images done" in said[1]
     journals = [file.name for file in work.glob("metadata*.jsonl")]
     assert journals == ["metadata.jsonl"] and not (work / ".joining").exists()
-    records = disk.read_lines(work / "metadata.jsonl")
+    records = files.read_lines(work / "metadata.jsonl")
     assert sorted(x["sample"] for x in records) == [*range(5)]
     assert {x["file_name"] for x in records} == {f"images/{file.name}" for file in (work / "images").iterdir()}
     assert len(list((work / "images").iterdir())) == 5

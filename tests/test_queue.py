@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from referee_jax import items as items_lib
 from referee_jax import queue
 from referee_jax.items import Item, Part
+from referee_jax.storage import claims as claims_lib
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=300)  # lone surrogates too
 
@@ -123,7 +124,7 @@ def test_what_is_put_back_comes_first():
 
 def test_what_others_have_begun_is_not_waited_for(tmp_path, monkeypatch):
     """While there is anything else to make."""
-    one, two = queue.Claims(tmp_path, 900), queue.Claims(tmp_path, 900)
+    one, two = claims_lib.Claims(tmp_path, 900), claims_lib.Claims(tmp_path, 900)
     assert all(one.take(item) for item in ITEMS[:4])
     waited = []
     monkeypatch.setattr(queue.time, "sleep", waited.append)
@@ -134,7 +135,7 @@ def test_what_others_have_begun_is_not_waited_for(tmp_path, monkeypatch):
 
 def test_claims(tmp_path):
     """One owner; given back, or silent for longer than the expiry, it may be taken by another."""
-    one, two = (queue.Claims(tmp_path, 60) for _ in range(2))
+    one, two = (claims_lib.Claims(tmp_path, 60) for _ in range(2))
     item, other = ITEMS[:2]
     assert one.take(item) and not two.take(item) and two.take(other)
     one.release([item.id])
@@ -155,21 +156,21 @@ def test_claims(tmp_path):
 
 def test_claims_of_what_is_done_are_forgotten(tmp_path):
     """Who died cannot give them back, and nobody asks for what is done."""
-    dead, alive = (queue.Claims(tmp_path, 60) for _ in range(2))
+    dead, alive = (claims_lib.Claims(tmp_path, 60) for _ in range(2))
     assert dead.take(ITEMS[0]) and alive.take(ITEMS[1]) and alive.take(ITEMS[2])
-    queue.forget_claims(tmp_path, {item.id for item in ITEMS[:2]})
+    claims_lib.forget_claims(tmp_path, {item.id for item in ITEMS[:2]})
     assert [path.name for path in tmp_path.iterdir()] == [f"{ITEMS[2].id}.claim"]
     alive.refresh()
     alive.release([ITEMS[1].id])
     assert not dead.take(ITEMS[2])
-    queue.forget_claims(tmp_path, {item.id for item in ITEMS})
+    claims_lib.forget_claims(tmp_path, {item.id for item in ITEMS})
     assert not tmp_path.exists()
-    queue.forget_claims(tmp_path, set())
+    claims_lib.forget_claims(tmp_path, set())
 
 
 def test_who_dies_while_taking_over_keeps_nobody_out(tmp_path, monkeypatch):
     """But for as long as a claim lasts."""
-    item, dead, later = ITEMS[0], *(queue.Claims(tmp_path, 60) for _ in range(2))
+    item, dead, later = ITEMS[0], *(claims_lib.Claims(tmp_path, 60) for _ in range(2))
     assert dead.take(item)
     os.utime(tmp_path / f"{item.id}.claim", (0, 0))
     unlink = queue.Path.unlink
@@ -181,7 +182,7 @@ def test_who_dies_while_taking_over_keeps_nobody_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(queue.Path, "unlink", die)
     with pytest.raises(KeyboardInterrupt):
-        queue.Claims(tmp_path, 60).take(item)
+        claims_lib.Claims(tmp_path, 60).take(item)
     monkeypatch.undo()
     assert not later.take(item)
     (mark,) = tmp_path.glob(".*.claim.*")
@@ -193,10 +194,10 @@ def test_an_expired_claim_is_taken_over_once(tmp_path):
     """Many at the same instant: one has it."""
     item = ITEMS[0]
     for _ in range(30):
-        old = queue.Claims(tmp_path, 60)
+        old = claims_lib.Claims(tmp_path, 60)
         assert old.take(item)
         os.utime(tmp_path / f"{item.id}.claim", (0, 0))
-        rivals = [queue.Claims(tmp_path, 60) for _ in range(8)]
+        rivals = [claims_lib.Claims(tmp_path, 60) for _ in range(8)]
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             assert sum(pool.map(lambda rival: rival.take(item), rivals)) == 1
         for rival in rivals:
@@ -207,7 +208,7 @@ def test_an_expired_claim_is_taken_over_once(tmp_path):
 @pytest.mark.parametrize("hours", [-24, 1, 24])
 def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch, hours):
     """A worker's own clock, put forward or back: claims age by that of the file system."""
-    one, two = queue.Claims(tmp_path, 900), queue.Claims(tmp_path, 900)
+    one, two = claims_lib.Claims(tmp_path, 900), claims_lib.Claims(tmp_path, 900)
     item = Item("a", 0)
     assert one.take(item)
     now = time.time()
@@ -221,11 +222,11 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch, hours):
 
 def test_a_pool_makes_each_item_once(tmp_path, monkeypatch):
     """Also where one worker dies with a batch in its hands."""
-    monkeypatch.setattr(queue, "WAIT", 0.01)
+    monkeypatch.setattr(claims_lib, "WAIT", 0.01)
     items, done, made = items_lib.expand([str(n) for n in range(40)], 1), set(), []
 
     def worker(number):
-        claims = queue.Claims(tmp_path, 1.0)
+        claims = claims_lib.Claims(tmp_path, 1.0)
         work = queue.Work(items, claims=claims, done=lambda: set(done))
         while part := work.take(3):
             if number == 0 and len(made) > 6:

@@ -13,7 +13,10 @@ import pytest
 from PIL import Image
 
 from referee_jax import items as items_lib
-from referee_jax import outputs, queue, remote, run
+from referee_jax import run
+from referee_jax.storage import bucket as bucket_lib
+from referee_jax.storage import claims as claims_lib
+from referee_jax.storage import run_directory
 from tests.bench import kill_fuzz
 from tests.fakes import FakeInverter, colours, command, execute
 
@@ -90,7 +93,7 @@ def test_an_open_shard_is_soon_sent(tmp_path, url, monkeypatch):
     execute(*PROMPTS, "--samples=2", f"--workdir={tmp_path}")
     asked = [*PROMPTS, "--samples=2", f"--workdir={url}", "--config.outputs.format=webdataset"]
     asked += ["--config.outputs.shard_size=100", "--config.checkpoint_seconds=1e-9"]
-    lost = lambda: monkeypatch.setattr(remote.Bucket, "_put", fail)  # noqa: E731
+    lost = lambda: monkeypatch.setattr(bucket_lib.Bucket, "_put", fail)  # noqa: E731
 
     def fail(*_):
         raise OSError("the machine is lost")
@@ -105,7 +108,7 @@ def test_an_open_shard_is_soon_sent(tmp_path, url, monkeypatch):
 @pytest.mark.parametrize("asked", [(), ("--config.outputs.trajectory=True",), ("--config.outputs.format=webdataset",)])
 def test_no_line_comes_before_its_image(url, monkeypatch, asked):
     """At every moment, as a machine that is lost then would leave it; and the local disk is emptied."""
-    put, wrong, locals_ = remote.Bucket.write, [], []
+    put, wrong, locals_ = bucket_lib.Bucket.write, [], []
 
     def write(self, name, data):
         put(self, name, data)
@@ -116,10 +119,10 @@ def test_no_line_comes_before_its_image(url, monkeypatch, asked):
                 wrong.extend({name.rpartition("/")[0] if ".tar/" in name else name} - objects)
             locals_.append(self.local)
 
-    monkeypatch.setattr(remote.Bucket, "write", write)
+    monkeypatch.setattr(bucket_lib.Bucket, "write", write)
     assert execute(*PROMPTS, "--samples=2", f"--workdir={url}", *asked, failures={7: KeyboardInterrupt()})[0] == 130
     assert locals_ and not wrong
-    assert not any(list((local / folder).glob("*")) for local in locals_ for folder in remote.CONTENT)
+    assert not any(list((local / folder).glob("*")) for local in locals_ for folder in bucket_lib.CONTENT)
     assert execute(*PROMPTS, "--samples=2", f"--workdir={url}", *asked)[0] == 0
     assert not wrong and len(journal(url)) == 8
     assert ("trajectories/" in str(there(url).keys())) == ("trajectory" in str(asked))
@@ -128,8 +131,8 @@ def test_no_line_comes_before_its_image(url, monkeypatch, asked):
 @pytest.mark.parametrize("process", ["--claim", "--shard_count=3"])
 def test_processes_share_a_bucket(tmp_path, url, monkeypatch, process):
     """At the same time; each item once, and whoever ends last brings the journals together."""
-    monkeypatch.setattr(queue, "WAIT", 0.01)
-    monkeypatch.setattr(remote, "SEEN", 0.01)
+    monkeypatch.setattr(claims_lib, "WAIT", 0.01)
+    monkeypatch.setattr(bucket_lib, "SEEN", 0.01)
     prompts = [f"--prompt=number {n}" for n in range(12)]
     execute(*prompts, f"--workdir={tmp_path}")
     begun, lock = [], threading.Lock()
@@ -166,7 +169,7 @@ def test_what_a_dead_worker_left_in_flight_goes_with_the_last(url):
 
 def test_claims(url):
     """One owner; given back, or silent for longer than the expiry by the bucket's clock, it may be taken by another."""
-    claims = lambda: remote.Claims(remote.Bucket(url), 60, patience=0)  # noqa: E731
+    claims = lambda: bucket_lib.BucketClaims(bucket_lib.Bucket(url), 60, patience=0)  # noqa: E731
     one, two, (item, other) = claims(), claims(), items_lib.expand(["a", "b"], 1)
     assert one.take(item) and not two.take(item) and two.take(other)
     one.release([item.id])
@@ -194,36 +197,36 @@ def test_claims(url):
 
 def test_the_claims_of_others_are_listed_and_not_asked_for_one_by_one(url, monkeypatch):
     """Some requests for any number of them; what is given back is seen at the next look."""
-    one, two = (remote.Claims(remote.Bucket(url), 60) for _ in range(2))
+    one, two = (bucket_lib.BucketClaims(bucket_lib.Bucket(url), 60) for _ in range(2))
     items = items_lib.expand([str(n) for n in range(50)], 1)
     assert all(map(one.take, items))
-    monkeypatch.setattr(remote.Bucket, "create", None)
+    monkeypatch.setattr(bucket_lib.Bucket, "create", None)
     assert not any(map(two.take, items))
     one.release([items[3].id])
-    monkeypatch.setattr(remote.Bucket, "modified", None)
+    monkeypatch.setattr(bucket_lib.Bucket, "modified", None)
     assert not any(map(two.take, items))
     monkeypatch.undo()
     now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + remote.SEEN + 1)
+    monkeypatch.setattr(time, "monotonic", lambda: now + bucket_lib.SEEN + 1)
     assert [item for item in items if two.take(item)] == [items[3]]
 
 
 def test_a_merge_of_another_hides_no_line(url, monkeypatch):
     """It moves lines from parts to the journal while both are fetched."""
     execute("--prompt=a", f"--workdir={url}")
-    bucket, other, bring = remote.Bucket(url), remote.Bucket(url), remote.Bucket.bring
+    bucket, other, bring = bucket_lib.Bucket(url), bucket_lib.Bucket(url), bucket_lib.Bucket.bring
     bucket.fetch()
     line = there(url)["metadata.jsonl"].replace(b'"text": "a"', b'"text": "b"').replace(b'"id": "a-', b'"id": "b-')
     other.write("metadata-x-000001.jsonl", line)
 
     def late(self, names):
         if "metadata-x-000001.jsonl" in names:
-            monkeypatch.setattr(remote.Bucket, "bring", bring)
+            monkeypatch.setattr(bucket_lib.Bucket, "bring", bring)
             other.write("metadata.jsonl", there(url)["metadata.jsonl"] + line)
             other.remove("metadata-x-000001.jsonl")
         bring(self, names)
 
-    monkeypatch.setattr(remote.Bucket, "bring", late)
+    monkeypatch.setattr(bucket_lib.Bucket, "bring", late)
     bucket.fetch()
     ids = [json.loads(x)["id"][0] for file in bucket.local.glob("metadata*") for x in file.read_text().splitlines()]
     assert sorted(ids) == ["a", "b"]
@@ -231,10 +234,10 @@ def test_a_merge_of_another_hides_no_line(url, monkeypatch):
 
 def test_a_claim_given_back_and_taken_by_another_is_left(url, monkeypatch):
     """Between two of our requests."""
-    one, two, three = (remote.Claims(remote.Bucket(url), 60, patience=0) for _ in range(3))
+    one, two, three = (bucket_lib.BucketClaims(bucket_lib.Bucket(url), 60, patience=0) for _ in range(3))
     (item,) = items_lib.expand(["a"], 1)
     assert one.take(item)
-    modified = remote.Bucket.modified
+    modified = bucket_lib.Bucket.modified
 
     def late(self, name):
         if self is two.bucket and name.endswith(".claim"):
@@ -244,16 +247,16 @@ def test_a_claim_given_back_and_taken_by_another_is_left(url, monkeypatch):
             return found
         return modified(self, name)
 
-    monkeypatch.setattr(remote.Bucket, "modified", late)
+    monkeypatch.setattr(bucket_lib.Bucket, "modified", late)
     assert not two.take(item) and three.is_ours(item.id)
 
 
 @pytest.mark.parametrize("form", ["png", "webdataset"])
 def test_nothing_is_left_on_the_machine(url, monkeypatch, form):
     """Of a run that ended or was interrupted; and of shards the pictures show the first ones."""
-    places, init = [], remote.Bucket.__init__
-    monkeypatch.setattr(remote.Bucket, "__init__", lambda self, url: init(self, url) or places.append(self.local))
-    monkeypatch.setattr(remote, "SHOWN_BYTES", 1)
+    places, init = [], bucket_lib.Bucket.__init__
+    monkeypatch.setattr(bucket_lib.Bucket, "__init__", lambda self, url: init(self, url) or places.append(self.local))
+    monkeypatch.setattr(bucket_lib, "SHOWN_BYTES", 1)
     asked = [*PROMPTS, f"--workdir={url}", f"--config.outputs.format={form}", "--config.outputs.shard_size=1"]
     assert execute(*asked, failures={5: KeyboardInterrupt()})[0] == 130
     assert execute(*asked)[0] == 0
@@ -263,7 +266,7 @@ def test_nothing_is_left_on_the_machine(url, monkeypatch, form):
 
 @pytest.mark.parametrize("hours", [-24, 24])
 def test_a_clock_that_jumps_changes_nothing(url, monkeypatch, hours):
-    one, two = (remote.Claims(remote.Bucket(url), 60, patience=0) for _ in range(2))
+    one, two = (bucket_lib.BucketClaims(bucket_lib.Bucket(url), 60, patience=0) for _ in range(2))
     (item,) = items_lib.expand(["a"], 1)
     assert one.take(item)
     now = time.time()
@@ -273,9 +276,9 @@ def test_a_clock_that_jumps_changes_nothing(url, monkeypatch, hours):
 
 def test_who_merges_too_slowly_does_it_again(url, monkeypatch):
     """Its lock was taken over meanwhile: what it has gathered may be old."""
-    monkeypatch.setattr(queue, "WAIT", 0.001)
-    monkeypatch.setattr(remote, "LOCK", 0.2)
-    gather, slow = outputs.RunDirectory._gather, [True]
+    monkeypatch.setattr(claims_lib, "WAIT", 0.001)
+    monkeypatch.setattr(bucket_lib, "LOCK", 0.2)
+    gather, slow = run_directory.RunDirectory._gather, [True]
 
     def late(self, into, others):
         gather(self, into, others)
@@ -284,17 +287,17 @@ def test_who_merges_too_slowly_does_it_again(url, monkeypatch):
             time.sleep(0.3)
             assert execute("--prompt=b", f"--workdir={url}", "--config.samples=1")[0] == 0
 
-    monkeypatch.setattr(outputs.RunDirectory, "_gather", late)
+    monkeypatch.setattr(run_directory.RunDirectory, "_gather", late)
     assert execute("--prompt=a", f"--workdir={url}")[0] == 0
     assert finished(url, 2)
 
 
 def test_one_lock_at_a_time(url, monkeypatch):
-    monkeypatch.setattr(queue, "WAIT", 0.001)
+    monkeypatch.setattr(claims_lib, "WAIT", 0.001)
     inside, most = [], []
 
     def work(number):
-        with remote.Bucket(url).locked("merge"):
+        with bucket_lib.Bucket(url).locked("merge"):
             inside.append(number)
             most.append(len(inside))
             time.sleep(0.005)
@@ -319,14 +322,14 @@ def test_what_cannot_be_reached_is_a_sentence(url, monkeypatch, capsys):
 
 def test_a_bucket_that_fails_meanwhile_ends_the_run_and_loses_nothing(tmp_path, url, monkeypatch, capsys):
     execute(*PROMPTS, f"--workdir={tmp_path}")
-    put = remote.Bucket._put
+    put = bucket_lib.Bucket._put
 
     def fail(self, files):
         if any(file.parent.name == "images" for file in files):
             raise OSError(f"{self.name}: 503 Service Unavailable")
         put(self, files)
 
-    monkeypatch.setattr(remote.Bucket, "_put", fail)
+    monkeypatch.setattr(bucket_lib.Bucket, "_put", fail)
     assert execute(*PROMPTS, f"--workdir={url}")[0] == 1
     assert "503 Service Unavailable; the finished images are in memory://" in capsys.readouterr().err
     monkeypatch.undo()
@@ -343,15 +346,15 @@ def test_another_place_is_refused(url, capsys):
 
 def test_two_begin_at_once_with_other_settings(url, monkeypatch):
     """One of them is refused, whoever is later."""
-    create = remote.Bucket.create
+    create = bucket_lib.Bucket.create
 
     def late(self, name, data):
         if name == "config.json":
-            monkeypatch.setattr(remote.Bucket, "create", create)
+            monkeypatch.setattr(bucket_lib.Bucket, "create", create)
             assert execute("--prompt=a", f"--workdir={url}")[0] == 0
         return create(self, name, data)
 
-    monkeypatch.setattr(remote.Bucket, "create", late)
+    monkeypatch.setattr(bucket_lib.Bucket, "create", late)
     assert execute("--prompt=a", "--config.sds.guidance=1", f"--workdir={url}")[0] == 2
     assert finished(url, 1)
 
@@ -369,7 +372,7 @@ def test_a_journal_in_a_bucket_is_that_of_a_directory(tmp_path, url):
     for name, data in there(url).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    assert len(outputs.read_journal(tmp_path)) == 4
+    assert len(run_directory.read_journal(tmp_path)) == 4
 
 
 # --- a real protocol ----------------------------------------------------------------------------------------------------

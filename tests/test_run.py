@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from referee_jax import config, formats, generation, outputs, run
+from referee_jax import config, generation, run
 from referee_jax import items as items_lib
 from referee_jax.items import Item
+from referee_jax.storage import images
+from referee_jax.storage import run_directory as run_directory_lib
 from referee_jax.weights import convert
 from tests.fakes import ROOT, FakeInverter, colours, command, execute, lines, pixels, shown
 
@@ -32,7 +34,7 @@ def test_reward_hacking_is_told(tmp_path, capsys):
 
 def test_a_chunk_is_the_mean_of_what_there_is(tmp_path):
     """A held-out loss is there in the iterations of a look alone."""
-    run_directory = outputs.RunDirectory.open(tmp_path, config.from_config({}))
+    run_directory = run_directory_lib.RunDirectory.open(tmp_path, config.from_config({}))
     nan = float("nan")
     looked = np.array([[nan, 1.0, nan, 2.0], [nan, nan, nan, nan]], np.float32)
     generation.log_chunk(run_directory, items_lib.expand(["one", "two"], 1), 4, {"held_out_loss": looked})
@@ -246,7 +248,7 @@ def test_outputs_are_what_the_engine_gave(tmp_path):
     execute("--prompt=one", "--seed=5", "--config.outputs.stretch=False", f"--workdir={tmp_path}")
     name = Item("one", 0).id
     assert colours(tmp_path)[f"{name}.png"] == tuple(hashlib.sha256(b"one 0 5").digest()[:3])
-    assert formats.read_settings(tmp_path / "images" / f"{name}.png")["settings"]["steps"] == 25
+    assert images.read_settings(tmp_path / "images" / f"{name}.png")["settings"]["steps"] == 25
 
 
 def test_estimate_needs_no_prompts_weights_or_directory(tmp_path):

@@ -12,9 +12,10 @@ import time
 import jax
 import pytest
 
-from referee_jax import generation, queue, run, trouble
+from referee_jax import generation, run, trouble
 from referee_jax.hardware import processes
 from referee_jax.items import Item
+from referee_jax.storage import claims
 from tests.fakes import ROOT, FakeInverter, colours, command, execute, lines, pixels, shown
 
 MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
@@ -192,9 +193,9 @@ def test_checkpoints_of_another_number_of_processes_go_on(tmp_path):
 
 def test_workers_that_come_and_go(tmp_path, monkeypatch):
     """What another worker holds is waited for; what its silence gives up is taken over."""
-    monkeypatch.setattr(queue, "WAIT", 0.05)
+    monkeypatch.setattr(claims, "WAIT", 0.05)
     execute("--prompt=3", f"--workdir={tmp_path}")
-    other = queue.Claims(tmp_path / "claims", 900)
+    other = claims.Claims(tmp_path / "claims", 900)
     item = Item("1", 0)
     assert other.take(item)
     begun = time.time()
@@ -220,7 +221,7 @@ def test_processes_share_a_directory(tmp_path, form, order):
 
 
 def test_workers_do_not_wait_for_what_is_in_each_others_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(queue, "WAIT", 0.05)
+    monkeypatch.setattr(claims, "WAIT", 0.05)
     arguments = *(f"--prompt={n}" for n in range(9)), f"--workdir={tmp_path}", "--config.outputs.format=webdataset"
     codes = []
     workers = [threading.Thread(target=lambda: codes.append(execute(*arguments, "--claim")[0])) for _ in range(2)]

@@ -10,7 +10,7 @@ import tarfile
 
 import pytest
 
-from referee_jax import disk, shards
+from referee_jax.storage import files, shards
 from tests import conftest
 from tests.bench import kill_fuzz
 
@@ -42,7 +42,7 @@ def test_a_shard(folder):
     assert not shard.path.exists() and not journal.exists()  # nothing is seen yet
     assert shard.commit(journal) == [x["id"] for x in records]
     assert names(directory) == [shard.path.name] and shard.path.name.startswith("003-")
-    assert disk.read_lines(journal) == records
+    assert files.read_lines(journal) == records
     members = [f"a-{n}.{ending}" for n in range(4) for ending in ("png", "json")]
     with tarfile.open(shard.path) as tar:
         assert tar.getnames() == members
@@ -97,7 +97,7 @@ def test_a_full_disk_costs_only_what_has_no_room(folder, room, left):
     room.left = 6000
     records.append(add(shard, "c"))
     shard.commit(journal)
-    assert disk.read_lines(journal) == records
+    assert files.read_lines(journal) == records
     with tarfile.open(shard.path) as tar:
         assert tar.getnames() == ["a.png", "a.json", "c.png", "c.json"]
 
@@ -110,10 +110,10 @@ def test_a_shard_needs_no_room_to_be_closed(folder, room):
     room.left = 0
     with pytest.raises(OSError, match=rf"No space left on device: '{journal}'"):
         shard.commit(journal)
-    assert shard.path.exists() and disk.read_lines(journal) == []
+    assert shard.path.exists() and files.read_lines(journal) == []
     room.left = 1000
     shards.recover(directory, journal, 0)
-    assert names(directory) == [shard.path.name] and disk.read_lines(journal) == [record]
+    assert names(directory) == [shard.path.name] and files.read_lines(journal) == [record]
 
 
 def crash(folder, monkeypatch, at):
@@ -131,7 +131,7 @@ def crash(folder, monkeypatch, at):
         records = []
     elif at != "between samples":
         with monkeypatch.context() as patch:
-            module, name = {"before the name": (shards.os, "replace"), "before the journal": (disk, "append")}[at]
+            module, name = {"before the name": (shards.os, "replace"), "before the journal": (files, "append")}[at]
             patch.setattr(module, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 shard.commit(journal)
@@ -154,13 +154,13 @@ def test_a_crash_costs_only_what_was_not_on_disk(folder, monkeypatch, at):
     directory, journal = folder
     records = crash(folder, monkeypatch, at)
     shards.recover(directory, journal, 0)
-    disk.remove_abandoned(directory, 0)
-    assert disk.read_lines(journal) == records
+    files.remove_abandoned(directory, 0)
+    assert files.read_lines(journal) == records
     assert len(names(directory)) == bool(records)
     for record in records:
         assert shards.read_bytes(journal.parent / record["file_name"]) == record["id"].encode() * 700
     shards.recover(directory, journal, 0)
-    assert disk.read_lines(journal) == records
+    assert files.read_lines(journal) == records
 
 
 def test_a_shard_that_is_written_is_left_alone(folder):
@@ -175,10 +175,10 @@ def test_a_shard_that_is_written_is_left_alone(folder):
     shard.file.close()
     pathlib.Path(shard.file.name).rename(elsewhere)
     clock = elsewhere.stat().st_mtime
-    shards.recover(directory, journal, clock + 0.9 * disk.STALE)
+    shards.recover(directory, journal, clock + 0.9 * files.STALE)
     assert not journal.exists() and elsewhere.exists()
-    shards.recover(directory, journal, clock + 1.1 * disk.STALE)
-    assert [x["id"] for x in disk.read_lines(journal)] == ["a", "b"]
+    shards.recover(directory, journal, clock + 1.1 * files.STALE)
+    assert [x["id"] for x in files.read_lines(journal)] == ["a", "b"]
 
 
 def test_a_shard_that_another_commits_this_moment(folder, monkeypatch):
@@ -186,18 +186,18 @@ def test_a_shard_that_another_commits_this_moment(folder, monkeypatch):
     directory, journal = folder
     shard = shards.Shard(directory, 1)
     add(shard, "a")
-    listed = disk.read_lines(shard.lines)
+    listed = files.read_lines(shard.lines)
     other = journal.with_name("metadata-1.jsonl")
-    append = disk.append
+    append = files.append
 
     def meanwhile(path, *records):
         if path == other:
             shards.recover(directory, journal, 0)
         append(path, *records)
 
-    monkeypatch.setattr(disk, "append", meanwhile)
+    monkeypatch.setattr(files, "append", meanwhile)
     assert shard.commit(other) == ["a"]
-    assert disk.read_lines(journal) == disk.read_lines(other) == [x["record"] for x in listed]
+    assert files.read_lines(journal) == files.read_lines(other) == [x["record"] for x in listed]
     assert names(directory) == [shard.path.name]
 
 
@@ -223,7 +223,7 @@ def is_there_once(folder, ids):
     """Each image is in one tar, and where the journal says; nothing is left of what was not finished."""
     directory, journal = folder
     assert sorted(members(directory)) == sorted(f"{name}.{ending}" for name in ids for ending in ("png", "json"))
-    records = [x for file in journal.parent.glob("metadata*.jsonl") for x in disk.read_lines(file)]
+    records = [x for file in journal.parent.glob("metadata*.jsonl") for x in files.read_lines(file)]
     assert {x["id"] for x in records} == set(ids)
     for record in records:
         assert shards.read_bytes(journal.parent / record["file_name"]) == record["id"].encode() * 700
@@ -241,7 +241,7 @@ def test_what_another_made_after_a_crash_is_left_out(folder, monkeypatch, at, tw
     committed(folder, *twice, process=1)
     for _ in range(2):
         shards.recover(directory, journal, 0)
-        disk.remove_abandoned(directory, 0)
+        files.remove_abandoned(directory, 0)
         is_there_once(folder, there.union(twice))
     assert len(names(directory)) == 1 + bool(there - set(twice))
 
@@ -267,7 +267,7 @@ def test_an_image_by_itself_is_not_put_in_a_shard_as_well(folder):
     directory, journal = folder
     (journal.parent / "images").mkdir()
     (journal.parent / "images" / "a.png").touch()
-    disk.append(journal, {"id": "a", "file_name": "images/a.png"}, {"id": "b", "file_name": "images/b.png"}, {"id": 5})
+    files.append(journal, {"id": "a", "file_name": "images/a.png"}, {"id": "b", "file_name": "images/b.png"}, {"id": 5})
     committed(folder, "a", "b")
     assert members(directory) == ["b.png", "b.json"]
 
@@ -292,7 +292,7 @@ def crash_after(monkeypatch, count):
         return result
 
     for module, name in (
-        (disk.os, "replace"), (disk.os, "fsync"), (pathlib.Path, "unlink"), (disk, "append"), (disk, "write_all")
+        (files.os, "replace"), (files.os, "fsync"), (pathlib.Path, "unlink"), (files, "append"), (files, "write_all")
     ):  # fmt: skip
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, **k: step(real, *a, **k))
@@ -316,7 +316,7 @@ def test_a_crash_while_it_is_taken_out_loses_nothing(folder, monkeypatch, first,
             except Crash:
                 crashed = True
         shards.recover(directory, journal, 0)
-        disk.remove_abandoned(directory, 0)
+        files.remove_abandoned(directory, 0)
         is_there_once((directory, journal), {"a", "b"})
     assert count > 6
 
@@ -359,7 +359,7 @@ def test_killed(tmp_path):
     said += process.stdout.readlines()
     process.wait()
     shards.recover(tmp_path / "shards", tmp_path / "metadata.jsonl", 0)
-    records = disk.read_lines(tmp_path / "metadata.jsonl")
+    records = files.read_lines(tmp_path / "metadata.jsonl")
     assert len(records) - len(said) in (0, 1) and len(said) >= 20
     for record in records:
         assert shards.read_bytes(tmp_path / record["file_name"]) == record["id"].encode() * 9999

@@ -37,19 +37,19 @@ RULES = {
     ("models/",): ["referee_jax.weights", "referee_jax.referees", "referee_jax.method.inversion", "referee_jax.config", "transformers"],
     ("weights/",): ["referee_jax.method.inversion", "referee_jax.engine.inverter", "referee_jax.referees", "referee_jax.config"],
     ("inversion.py", "objective.py", "sds.py", "optim.py", "views.py", "augment.py", "sampler.py"): [
-        "referee_jax.engine.inverter", "referee_jax.config", "referee_jax.weights", "referee_jax.queue", "referee_jax.outputs",
+        "referee_jax.engine.inverter", "referee_jax.config", "referee_jax.weights", "referee_jax.queue", "referee_jax.storage.run_directory",
         "referee_jax.engine.parallel", "referee_jax.shapes", "transformers", "absl",
     ],
-    ("inverter.py", "assembly.py"): ["referee_jax.run", "referee_jax.outputs", "referee_jax.shapes", "absl"],
+    ("inverter.py", "assembly.py"): ["referee_jax.run", "referee_jax.storage.run_directory", "referee_jax.shapes", "absl"],
     ("config.py", "queue.py", "prompts.py", "outputs.py", "writers.py", "formats.py"): [
         "referee_jax.engine.inverter", "referee_jax.run", "referee_jax.method.inversion",
     ],
-    ("writers.py", "formats.py"): ["referee_jax.outputs"],
-    ("shards.py",): ["referee_jax.outputs", "referee_jax.writers", "referee_jax.formats", "referee_jax.config"],
+    ("writers.py", "formats.py"): ["referee_jax.storage.run_directory"],
+    ("shards.py",): ["referee_jax.storage.run_directory", "referee_jax.storage.writer", "referee_jax.storage.images", "referee_jax.config"],
     ("disk.py",): ["referee_jax"],
-    ("remote.py",): ["referee_jax.config", "referee_jax.outputs", "referee_jax.run", "referee_jax.engine.inverter"],
+    ("remote.py",): ["referee_jax.config", "referee_jax.storage.run_directory", "referee_jax.run", "referee_jax.engine.inverter"],
     ("program.py", "memory.py"): ["referee_jax"],
-    ("cost.py", "sizes.py"): ["referee_jax.run", "referee_jax.outputs", "transformers", "absl"],
+    ("cost.py", "sizes.py"): ["referee_jax.run", "referee_jax.storage.run_directory", "transformers", "absl"],
 }  # fmt: skip
 
 

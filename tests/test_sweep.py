@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from referee_jax import config, disk, sweep
+from referee_jax import config, sweep
 from referee_jax.engine import inverter
 from referee_jax.shapes import world
+from referee_jax.storage import files
 from tests.conftest import relative_l2
 
 FILE = """
@@ -47,7 +48,7 @@ def test_variants_are_separate_runs(file, tmp_path, monkeypatch):
     out = tmp_path / "out"
     printed = sweep.sweep(file, out)
     assert len(built) == 2  # the first two variants share a program
-    records = disk.read_lines(out / "scores.jsonl")
+    records = files.read_lines(out / "scores.jsonl")
     assert len(records) == 3 * 4 and len({(r["variant"], r["prompt"], r["sample"]) for r in records}) == 12
     pictures = {(r["variant"], r["prompt"], r["sample"]): np.asarray(Image.open(out / r["file"])) for r in records}
     settings = sweep.read(file)["guidance 4"]
@@ -67,7 +68,7 @@ def test_variants_are_separate_runs(file, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_sweep_continues(file, tmp_path, monkeypatch):
-    out, append, begun = tmp_path / "out", disk.append, []
+    out, append, begun = tmp_path / "out", files.append, []
     count = iter(range(100))
 
     def failing(path, record):
@@ -75,18 +76,18 @@ def test_an_interrupted_sweep_continues(file, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         append(path, record)
 
-    monkeypatch.setattr(disk, "append", failing)
+    monkeypatch.setattr(files, "append", failing)
     two = ["as it is", "guidance 4"]
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep(file, out, names=two)
-    monkeypatch.setattr(disk, "append", append)
+    monkeypatch.setattr(files, "append", append)
     begin = inverter.Inverter.begin
     monkeypatch.setattr(
         inverter.Inverter, "begin", lambda self, items, *rest: begun.extend(items) or begin(self, items, *rest)
     )
     sweep.sweep(file, out, names=two, changes={"batch_size": 2})
     assert len(begun) == 8 - 5
-    assert len(disk.read_lines(out / "scores.jsonl")) == 8
+    assert len(files.read_lines(out / "scores.jsonl")) == 8
     assert sweep.sweep(file, out, names=two[:1]) and len(begun) == 3
     with pytest.raises(config.ConfigError, match=r"other results of 'as it is'(.|\n)*steps: 3 -> 4"):
         sweep.sweep(file, out, changes={"steps": 4})

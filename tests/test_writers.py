@@ -9,8 +9,10 @@ import time
 import numpy as np
 import pytest
 
-from referee_jax import config, disk, formats, outputs, writers
+from referee_jax import config
 from referee_jax.items import Item
+from referee_jax.storage import files, images, run_directory
+from referee_jax.storage import writer as writer_lib
 from tests.test_outputs import Picture
 
 FORMATS = "png", "webp", "webdataset"
@@ -26,7 +28,7 @@ def ids(samples):
 
 def directory(path, kind="png", **changes):
     asked = {"image_size": 16, "outputs": {"format": kind, **changes}}
-    return outputs.RunDirectory.open(path, config.from_config(asked))
+    return run_directory.RunDirectory.open(path, config.from_config(asked))
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def wait_until(condition):
 
 
 def test_results_come_in_order():
-    pool, committed = writers.Pool(threads=4, pending=100), []
+    pool, committed = writer_lib.Pool(threads=4, pending=100), []
     for n in range(100):
         pool.submit(functools.partial(lambda n: time.sleep(n % 5 / 1000) or n, n), committed.append)
     pool.close()
@@ -54,7 +56,7 @@ def test_results_come_in_order():
 
 def test_tasks_are_made_at_once(gate):
     """The second is made while the first is not done."""
-    pool, second = writers.Pool(threads=2, pending=3), threading.Event()
+    pool, second = writer_lib.Pool(threads=2, pending=3), threading.Event()
     pool.submit(lambda: gate.wait(60), lambda _: None)
     pool.submit(second.set, lambda _: None)
     assert second.wait(60)
@@ -63,7 +65,7 @@ def test_tasks_are_made_at_once(gate):
 
 
 def test_who_gives_too_much_waits(gate):
-    pool, given = writers.Pool(threads=2, pending=3), []
+    pool, given = writer_lib.Pool(threads=2, pending=3), []
 
     def give():
         for n in range(5):
@@ -83,7 +85,7 @@ def test_who_gives_too_much_waits(gate):
 
 @pytest.mark.parametrize("half", ["make", "commit"])
 def test_an_error_is_raised_once_and_the_others_are_done(half):
-    pool, committed = writers.Pool(threads=2, pending=2), []
+    pool, committed = writer_lib.Pool(threads=2, pending=2), []
 
     def fail(*_):
         raise OSError(28, "No space left on device")
@@ -97,7 +99,7 @@ def test_an_error_is_raised_once_and_the_others_are_done(half):
     pool.close()
     assert committed == [0, 2, 4]
     for end in "flush", "close":
-        pool = writers.Pool()
+        pool = writer_lib.Pool()
         pool.submit(fail, committed.append)
         with pytest.raises(OSError, match="No space left"):
             getattr(pool, end)()
@@ -110,12 +112,12 @@ def test_images_and_lines(tmp_path, kind):
     with run.writing() as writer:
         for n in range(10):
             assert writer.write(picture(n), seconds=1) == "done"
-    records = disk.read_lines(run.journal)
+    records = files.read_lines(run.journal)
     assert [x["id"] for x in records] == ids(range(10)) and run.done() == set(ids(range(10)))
     for n, record in enumerate(records):
         file = tmp_path / record["file_name"]
-        assert np.asarray(formats.read_image(file)).tolist() == [[[n] * 3] * 16] * 16
-        said = formats.read_settings(file)
+        assert np.asarray(images.read_image(file)).tolist() == [[[n] * 3] * 16] * 16
+        said = images.read_settings(file)
         assert (said["text"], said["sample"], said["scores"]) == ("a red circle", n, {"cosine": 0.125})
         assert said["settings"]["image_size"] == 16 and "time" not in said
     endings = {"png": {".png"}, "webp": {".webp"}, "webdataset": {".tar"}}[kind]
@@ -133,14 +135,14 @@ def test_images_and_lines(tmp_path, kind):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_image_is_there_before_its_line(tmp_path, monkeypatch, kind):
     """At every moment a line is added to the journal, all of its images are there whole."""
-    run, append, seen = directory(tmp_path, kind, shard_size=3), disk.append, []
+    run, append, seen = directory(tmp_path, kind, shard_size=3), files.append, []
 
     def looked(path, *records):
         if path == run.journal:
-            seen.extend(formats.read_settings(tmp_path / x["file_name"])["sample"] for x in records)
+            seen.extend(images.read_settings(tmp_path / x["file_name"])["sample"] for x in records)
         append(path, *records)
 
-    monkeypatch.setattr(disk, "append", looked)
+    monkeypatch.setattr(files, "append", looked)
     with run.writing() as writer:
         for n in range(8):
             writer.write(picture(n), seconds=1)
@@ -192,12 +194,12 @@ def test_a_full_disk(tmp_path, room, kind):
     done = [x["id"] for x in run.finished()]
     assert 0 < len(done) < 100 and done == ids(range(len(done)))
     for record in run.finished():
-        assert formats.read_settings(tmp_path / record["file_name"])["id"] == record["id"]
+        assert images.read_settings(tmp_path / record["file_name"])["id"] == record["id"]
     with run.writing() as writer:
         for n in range(len(done), 100):
             writer.write(picture(n), seconds=1)
     assert [x["id"] for x in run.finished()] == ids(range(100))
-    assert len(disk.read_lines(run.journal)) == 100
+    assert len(files.read_lines(run.journal)) == 100
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -210,7 +212,7 @@ def test_a_disk_that_is_really_full(small_disk, kind):
     done = {x["id"]: x for x in run.finished()}
     assert os.statvfs(path).f_bavail < 16 and len(done) > 8
     for name, record in done.items():
-        assert formats.read_settings(path / "run" / record["file_name"])["id"] == name
+        assert images.read_settings(path / "run" / record["file_name"])["id"] == name
 
 
 def test_making(tmp_path):
@@ -220,14 +222,14 @@ def test_making(tmp_path):
     run.write(picture(1), seconds=1, frames=frames)
     run.write(picture(2), seconds=1)
     (file,) = (tmp_path / "trajectories").iterdir()
-    assert file.name == f"{ids([1])[0]}.webp" and file.read_bytes() == formats.encode_animation(frames)
+    assert file.name == f"{ids([1])[0]}.webp" and file.read_bytes() == images.encode_animation(frames)
 
 
 def test_the_same_image_has_the_same_bytes(tmp_path, monkeypatch):
     """Whenever it was made, and however long it took."""
     first, second = directory(tmp_path / "a"), directory(tmp_path / "b")
     first.write(picture(), seconds=1)
-    monkeypatch.setattr(disk, "now", lambda: "another day")
+    monkeypatch.setattr(files, "now", lambda: "another day")
     second.write(picture(), seconds=2)
     assert [x["time"] for x in second.finished()] == ["another day"]
     name = ids([0])[0]

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from referee_jax import disk, formats, outputs
+from referee_jax.storage import files, run_directory
+from referee_jax.storage import images as images_lib
 
 LONGEST_NAME = 255  # bytes, of the usual file systems
 SHOWN = 5  # names in an error
@@ -52,9 +53,9 @@ def read_run(directory: str | os.PathLike) -> list[Entry]:
     """
     path = Path(directory)
     if not (path / "config.json").is_file():
-        raise outputs.RunError(f"{path} is not a run directory (no config.json)")
+        raise run_directory.RunError(f"{path} is not a run directory (no config.json)")
     entries = []
-    for line in outputs.read_journal(path):
+    for line in run_directory.read_journal(path):
         match line:
             case {"file_name": str(name), "text": str(prompt), "sample": int(sample)}:
                 entries.append(Entry(path / name, prompt, sample))
@@ -315,12 +316,12 @@ def _write(out: Path, plan: Mapping[str, Path | bytes], there: Sequence[str]) ->
     for name in sorted(plan.keys() - set(there)):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         # Not beside its end: there a scorer takes all files for images, and a long name leaves no room for a longer one.
-        disk.write_atomic(staged, _content(plan[name]))
+        files.write_atomic(staged, _content(plan[name]))
         os.replace(staged, out / name)
 
 
 def _content(source: Path | bytes) -> bytes:
-    return source if isinstance(source, bytes) else formats.read_png(source)
+    return source if isinstance(source, bytes) else images_lib.read_png(source)
 
 
 def _json(data: bytes, where: str) -> Any:

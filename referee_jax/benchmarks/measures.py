@@ -16,8 +16,10 @@ import numpy as np
 import PIL.Image
 import tqdm
 
-from referee_jax import config, disk, formats, referees, shards
+from referee_jax import config, referees
 from referee_jax.benchmarks import layouts, noun_phrases, scoring, shapes, t2i_compbench
+from referee_jax.storage import files, shards
+from referee_jax.storage import images as images_lib
 
 Scores = dict[str, Any]
 
@@ -119,8 +121,8 @@ def collect(measure: Measure, entries: Sequence[layouts.Entry], out: Path) -> di
     An image that was changed since is measured again.
     """
     file = out / measure.file_name
-    disk.mend(file)
-    known = {(line.get("file"), line.get("modified")): line.get("scores") for line in disk.read_lines(file)}
+    files.mend(file)
+    known = {(line.get("file"), line.get("modified")): line.get("scores") for line in files.read_lines(file)}
     stamps = {entry: (str(entry.file), shards.modified(entry.file)) for entry in entries}
     todo = [entry for entry in entries if stamps[entry] not in known]
     if todo:
@@ -128,10 +130,10 @@ def collect(measure: Measure, entries: Sequence[layouts.Entry], out: Path) -> di
         with tqdm.tqdm(total=len(todo), desc=measure.name, unit="image", dynamic_ncols=True) as bar:
             for start in range(0, len(todo), size):
                 share = todo[start : start + size]
-                images = [formats.read_image(entry.file) for entry in share]
+                images = [images_lib.read_image(entry.file) for entry in share]
                 for entry, scores in zip(share, score(images, [entry.prompt for entry in share]), strict=True):
                     path, modified = stamps[entry]
                     known[path, modified] = scores
-                    disk.append(file, {"file": path, "modified": modified, "prompt": entry.prompt, "scores": scores})
+                    files.append(file, {"file": path, "modified": modified, "prompt": entry.prompt, "scores": scores})
                 bar.update(len(share))
     return {str(entry.file): known[stamps[entry]] for entry in entries}

@@ -19,10 +19,11 @@ from collections.abc import Callable, Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import cli, config, disk, formats, items
+from referee_jax import cli, config, items
 from referee_jax.benchmarks import report, shapes, statistics
 from referee_jax.engine import inverter
 from referee_jax.shapes import world
+from referee_jax.storage import files, images
 
 GUIDANCE = 7.5
 
@@ -108,8 +109,8 @@ def measure(
     wanted = items.expand(shapes.prompts(category, split)[:limit], settings.samples)
     name = f"{row.replace(' ', '_')}-{category}-{split}"
     file = out / f"{name}.jsonl"
-    disk.mend(file)
-    done = {(record["prompt"], record["sample"]): record for record in disk.read_lines(file)}
+    files.mend(file)
+    done = {(record["prompt"], record["sample"]): record for record in files.read_lines(file)}
     todo = [item for item in wanted if (item.prompt, item.sample) not in done]
     engine = engines(settings) if todo else None
     # Whole prompts at a time: all samples of as many as fill a batch.
@@ -128,10 +129,10 @@ def measure(
             record["scores"] = result.scores[n]
             path = out / "images" / name / f"{item.id}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            disk.write_atomic(path, formats.encode_png(formats.to_uint8(result.images[n]), record))
+            files.write_atomic(path, images.encode_png(images.to_uint8(result.images[n]), record))
             if (item.prompt, item.sample) not in done:
                 record["file"] = str(path.relative_to(out))
-                disk.append(file, record)
+                files.append(file, record)
                 done[item.prompt, item.sample] = record
         logging.info("%s, %s %s: %d of %d prompts", row, category, split, min(start + share, len(texts)), len(texts))
     return [done[item.prompt, item.sample] for item in wanted]
@@ -144,7 +145,7 @@ def keep(settings: config.Settings, out: pathlib.Path) -> None:
         raise config.ConfigError(f"{out} has results of unknown settings; choose another --out")
     if file.exists() and (difference := config.diff(json.loads(file.read_text()), said)):
         raise config.ConfigError(f"{out} has results of other settings; choose another --out\n{difference}")
-    disk.write_atomic(file, json.dumps(said, indent=2).encode() + b"\n")
+    files.write_atomic(file, json.dumps(said, indent=2).encode() + b"\n")
 
 
 def summary(measured: dict[tuple[str, str, str], list[dict]]) -> dict[str, dict[str, statistics.Mean]]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from absl import logging
 
-from referee_jax import console, disk
+from referee_jax import console
 from referee_jax.benchmarks import statistics
+from referee_jax.storage import files
 
 Rows = Mapping[str, Mapping[str, statistics.Mean]]  # row -> score -> mean
 
@@ -23,8 +24,8 @@ def table(found: Rows, first: str, names: Sequence[str]) -> str:
 def write(found: Rows, first: str, names: Sequence[str], shown: Sequence[str], out: Path) -> str:
     """Writes table.md, table.csv and, of the scores `shown`, figure.png; returns the table."""
     told = table(found, first, names)
-    disk.write_atomic(out / "table.md", told.encode())
-    disk.write_atomic(out / "table.csv", as_csv(found, first).encode())
+    files.write_atomic(out / "table.md", told.encode())
+    files.write_atomic(out / "table.csv", as_csv(found, first).encode())
     if shown:
         draw(found, shown, out / "figure.png")
     return told
@@ -59,4 +60,4 @@ def draw(found: Rows, names: Sequence[str], file: Path) -> None:
     panels[0].set_ylim(len(found) - 0.5, -0.5)
     stream = io.BytesIO()
     canvas.print_png(stream)
-    disk.write_atomic(file, stream.getvalue())
+    files.write_atomic(file, stream.getvalue())

@@ -7,9 +7,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from referee_jax import cli, config, remote
+from referee_jax import cli, config
 from referee_jax.runs import prompt_file
 from referee_jax.runs.prompt_file import Entry
+from referee_jax.storage import bucket
 
 
 class CommandError(ValueError):
@@ -101,5 +102,5 @@ def read_command(values: flags.FlagValues, rest: Sequence[str]) -> Command:
         raise CommandError(f"--shard_index={values.shard_index} is not one of 0 to {values.shard_count - 1}")
     if values.claim and values.shard_count > 1:
         raise CommandError("--claim and --shard_count are two ways to share a run; give one of them")
-    workdir = workdir if remote.is_remote(workdir) else Path(workdir)
+    workdir = workdir if bucket.is_remote(workdir) else Path(workdir)
     return Command(settings, tuple(entries), workdir, **shared)

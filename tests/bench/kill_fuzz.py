@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from referee_jax import outputs, shards
+from referee_jax.storage import run_directory, shards
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "blue") for shape in ("circle", "star", "ring")]
@@ -81,7 +81,7 @@ def ended(*processes: subprocess.Popen) -> list[int]:
 def images(workdir: pathlib.Path) -> dict[str, bytes]:
     """File name -> its bytes; of images by themselves, and of those in shards that are in the journal."""
     found = {file.name: file.read_bytes() for file in (workdir / "images").glob("*")}
-    sharded = [x["file_name"] for x in outputs.read_journal(workdir) if x["file_name"].startswith("shards/")]
+    sharded = [x["file_name"] for x in run_directory.read_journal(workdir) if x["file_name"].startswith("shards/")]
     return found | {pathlib.Path(name).name: shards.read_bytes(workdir / name) for name in sharded}
 
 

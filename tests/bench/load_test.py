@@ -24,11 +24,12 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from referee_jax import config, outputs, run  # noqa: E402
+from referee_jax import config, run  # noqa: E402
 from referee_jax.engine import inverter  # noqa: E402
 from referee_jax.hardware import devices  # noqa: E402
 from referee_jax.runs.command import Command  # noqa: E402
 from referee_jax.runs.prompt_file import Entry  # noqa: E402
+from referee_jax.storage import run_directory  # noqa: E402
 
 LIMIT = 1.05
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -126,9 +127,9 @@ def measure(
         start = time.monotonic()
         code = run.main(Command(settings, entries, workdir), load=lambda settings: memory.count(make(settings)))
         seconds = time.monotonic() - start
-    size = sum(file.stat().st_size for folder in outputs.FOLDERS for file in (workdir / folder).glob("*"))
+    size = sum(file.stat().st_size for folder in run_directory.FOLDERS for file in (workdir / folder).glob("*"))
     start = time.monotonic()
-    opened = outputs.RunDirectory.open(workdir, settings)
+    opened = run_directory.RunDirectory.open(workdir, settings)
     began = time.monotonic()
     done = opened.done()
     return {

@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from referee_jax import bench, config, console, outputs
+from referee_jax import bench, config, console
 from referee_jax.engine import capacity
 from referee_jax.hardware import chips, devices
 from referee_jax.performance import abstract_networks, cost
+from referee_jax.storage import run_directory
 from referee_jax.weights import hub
 
 COUNTS = (1, 2, 4, 8)
@@ -121,7 +122,12 @@ def main() -> None:
             print(f"{axis}, {name}: {rows[-1]['seconds']:.4f} s", flush=True)
     print(table(rows))
     if args.out:
-        told = {"device": device.device_kind, "versions": outputs.versions(), "rows": rows, "slopes": slopes(rows)}
+        told = {
+            "device": device.device_kind,
+            "versions": run_directory.versions(),
+            "rows": rows,
+            "slopes": slopes(rows),
+        }
         args.out.write_text(json.dumps(told, indent=2) + "\n")
 
 

@@ -11,9 +11,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from referee_jax import config, disk, items, outputs
+from referee_jax import config, items
 from referee_jax.benchmarks import layouts
 from referee_jax.items import Item
+from referee_jax.storage import files as files_lib
+from referee_jax.storage import run_directory
 
 PROMPTS = ["a red star and a blue circle", "a blue star. And a café", "3 stars"]
 METADATA = [{"tag": tag, "include": [], "prompt": text} for tag, text in zip("abb", reversed(PROMPTS), strict=True)]
@@ -57,13 +59,13 @@ def answer(directory, folder, answers):
 
 
 def test_a_run_directory_is_read_in_the_journals_order(tmp_path):
-    run = outputs.RunDirectory.open(tmp_path / "run", config.from_config({"image_size": 16}))
+    run = run_directory.RunDirectory.open(tmp_path / "run", config.from_config({"image_size": 16}))
     assert layouts.read_run(run.path) == []
     lines = [Item("b", 1), Item("a", 0), Item("b", 0), Item("lost", 0), Item("b", 1)]
     for n, item in enumerate(lines):
         status = "nonfinite" if n == 1 else "done"
         record = {"file_name": f"images/{item.id}.png", "text": item.prompt, "sample": item.sample, "status": status}
-        disk.append(run.journal, record)
+        files_lib.append(run.journal, record)
         if item.prompt != "lost":
             Image.new("RGB", (1, 1)).save(run.image_file(item.id))
     with open(run.journal, "a") as file:
@@ -74,7 +76,7 @@ def test_a_run_directory_is_read_in_the_journals_order(tmp_path):
 
 
 def test_another_directory_is_no_run(tmp_path):
-    with pytest.raises(outputs.RunError, match="is not a run directory"):
+    with pytest.raises(run_directory.RunError, match="is not a run directory"):
         layouts.read_run(tmp_path)
     with pytest.raises(ValueError, match="is not a run directory"):
         layouts.read_run(tmp_path / "nowhere")
@@ -211,7 +213,7 @@ def test_an_export_goes_on_where_it_was_cut_off(tmp_path, export, monkeypatch):
         content(entries)
     )
     # Once more, and there is nothing to do.
-    monkeypatch.setattr(disk, "write_atomic", None)
+    monkeypatch.setattr(files_lib, "write_atomic", None)
     assert export(entries, out, per_prompt=2) == 6
 
 

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from referee_jax import config, disk, formats, shards
+from referee_jax import config
 from referee_jax.items import Item
 from referee_jax.method import held_out
+from referee_jax.storage import files, images, shards
 
 THREADS = 4
 PENDING = 16  # images that are given and not written
@@ -93,7 +94,7 @@ class Writer:
         It is the picture's ("done"), or "nonfinite" if a pixel or a score is not a finite number. `frames`, uint8
         `[H, W, 3]`, are its making, written as an animation. Raises what went wrong with an earlier image.
         """
-        item, scores = picture.item, disk.finite(dict(picture.scores))
+        item, scores = picture.item, files.finite(dict(picture.scores))
         is_finite = np.isfinite(picture.image).all() and None not in scores.values()
         record = {
             "text": item.prompt,
@@ -106,7 +107,7 @@ class Writer:
         }
         # No time in the image: its bytes say what it was made from, and are the same whenever it is made.
         chunk = record | self.made_from
-        line = record | {"seconds": round(seconds, 3), "time": disk.now()}
+        line = record | {"seconds": round(seconds, 3), "time": files.now()}
         self._pool.submit(lambda: self._make(picture, chunk, frames), lambda data: self._commit(line, chunk, data))
         return record["status"]
 
@@ -137,23 +138,23 @@ class Writer:
     def _make(self, picture: Picture, chunk: Mapping[str, Any], frames: Sequence[np.ndarray]) -> bytes:
         """The image's file, written if it is one by itself."""
         asked, name = self.settings.outputs, picture.item.id
-        data = formats.ENCODERS[ending(asked)](formats.to_uint8(picture.image, stretch=asked.stretch), chunk)
+        data = images.ENCODERS[ending(asked)](images.to_uint8(picture.image, stretch=asked.stretch), chunk)
         if frames:
             (self.path / "trajectories").mkdir(exist_ok=True)
-            disk.write_atomic(self.path / "trajectories" / f"{name}.webp", formats.encode_animation(frames))
+            files.write_atomic(self.path / "trajectories" / f"{name}.webp", images.encode_animation(frames))
         if asked.format != "webdataset":
-            disk.write_atomic(self.path / "images" / f"{name}.{ending(asked)}", data)
+            files.write_atomic(self.path / "images" / f"{name}.{ending(asked)}", data)
         return data
 
     def _commit(self, line: Mapping[str, Any], chunk: Mapping[str, Any], data: bytes) -> None:
         asked, name = self.settings.outputs, line["id"]
         if asked.format != "webdataset":
-            disk.append(self.journal, {"file_name": f"images/{name}.{ending(asked)}", **line})
+            files.append(self.journal, {"file_name": f"images/{name}.{ending(asked)}", **line})
             self._listed.put(name)
             return
         self._shard = self._shard or shards.Shard(self.path / "shards", self.process)
         record = {"file_name": f"shards/{self._shard.path.name}/{name}.{ending(asked)}", **line}
-        self._shard.add(name, {ending(asked): data, "json": json.dumps(disk.finite(chunk)).encode()}, record)
+        self._shard.add(name, {ending(asked): data, "json": json.dumps(files.finite(chunk)).encode()}, record)
         if self._shard.count >= asked.shard_size:
             self._commit_shard()
 
@@ -171,4 +172,4 @@ def ending(asked: config.Outputs) -> str:
 
 def _watched(losses: Mapping[str, Sequence[float]] | None) -> dict[str, Any]:
     """What the journal says of the watch (watch.py): first and last losses, and whether they look like reward hacking."""
-    return {"losses": disk.finite(losses), "hacked": held_out.is_hacked(losses)} if losses else {}
+    return {"losses": files.finite(losses), "hacked": held_out.is_hacked(losses)} if losses else {}

@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from referee_jax import disk, queue
+from referee_jax.storage import claims
+from referee_jax.storage import files as files_lib
 
 
 class Disk:
@@ -36,7 +37,7 @@ class Disk:
 
     def begin(self, name: str, data: bytes) -> bool:
         """Writes the first file of a run, unless another process was first; whether it was ours."""
-        return disk.create(self.local / name, data)
+        return files_lib.create(self.local / name, data)
 
     def fetch(self) -> None:
         """Brings settings and journals up to date."""
@@ -56,12 +57,12 @@ class Disk:
 
     def merge(self, gather: Callable[[], Sequence[str]]) -> None:
         """Calls what takes all journals into one, and tells which; one process at a time."""
-        with disk.locked(self.local / "config.json"):
+        with files_lib.locked(self.local / "config.json"):
             gather()
 
-    def claims(self, expiry: float) -> queue.Claims:
+    def claims(self, expiry: float) -> claims.Claims:
         """Who makes what, in a pool of workers."""
-        return queue.Claims(self.local / "claims", expiry)
+        return claims.Claims(self.local / "claims", expiry)
 
     def close(self) -> None:
         """Removes what is kept on this machine for a bucket."""

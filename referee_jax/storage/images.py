@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
-from referee_jax import disk, shards
+from referee_jax.storage import files, shards
 
 CHUNK = "referee_jax"  # keyword of the PNG text chunk; the software in the EXIF of a WebP
 COMMENT = b"ASCII\0\0\0"  # what an EXIF user comment begins with
@@ -31,7 +31,7 @@ def to_uint8(image: np.ndarray, *, stretch: bool = False) -> np.ndarray:
 def encode_png(image: np.ndarray, settings: Mapping[str, Any]) -> bytes:
     """A PNG of uint8 `[H, W, 3]` with `settings` as JSON in its text chunk."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(CHUNK, json.dumps(disk.finite(settings)))
+    info.add_itxt(CHUNK, json.dumps(files.finite(settings)))
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
@@ -41,7 +41,7 @@ def encode_webp(image: np.ndarray, settings: Mapping[str, Any]) -> bytes:
     """A lossless WebP of uint8 `[H, W, 3]` with `settings` as JSON in its EXIF; sides up to 16383."""
     exif = Image.Exif()
     exif[ExifTags.Base.Software] = CHUNK
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = COMMENT + json.dumps(disk.finite(settings)).encode()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = COMMENT + json.dumps(files.finite(settings)).encode()
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "WEBP", lossless=True, exif=exif)
     return buffer.getvalue()

@@ -23,9 +23,9 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from referee_jax import disk
 from referee_jax.hardware import processes
 from referee_jax.items import Item, Part
+from referee_jax.storage import files
 
 KEPT = 2
 FILE = "state.safetensors"
@@ -45,7 +45,7 @@ class _Handler(ocp.CheckpointHandler):
         )
         metadata = {"about": about, "hash": _hash(args.part.state, about)}
         state = {name: np.ascontiguousarray(x) for name, x in args.part.state.items()}
-        disk.write_atomic(Path(directory) / FILE, safetensors.numpy.save(state, metadata))
+        files.write_atomic(Path(directory) / FILE, safetensors.numpy.save(state, metadata))
 
     def restore(self, directory: Path, args: Any = None) -> tuple[Part, str]:
         """The part and the fingerprint of its settings. ValueError where they are not those that were saved."""
@@ -105,7 +105,7 @@ class Checkpoints:
             return True
         with contextlib.suppress(OSError):
             os.utime(self.directory)
-            return self.directory.stat().st_mtime - place.stat().st_mtime > disk.STALE
+            return self.directory.stat().st_mtime - place.stat().st_mtime > files.STALE
         return False
 
     def begun(self, fingerprint: str) -> list[Part]:

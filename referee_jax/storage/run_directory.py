@@ -18,13 +18,11 @@ metadata.jsonl when one of them ends (`RunDirectory.merge`). In a bucket (remote
 directory, which it sends there.
 """
 
-import bisect
 import collections
 import contextlib
 import functools
 import importlib.metadata
 import io
-import itertools
 import json
 import math
 import os
@@ -35,15 +33,17 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from absl import logging
-from PIL import Image, ImageDraw, ImageFont
 
-from referee_jax import config, disk, formats, place, queue, remote, shards, writers
+from referee_jax import config
+from referee_jax.storage import bucket as bucket_lib
+from referee_jax.storage import claims as claims_lib
+from referee_jax.storage import contact_sheet, local, shards
+from referee_jax.storage import files as files_lib
+from referee_jax.storage import writer as writer_lib
 
 PACKAGES = ("referee_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "pillow")
 FOLDERS = ("images", "shards")
 NOTED = ("commits", "licenses")
-SHEET_PICTURES = 200
 # For the space on disk: a compressed image by what it is raw, at most; and what is written besides, in bytes.
 SHARE = {"png": 0.9, "webp": 0.75, "frame": 0.25}
 OVERHEAD = 16384
@@ -62,14 +62,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read_journal(path: Path, *, where: place.Disk | remote.Bucket | None = None) -> list[dict[str, Any]]:
+def read_journal(path: Path, *, where: local.Disk | bucket_lib.Bucket | None = None) -> list[dict[str, Any]]:
     """The lines of a run directory's journals, of all processes, whose images are there; each image once."""
     # These first: `merge` moves lines to the main one, where they may be seen again but must not be missed.
-    others = [line for file in sorted(path.glob("metadata-*.jsonl")) for line in disk.read_lines(file)]
-    return _there(where or place.Disk(path), disk.read_lines(path / "metadata.jsonl") + others)
+    others = [line for file in sorted(path.glob("metadata-*.jsonl")) for line in files_lib.read_lines(file)]
+    return _there(where or local.Disk(path), files_lib.read_lines(path / "metadata.jsonl") + others)
 
 
-def _there(where: place.Disk | remote.Bucket, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _there(where: local.Disk | bucket_lib.Bucket, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Those of images that are there. The folders are listed: to ask for each file is slow on a network's disk."""
     names = {f"{folder}/{name}" for folder in FOLDERS for name in where.listing(folder)}
     kept = {}
@@ -83,7 +83,7 @@ def _there(where: place.Disk | remote.Bucket, records: Sequence[Mapping[str, Any
 class RunDirectory:
     """A run directory that is written to, by this process and perhaps others; each has a journal of its own."""
 
-    def __init__(self, where: place.Disk | remote.Bucket, settings: config.Settings, *, process: int | str = 0):
+    def __init__(self, where: local.Disk | bucket_lib.Bucket, settings: config.Settings, *, process: int | str = 0):
         self.place, self.path, self.name = where, where.local, where.name
         self.settings, self.process = settings, process
         journal = f"metadata-{process}.jsonl" if process else "metadata.jsonl"
@@ -108,14 +108,14 @@ class RunDirectory:
         `process` is this process's number among those that write to the directory at the same time; 0 if it is the only one.
         Raises RunError where it cannot be written, holds something else, or was begun for other images.
         """
-        if remote.is_remote(path):
+        if bucket_lib.is_remote(path):
             try:
-                bucket = remote.Bucket(str(path))
+                bucket = bucket_lib.Bucket(str(path))
             except ValueError as error:
                 raise RunError(str(error)) from error
             run = cls(bucket, settings, process=bucket.who)
         else:
-            run = cls(place.Disk(Path(path).expanduser()), settings, process=process)
+            run = cls(local.Disk(Path(path).expanduser()), settings, process=process)
         try:
             run._begin(device, resume)
         except OSError as error:
@@ -138,7 +138,7 @@ class RunDirectory:
                     f"or take back:\n{changes}"
                 )
             if changes:
-                disk.write_atomic(file, self._record(device, {kind: self.noted(kind) for kind in NOTED}))
+                files_lib.write_atomic(file, self._record(device, {kind: self.noted(kind) for kind in NOTED}))
                 self.place.publish(file.name)
                 self.log("settings", changes=changes.splitlines())
         elif not is_empty:
@@ -148,7 +148,7 @@ class RunDirectory:
         elif not self.place.begin(file.name, self._record(device, {})):
             return self._begin(device, resume)  # another began it this moment, perhaps with other settings
         # One process after the other, so that what a crash left is taken up by one, and the next sees it done.
-        with disk.locked(file):
+        with files_lib.locked(file):
             self._take_up(device)
 
     def _record(self, device: str, noted: Mapping[str, Any]) -> bytes:
@@ -158,7 +158,7 @@ class RunDirectory:
             "settings": config.to_dict(self.settings),
             "versions": versions(),
             "device": device,
-            "created": disk.now(),
+            "created": files_lib.now(),
             **noted,
         }
         return json.dumps(record, indent=2).encode() + b"\n"
@@ -167,13 +167,13 @@ class RunDirectory:
         """Brings a directory that was left at any moment into order, whoever else is at work in it."""
         self.images.mkdir(exist_ok=True)
         for lines in (self.journal, self.log_file):
-            disk.mend(lines)
+            files_lib.mend(lines)
         # Also the proof that the directory can be written to, and the time by the clock of its file system.
         self.log("start", device=device, versions=versions())
         clock = self.log_file.stat().st_mtime
         shards.recover(self.path / "shards", self.journal, clock)
         for folder in ("", *FOLDERS, "trajectories"):
-            disk.remove_abandoned(self.path / folder, clock)
+            files_lib.remove_abandoned(self.path / folder, clock)
         self._gather(self.journal, [] if self.process else self._others())
 
     def _compare(self, file: Path) -> str:
@@ -195,11 +195,11 @@ class RunDirectory:
         """Notes the commits or licenses of checkpoints; of those that are noted already nothing changes."""
         file = self.path / "config.json"
         self.place.fetch()
-        with disk.locked(file):
+        with files_lib.locked(file):
             record = json.loads(file.read_bytes())
             if found.keys() - record.get(kind, {}).keys():
                 record[kind] = {**found, **record.get(kind, {})}
-                disk.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
+                files_lib.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
                 self.place.publish(file.name)
 
     def merge(self) -> None:
@@ -210,7 +210,7 @@ class RunDirectory:
         self.place.merge(self._merge)
         claims = self.path / "claims"
         if claims.exists():
-            queue.forget_claims(claims, self.done())
+            claims_lib.forget_claims(claims, self.done())
 
     def _merge(self) -> list[str]:
         others = self._others()
@@ -225,11 +225,11 @@ class RunDirectory:
         into.touch()
         with contextlib.ExitStack() as stack:
             for file in (into, *others):
-                stack.enter_context(disk.locked(file))
-            records = [line for file in (into, *others) for line in disk.read_lines(file)]
+                stack.enter_context(files_lib.locked(file))
+            records = [line for file in (into, *others) for line in files_lib.read_lines(file)]
             kept = _there(self.place, records)
             if others or len(kept) < len(records):
-                disk.write_atomic(into, disk.encode_lines(*kept))
+                files_lib.write_atomic(into, files_lib.encode_lines(*kept))
             for file in others:
                 file.unlink()
 
@@ -244,7 +244,7 @@ class RunDirectory:
 
     def image_file(self, name: str) -> Path:
         """Where the image of an item's id is written, if it is a file by itself."""
-        return self.images / f"{name}.{writers.ending(self.settings.outputs)}"
+        return self.images / f"{name}.{writer_lib.ending(self.settings.outputs)}"
 
     def check_space(self, items: int) -> None:
         """RunError if there is no room for so many more images."""
@@ -257,9 +257,9 @@ class RunDirectory:
             )
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[writers.Writer]:
+    def writing(self) -> Iterator[writer_lib.Writer]:
         """What images are written with. At the end, also that by an exception, all that it was given is on disk."""
-        writer = writers.Writer(self.path, self.journal, self.settings, process=self.process)
+        writer = writer_lib.Writer(self.path, self.journal, self.settings, process=self.process)
         try:
             yield writer
         finally:
@@ -274,14 +274,14 @@ class RunDirectory:
         there = set(self.place.bring_images(list(dict.fromkeys(files))))
         return [record for record, file in zip(records, files, strict=True) if file in there]
 
-    def write(self, picture: writers.Picture, *, seconds: float, frames: Sequence[np.ndarray] = ()) -> str:
+    def write(self, picture: writer_lib.Picture, *, seconds: float, frames: Sequence[np.ndarray] = ()) -> str:
         """Writes one image by itself, in a shard of its own if shards are asked for; see writers.Writer.write."""
         with self.writing() as writer:
             return writer.write(picture, seconds=seconds, frames=frames)
 
     def log(self, event: str, **values: Any) -> None:
         """Adds a line to log.jsonl."""
-        disk.append(self.log_file, {"event": event, "time": disk.now(), **values})
+        files_lib.append(self.log_file, {"event": event, "time": files_lib.now(), **values})
 
     def failures(self) -> collections.Counter[str]:
         """How often a device failed at each id, by log.jsonl."""
@@ -289,7 +289,7 @@ class RunDirectory:
             return collections.Counter()
         with self.log_file.open("rb") as file:  # long, and few lines are asked for
             told = [line for line in file if b'"device failed"' in line]
-        found = filter(lambda x: x.get("event") == "device failed", disk.parse_lines(told))
+        found = filter(lambda x: x.get("event") == "device failed", files_lib.parse_lines(told))
         return collections.Counter(name for line in found for name in line["items"])
 
     def contact_sheet(self) -> Path | None:
@@ -301,13 +301,13 @@ class RunDirectory:
         records.sort(key=lambda x: (order[x["text"]], x["sample"]))
         if not records:
             return None
-        brought = self.bring(records[:SHEET_PICTURES])
+        brought = self.bring(records[: contact_sheet.SHEET_PICTURES])
         shown = [(self.path / x["file_name"], x["text"], x["scores"]) for x in brought]
         title = f"{self.place.title}: {len(shown)} of {len(records)} images" if len(records) > len(shown) else ""
         buffer = io.BytesIO()
-        draw_sheet(shown, title=title).save(buffer, "PNG")
+        contact_sheet.draw_sheet(shown, title=title).save(buffer, "PNG")
         path = self.path / "contact_sheet.png"
-        disk.write_atomic(path, buffer.getvalue())
+        files_lib.write_atomic(path, buffer.getvalue())
         self.place.publish(path.name)
         return path
 
@@ -317,82 +317,7 @@ def bytes_per_item(settings: config.Settings) -> int:
     asked, raw = settings.outputs, 3 * settings.image_size**2
     said = 2 * len(config.to_json(settings)) + OVERHEAD  # in the image, in a shard again
     frames = math.ceil(settings.steps / settings.chunk) if asked.trajectory else 0
-    return math.ceil(SHARE[writers.ending(asked)] * raw + said + frames * SHARE["frame"] * raw)
+    return math.ceil(SHARE[writer_lib.ending(asked)] * raw + said + frames * SHARE["frame"] * raw)
 
 
 # --- contact sheet ----------------------------------------------------------------------------------------------------
-
-
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, *, lines: int) -> list[str]:
-    """`text` in at most `lines` lines of `width` pixels; a word that is too long is broken, a text cut with "..."."""
-    wrapped = list(itertools.islice(_wrapped(text, font, width), lines + 1))
-    if len(wrapped) > lines:
-        last = wrapped[lines - 1]
-        while last and font.getlength(last + "...") > width:
-            last = last[:-1]
-        wrapped = [*wrapped[: lines - 1], last + "..."]
-    return wrapped
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> Iterator[str]:
-    line = ""
-    for word in text.split():
-        if line and font.getlength(f"{line} {word}") <= width:
-            line = f"{line} {word}"
-            continue
-        if line:
-            yield line
-        line = word
-        while font.getlength(line) > width and len(line) > 1:
-            # By halves: a word of 2000 letters would take minutes to measure at every length.
-            fits = bisect.bisect_right(range(1, len(line)), width, key=lambda n: font.getlength(line[:n])) or 1
-            yield line[:fits]
-            line = line[fits:]
-    if line:
-        yield line
-
-
-def _thumbnail(file: Path, width: int) -> Image.Image:
-    """At least `width` wide by whole pixels, or shrunk to it; of a damaged file, grey."""
-    try:
-        image = formats.read_image(file)
-    except ValueError as error:
-        logging.warning("%s", error)
-        image = Image.new("RGB", (width, width), "#bbbbbb")
-    if image.width < width:
-        factor = -(-width // image.width)
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    return image.resize((width, max(1, round(image.height * width / image.width))), Image.Resampling.LANCZOS)
-
-
-def draw_sheet(
-    pictures: Sequence[tuple[Path, str, Mapping[str, float | None]]], *, title: str = "", width: int = 192
-) -> Image.Image:
-    """A grid of images (files, or in shards) with their texts and scores below."""
-    margin, size, lines = 12, 15, 4
-    font, small = ImageFont.load_default(size), ImageFont.load_default(size - 2)
-    images = [_thumbnail(file, width) for file, _, _ in pictures]
-    wide, high = max(x.width for x in images), max(x.height for x in images)
-    texts = [wrap(text, font, wide, lines=lines) for _, text, _ in pictures]
-    said = [[wrap(_score(*x), small, wide, lines=1)[0] for x in scores.items()] for _, _, scores in pictures]
-    leading = size + 4
-    below = leading * max(len(a) + len(b) for a, b in zip(texts, said, strict=True))
-    columns = min(len(pictures), max(4, math.ceil(math.sqrt(len(pictures)))))
-    rows, top = -(-len(pictures) // columns), leading + margin if title else 0
-    cell = wide + margin, high + below + margin
-    sheet = Image.new("RGB", (margin + columns * cell[0], top + margin + rows * cell[1]), "white")
-    draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((margin, margin), title, font=font, fill="black")
-    for n, image in enumerate(images):
-        x, y = margin + n % columns * cell[0], top + margin + n // columns * cell[1]
-        sheet.paste(image, (x, y))
-        y += high + 2
-        for text, kind, colour in [(t, font, "black") for t in texts[n]] + [(t, small, "#666666") for t in said[n]]:
-            draw.text((x, y), text, font=kind, fill=colour)
-            y += leading
-    return sheet
-
-
-def _score(name: str, value: float | None) -> str:
-    return f"{name} {'not finite' if value is None else format(value, '.3f')}"

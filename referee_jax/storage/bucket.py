@@ -23,9 +23,11 @@ from pathlib import Path
 
 import fsspec
 
-from referee_jax import disk, items, queue
+from referee_jax import items
 from referee_jax.hardware import processes
 from referee_jax.items import Item
+from referee_jax.storage import claims
+from referee_jax.storage import files as files_lib
 
 CONTENT = ("images", "shards", "trajectories")
 LINES = ("metadata", "log")
@@ -85,7 +87,7 @@ class Bucket:
 
     def claims(self, expiry: float) -> "Claims":
         """Who makes what, in a pool of workers."""
-        return Claims(self, expiry)
+        return BucketClaims(self, expiry)
 
     def close(self) -> None:
         """Removes the local directory."""
@@ -150,9 +152,9 @@ class Bucket:
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[Callable[[], bool]]:
         """Holds a lock that one process has at a time; gives what tells whether it is still ours."""
-        locks = Claims(self, LOCK, folder="locks", patience=0.0)
+        locks = BucketClaims(self, LOCK, folder="locks", patience=0.0)
         while not locks.take_name(name):
-            time.sleep(queue.WAIT)
+            time.sleep(claims.WAIT)
         try:
             yield lambda: locks.is_ours(name)
         finally:
@@ -178,7 +180,7 @@ class Bucket:
         """Writes the first file of a run, here as well, unless another process was first; whether it was ours."""
         is_ours = self.create(name, data)
         if is_ours:
-            disk.write_atomic(self.local / name, data)
+            files_lib.write_atomic(self.local / name, data)
         return is_ours
 
     def fetch(self) -> None:
@@ -310,7 +312,7 @@ def _files(folder: Path, pattern: str = "*") -> list[Path]:
     return [file for file in sorted(folder.glob(pattern)) if file.is_file() and not file.name.startswith(".")]
 
 
-class Claims:
+class BucketClaims:
     """Who makes what, in a pool of workers that come and go: queue.Claims in a bucket.
 
     A claim is an object that only one can create. One that its owner has not written anew for `expiry` seconds, by the bucket's

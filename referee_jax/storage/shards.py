@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from referee_jax import disk
+from referee_jax.storage import files
 
 END = 2 * tarfile.BLOCKSIZE  # bytes of zeros that end a tar
 TOGETHER = 100  # members that are copied at once
@@ -33,15 +33,15 @@ class Shard:
         time = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
         self.path = directory / f"{process:0>3}-{time}-{secrets.token_hex(4)}.tar"
         self.lines = directory / f".{self.path.name}.lines"
-        self.file, self.count = disk.open_temporary(self.path), 0
+        self.file, self.count = files.open_temporary(self.path), 0
 
     def add(self, name: str, contents: Mapping[str, bytes], record: Mapping[str, Any]) -> None:
         """Adds the files `<name>.<ending>` of `contents` (by ending), of which `record` is to be the line in the journal."""
         start = self.file.tell()
         data = b"".join(_member(f"{name}.{ending}", content) for ending, content in contents.items())
-        disk.write_all(self.file, data, self.path)
+        files.write_all(self.file, data, self.path)
         try:
-            disk.append(self.lines, {"end": self.file.tell(), "record": record})
+            files.append(self.lines, {"end": self.file.tell(), "record": record})
         except BaseException:
             self.file.seek(start)
             self.file.truncate()
@@ -51,7 +51,7 @@ class Shard:
     def commit(self, journal: Path) -> list[str]:
         """Gives the shard its name and writes its lines to the run directory's `journal`; the ids that were added."""
         # One after the other: of two that have the same image, the second sees that the first has it.
-        with self.file, disk.locked(journal.with_name("config.json")):
+        with self.file, files.locked(journal.with_name("config.json")):
             return _commit(self.file, self.path, self.lines, journal)
 
 
@@ -63,7 +63,7 @@ def _member(name: str, content: bytes) -> bytes:
 
 def _commit(file: BinaryIO, path: Path, lines: Path, journal: Path) -> list[str]:
     """Of the open temporary file `file`, what `lines` has whole."""
-    listed = disk.read_lines(lines)
+    listed = files.read_lines(lines)
     if not listed:
         Path(file.name).unlink(missing_ok=True)
         return []
@@ -77,12 +77,12 @@ def _close(file: BinaryIO, end: int, path: Path) -> None:
     file.truncate(end + END)  # zeros that are not written take no space: a full disk has room for them
     os.fsync(file.fileno())
     os.replace(file.name, path)
-    disk.sync_directory(path.parent)
+    files.sync_directory(path.parent)
 
 
 def _list(path: Path, lines: Path, journal: Path) -> list[str]:
     """Takes out of a shard what the run has elsewhere, and writes the rest to the journal."""
-    records = [x["record"] for x in disk.read_lines(lines)]
+    records = [x["record"] for x in files.read_lines(lines)]
     with open(path, "rb") as file:
         inside = {_id(name) for name in _members(file)}  # not all, after a crash in the middle of this
     elsewhere = _elsewhere(records, journal)
@@ -90,7 +90,7 @@ def _list(path: Path, lines: Path, journal: Path) -> list[str]:
         path.unlink()
     elif inside & elsewhere:
         _take_out(elsewhere, path)
-    disk.append(journal, *(record for record in records if record["id"] in inside - elsewhere))
+    files.append(journal, *(record for record in records if record["id"] in inside - elsewhere))
     lines.unlink(missing_ok=True)
     return [record["id"] for record in records]
 
@@ -100,7 +100,7 @@ def _elsewhere(records: Sequence[Mapping[str, Any]], journal: Path) -> set[str]:
     run, here = journal.parent, {(record["id"], holder(record["file_name"])) for record in records}
     # The main one last, into which lines are moved.
     journals = [*sorted(run.glob("metadata-*.jsonl")), run / "metadata.jsonl"]
-    said = [(x.get("id"), x.get("file_name")) for file in journals for x in disk.read_lines(file)]
+    said = [(x.get("id"), x.get("file_name")) for file in journals for x in files.read_lines(file)]
     told = {(name, holder(file)) for name, file in said if isinstance(name, str) and isinstance(file, str)}
     own = {name for name, _ in here} - {name for name, _ in here & told}
     return {name for name, file in told if name in own and (run / file).exists()}
@@ -108,12 +108,12 @@ def _elsewhere(records: Sequence[Mapping[str, Any]], journal: Path) -> set[str]:
 
 def _take_out(ids: Collection[str], path: Path) -> None:
     """Writes a shard anew, without these; there with them or without, whatever happens meanwhile."""
-    with open(path, "rb") as old, disk.open_temporary(path) as new:
+    with open(path, "rb") as old, files.open_temporary(path) as new:
         try:
             kept = [(name, place) for name, place in _members(old).items() if _id(name) not in ids]
             for n in range(0, len(kept), TOGETHER):
                 some = (_member(name, _read(old, *place)) for name, place in kept[n : n + TOGETHER])
-                disk.write_all(new, b"".join(some), path)
+                files.write_all(new, b"".join(some), path)
             _close(new, new.tell(), path)
         except BaseException:
             Path(new.name).unlink(missing_ok=True)
@@ -132,7 +132,7 @@ def recover(directory: Path, journal: Path, clock: float) -> None:
         if path.exists():
             _list(path, lines, journal)  # a temporary file beside it is half of `_take_out`
         elif temporary:
-            with disk.abandoned(temporary, clock) as file:
+            with files.abandoned(temporary, clock) as file:
                 if file:
                     _commit(file, path, lines, journal)
         else:

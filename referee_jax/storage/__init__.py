@@ -1,0 +1,1 @@
+"""Storage: bytes on a disk or in a bucket."""
