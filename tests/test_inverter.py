@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import config, prompts, referees, run
+from referee_jax import config, prompts, referees
 from referee_jax import items as items_lib
 from referee_jax.engine import builders, parallel, programs
 from referee_jax.engine import inverter as inverter_lib
 from referee_jax.method import inversion, objective
 from referee_jax.performance import ahead_of_time, cost, flops, hlo
+from referee_jax.runs import job
 from tests import fakes
 from tests.conftest import relative_l2
 from tests.oracles import networks
@@ -278,11 +279,11 @@ def test_after_a_warm_up_nothing_is_compiled(checkpoints, tmp_path):
     engine.at_once = functools.cache(engine.at_once)  # programs are kept with an engine
     command = fakes.command("--prompt=b", "--prompt=c", f"--workdir={tmp_path}")
     asked = dataclasses.replace(command, settings=asked)
-    assert engine.batch_size > 6 and run.warm_up(asked, load=lambda _: engine) == 0
+    assert engine.batch_size > 6 and job.warm_up(asked, load=lambda _: engine) == 0
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **kwargs: compiled.append(name) if "backend_compile" in name else None
     )
-    assert run.execute(asked, load=lambda _: engine) == 0
+    assert job.execute(asked, load=lambda _: engine) == 0
     assert compiled == [] and len(list((tmp_path / "images").iterdir())) == 6
 
 

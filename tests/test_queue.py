@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from referee_jax import items as items_lib
-from referee_jax import queue
 from referee_jax.items import Item, Part
+from referee_jax.runs import work as work_lib
 from referee_jax.storage import claims as claims_lib
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=300)  # lone surrogates too
@@ -98,7 +98,7 @@ def begun(items, step):
 )
 def test_work_hands_out_each_item_once(parts, wanted, size):
     """From the furthest of the states that there are of it, with its own row."""
-    work, given_out = queue.Work(wanted, [begun(*part) for part in parts]), []
+    work, given_out = work_lib.Work(wanted, [begun(*part) for part in parts]), []
     while part := work.take(size):
         assert 0 < len(part.items) <= size
         if part.state:
@@ -110,7 +110,7 @@ def test_work_hands_out_each_item_once(parts, wanted, size):
 
 def test_what_is_put_back_comes_first():
     """From where it was, in pieces that fit."""
-    work = queue.Work(ITEMS, [begun(ITEMS[3:5], 7)])
+    work = work_lib.Work(ITEMS, [begun(ITEMS[3:5], 7)])
     part = work.take(2)
     assert part.items == tuple(ITEMS[3:5]) and part.step == 7
     work.put_back(part)
@@ -127,8 +127,8 @@ def test_what_others_have_begun_is_not_waited_for(tmp_path, monkeypatch):
     one, two = claims_lib.Claims(tmp_path, 900), claims_lib.Claims(tmp_path, 900)
     assert all(one.take(item) for item in ITEMS[:4])
     waited = []
-    monkeypatch.setattr(queue.time, "sleep", waited.append)
-    work = queue.Work(ITEMS, [begun([item], 7) for item in ITEMS[:4]], claims=two)
+    monkeypatch.setattr(work_lib.time, "sleep", waited.append)
+    work = work_lib.Work(ITEMS, [begun([item], 7) for item in ITEMS[:4]], claims=two)
     assert work.take(2, before_waiting=lambda: waited.append("commit")) == Part(tuple(ITEMS[4:]))
     assert not waited
 
@@ -173,14 +173,14 @@ def test_who_dies_while_taking_over_keeps_nobody_out(tmp_path, monkeypatch):
     item, dead, later = ITEMS[0], *(claims_lib.Claims(tmp_path, 60) for _ in range(2))
     assert dead.take(item)
     os.utime(tmp_path / f"{item.id}.claim", (0, 0))
-    unlink = queue.Path.unlink
+    unlink = work_lib.Path.unlink
 
     def die(self, **how):
         if ".claim" in self.name:
             raise KeyboardInterrupt
         unlink(self, **how)
 
-    monkeypatch.setattr(queue.Path, "unlink", die)
+    monkeypatch.setattr(work_lib.Path, "unlink", die)
     with pytest.raises(KeyboardInterrupt):
         claims_lib.Claims(tmp_path, 60).take(item)
     monkeypatch.undo()
@@ -227,7 +227,7 @@ def test_a_pool_makes_each_item_once(tmp_path, monkeypatch):
 
     def worker(number):
         claims = claims_lib.Claims(tmp_path, 1.0)
-        work = queue.Work(items, claims=claims, done=lambda: set(done))
+        work = work_lib.Work(items, claims=claims, done=lambda: set(done))
         while part := work.take(3):
             if number == 0 and len(made) > 6:
                 return  # dead: its claims stay

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from referee_jax import config, generation, run
+from referee_jax import config, run
 from referee_jax import items as items_lib
 from referee_jax.items import Item
+from referee_jax.runs import job, worker
 from referee_jax.storage import images
 from referee_jax.storage import run_directory as run_directory_lib
 from referee_jax.weights import convert
@@ -37,7 +38,7 @@ def test_a_chunk_is_the_mean_of_what_there_is(tmp_path):
     run_directory = run_directory_lib.RunDirectory.open(tmp_path, config.from_config({}))
     nan = float("nan")
     looked = np.array([[nan, 1.0, nan, 2.0], [nan, nan, nan, nan]], np.float32)
-    generation.log_chunk(run_directory, items_lib.expand(["one", "two"], 1), 4, {"held_out_loss": looked})
+    worker.log_chunk(run_directory, items_lib.expand(["one", "two"], 1), 4, {"held_out_loss": looked})
     assert lines(tmp_path / "log.jsonl")[-1]["metrics"] == {"held_out_loss": [1.5, None]}
 
 
@@ -199,7 +200,7 @@ def test_a_run_notes_licenses(tmp_path):
 def test_a_stop_is_obeyed_after_the_chunk(tmp_path, capsys, call):
     """What is in flight is saved, and goes on in the middle; only a batch that is at its end is finished first."""
     arguments = [f"--prompt={n}" for n in range(4)]
-    stop = generation.Stop()
+    stop = worker.Stop()
     end = lambda: setattr(stop, "number", signal.SIGTERM)  # noqa: E731
     code, engine = execute(*arguments, f"--workdir={tmp_path / 'cut'}", failures={call: end}, stop=stop)
     assert code == 143 and engine.calls == call
@@ -282,7 +283,7 @@ def test_warmup_compiles_and_writes_nothing(tmp_path, capsys):
     before = jax.config.jax_compilation_cache_dir  # whoever runs the tests may have one
     jax.config.update("jax_compilation_cache_dir", None)
     try:
-        assert run.main(asked, load=load, work=run.warm_up) == 0
+        assert run.main(asked, load=load, work=job.warm_up) == 0
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     (engine,) = engines

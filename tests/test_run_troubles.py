@@ -12,9 +12,11 @@ import time
 import jax
 import pytest
 
-from referee_jax import generation, run, trouble
+from referee_jax import run
 from referee_jax.hardware import processes
 from referee_jax.items import Item
+from referee_jax.runs import recovery
+from referee_jax.runs import worker as worker_lib
 from referee_jax.storage import claims
 from tests.fakes import ROOT, FakeInverter, colours, command, execute, lines, pixels, shown
 
@@ -61,7 +63,7 @@ def test_a_device_that_fails(tmp_path, monkeypatch, capsys):
         return engines[-1]
 
     def begin_anew(tried):
-        monkeypatch.setenv(trouble.VARIABLE, tried.to_json())
+        monkeypatch.setenv(recovery.VARIABLE, tried.to_json())
         return run.main(asked, load=load, begin_anew=begin_anew)
 
     asked = command("--config.steps=25", *[f"--prompt={n}" for n in range(8)], f"--workdir={tmp_path}")
@@ -74,7 +76,7 @@ def test_a_device_that_fails(tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert err.count("the device failed (INTERNAL: bug) at 3 images; a fresh process goes on") == 2
     assert "error: the device failed twice at 3 images, which the same command tries again: 3-" in err
-    monkeypatch.delenv(trouble.VARIABLE)
+    monkeypatch.delenv(recovery.VARIABLE)
     bad.clear()
     assert run.main(asked, load=load) == 0 and len(pixels(tmp_path)) == 8
 
@@ -102,7 +104,7 @@ def test_a_device_that_always_fails_ends_the_run(tmp_path, monkeypatch, capsys):
 
     def begin_anew(tried):
         count.append(tried)
-        monkeypatch.setenv(trouble.VARIABLE, tried.to_json())
+        monkeypatch.setenv(recovery.VARIABLE, tried.to_json())
         return again()
 
     prompts = [f"--prompt={n}" for n in range(50)]
@@ -110,7 +112,7 @@ def test_a_device_that_always_fails_ends_the_run(tmp_path, monkeypatch, capsys):
     again = lambda: run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=begin_anew)  # noqa: E731
     assert again() == 1 and len(count) == 3
     assert "the device fails at whatever it is given (INTERNAL: bug); the finished images" in capsys.readouterr().err
-    monkeypatch.delenv(trouble.VARIABLE)
+    monkeypatch.delenv(recovery.VARIABLE)
     assert run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=None) == 1
 
     def refused(tried):
@@ -121,7 +123,7 @@ def test_a_device_that_always_fails_ends_the_run(tmp_path, monkeypatch, capsys):
 
 
 def test_a_stop_that_came_before_the_device_failed_is_obeyed(tmp_path, capsys):
-    stop = generation.Stop()
+    stop = worker_lib.Stop()
 
     def fail():
         stop.number = signal.SIGTERM
@@ -136,13 +138,13 @@ def test_a_new_run_begins_anew(tmp_path, monkeypatch):
     """With --resume=never, too: the run that is there is its own."""
 
     def begin_anew(tried):
-        monkeypatch.setenv(trouble.VARIABLE, tried.to_json())
+        monkeypatch.setenv(recovery.VARIABLE, tried.to_json())
         return run.main(asked, load=FakeInverter)
 
     asked = command("--prompt=one", f"--workdir={tmp_path}", "--resume=never")
     assert run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=begin_anew) == 0
     assert len(pixels(tmp_path)) == 1
-    monkeypatch.delenv(trouble.VARIABLE)
+    monkeypatch.delenv(recovery.VARIABLE)
     assert run.main(asked, load=FakeInverter) == 2
 
 
@@ -180,7 +182,7 @@ def test_what_hangs_ends(tmp_path):
 def test_checkpoints_of_another_number_of_processes_go_on(tmp_path):
     """Each process takes the rows that are its own; what all have done is forgotten."""
     arguments = [f"--prompt={n}" for n in range(3)]
-    stop = generation.Stop()
+    stop = worker_lib.Stop()
     end = lambda: setattr(stop, "number", signal.SIGTERM)  # noqa: E731
     execute(*arguments, f"--workdir={tmp_path}", failures={1: end}, stop=stop)
     items = [Item(str(n), 0) for n in range(3)]

@@ -37,7 +37,7 @@ RULES = {
     ("models/",): ["referee_jax.weights", "referee_jax.referees", "referee_jax.method.inversion", "referee_jax.config", "transformers"],
     ("weights/",): ["referee_jax.method.inversion", "referee_jax.engine.inverter", "referee_jax.referees", "referee_jax.config"],
     ("inversion.py", "objective.py", "sds.py", "optim.py", "views.py", "augment.py", "sampler.py"): [
-        "referee_jax.engine.inverter", "referee_jax.config", "referee_jax.weights", "referee_jax.queue", "referee_jax.storage.run_directory",
+        "referee_jax.engine.inverter", "referee_jax.config", "referee_jax.weights", "referee_jax.runs.work", "referee_jax.storage.run_directory",
         "referee_jax.engine.parallel", "referee_jax.shapes", "transformers", "absl",
     ],
     ("inverter.py", "assembly.py"): ["referee_jax.run", "referee_jax.storage.run_directory", "referee_jax.shapes", "absl"],

@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 from hypothesis import given
 
 from referee_jax import items as items_lib
-from referee_jax import trouble
+from referee_jax.runs import recovery
 
 ROOT = pathlib.Path(__file__).parent.parent
 ITEMS = items_lib.expand(list("abcdef"), 2)
@@ -20,14 +20,14 @@ ITEMS = items_lib.expand(list("abcdef"), 2)
 @given(st.lists(st.tuples(st.sets(st.sampled_from(ITEMS), min_size=1), st.integers(0, 2)), max_size=20))
 def test_each_failure_is_one_step_further(failures):
     """Whatever batches there are: an item is failed when it was in two of them; so a run comes to its end."""
-    tried, seen = trouble.Tried(), []
+    tried, seen = recovery.Tried(), []
     for items, made in failures:
         before = len(tried.once) + len(tried.failed)
         items = [item for item in items if not tried.says(item)]
         if not items:
             continue
         seen += items
-        tried = tried.after(trouble.DeviceFailed(items, made, "INTERNAL"))
+        tried = tried.after(recovery.DeviceFailed(items, made, "INTERNAL"))
         assert len(tried.once) + len(tried.failed) > before
     assert [tried.says(item) for item in ITEMS] == [seen.count(item) == 2 for item in ITEMS]
 
@@ -56,15 +56,15 @@ def test_a_fresh_process_is_this_command_once_more(tmp_path):
 
 
 def test_an_environment_holds_a_large_batch():
-    tried = trouble.Tried().after(trouble.DeviceFailed(items_lib.expand(list(map(str, range(4000))), 2), 0, ""))
-    tried = tried.after(trouble.DeviceFailed(items_lib.expand(list(map(str, range(4000))), 2), 0, ""))
+    tried = recovery.Tried().after(recovery.DeviceFailed(items_lib.expand(list(map(str, range(4000))), 2), 0, ""))
+    tried = tried.after(recovery.DeviceFailed(items_lib.expand(list(map(str, range(4000))), 2), 0, ""))
     assert len(tried.failed) == 8000 and len(tried.to_json()) < 128 * 1024
-    assert trouble.Tried.read({trouble.VARIABLE: tried.to_json()}) == tried
+    assert recovery.Tried.read({recovery.VARIABLE: tried.to_json()}) == tried
 
 
 def test_the_watchdog():
     told, ended = [], []
-    dog = trouble.Watchdog(0.2, told.append, end=ended.append)
+    dog = recovery.Watchdog(0.2, told.append, end=ended.append)
     with dog.watching():
         for _ in range(8):
             time.sleep(0.05)
@@ -76,21 +76,21 @@ def test_the_watchdog():
 
 def test_the_watchdog_bites_whatever_becomes_of_its_bark(monkeypatch):
     """A disk that is full or hangs lets nobody tell of it."""
-    monkeypatch.setattr(trouble, "LAST", 0.1)
+    monkeypatch.setattr(recovery, "LAST", 0.1)
     for bark in (lambda seconds: 1 / 0, lambda seconds: time.sleep(1000)):
         ended = []
-        with trouble.Watchdog(0.05, bark, end=ended.append).watching():
+        with recovery.Watchdog(0.05, bark, end=ended.append).watching():
             time.sleep(0.6)
         assert ended == [1]
 
 
 def test_how_long_it_waits():
     """An hour, or ten times as long as it ever took; and longer for what is compiled."""
-    dog = trouble.Watchdog(0, print)
-    assert dog.limit == 6 * trouble.HOUR
+    dog = recovery.Watchdog(0, print)
+    assert dog.limit == 6 * recovery.HOUR
     dog._ticks += 20
     dog.moved()
-    assert dog.limit == trouble.HOUR
+    assert dog.limit == recovery.HOUR
     dog._ticks += 5000
     dog.waits()
     dog._ticks += 1000

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 from absl import logging
 
-from referee_jax import console, queue, trouble
+from referee_jax import console
 from referee_jax.hardware import chips, processes
 from referee_jax.items import Item, Part
+from referee_jax.runs import recovery
+from referee_jax.runs import work as work_lib
 from referee_jax.storage import checkpoints as checkpoints_lib
 from referee_jax.storage import claims as claims_lib
 from referee_jax.storage import run_directory
@@ -46,7 +48,7 @@ class Made:
     nonfinite: int = 0
 
 
-class Generator:
+class Worker:
     """Makes images with an engine and writes them to a run with `writer`, beside the next ones; `made` counts.
 
     `checkpoints` are saved every `checkpoint_seconds` and when a stop comes.
@@ -65,9 +67,9 @@ class Generator:
         self.engine, self.run, self.writer, self.checkpoints, self.bar = engine, run, writer, checkpoints, bar
         self.stop, self.save_every, self.made, self.is_settled = stop, run.settings.checkpoint_seconds, Made(), True
         self.committed = time.monotonic()  # when all that was finished was last sure
-        self.watchdog, self.at = trouble.Watchdog(run.settings.stall_seconds, self.tell_stall), ""
+        self.watchdog, self.at = recovery.Watchdog(run.settings.stall_seconds, self.tell_stall), ""
 
-    def work(self, work: queue.Work) -> None:
+    def work(self, work: work_lib.Work) -> None:
         """Makes all that `work` hands out.
 
         Where the device's memory is too small the batch is halved, once for each size. Raises Stopped, DeviceFailed, and the
@@ -87,7 +89,7 @@ class Generator:
                     if not chips.is_out_of_memory(error):
                         why = console.first_line(error)[:300]
                         self.run.log("device failed", items=[item.id for item in part.items], error=why)
-                        raise trouble.DeviceFailed(part.items, self.made.images, why) from error
+                        raise recovery.DeviceFailed(part.items, self.made.images, why) from error
                     self.halve(error)
                     work.put_back(part)
             self.settle(work.claims)
