@@ -16,13 +16,13 @@ from typing import Any
 import ml_collections
 
 from referee_jax import config
-from referee_jax.benchmarks import shapes
+from referee_jax.shapes import benchmark
 
 
 def get_config() -> ml_collections.ConfigDict:
     """configs/shapes.py without the choice of a start."""
     settings = config.read(pathlib.Path(__file__).with_name("shapes.py"))
-    settings.prompts = (*shapes.prompts("colour", "seen"), *shapes.prompts("colour", "unseen"))
+    settings.prompts = (*benchmark.prompts("colour", "seen"), *benchmark.prompts("colour", "unseen"))
     settings.samples, settings.batch_size, settings.init_candidates = 4, 16, 1
     return settings
 

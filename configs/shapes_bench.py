@@ -11,11 +11,11 @@ import pathlib
 import ml_collections
 
 from referee_jax import config
-from referee_jax.benchmarks import shapes
+from referee_jax.shapes import benchmark
 
 
 def get_config() -> ml_collections.ConfigDict:
     """configs/shapes.py over the benchmark's prompts."""
     settings = config.read(pathlib.Path(__file__).with_name("shapes.py"))
-    settings.prompts, settings.samples, settings.batch_size = shapes.every_prompt(), 2, 16
+    settings.prompts, settings.samples, settings.batch_size = benchmark.every_prompt(), 2, 16
     return settings

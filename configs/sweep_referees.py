@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 
 from referee_jax import config
-from referee_jax.benchmarks import shapes
+from referee_jax.shapes import benchmark
 
 
 def read(name: str) -> ml_collections.ConfigDict:
@@ -23,7 +23,7 @@ def read(name: str) -> ml_collections.ConfigDict:
 def get_config() -> ml_collections.ConfigDict:
     """configs/shapes.py over the fixed colour prompts."""
     settings = read("shapes")
-    settings.prompts = (*shapes.prompts("colour", "seen"), *shapes.prompts("colour", "unseen"))
+    settings.prompts = (*benchmark.prompts("colour", "seen"), *benchmark.prompts("colour", "unseen"))
     settings.batch_size, settings.init_candidates = 16, 4
     return settings
 

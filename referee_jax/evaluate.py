@@ -28,7 +28,8 @@ from typing import Any
 from absl import flags, logging
 
 from referee_jax import cli, console
-from referee_jax.benchmarks import agreement, layouts, measures, noun_phrases, shapes, statistics, t2i_compbench
+from referee_jax.benchmarks import agreement, layouts, measures, noun_phrases, statistics, t2i_compbench
+from referee_jax.shapes import benchmark as benchmark_lib
 from referee_jax.storage import bucket, contact_sheet, files, run_directory
 
 ALL = "all"
@@ -206,7 +207,7 @@ def parts(
     """What each prompt counts in besides everything. ValueError where that cannot be said."""
     texts = dict.fromkeys(entry.prompt for entry in entries)
     if benchmark == "shapes":
-        return {text: shapes.parts(text) for text in texts}
+        return {text: benchmark_lib.parts(text) for text in texts}
     if benchmark != "t2i_compbench":
         return {text: [] for text in texts}
     if not lists:

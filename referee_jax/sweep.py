@@ -26,9 +26,10 @@ from absl import flags
 
 from referee_jax import cli, config
 from referee_jax import items as items_lib
-from referee_jax.benchmarks import report, shapes, statistics
+from referee_jax.benchmarks import report, statistics
 from referee_jax.engine import builders, inverter
 from referee_jax.items import Item
+from referee_jax.shapes import benchmark
 from referee_jax.storage import bucket, files, images
 
 Row = tuple[str, Item]  # name of the variant, what is made
@@ -132,7 +133,7 @@ def _made(
 def truth(image, prompt: str) -> dict[str, float]:
     """`right` and `quality` of a picture of the shapes world; nothing of another."""
     try:
-        right, quality = shapes.score([image], [prompt])
+        right, quality = benchmark.score([image], [prompt])
     except ValueError:
         return {}
     return {"right": float(right[0]), "quality": float(quality[0])}
@@ -158,7 +159,7 @@ def means(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, statistic
             first[place] = scores
         told = {name: value for name, value in scores.items() if value is not None}
         if "right" in told:
-            split = shapes.parts(prompt)[-1].rpartition(", ")[2]
+            split = benchmark.parts(prompt)[-1].rpartition(", ")[2]
             told[f"right, {split}"] = told["right"]
         if len(found) > 1:
             before = first.get(place, {})

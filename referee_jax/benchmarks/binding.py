@@ -17,8 +17,8 @@ import numpy as np
 from absl import flags, logging
 
 from referee_jax import cli, config, console, referees
-from referee_jax.benchmarks import shapes, statistics
-from referee_jax.shapes import world
+from referee_jax.benchmarks import statistics
+from referee_jax.shapes import benchmark, world
 
 NEAR = 6
 BATCH = 16  # scenes at once
@@ -88,7 +88,7 @@ def load(checkpoint: str, loss: str | None) -> tuple[referees.Judge, str]:
 def table(args) -> str:
     """What the command line asks for."""
     rows = {}
-    splits = shapes.splits(args.category)
+    splits = benchmark.splits(args.category)
     for checkpoint in args.referee:
         judge, loss = load(checkpoint, args.loss)
         asked = [losses(judge, loss, scenes(args.category, split, args.scenes, args.seed)) for split in splits]

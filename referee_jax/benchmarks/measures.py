@@ -17,7 +17,9 @@ import PIL.Image
 import tqdm
 
 from referee_jax import config, referees
-from referee_jax.benchmarks import layouts, noun_phrases, scoring, shapes, t2i_compbench
+from referee_jax.benchmarks import layouts, noun_phrases, t2i_compbench
+from referee_jax.benchmarks import scorer as scorer_lib
+from referee_jax.shapes import benchmark
 from referee_jax.storage import files, shards
 from referee_jax.storage import images as images_lib
 
@@ -49,7 +51,7 @@ def ground_truth() -> Measure:
 
     def score(images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> list[Scores]:
         pixels = [np.asarray(image, np.float32) / 255 for image in images]
-        right, quality = shapes.score(pixels, prompts)
+        right, quality = benchmark.score(pixels, prompts)
         return [{"right": float(r), "quality": float(q)} for r, q in zip(right, quality, strict=True)]
 
     return Measure("shapes", {}, lambda: (64, score))
@@ -83,7 +85,7 @@ def blip_vqa(checkpoint: str, *, rule: str = noun_phrases.NEW, batch_size: int =
 
     def build():
         judge = _judge(checkpoint, "blip_vqa")
-        scorer = scoring.Scorer(
+        scorer = scorer_lib.Scorer(
             judge,
             texts=noun_phrases.RULES[rule].limit,
             batch_size=batch_size,
@@ -107,7 +109,7 @@ def _prompted(
     checkpoint: str, name: str, read: Callable[[str], str], batch_size: int, kept: Callable[[Scores], Scores]
 ):
     """A measure's function that asks a referee for one text made of the prompt."""
-    scorer = scoring.Scorer(_judge(checkpoint, name), batch_size=batch_size)
+    scorer = scorer_lib.Scorer(_judge(checkpoint, name), batch_size=batch_size)
 
     def score(images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> list[Scores]:
         return [kept(own[0]) for own in scorer(images, [(read(prompt),) for prompt in prompts])]

@@ -20,9 +20,9 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from referee_jax import cli, config, items
-from referee_jax.benchmarks import report, shapes, statistics
+from referee_jax.benchmarks import report, statistics
 from referee_jax.engine import inverter
-from referee_jax.shapes import world
+from referee_jax.shapes import benchmark, world
 from referee_jax.storage import files, images
 
 GUIDANCE = 7.5
@@ -106,7 +106,7 @@ def measure(
     limit: int | None = None,
 ) -> list[dict]:
     """The records of one row, category and split, {prompt, sample, right, quality}; what `out` has already is not made again."""
-    wanted = items.expand(shapes.prompts(category, split)[:limit], settings.samples)
+    wanted = items.expand(benchmark.prompts(category, split)[:limit], settings.samples)
     name = f"{row.replace(' ', '_')}-{category}-{split}"
     file = out / f"{name}.jsonl"
     files.mend(file)
@@ -118,7 +118,7 @@ def measure(
     share = max(1, engine.batch_size // settings.samples) if engine else 1
     for start in range(0, len(texts), share):
         result = make(engine, texts[start : start + share], settings.samples, settings.seed)
-        right, quality = shapes.score(result.images, [item.prompt for item in result.items])
+        right, quality = benchmark.score(result.images, [item.prompt for item in result.items])
         for n, item in enumerate(result.items):
             record = {
                 "prompt": item.prompt,
@@ -158,7 +158,9 @@ def summary(measured: dict[tuple[str, str, str], list[dict]]) -> dict[str, dict[
     for category, row in sorted(
         dict.fromkeys((c, r) for r, c, _ in measured), key=lambda x: world.CATEGORIES.index(x[0])
     ):
-        parts = {split: measured[row, category, split] for split in shapes.SPLITS if (row, category, split) in measured}
+        parts = {
+            split: measured[row, category, split] for split in benchmark.SPLITS if (row, category, split) in measured
+        }
         both = [record for records in parts.values() for record in records]
         own = {split: statistics.mean((r["prompt"], r["right"]) for r in records) for split, records in parts.items()}
         own["both"] = statistics.mean((r["prompt"], r["right"]) for r in both)
@@ -181,12 +183,12 @@ def compare(args: flags.FlagValues) -> str:
     categories = world.CATEGORIES if "all" in args.category else args.category
     for row in rows:
         change, make = ROWS[row]
-        for category, split in ((c, s) for c in categories for s in shapes.splits(c)):
+        for category, split in ((c, s) for c in categories for s in benchmark.splits(c)):
             done = measure(row, category, split, change(settings), make, out, engines, limit=args.limit)
             measured[row, category, split] = done
     found = summary(measured)
-    names = list(dict.fromkeys([*shapes.SPLITS, *(name for own in found.values() for name in own)]))
-    return report.write(found, "method", names, [*shapes.SPLITS, "quality, dB"], out)
+    names = list(dict.fromkeys([*benchmark.SPLITS, *(name for own in found.values() for name in own)]))
+    return report.write(found, "method", names, [*benchmark.SPLITS, "quality, dB"], out)
 
 
 def main(args: flags.FlagValues) -> str:

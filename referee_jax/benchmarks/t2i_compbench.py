@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 
 from referee_jax import referees
-from referee_jax.benchmarks import scoring
+from referee_jax.benchmarks import scorer as scorer_lib
 
 DIGITS = 4  # to which the official scorers round
 QUESTION = 35  # tokens of a question that BLIP reads, both ends included
@@ -90,7 +90,7 @@ def tokenize(judge: referees.Judge, phrase: str) -> dict[str, np.ndarray]:
 
 
 def blip_vqa(
-    scorer: scoring.Scorer, images: Sequence[PIL.Image.Image], phrases: Sequence[Sequence[str]]
+    scorer: scorer_lib.Scorer, images: Sequence[PIL.Image.Image], phrases: Sequence[Sequence[str]]
 ) -> list[dict[str, float]]:
     """BLIP-VQA of images, each with the noun phrases of its prompt: `blip_vqa` and each question's probability.
 

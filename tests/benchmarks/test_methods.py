@@ -10,9 +10,9 @@ from PIL import Image
 
 from referee_jax import config
 from referee_jax import items as items_lib
-from referee_jax.benchmarks import methods, shapes
+from referee_jax.benchmarks import methods
 from referee_jax.engine import inverter
-from referee_jax.shapes import world
+from referee_jax.shapes import benchmark, world
 
 SETTINGS = config.from_config({"samples": 2, "prompts": ("a red circle and a blue square",)})
 
@@ -48,10 +48,10 @@ def measured(engine, out, category="colour", split="seen", limit=3):
 def test_records_are_kept_and_not_made_again(tmp_path):
     engine = Engine()
     first = measured(engine, tmp_path, limit=2)
-    assert engine.asked == shapes.prompts("colour", "seen")[:2]
+    assert engine.asked == benchmark.prompts("colour", "seen")[:2]
     assert [record["right"] for record in first] == [True, False] * 2
     more = measured(engine, tmp_path, limit=3)
-    assert engine.asked == shapes.prompts("colour", "seen")[:3] and more[:4] == first and len(more) == 6
+    assert engine.asked == benchmark.prompts("colour", "seen")[:3] and more[:4] == first and len(more) == 6
     lines = (tmp_path / "a_row-colour-seen.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == more
     assert all((tmp_path / record["file"]).is_file() for record in more)
@@ -80,7 +80,7 @@ def test_other_settings_are_refused(tmp_path):
 
 
 def test_summary(tmp_path):
-    records = {("a row", "colour", split): measured(Engine(), tmp_path, split=split) for split in shapes.SPLITS}
+    records = {("a row", "colour", split): measured(Engine(), tmp_path, split=split) for split in benchmark.SPLITS}
     found = methods.summary(records)
     assert list(found) == ["a row"] and list(found["a row"]) == [
         "seen",

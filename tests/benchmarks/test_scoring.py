@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 
 from referee_jax import config, referees
-from referee_jax.benchmarks import scoring
+from referee_jax.benchmarks import scorer as scorer_lib
 from tests.oracles import networks
 
 TEXTS = (("a red circle", "a blue square"), ("a green square",), ("a red square", "a photo"))
@@ -26,7 +26,7 @@ def images():
 
 
 def test_as_one_by_one(judge, images):
-    scorer = scoring.Scorer(judge, texts=2, batch_size=1)
+    scorer = scorer_lib.Scorer(judge, texts=2, batch_size=1)
     assert scorer.batch_size == 8  # devices
     made = scorer(images, TEXTS)
     wanted = [judge.score([image], texts)[0] for image, texts in zip(images, TEXTS, strict=True)]
@@ -37,7 +37,7 @@ def test_as_one_by_one(judge, images):
 
 
 def test_what_does_not_fit_is_refused(judge, images):
-    scorer = scoring.Scorer(judge, batch_size=2, devices=None)
+    scorer = scorer_lib.Scorer(judge, batch_size=2, devices=None)
     for number, texts, message in (
         (1, [("a", "b")], "2 texts for an image, 1 to 1 are possible"),
         (1, [()], "0 texts"),
