@@ -17,8 +17,8 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["referee_jax", "referee_jax.*"]),
     package_data={
-        "referee_jax": ["gallery.html"],
-        "referee_jax.shapes": ["assets/**/*"],
+        "referee_jax.storage": ["gallery.html"],
+        "referee_jax.shapes": ["assets/**/*", "benchmark_prompts.json"],
         "referee_jax.benchmarks": ["*.txt", "*.json", "*.jsonl"],
     },
     install_requires=[

@@ -98,8 +98,9 @@ def bench(settings: config.Settings, batches: Sequence[int], *, least: float) ->
     rows, asked = [], settings
     lean = cost.estimate(dataclasses.replace(settings, remat="none"))
     for batch in sorted(batches):  # the peak of memory is that of all so far
-        settings = capacity.fitting(dataclasses.replace(asked, batch_size=batch), sized, chips.memory_limit(device))
-        step = capacity.make_step(settings, sized)
+        asked, limit = dataclasses.replace(asked, batch_size=batch), chips.memory_limit(device)
+        settings = capacity.fitting(asked, sized.prior, sized.judges, limit)
+        step = capacity.make_step(settings, sized.prior, sized.judges)
         for piece in cost.parts(step):
             logging.info("%s, %d at once", piece.name, batch)
             flops = batch * lean.parts[piece.name]

@@ -53,29 +53,29 @@ def start(main: Callable[..., str], *, arguments: int = 0, hint: str = "") -> No
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            rest = _parsed(argv, flags.FLAGS)
+            rest = parse(argv, flags.FLAGS)
             if len(rest) > 1 + arguments:
-                raise flags.Error(_unexpected(rest[1 + arguments], hint))
+                raise flags.Error(unexpected(rest[1 + arguments], hint))
         except FLAG_ERRORS as error:
-            print(console.printable(f"error: {_why(error, argv)}", sys.stderr.encoding), file=sys.stderr)
+            print(console.printable(f"error: {explain(error, argv)}", sys.stderr.encoding), file=sys.stderr)
             sys.exit(2)
         return rest
 
     app.run(lambda argv: tell(lambda: main(flags.FLAGS, *argv[1:])), flags_parser=parse)
 
 
-def _unexpected(argument: str, hint: str) -> str:
+def unexpected(argument: str, hint: str) -> str:
     return f"unexpected argument {argument!r}" + (f"; {hint}" if hint else "")
 
 
-def _parsed(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
+def parse(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     rest = values(list(argv))
     if "config" in values and values.config is not None:
         values.config.keys()  # a file that could not be read says so when its values are asked for
     return rest
 
 
-def _why(error: Exception, argv: Sequence[str]) -> str:
+def explain(error: Exception, argv: Sequence[str]) -> str:
     """One sentence on an error of absl or ml_collections."""
     keys = [match[1] for argument in argv if (match := re.match(r"--?config\.([^=]+)", argument))]
     for key in keys:

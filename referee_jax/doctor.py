@@ -32,13 +32,16 @@ from absl import app, flags, logging
 from huggingface_hub import constants, errors
 from packaging import requirements
 
-from referee_jax import config, console, prompts, run
+from referee_jax import config, console, prompts
 from referee_jax.engine import capacity
 from referee_jax.hardware import chips, compile_cache, devices
 from referee_jax.performance import abstract_networks, ahead_of_time, cost
+from referee_jax.runs import command as command_lib
 from referee_jax.runs import prompt_file
+from referee_jax.runs.command import Command
 from referee_jax.storage import bucket as bucket_lib
 from referee_jax.storage import run_directory
+from referee_jax.weights import convert
 from referee_jax.weights import hub as hub_files
 
 GB = 1e9
@@ -60,7 +63,7 @@ class Finding:
 # --- what there is to look at: each gives its findings, of the command that is examined or of none ------------------------------
 
 
-def versions(command: run.Command | None) -> list[Finding]:
+def versions(command: Command | None) -> list[Finding]:
     """Of Python and the packages, and whether they are as new as asked for."""
     told = ", ".join(f"{name} {version}" for name, version in run_directory.versions().items())
     wrong = []
@@ -74,7 +77,7 @@ def versions(command: run.Command | None) -> list[Finding]:
     return [Finding("versions", told, f"pip install {' '.join(map(repr, wrong))}" if wrong else "")]
 
 
-def device(command: run.Command | None) -> list[Finding]:
+def device(command: Command | None) -> list[Finding]:
     """What JAX runs on, the memory of each, and whether an accelerator is left out."""
     try:
         devices.choose(command.device if command else "auto")
@@ -90,7 +93,7 @@ def device(command: run.Command | None) -> list[Finding]:
     return [Finding("devices", text)]
 
 
-def step(command: run.Command | None) -> list[Finding]:
+def step(command: Command | None) -> list[Finding]:
     """Compiles and runs a product of matrices: seconds for both, and whether it is right."""
     n = 256
     fn = jax.jit(lambda x: (x @ x).sum())
@@ -112,7 +115,7 @@ def step(command: run.Command | None) -> list[Finding]:
     return [Finding("step", text)]
 
 
-def cache(command: run.Command | None) -> list[Finding]:
+def cache(command: Command | None) -> list[Finding]:
     """The directory of compiled programs: can it be written, and by nobody else, since what is in it is run."""
     try:
         kind = jax.local_devices()[0].device_kind
@@ -123,7 +126,7 @@ def cache(command: run.Command | None) -> list[Finding]:
     return [Finding("cache", f"compiled programs are kept in {jax.config.jax_compilation_cache_dir or 'no place'}")]
 
 
-def workdir(command: run.Command | None) -> list[Finding]:
+def workdir(command: Command | None) -> list[Finding]:
     """The run directory: can it be written, is there room, and does its clock (a file server's, perhaps) agree with ours."""
     path = command.workdir if command else Path("runs")
     if bucket_lib.is_remote(path):
@@ -165,7 +168,7 @@ def clock(whose: str, now: float) -> Finding:
     return Finding("clock", text, "" if abs(skew) < SKEW_SECONDS else remedy)
 
 
-def prompts_of(command: run.Command | None) -> list[Finding]:
+def prompts_of(command: Command | None) -> list[Finding]:
     """Which of the command's prompts can be used."""
     if not command:
         return []
@@ -176,7 +179,7 @@ def prompts_of(command: run.Command | None) -> list[Finding]:
     return [Finding("prompts", text, "give other prompts" if not kept else "")]
 
 
-def checkpoints(command: run.Command | None) -> list[Finding]:
+def checkpoints(command: Command | None) -> list[Finding]:
     """Whether each checkpoint of the config is here, and if not, whether the hub has it."""
     if not command:
         text, remedy = hub(KNOWN)
@@ -187,7 +190,7 @@ def checkpoints(command: run.Command | None) -> list[Finding]:
     return [Finding("checkpoint", *checkpoint(name, revision)) for name, revision in named]
 
 
-def price(command: run.Command | None) -> list[Finding]:
+def price(command: Command | None) -> list[Finding]:
     """What the config costs (cost.py), and whether a batch fits the device."""
     if not command:
         return []
@@ -197,9 +200,8 @@ def price(command: run.Command | None) -> list[Finding]:
             limit = chips.memory_limit(jax.local_devices()[0])
         except RuntimeError:  # said by `device`
             limit = None
-        settings = capacity.fitting(
-            command.settings, abstract_networks.abstract(command.settings), limit
-        )  # as the engine will
+        sized = abstract_networks.abstract(command.settings)
+        settings = capacity.fitting(command.settings, sized.prior, sized.judges, limit)  # as the engine will
         found = cost.estimate(settings)
     except config.ConfigError as error:
         return [Finding("cost", str(error), "correct the config")]
@@ -216,7 +218,7 @@ def price(command: run.Command | None) -> list[Finding]:
     return [Finding("cost", text)]
 
 
-CHECKS: tuple[Callable[[run.Command | None], list[Finding]], ...] = (
+CHECKS: tuple[Callable[[Command | None], list[Finding]], ...] = (
     versions, device, step, cache, workdir, prompts_of, checkpoints, price,
 )  # fmt: skip
 
@@ -245,9 +247,9 @@ def unwritable(path: Path) -> str | None:
 def checkpoint(name: str, revision: str) -> tuple[str, str]:
     """Where a checkpoint is, and the remedy where it is nowhere."""
     try:
-        if Path(hub_files.checkpoint_path(name)).is_dir():
+        if hub_files.local_path(name).is_dir():
             return f"{name} is here", ""
-    except config.ConfigError as error:
+    except convert.WeightsError as error:
         return str(error), "name one of those"
     if not hub_files.is_id(name):
         return f"{name} is not here", "correct the path, or make the checkpoint as the config's docstring says"
@@ -286,7 +288,7 @@ def hub(name: str) -> tuple[str, str]:
     return f"the hub ({constants.ENDPOINT}) does not answer: {problem}", fetch
 
 
-def examine(command: run.Command | None) -> list[Finding]:
+def examine(command: Command | None) -> list[Finding]:
     """All findings, in the order of CHECKS."""
     return [finding for check in CHECKS for finding in check(command)]
 
@@ -294,14 +296,14 @@ def examine(command: run.Command | None) -> list[Finding]:
 # --- the program --------------------------------------------------------------------------------------------------------------
 
 
-def read_command(argv: Sequence[str]) -> tuple[run.Command | None, list[Finding]]:
+def read_command(argv: Sequence[str]) -> tuple[Command | None, list[Finding]]:
     """The command of run that the flags are of, None where no config is named or it is wrong; and what is said of it."""
     if not any(re.match(r"--?config\b", argument) for argument in argv):
         return None, []
     values = flags.FlagValues()
     try:
-        command = run.read_command(values, run.parse_flags(argv, values)[1:])
-    except (run.CommandError, config.ConfigError, prompts.PromptError) as error:
+        command = command_lib.read_command(values, command_lib.parse_flags(argv, values)[1:])
+    except (command_lib.CommandError, config.ConfigError, prompts.PromptError) as error:
         return None, [
             Finding(
                 "config",
@@ -323,7 +325,7 @@ def report(findings: Sequence[Finding]) -> str:
     return "\n".join([*lines, f"{wrong} of {len(findings)} things are wrong" if wrong else "nothing is wrong"])
 
 
-def compile_for(command: run.Command, name: str) -> tuple[str, dict[str, Any], bool]:
+def compile_for(command: Command, name: str) -> tuple[str, dict[str, Any], bool]:
     """What compiling for the slice `name` says, for reading and as JSON has it, and whether it fits and is silent."""
 
     found = ahead_of_time.compile_for(command.settings, name)

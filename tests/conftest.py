@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 
+from referee_jax.engine import capacity
+from referee_jax.performance import abstract_networks
 from referee_jax.storage import files
 
 # What is ignored here, as in a job that a shell put into the background, is ignored by all that the tests start.
@@ -77,6 +79,12 @@ def gradient_memory(fn, x) -> int:
     return program.memory_analysis().temp_size_in_bytes
 
 
+def abstract_step(settings):
+    """An iteration of a config without weights."""
+    sized = abstract_networks.abstract(settings)
+    return capacity.make_step(settings, sized.prior, sized.judges)
+
+
 VIEW_SIZE = 40
 
 
@@ -88,15 +96,6 @@ def picture(seed=0, height=VIEW_SIZE, width=VIEW_SIZE):
     image[22:30, 5:14] = 0.0
     image[22:30, 20:33] = 1.0
     return image
-
-
-# What a script begins with that needs a module or two, without the package as a whole, which is slow to import.
-BARE = (
-    "import pathlib, sys, time, types\n"
-    "package = types.ModuleType('referee_jax')\n"
-    f"package.__path__ = [{os.path.dirname(files.__file__)!r}]\n"
-    "sys.modules['referee_jax'] = package\n"
-)
 
 
 class Room:

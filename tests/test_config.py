@@ -232,11 +232,11 @@ def test_checkpoints_of_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "ASSETS", tmp_path / "assets")
     (tmp_path / "assets" / "clip").mkdir(parents=True)
     (tmp_path / "outside").mkdir()
-    assert hub.checkpoint_path("shapes/clip") == str(tmp_path / "assets" / "clip")
-    assert hub.checkpoint_path("openai/clip-vit-large-patch14") == "openai/clip-vit-large-patch14"
+    assert hub.local_path("shapes/clip") == tmp_path / "assets" / "clip"
+    assert hub.local_path("openai/clip-vit-large-patch14") == pathlib.Path("openai/clip-vit-large-patch14")
     for name in ("shapes/clop", "shapes/../outside"):
-        with pytest.raises(config.ConfigError, match="not in the package; it holds shapes/clip$"):
-            hub.checkpoint_path(name)
+        with pytest.raises(hub.WeightsError, match="not in the package; it holds shapes/clip$"):
+            hub.local_path(name)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
@@ -246,7 +246,7 @@ def test_every_config_is_possible(file):
     variants = sweep.read(str(file)) if made else {"": config.load(str(file))}
     for settings in variants.values():
         for name in (settings.generator.checkpoint, *(spec.checkpoint for spec in settings.referees)):
-            assert not name.startswith("shapes/") or pathlib.Path(hub.checkpoint_path(name)).is_dir()
+            assert not name.startswith("shapes/") or hub.local_path(name).is_dir()
 
 
 def test_configs():

@@ -1,4 +1,4 @@
-"""Dependencies point one way (the package's docstring): a walk over the imports holds it."""
+"""Which room may import which: the picture of docs/architecture.md as a table."""
 
 import ast
 import pathlib
@@ -9,6 +9,36 @@ import referee_jax
 
 ROOT = pathlib.Path(referee_jax.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+
+COMMANDS = {"run", "score", "evaluate", "sweep", "bench", "doctor", "gallery"}
+# Room -> rooms, or files in them, that it may import besides itself; from the ground up.
+TABLE = {
+    "prompts": {},
+    "items": {},
+    "schema": {},
+    "console": {},
+    "hardware": {"console"},
+    "models": {"hardware"},
+    "method": {"models", "hardware.chips"},
+    "weights": {"models", "console"},
+    "config": {"method", "schema", "prompts"},
+    "referees": {"config", "method", "models", "weights", "prompts"},
+    "storage": {"config", "items", "hardware.processes", "method.held_out"},
+    "cli": {"config", "hardware", "console", "schema"},
+    "engine": {
+        "config", "method", "models.layers", "referees", "weights", "hardware", "items", "prompts",
+    },
+    "performance": {
+        "engine", "config", "method", "models", "referees", "weights", "hardware", "prompts", "console", "items",
+    },
+    "shapes": {"models.bert", "cli"},
+    "benchmarks": {"engine", "referees", "storage", "shapes", "config", "cli", "console", "items"},
+    "runs": {
+        "performance", "engine", "storage", "config", "cli", "console", "hardware", "items", "prompts", "weights",
+    },
+}  # fmt: skip
+TABLE |= {command: {*TABLE, "benchmarks", "runs"} for command in COMMANDS}
+TABLE["__init__"] = {"config", "engine", "referees"}
 
 
 def imports(file: pathlib.Path) -> set[str]:
@@ -26,72 +56,69 @@ def uses(file: pathlib.Path, *prefixes: str) -> list[str]:
     return sorted(n for n in imports(file) if any(n == p or n.startswith(p + ".") for p in prefixes))
 
 
-def files(*names: str) -> list[pathlib.Path]:
-    chosen = [file for file in FILES if any(str(file.relative_to(ROOT)).startswith(name) for name in names)]
-    assert chosen, names
-    return chosen
+def using(*prefixes: str) -> set[str]:
+    return {str(file.relative_to(ROOT)) for file in FILES if uses(file, *prefixes)}
 
 
-# Who -> what it must not import.
-RULES = {
-    ("models/",): ["referee_jax.weights", "referee_jax.referees", "referee_jax.method.inversion", "referee_jax.config", "transformers"],
-    ("weights/",): ["referee_jax.method.inversion", "referee_jax.engine.inverter", "referee_jax.referees", "referee_jax.config"],
-    ("inversion.py", "objective.py", "sds.py", "optim.py", "views.py", "augment.py", "sampler.py"): [
-        "referee_jax.engine.inverter", "referee_jax.config", "referee_jax.weights", "referee_jax.runs.work", "referee_jax.storage.run_directory",
-        "referee_jax.engine.parallel", "referee_jax.shapes", "transformers", "absl",
-    ],
-    ("inverter.py", "assembly.py"): ["referee_jax.run", "referee_jax.storage.run_directory", "referee_jax.shapes", "absl"],
-    ("config.py", "queue.py", "prompts.py", "outputs.py", "writers.py", "formats.py"): [
-        "referee_jax.engine.inverter", "referee_jax.run", "referee_jax.method.inversion",
-    ],
-    ("writers.py", "formats.py"): ["referee_jax.storage.run_directory"],
-    ("shards.py",): ["referee_jax.storage.run_directory", "referee_jax.storage.writer", "referee_jax.storage.images", "referee_jax.config"],
-    ("disk.py",): ["referee_jax"],
-    ("remote.py",): ["referee_jax.config", "referee_jax.storage.run_directory", "referee_jax.run", "referee_jax.engine.inverter"],
-    ("program.py", "memory.py"): ["referee_jax"],
-    ("cost.py", "sizes.py"): ["referee_jax.run", "referee_jax.storage.run_directory", "transformers", "absl"],
-}  # fmt: skip
+def room_of(file: pathlib.Path) -> str:
+    return file.relative_to(ROOT).with_suffix("").parts[0]
 
 
-@pytest.mark.parametrize("who", RULES, ids=lambda who: who[0])
-def test_directions(who):
-    found = {str(file.relative_to(ROOT)): uses(file, *RULES[who]) for file in files(*who)}
-    assert {name: names for name, names in found.items() if names} == {}
+@pytest.mark.parametrize("room", TABLE)
+def test_a_room_imports_what_it_may(room):
+    allowed = {room, *TABLE[room]}
+    for file in FILES:
+        if room_of(file) == room:
+            names = {name.removeprefix("referee_jax.") for name in uses(file, "referee_jax")}
+            wrong = [n for n in names if not any(n == x or n.startswith(x + ".") for x in allowed)]
+            assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
+
+
+def test_the_table_is_complete_and_has_no_circle():
+    assert {room_of(file) for file in FILES} == set(TABLE)
+    left = {room: {name.partition(".")[0] for name in names} for room, names in TABLE.items()}
+    while left:
+        ground = {room for room, below in left.items() if not below & left.keys()}
+        assert ground, f"a circle among {sorted(left)}"
+        left = {room: below for room, below in left.items() if room not in ground}
+
+
+def test_rooms_are_small():
+    assert len(list(ROOT.glob("*.py"))) <= 14
+    rooms = {room: len(list((ROOT / room).glob("*.py"))) - 1 for room in TABLE if (ROOT / room).is_dir()}
+    assert max(rooms.values()) <= 12, rooms  # the package's face aside
 
 
 def test_torch_only_in_training_and_conversion():
-    found = {str(file.relative_to(ROOT)) for file in FILES if uses(file, "torch", "diffusers", "pickle")}
-    # The last reads, once, files that are pickles of torch; what it writes, and the program reads, are safetensors.
     training = {f"shapes/{name}.py" for name in ("train", "recipes_generator", "recipes_referees")}
-    assert found == training | {"weights/lavis.py"}
-    assert not any(uses(file, "referee_jax.weights.lavis") for file in FILES)
+    # The last reads, once, files that are pickles of torch; what it writes, and the program reads, are safetensors.
+    assert using("torch", "diffusers", "pickle") == training | {"weights/lavis.py"}
+    assert not using("referee_jax.weights.lavis")
 
 
-def test_only_the_outermost_reads_flags_and_devices():
-    flags = {str(file.relative_to(ROOT)) for file in FILES if uses(file, "absl.flags")}
-    programs = {
-        "command.py",
-        "run.py",
-        "doctor.py",
-        "score.py",
-        "evaluate.py",
-        "shapes/train.py",
-        "benchmarks/methods.py",
-        "sweep.py",
-        "bench.py",
-        "benchmarks/binding.py",
-    }
-    assert flags == programs
-    devices = {
+def test_only_commands_read_flags():
+    trainings = {"shapes/train.py", "benchmarks/methods.py", "benchmarks/binding.py"}
+    parsers = {"cli.py", "runs/command.py"}
+    commands = {f"{name}.py" for name in COMMANDS}
+    assert using("absl.flags") <= trainings | parsers | commands
+    assert {"run.py", "cli.py", "shapes/train.py"} <= using("absl.flags")
+
+
+def test_only_few_ask_for_devices():
+    asking = {
         str(f.relative_to(ROOT)) for f in FILES if "jax.devices(" in f.read_text() or "local_devices(" in f.read_text()
     }
-    assert devices <= {"run.py", "devices.py", "doctor.py", "parallel.py", "outputs.py"}
+    assert {x for x in asking if not x.startswith("hardware/")} <= {
+        "runs/job.py", "doctor.py", "engine/parallel.py", "storage/run_directory.py",
+    }  # fmt: skip
 
 
-def test_one_file_knows_buckets():
-    assert {str(file.relative_to(ROOT)) for file in FILES if uses(file, "fsspec")} == {"remote.py"}
+def test_libraries_that_one_room_knows():
+    assert using("fsspec") == {"storage/bucket.py"}
+    assert {file.partition("/")[0] for file in using("transformers")} <= {"weights", "shapes"}
+    assert {file.partition("/")[0] for file in using("flax.nnx")} <= {"models", "weights", "referees"}
 
 
 def test_the_walk_sees_imports():
-    assert "referee_jax.method.inversion" in imports(ROOT / "inverter.py")
+    assert "referee_jax.method.inversion" in imports(ROOT / "engine" / "inverter.py")
     assert "torch" in imports(ROOT / "shapes" / "train.py")

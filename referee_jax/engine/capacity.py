@@ -13,7 +13,8 @@ from referee_jax import config
 from referee_jax.engine import builders, peak_memory
 from referee_jax.method import held_out as held_out_lib
 from referee_jax.method import inversion
-from referee_jax.performance import abstract_networks
+from referee_jax.referees.judge import Judge
+from referee_jax.weights import load
 
 UNKNOWN, MOST = 8, 64  # images at once where the memory is not known, and where it is: more are no faster
 
@@ -31,23 +32,24 @@ class Step:
     prompt: inversion.Prompt
     hyper: inversion.Hyper
     plan: inversion.Plan
-    assumed: tuple[str, ...] = ()
 
 
-def make_step(settings: config.Settings, sized: abstract_networks.Sized) -> Step:
+def make_step(settings: config.Settings, prior: load.StableDiffusion, judges: Sequence[Judge]) -> Step:
     """An iteration over these networks; what depends on the text is abstract."""
-    judges = [judge for judge in sized.judges if judge.spec.role == "optimise"]
-    held_out = [judge for judge in sized.judges if judge.spec.role == "held_out"]
+    optimised = [judge for judge in judges if judge.spec.role == "optimise"]
+    held_out = [judge for judge in judges if judge.spec.role == "held_out"]
     remat = "full" if settings.remat == "auto" else settings.remat
-    networks = builders.make_networks(sized.prior, judges, held_out, remat=remat)
-    tokens = builders.tokenize(settings, sized.prior.tokenizer, judges, held_out, "a")
-    prompt = jax.eval_shape(builders.encode, networks, sized.prior.text_encoder, tokens)
-    plan = builders.make_plan(settings, sized.prior, judges, held_out)
+    networks = builders.make_networks(prior, optimised, held_out, remat=remat)
+    tokens = builders.tokenize(settings, prior.tokenizer, optimised, held_out, "a")
+    prompt = jax.eval_shape(builders.encode, networks, prior.text_encoder, tokens)
+    plan = builders.make_plan(settings, prior, optimised, held_out)
     hyper = builders.make_hyper(settings)
-    return Step(settings, networks, sized.prior.text_encoder, prompt, hyper, plan, sized.assumed)
+    return Step(settings, networks, prior.text_encoder, prompt, hyper, plan)
 
 
-def fitting(settings: config.Settings, sized: abstract_networks.Sized, limit: int | None) -> config.Settings:
+def fitting(
+    settings: config.Settings, prior: load.StableDiffusion, judges: Sequence[Judge], limit: int | None
+) -> config.Settings:
     """`settings` with what they leave open decided by memory of `limit` bytes (None: unknown).
 
     `remat` "auto" becomes "dots" if a batch then fits, else "full"; `batch_size` 0 the images that fit, at most MOST, or UNKNOWN
@@ -61,14 +63,14 @@ def fitting(settings: config.Settings, sized: abstract_networks.Sized, limit: in
         return settings
     for remat in ("dots", "full") if is_open else (settings.remat,):
         tried = dataclasses.replace(settings, remat=remat)
-        if batch := fitting_batch(tried, sized, limit):
+        if batch := fitting_batch(tried, prior, judges, limit):
             return dataclasses.replace(tried, batch_size=batch)
     return dataclasses.replace(tried, batch_size=settings.batch_size or 1)  # the device will say
 
 
-def fitting_batch(settings: config.Settings, sized: abstract_networks.Sized, limit: int) -> int:
+def fitting_batch(settings: config.Settings, prior: load.StableDiffusion, judges: Sequence[Judge], limit: int) -> int:
     """The batch that is asked for, if it fits, else 0; where none is, the largest that does."""
-    step = make_step(settings, sized)
+    step = make_step(settings, prior, judges)
     free = USABLE * limit - sum(weights(step).values())
     needed = lambda batch: peak_memory.peak(traced(step, batch))  # noqa: E731
     if settings.batch_size:

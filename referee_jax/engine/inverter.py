@@ -25,8 +25,7 @@ from referee_jax.engine import builders, capacity, parallel, programs
 from referee_jax.hardware import chips, compile_cache
 from referee_jax.items import Item, Part
 from referee_jax.method import ddim, inversion
-from referee_jax.performance import abstract_networks, cost, flops
-from referee_jax.weights import hub, load
+from referee_jax.weights import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Batch:
 class Inverter:
     """The method with its networks on this process's devices.
 
-    Of abstract networks (jax.ShapeDtypeStructs), whose devices need not be there, `trace` and `flops` of `shapes` can be asked.
+    Of abstract networks (jax.ShapeDtypeStructs), whose devices need not be there, `trace` of `shapes` can be asked.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class Inverter:
     ):
         self.mesh, self.tokenizer = builders.make_mesh(settings, devices), prior.tokenizer
         limit = chips.memory_limit(self.mesh.devices.flat[0])
-        self.settings = settings = capacity.fitting(settings, abstract_networks.Sized(prior, tuple(judges), ()), limit)
+        self.settings = settings = capacity.fitting(settings, prior, judges, limit)
         self.steps, self.chunk = settings.steps, settings.chunk
         self.groups = self.mesh.shape[parallel.AXIS]
         self.batch_size = settings.batch_size * self.groups
@@ -116,7 +115,7 @@ class Inverter:
         settings = config.from_config(settings)
         dtype = builders.DTYPES[settings.precision]
         prior = load.load_stable_diffusion(
-            hub.checkpoint_path(settings.generator.checkpoint),
+            settings.generator.checkpoint,
             revision=settings.generator.revision or None,
             dtype=dtype,
         )
@@ -270,7 +269,7 @@ class Inverter:
         return dataclasses.replace(batch, step=self.steps if over else batch.step + done, state=state), metrics
 
     def shapes(self) -> Batch:
-        """A batch of shapes alone, for `trace` and `flops`."""
+        """A batch of shapes alone, for `trace`."""
         item = Item("any", 0)
         tokens = jax.tree.map(lambda x: np.stack([x] * self.batch_size), self._tokenize(item.prompt))
         place = functools.partial(parallel.place, mesh=self.mesh)
@@ -284,14 +283,6 @@ class Inverter:
         """The program of an iteration, before it is compiled."""
         args = self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, np.int32(0)
         return self._program("step", self._is_swept(batch), on=True).trace(*args)
-
-    def flops(self, batch: Batch) -> float:
-        """Floating-point operations of one image in an iteration with all that there is to do; nothing is compiled."""
-        return flops.count(self.trace(batch).jaxpr.jaxpr) / (self.batch_size // self.groups)
-
-    def cost(self, batch: Batch) -> cost.Running:
-        """What a run with such batches takes; nothing is compiled."""
-        return cost.running(self, batch)
 
     def preview(self, batch: Batch) -> np.ndarray:
         """The images as they are, uint8 `[item, H, W, 3]`."""

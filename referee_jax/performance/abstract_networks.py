@@ -158,7 +158,7 @@ def _drawn(rng: np.random.Generator, tree: Any) -> Any:
 
 
 def _prior(checkpoint: str, dtype: Any, assumed: list[str]) -> load.StableDiffusion:
-    directory = Path(hub.checkpoint_path(checkpoint)).expanduser()
+    directory = hub.local_path(checkpoint)
     schedule, sizes = config_json.Schedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), _SD
     if directory.is_dir():
         sizes = {kind: _read(kind, directory / folder) for kind, folder in _FOLDERS.items()}
@@ -183,7 +183,7 @@ def _read(kind: str, directory: Path) -> Any:
 
 
 def _judge(spec: config.RefereeSpec, dtype: Any, assumed: list[str]) -> referees.Judge:
-    family, directory = referees.REFEREES[spec.name], Path(hub.checkpoint_path(spec.checkpoint)).expanduser()
+    family, directory = referees.REFEREES[spec.name], hub.local_path(spec.checkpoint)
     preprocessing = _PREPROCESSING
     if directory.is_dir():
         sizes = _read(family.kind, directory)

@@ -127,7 +127,8 @@ def unloaded(settings: config.Settings, there: Sequence[jax.Device], memory: int
 def _engine(
     settings: config.Settings, sized: abstract_networks.Sized, there: Sequence[jax.Device], memory: int | None
 ) -> inverter.Inverter:
-    return inverter.Inverter(capacity.fitting(settings, sized, memory), sized.prior, sized.judges, there)
+    decided = capacity.fitting(settings, sized.prior, sized.judges, memory)
+    return inverter.Inverter(decided, sized.prior, sized.judges, there)
 
 
 def compile_for(settings: config.Settings, name: str) -> Report:
@@ -137,11 +138,12 @@ def compile_for(settings: config.Settings, name: str) -> Report:
     engine = _engine(settings, sized, there, int(chip.bytes))
     batch, decided = engine.shapes(), engine.settings
     useful = cost.estimate(dataclasses.replace(settings, remat="none"))
+    most = dataclasses.replace(decided, batch_size=0)
     report = Report(
-        topology=name, chips=len(there), batch=decided.batch_size, fits=False, needed=None, flops=engine.flops(batch),
+        topology=name, chips=len(there), batch=decided.batch_size, fits=False, needed=None, flops=cost.step_flops(engine, batch),
         weights=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(engine.networks)), useful=useful.image,
         floor=useful.seconds(chip), remat=decided.remat,
-        most=capacity.fitting_batch(dataclasses.replace(decided, batch_size=0), sized, int(chip.bytes)),
+        most=capacity.fitting_batch(most, sized.prior, sized.judges, int(chip.bytes)),
     )  # fmt: skip
     lowered, begun = engine.trace(batch).lower(), time.monotonic()
     try:

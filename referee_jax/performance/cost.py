@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from referee_jax import config, console
-from referee_jax.engine import capacity, peak_memory
+from referee_jax.engine import capacity, inverter, peak_memory
 from referee_jax.hardware import chips
 from referee_jax.method import inversion, sds, views
 from referee_jax.performance import abstract_networks, flops
@@ -93,11 +93,6 @@ class Running:
         return f"{each} for an image, {total} for all {images}; {weights} of weights, {batch} for a batch{least}"
 
 
-def abstract_step(settings: config.Settings) -> capacity.Step:
-    """An iteration of a config without weights. Raises what `sizes.abstract` does."""
-    return capacity.make_step(settings, abstract_networks.abstract(settings))
-
-
 def parts(step: capacity.Step) -> list[Part]:
     """The pieces of an iteration."""
     plan = step.plan
@@ -162,7 +157,8 @@ def _backward(n: int, looks: Any) -> Callable:
 
 def estimate(settings: config.Settings) -> Estimate:
     """What a config costs. Raises ConfigError, or WeightsError for a directory whose config.json is not understood."""
-    step = abstract_step(settings)
+    sized = abstract_networks.abstract(settings)
+    step = capacity.make_step(settings, sized.prior, sized.judges)
     found = {part.name: _asked(step, part.fn, part.shape) for part in parts(step)}
     one, two = (capacity.traced(step, batch) for batch in (1, 2))
     least, most = peak_memory.peak(one), peak_memory.peak(two)
@@ -172,11 +168,16 @@ def estimate(settings: config.Settings) -> Estimate:
         weights=capacity.weights(step),
         fixed=max(0, 2 * least - most),
         live=most - least,
-        assumed=step.assumed,
+        assumed=sized.assumed,
     )
 
 
-def running(engine: Any, batch: Any) -> Running:
+def step_flops(engine: inverter.Inverter, batch: inverter.Batch) -> float:
+    """FLOPs of one image in an iteration with active referees; nothing is compiled."""
+    return flops.count(engine.trace(batch).jaxpr.jaxpr) / engine.settings.batch_size
+
+
+def running(engine: inverter.Inverter, batch: inverter.Batch) -> Running:
     """What an inverter's program of a batch costs; what is not of that program is traced besides, nothing is compiled."""
     traced, device = engine.trace(batch).jaxpr.jaxpr, engine.mesh.devices.flat[0]
     prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.prompt)

@@ -12,7 +12,7 @@ import PIL.Image
 from referee_jax import config, prompts
 from referee_jax.method.referee import Referee
 from referee_jax.referees import base
-from referee_jax.weights import hub, load
+from referee_jax.weights import load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,9 +120,7 @@ class Judge:
 
         Raises WeightsError where that cannot be had; the function, ValueError where it does not give the referee's size.
         """
-        processor = load.load_image_processor(
-            hub.checkpoint_path(self.spec.checkpoint), revision=self.spec.revision or None
-        )
+        processor = load.load_image_processor(self.spec.checkpoint, revision=self.spec.revision or None)
         side, mean, std = self.referee.image_size, np.asarray(self.referee.mean), np.asarray(self.referee.std)
 
         def look(image: PIL.Image.Image) -> np.ndarray:

@@ -176,7 +176,7 @@ def name_of(path_or_id: str, revision: str | None = None) -> str:
     for name, family in REFEREES.items():
         if path_or_id in family.published:
             return name
-    directory = hub.resolve(hub.checkpoint_path(path_or_id), revision, ["config.json"])
+    directory = hub.resolve(path_or_id, revision, ["config.json"])
     said = config_json.read_json(directory / "config.json").get("architectures") or ["none"]
     for name, family in REFEREES.items():  # of those that are called the same, the first
         if said[0] == (family.architecture or load.KINDS[family.kind].architecture):
@@ -193,7 +193,7 @@ def load_referee(spec: config.RefereeSpec | str, *, dtype: jax.typing.DTypeLike 
     if isinstance(spec, str):
         spec = config.RefereeSpec(name=name_of(spec), checkpoint=spec, losses={})
     _check_losses(spec, config.LOSSES[spec.name])
-    directory = load.fetch_referee(hub.checkpoint_path(spec.checkpoint), revision=spec.revision or None)
+    directory = load.fetch_referee(spec.checkpoint, revision=spec.revision or None)
     tokenizer = load.load_tokenizer(directory)
     REFEREES[spec.name].check(tokenizer)
     preprocessing = load.read_preprocessing(directory)

@@ -72,11 +72,11 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     """Parses `argv` into `values`; what is left of it. Raises CommandError."""
     define_flags(values, argv)
     try:
-        rest = cli._parsed(argv, values)
+        rest = cli.parse(argv, values)
     except config.ConfigError as error:
         raise CommandError(str(error)) from error
     except cli.FLAG_ERRORS as error:
-        raise CommandError(cli._why(error, argv)) from error
+        raise CommandError(cli.explain(error, argv)) from error
     if values.config is None:
         raise CommandError("--config is missing, for example --config=configs/shapes.py")
     return rest
@@ -85,7 +85,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
 def read_command(values: flags.FlagValues, rest: Sequence[str]) -> Command:
     """The command of parsed flags. Raises CommandError, ConfigError or PromptError."""
     if rest:
-        raise CommandError(cli._unexpected(rest[0], "prompts are given with --prompt or --prompts"))
+        raise CommandError(cli.unexpected(rest[0], "prompts are given with --prompt or --prompts"))
     wanted = dict(values.config.items())
     wanted |= {key: values[key].value for key in ("samples", "seed", "workdir") if values[key].value is not None}
     settings = config.from_config(wanted)

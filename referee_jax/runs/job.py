@@ -55,7 +55,7 @@ def execute(
     run = run_directory.RunDirectory.open(
         command.workdir, command.settings, device=device, process=command.shard_index, resume=resume
     )
-    with contextlib.closing(run.place):
+    with contextlib.closing(run.storage):
         return carry_out(command, run, texts, rejected, load=load, stop=stop, tried=tried or recovery.Tried())
 
 
@@ -103,7 +103,7 @@ def carry_out(
     finish(run, made, len(rejected), time.monotonic() - start)
     if failed := items_lib.missing(failed, run.done()):  # another may have made them meanwhile
         run.log("failed", items=[item.id for item in failed])
-        run.place.send()
+        run.storage.send()
         names = ", ".join(item.id for item in failed[:5]) + (", ..." if len(failed) > 5 else "")
         return console.fail(
             1, f"the device failed twice at {len(failed)} images, which the same command tries again: {names}"
@@ -138,7 +138,7 @@ def generate(
 
     What was begun comes first, but for batches with `failures` of the device.
     """
-    claims = run.place.claims(command.claim_expiry) if command.claim else None
+    claims = run.storage.claims(command.claim_expiry) if command.claim else None
     checkpoints = in_flight(run)
     left = [part for part in checkpoints.begun(run.fingerprint) if not any(failures.get(x.id) for x in part.items)]
     work = work_lib.Work(items, left, claims=claims, done=run.done)
@@ -157,7 +157,7 @@ def generate(
 
 def in_flight(run: run_directory.RunDirectory) -> checkpoints_lib.Checkpoints:
     """What any process has left in the middle."""
-    run.place.fetch_checkpoints()
+    run.storage.fetch_checkpoints()
     return checkpoints_lib.Checkpoints(run.path / "checkpoints")
 
 
@@ -177,7 +177,7 @@ def finish(run: run_directory.RunDirectory, made: worker.Made, skipped: int, sec
     run.log(
         "end", hacked=hacked, images=made.images, skipped=skipped, nonfinite=made.nonfinite, seconds=round(seconds, 1)
     )
-    run.place.send()
+    run.storage.send()
     see = f"{run.name}/{sheet.name} and {page.name}" if sheet and page else run.name
     broken = f" ({made.nonfinite} of them not finite)" if made.nonfinite else ""
     say(f"{made.images} images done{broken}, {skipped} prompts skipped, {seconds:.0f} s; see {see}")

@@ -14,6 +14,7 @@ from absl import logging
 from referee_jax import console
 from referee_jax.hardware import chips, processes
 from referee_jax.items import Item, Part
+from referee_jax.performance import cost
 from referee_jax.runs import recovery
 from referee_jax.runs import work as work_lib
 from referee_jax.storage import checkpoints as checkpoints_lib
@@ -124,7 +125,7 @@ class Worker:
                 frames.append(engine.preview(batch))
             if batch.step < engine.steps and (self.stop() or time.monotonic() - saved > self.save_every):
                 self.checkpoints.save(engine.snapshot(batch), self.run.fingerprint)
-                self.run.place.send()
+                self.run.storage.send()
                 saved = time.monotonic()
                 self.check()
         for n, picture in enumerate(engine.finish(batch)):
@@ -134,7 +135,7 @@ class Worker:
         self.is_settled = False
         self.made.images += len(part.items)
         self.bar.finished(len(part.items))
-        if self.run.place.is_remote:
+        if self.run.storage.is_remote:
             # At once: what is on this machine alone is lost with it, an open shard too.
             self.settle(claims, commit=time.monotonic() - self.committed > self.save_every)
 
@@ -157,7 +158,7 @@ class Worker:
         if not self.is_settled:
             self.checkpoints.clear()
             self.is_settled = True
-        self.run.place.send()
+        self.run.storage.send()
         if claims:
             claims.release(written)
         if self.engine.compiled:
@@ -169,7 +170,7 @@ class Worker:
             f"error: {processes.HOST}: nothing has moved for {seconds:.0f} s, at {self.at}; ending", file=sys.stderr
         )
         self.run.log("stalled", host=processes.HOST, at=self.at, seconds=round(seconds))
-        self.run.place.send()
+        self.run.storage.send()
 
     def halve(self, error: jax.errors.JaxRuntimeError) -> None:
         """Goes on with batches half as large; raises `error` where they are of one already."""
@@ -189,7 +190,7 @@ class Worker:
 
 def tell_cost(engine: Any, run: run_directory.RunDirectory, batch: Any, images: int) -> None:
     """Says and notes what an image costs, and all that are to be made."""
-    found = engine.cost(batch)
+    found = cost.running(engine, batch)
     console.say(found.line(images))
     run.log("cost", flops=found.image, weights=found.weights, batch=found.batch)
 

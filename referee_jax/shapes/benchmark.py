@@ -3,7 +3,7 @@
 `seen` prompts name no attribute pair of `world.UNSEEN`, nor does any training caption; `unseen` prompts name at least one. No two
 prompts of a list mean the same. A list holds `COUNT` prompts, or all there are: 15 pairs of shapes, 21 + 9 pairs of a striped and
 a dotted shape, 12 unseen numbers of things. The shape category names no pair of attributes and so has no unseen list.
-The lists are the file shapes_prompts.json; `make_lists` is how they were made.
+The lists are the file benchmark_prompts.json; `make_lists` is how they were made.
 """
 
 import functools
@@ -17,7 +17,7 @@ from referee_jax.shapes import detect, world
 
 COUNT = 48
 SPLITS = ("seen", "unseen")
-FILE = pathlib.Path(__file__).with_name("shapes_prompts.json")
+FILE = pathlib.Path(__file__).with_name("benchmark_prompts.json")
 
 
 def prompts(category: str, split: str) -> list[str]:

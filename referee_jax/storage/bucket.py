@@ -85,7 +85,7 @@ class Bucket:
         """A bucket has no end."""
         return math.inf
 
-    def claims(self, expiry: float) -> "Claims":
+    def claims(self, expiry: float) -> "BucketClaims":
         """Who makes what, in a pool of workers."""
         return BucketClaims(self, expiry)
 

@@ -32,13 +32,13 @@ def write(run: run_directory.RunDirectory) -> Path | None:
     path = run.path / "gallery.html"
     # A text may hold half a character (a lone surrogate), which no file can.
     files.write_atomic(path, page(run, records).encode("utf-8", "replace"))
-    run.place.publish(path.name)
+    run.storage.publish(path.name)
     return path
 
 
 def page(run: run_directory.RunDirectory, records: list[dict[str, Any]]) -> str:
     """The page of these lines of the journal."""
-    trajectories = {name.removesuffix(".webp") for name in run.place.listing("trajectories")}
+    trajectories = {name.removesuffix(".webp") for name in run.storage.listing("trajectories")}
     count, is_sharded = len(records), any(x["file_name"].startswith("shards/") for x in records)
     records = records[:EMBEDDED] if is_sharded else records
     is_embedded = len(records) <= EMBEDDED
@@ -48,7 +48,7 @@ def page(run: run_directory.RunDirectory, records: list[dict[str, Any]]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template("gallery.html").render(
-        title=run.place.title,
+        title=run.storage.title,
         nonce=secrets.token_urlsafe(16),  # drawn after the prompts were written: none of them can know it
         records=[_shown(x, run.path, x["id"] in trajectories, is_embedded) for x in records],
         left_out=count - len(records),

@@ -84,7 +84,7 @@ class RunDirectory:
     """A run directory that is written to, by this process and perhaps others; each has a journal of its own."""
 
     def __init__(self, where: local.Disk | bucket_lib.Bucket, settings: config.Settings, *, process: int | str = 0):
-        self.place, self.path, self.name = where, where.local, where.name
+        self.storage, self.path, self.name = where, where.local, where.name
         self.settings, self.process = settings, process
         journal = f"metadata-{process}.jsonl" if process else "metadata.jsonl"
         self.images, self.journal, self.log_file = (self.path / x for x in ("images", journal, "log.jsonl"))
@@ -126,8 +126,8 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "config.json"
         # Listed before config.json is looked for, which another process that begins the run writes first.
-        is_empty = all(name.startswith(".") for name in self.place.names())
-        self.place.fetch()
+        is_empty = all(name.startswith(".") for name in self.storage.names())
+        self.storage.fetch()
         if file.exists() and resume == "never":
             raise RunError(f"{self.name} is a run already, and --resume=never; choose another --workdir")
         if file.exists():
@@ -139,13 +139,13 @@ class RunDirectory:
                 )
             if changes:
                 files_lib.write_atomic(file, self._record(device, {kind: self.noted(kind) for kind in NOTED}))
-                self.place.publish(file.name)
+                self.storage.publish(file.name)
                 self.log("settings", changes=changes.splitlines())
         elif not is_empty:
             raise RunError(
                 f"{self.name} is not empty and not a run directory (no config.json); choose another --workdir"
             )
-        elif not self.place.begin(file.name, self._record(device, {})):
+        elif not self.storage.begin(file.name, self._record(device, {})):
             return self._begin(device, resume)  # another began it this moment, perhaps with other settings
         # One process after the other, so that what a crash left is taken up by one, and the next sees it done.
         with files_lib.locked(file):
@@ -194,20 +194,20 @@ class RunDirectory:
     def note(self, kind: str, found: Mapping[str, str]) -> None:
         """Notes the commits or licenses of checkpoints; of those that are noted already nothing changes."""
         file = self.path / "config.json"
-        self.place.fetch()
+        self.storage.fetch()
         with files_lib.locked(file):
             record = json.loads(file.read_bytes())
             if found.keys() - record.get(kind, {}).keys():
                 record[kind] = {**found, **record.get(kind, {})}
                 files_lib.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
-                self.place.publish(file.name)
+                self.storage.publish(file.name)
 
     def merge(self) -> None:
         """Takes the lines of all processes' journals into metadata.jsonl; for any of them, at any time.
 
         A line that another process adds meanwhile stays in, or comes into, a journal of its own. Claims of what is done go.
         """
-        self.place.merge(self._merge)
+        self.storage.merge(self._merge)
         claims = self.path / "claims"
         if claims.exists():
             claims_lib.forget_claims(claims, self.done())
@@ -227,7 +227,7 @@ class RunDirectory:
             for file in (into, *others):
                 stack.enter_context(files_lib.locked(file))
             records = [line for file in (into, *others) for line in files_lib.read_lines(file)]
-            kept = _there(self.place, records)
+            kept = _there(self.storage, records)
             if others or len(kept) < len(records):
                 files_lib.write_atomic(into, files_lib.encode_lines(*kept))
             for file in others:
@@ -235,8 +235,8 @@ class RunDirectory:
 
     def finished(self) -> list[dict[str, Any]]:
         """The lines of all journals whose images are there, each image once."""
-        self.place.fetch()
-        return read_journal(self.path, where=self.place)
+        self.storage.fetch()
+        return read_journal(self.path, where=self.storage)
 
     def done(self) -> set[str]:
         """The ids of all items that are journalled, by any process, and whose images are there."""
@@ -248,7 +248,7 @@ class RunDirectory:
 
     def check_space(self, items: int) -> None:
         """RunError if there is no room for so many more images."""
-        needed, free = items * bytes_per_item(self.settings), self.place.free()
+        needed, free = items * bytes_per_item(self.settings), self.storage.free()
         if needed > free:
             size = functools.partial(tqdm.tqdm.format_sizeof, suffix="B")
             raise RunError(
@@ -266,12 +266,12 @@ class RunDirectory:
             try:
                 writer.close()
             finally:
-                self.place.send()  # what is whole, also if something was not
+                self.storage.send()  # what is whole, also if something was not
 
     def bring(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of these lines whose images can be opened; where the run is in a bucket they are fetched."""
         files = [shards.holder(x["file_name"]) for x in records]
-        there = set(self.place.bring_images(list(dict.fromkeys(files))))
+        there = set(self.storage.bring_images(list(dict.fromkeys(files))))
         return [record for record, file in zip(records, files, strict=True) if file in there]
 
     def write(self, picture: writer_lib.Picture, *, seconds: float, frames: Sequence[np.ndarray] = ()) -> str:
@@ -303,12 +303,12 @@ class RunDirectory:
             return None
         brought = self.bring(records[: contact_sheet.SHEET_PICTURES])
         shown = [(self.path / x["file_name"], x["text"], x["scores"]) for x in brought]
-        title = f"{self.place.title}: {len(shown)} of {len(records)} images" if len(records) > len(shown) else ""
+        title = f"{self.storage.title}: {len(shown)} of {len(records)} images" if len(records) > len(shown) else ""
         buffer = io.BytesIO()
         contact_sheet.draw_sheet(shown, title=title).save(buffer, "PNG")
         path = self.path / "contact_sheet.png"
         files_lib.write_atomic(path, buffer.getvalue())
-        self.place.publish(path.name)
+        self.storage.publish(path.name)
         return path
 
 

@@ -6,8 +6,6 @@ asked again, a few times; then what is in the cache has to do, or the user is to
 
 import contextlib
 import email.utils
-import os
-import pathlib
 import random
 import re
 import shlex
@@ -24,9 +22,10 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
 from referee_jax import console
-from referee_jax.schema import ConfigError
 from referee_jax.weights.convert import WeightsError
 
+ASSETS = Path(__file__).parents[1] / "shapes" / "assets"
+EMBEDDED = "shapes/"  # checkpoints whose names begin so are part of the package
 TRIES = 4
 CARD = "README.md"
 FIRST_WAIT = 2.0  # seconds, twice as long each time
@@ -34,13 +33,29 @@ LONGEST_WAIT = 300.0  # the window of the hub's rate limits: whoever asks for mo
 _PASSING = (408, 429, 500, 502, 503, 504)
 
 
+def is_embedded(name: str) -> bool:
+    """Whether a checkpoint is part of the package: `shapes/...`."""
+    return name.startswith(EMBEDDED)
+
+
+def local_path(name: str) -> Path:
+    """Where a checkpoint is if it is a directory: of an embedded one, within the package. WeightsError if there is no such."""
+    if not is_embedded(name):
+        return Path(name).expanduser()
+    path = ASSETS / name.removeprefix(EMBEDDED)
+    if ".." in path.parts or not path.is_dir():
+        embedded = ", ".join(sorted(EMBEDDED + x.name for x in ASSETS.glob("*") if x.is_dir())) or "none"
+        raise WeightsError(f"the checkpoint {name!r} is not in the package; it holds {embedded}")
+    return path
+
+
 def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Returns the local directory of `path_or_id`: itself, or where the hub's files that match `patterns` are cached.
+    """Returns the local directory of a checkpoint: embedded, a directory, or the cache of the hub's files matching `patterns`.
 
     The card (README.md) comes along, if it can be had. Respects HF_HUB_OFFLINE. Raises WeightsError with the command that would
     get the files.
     """
-    name, path = str(path_or_id), Path(path_or_id).expanduser()
+    name, path = str(path_or_id), local_path(str(path_or_id))
     if name and path.is_dir():
         return path
     if name and path.exists():
@@ -209,28 +224,3 @@ def _check_sizes(directory: Path, name: str, revision: str | None) -> None:
         if cached.exists() and (size := cached.stat().st_size) != file.size:
             again = download_command(name, revision, [file.path], "--force-download")
             raise WeightsError(f"{cached} is damaged: {size} bytes, on the hub {file.size}; run: {again}")
-
-
-ASSETS = pathlib.Path(__file__).parent / "shapes" / "assets"
-
-
-EMBEDDED = "shapes/"  # checkpoints whose names begin so are part of the package
-
-
-def is_embedded(name: str) -> bool:
-    """Whether a checkpoint is part of the package."""
-    return name.startswith(EMBEDDED)
-
-
-def checkpoint_path(name: str) -> str:
-    """The local directory of one of the package's own checkpoints (`shapes/...`); any other name as it is.
-
-    Raises ConfigError where the package holds no such checkpoint.
-    """
-    if not is_embedded(name):
-        return os.path.expanduser(name)
-    path = ASSETS / name.removeprefix(EMBEDDED)
-    if ".." in path.parts or not path.is_dir():
-        held = ", ".join(sorted(EMBEDDED + x.name for x in ASSETS.glob("*") if x.is_dir())) or "none"
-        raise ConfigError(f"the checkpoint {name!r} is not in the package; it holds {held}")
-    return str(path)

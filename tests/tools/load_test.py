@@ -1,8 +1,8 @@
 """Many images in one run: does the memory stay as it is, how fast is the writer, how long does the next start take?
 
-    python tests/bench/load_test.py --items=10000                       # the writer alone: an engine that makes noise
-    python tests/bench/load_test.py --items=10000 --engine=shapes       # configs/shapes.py from noise, 2 steps each
-    python tests/bench/load_test.py --items=300 --image_size=512 --format=webp
+    python tests/tools/load_test.py --items=10000                       # the writer alone: an engine that makes noise
+    python tests/tools/load_test.py --items=10000 --engine=shapes       # configs/shapes.py from noise, 2 steps each
+    python tests/tools/load_test.py --items=300 --image_size=512 --format=webp
 
 Prints a line of JSON. Exit code 1 if the last quarter's peak of memory is more than 5 % above that of the second, or an image
 is missing.

@@ -9,6 +9,7 @@ import pytest
 
 from referee_jax import bench, config
 from referee_jax.performance import abstract_networks, ahead_of_time, cost
+from tests.conftest import abstract_step
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_bench(checkpoints, tmp_path, keep_cache):
     table = bench.main(arguments(settings, ["2"], out))
     found = json.loads(out.read_text())
     rows = {row["part"]: row for row in found["rows"]}
-    expected = [part.name for part in cost.parts(cost.abstract_step(settings))]
+    expected = [part.name for part in cost.parts(abstract_step(settings))]
     assert list(rows) == [*expected, "iteration"] and "clip: forward + backward" in rows
     assert all(row["seconds"] > 0 and row["batch"] == 2 and row["compile"] > 0 for row in found["rows"])
     whole = rows["iteration"]

@@ -22,7 +22,6 @@ from referee_jax import items as items_lib
 from referee_jax.benchmarks import layouts, measures
 from referee_jax.items import Item
 from referee_jax.storage import contact_sheet, files, gallery_page, images, run_directory
-from tests import conftest
 
 SETTINGS = config.from_config({"seed": 7, "image_size": 16})
 
@@ -234,7 +233,7 @@ def test_an_image_that_two_made_counts_once(tmp_path):
 def test_claims_of_the_dead_go_at_the_end(tmp_path):
     """Where what they had was taken up by another start; of what is not done they stay."""
     run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
-    dead, items = run.place.claims(900), items_lib.expand(["a red circle"], 2)
+    dead, items = run.storage.claims(900), items_lib.expand(["a red circle"], 2)
     assert all(map(dead.take, items))
     run.write(picture(), seconds=1)
     run.merge()
@@ -249,11 +248,12 @@ def test_no_line_is_lost_while_journals_are_merged(tmp_path):
     main, other = (run_directory.RunDirectory.open(tmp_path, SETTINGS, process=n) for n in (0, 3))
     for n in range(100):
         (main.images / f"{n}.png").touch()
-    script = conftest.BARE + (
-        "from referee_jax import disk\n"
+    script = (
+        "import pathlib, sys, time\n"
+        "from referee_jax.storage import files\n"
         "for n in range(int(sys.argv[1]), 100, 2):\n"
         f"    file = pathlib.Path({str(tmp_path)!r}, f'metadata-{{1 + n % 2}}.jsonl')\n"
-        "    disk.append(file, {'id': str(n), 'file_name': f'images/{n}.png'})\n"
+        "    files.append(file, {'id': str(n), 'file_name': f'images/{n}.png'})\n"
     )
     adding = [subprocess.Popen([sys.executable, "-c", script, str(n)]) for n in range(2)]
     merges = []

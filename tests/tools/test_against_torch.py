@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from referee_jax import config, referees
-from tests.bench import against_torch
 from tests.conftest import relative_l2
 from tests.oracles import inversion as oracle
 from tests.oracles import judges, networks
+from tests.tools import against_torch
 
 PROMPTS = ("a red circle and a blue square", "a green square")
 

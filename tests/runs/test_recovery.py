@@ -13,7 +13,7 @@ from hypothesis import given
 from referee_jax import items as items_lib
 from referee_jax.runs import recovery
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 ITEMS = items_lib.expand(list("abcdef"), 2)
 
 
@@ -37,13 +37,14 @@ def test_a_fresh_process_is_this_command_once_more(tmp_path):
     script = tmp_path / "again.py"
     script.write_text(
         "import os, sys\n"
-        "from referee_jax import queue, trouble\n"
-        "tried = trouble.Tried.read()\n"
+        "from referee_jax import items\n"
+        "from referee_jax.runs import recovery\n"
+        "tried = recovery.Tried.read()\n"
         "print(os.getpid(), sys.argv[1:], len(tried.once), len(tried.failed), len(os.listdir('/proc/self/fd')), flush=True)\n"
         "keep = [os.open('/dev/null', os.O_RDONLY) for _ in range(50)]\n"
         "for fd in keep: os.set_inheritable(fd, True)\n"
         "if len(tried.failed) < 2:\n"
-        "    trouble.begin_anew(tried.after(trouble.DeviceFailed(queue.items(['a', 'b'], 1), 0, '')))\n"
+        "    recovery.begin_anew(tried.after(recovery.DeviceFailed(items.expand(['a', 'b'], 1), 0, '')))\n"
     )
     done = subprocess.run(
         [sys.executable, str(script), "--prompt=x y"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -103,8 +104,8 @@ def test_who_was_stopped_has_not_hung():
     """SIGSTOP, a laptop's night: the time does not count."""
     script = (
         "import sys, time\n"
-        "from referee_jax import trouble\n"
-        "with trouble.Watchdog(2, lambda seconds: None).watching() as dog:\n"
+        "from referee_jax.runs import recovery\n"
+        "with recovery.Watchdog(2, lambda seconds: None).watching() as dog:\n"
         "    print('begun', flush=True)\n"
         "    sys.stdin.readline()\n"
     )

@@ -1,7 +1,7 @@
 """Kills a run again and again, at random moments, and looks whether anything is lost, doubled or changed.
 
-    python tests/bench/kill_fuzz.py --kills=50 --seed=0
-    python tests/bench/kill_fuzz.py --kills=50 --claim --format=webdataset
+    python tests/tools/kill_fuzz.py --kills=50 --seed=0
+    python tests/tools/kill_fuzz.py --kills=50 --claim --format=webdataset
 
 Runs of the shapes world, by one to three processes (another number after each kill), end by SIGTERM or SIGKILL; the last one may
 finish. Asked then: is every image there, once, to the byte what an uninterrupted run makes, and is nothing else left behind?

@@ -7,7 +7,7 @@ import pytest
 
 from referee_jax import config, referees
 from referee_jax.performance import abstract_networks
-from referee_jax.weights import hub, load
+from referee_jax.weights import load
 from referee_jax.weights.convert import WeightsError
 
 SMALL = {"generator": {"checkpoint": "shapes/stable-diffusion"}, "precision": "bfloat16"}
@@ -42,7 +42,7 @@ def test_referees_are_as_they_are_loaded(name):
 
 def test_the_prior_is_as_it_is_loaded():
     sized = abstract_networks.abstract(config.from_config(SMALL))
-    loaded = load.load_stable_diffusion(hub.checkpoint_path("shapes/stable-diffusion"), dtype=jnp.bfloat16)
+    loaded = load.load_stable_diffusion("shapes/stable-diffusion", dtype=jnp.bfloat16)
     for name in ("text_encoder", "unet", "vae"):
         assert shapes(getattr(sized.prior, name)) == shapes(getattr(loaded, name)), name
     np.testing.assert_array_equal(sized.prior.alphas_cumprod, loaded.alphas_cumprod)

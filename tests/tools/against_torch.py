@@ -1,7 +1,7 @@
 """An iteration of a config beside the same in torch (tests/oracles/inversion.py), on the same device, in one run.
 
-    python -m tests.bench.against_torch --batch=8
-    python -m tests.bench.against_torch --config=configs/paper.py --precision=bfloat16 --batch=4
+    python -m tests.tools.against_torch --batch=8
+    python -m tests.tools.against_torch --config=configs/paper.py --precision=bfloat16 --batch=4
 
 Both have the same networks, the same number of prompts at once, and no held-out referee; a chunk of iterations of ours is
 compiled, as in a run. Where the config's checkpoints are no directories here, both have random weights of the same sizes. Rows of
@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or torch has no room beside JAX; read at its import
@@ -67,7 +66,7 @@ def settings_of(path: str, batch: int, precision: str = "float32") -> config.Set
 def is_here(settings: config.Settings) -> bool:
     """Whether all checkpoints are directories, so that nothing need be random."""
     names = [settings.generator.checkpoint, *(spec.checkpoint for spec in settings.referees)]
-    return all(Path(hub.checkpoint_path(name)).expanduser().is_dir() for name in names)
+    return all(hub.local_path(name).is_dir() for name in names)
 
 
 def ours(settings: config.Settings, runs: int) -> Measured:
@@ -102,9 +101,7 @@ def build(settings: config.Settings, device: str, **how: bool) -> tuple[oracle.O
     given = {"device": device, "dtype": getattr(torch, settings.precision), "settings": numbers, **how}
     if is_here(settings):
         referee = sized.judges[0].referee
-        paths = (
-            str(Path(hub.checkpoint_path(x)).expanduser()) for x in (settings.generator.checkpoint, spec.checkpoint)
-        )
+        paths = (str(hub.local_path(x)) for x in (settings.generator.checkpoint, spec.checkpoint))
         made = oracle.load(*paths, mean=referee.mean, std=referee.std, **given)
     else:
         made = at_random(sized, **given)

@@ -17,8 +17,8 @@ from referee_jax import run
 from referee_jax.storage import bucket as bucket_lib
 from referee_jax.storage import claims as claims_lib
 from referee_jax.storage import run_directory
-from tests.bench import kill_fuzz
 from tests.fakes import FakeInverter, colours, command, execute
+from tests.tools import kill_fuzz
 
 PROMPTS = ["--prompt=one", "--prompt=two", "--prompt=three", "--prompt=four"]
 

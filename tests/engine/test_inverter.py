@@ -85,14 +85,14 @@ def test_result(inverter, straight):
 def test_flops_are_of_one_image(checkpoints, inverter):
     """Whatever the batch, the chunk and the devices; more views cost more."""
     items = items_lib.expand(PROMPTS, 1)
-    each = inverter.flops(inverter.begin(items, 0))
+    each = cost.step_flops(inverter, inverter.begin(items, 0))
     assert each > 1e6
     # As it is estimated from the networks' sizes alone.
     assert cost.estimate(inverter.settings).step == pytest.approx(each, rel=1e-6)
     spread = build(checkpoints, devices=2, batch_size=2, chunk=2)
-    assert spread.flops(spread.begin(items[:3], 0)) == pytest.approx(each)
+    assert cost.step_flops(spread, spread.begin(items[:3], 0)) == pytest.approx(each)
     more = build(checkpoints, views={"count": 6, "keep": 4})
-    assert more.flops(more.begin(items, 0)) > each
+    assert cost.step_flops(more, more.begin(items, 0)) > each
 
 
 def test_shapes_alone_make_the_same_program(checkpoints, inverter):
@@ -102,7 +102,7 @@ def test_shapes_alone_make_the_same_program(checkpoints, inverter):
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((unloaded.networks, batch.state)))
     real = inverter.trace(inverter.begin(items_lib.expand(PROMPTS, 1), 0))
     assert str(unloaded.trace(batch).jaxpr) == str(real.jaxpr)
-    assert unloaded.flops(batch) > 1e6
+    assert cost.step_flops(unloaded, batch) > 1e6
 
 
 @pytest.mark.parametrize("size", [1, 3])

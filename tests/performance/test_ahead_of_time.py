@@ -17,7 +17,7 @@ from referee_jax.hardware import chips
 from referee_jax.performance import ahead_of_time, cost
 from referee_jax.weights import load
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 REPORT = ahead_of_time.Report(
     topology="v5e:2x4", chips=8, batch=2, fits=False, needed=None, weights=2**30, flops=4e12, useful=2.955e14, floor=1.5,
     remat="full", most=3,
@@ -86,21 +86,23 @@ def test_a_program_that_does_not_fit():
 def test_a_slice_of_v5e(tmp_path):
     """In a process of its own: eight chips and a program that is spread over them without a word between them.
 
-    And devices.OPTIONS does what it is for: no weight is fetched long before it is needed.
+    And chips.OPTIONS does what it is for: no weight is fetched long before it is needed.
     """
     script = tmp_path / "compile.py"
     script.write_text(
         "import jax, numpy, jax.numpy as jnp\n"
-        "from referee_jax import devices, hlo, parallel, topology\n"
-        "mesh = parallel.prompt_mesh(topology.devices('v5e:2x4'))\n"
-        "assert len(topology.devices('v4:2x2x1')) == 4  # a chip of v4 has two cores and is one device\n"
+        "from referee_jax.engine import parallel\n"
+        "from referee_jax.hardware import chips\n"
+        "from referee_jax.performance import ahead_of_time, hlo\n"
+        "mesh = parallel.prompt_mesh(ahead_of_time.devices('v5e:2x4'))\n"
+        "assert len(ahead_of_time.devices('v4:2x2x1')) == 4  # a chip of v4 has two cores and is one device\n"
         "step = lambda w, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=5)[0]\n"
         "shape = lambda n, batched: parallel.place(jax.ShapeDtypeStruct((n, 512), 'float32'), mesh, batched=batched)\n"
         "fn = jax.jit(parallel.across_devices(step, mesh, (False, True)))\n"
         "compiled = fn.lower(shape(512, False), shape(2048, True)).compile()\n"
         "found = hlo.cycles(compiled.as_text())\n"
         "late = lambda w, v, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ v), None), x, None, length=9)[0] @ w\n"
-        "for options, count in ({}, 1), (devices.OPTIONS['tpu'], 0):\n"
+        "for options, count in ({}, 1), (chips.OPTIONS['tpu'], 0):\n"
         "    lowered = jax.jit(late, compiler_options=options).lower(*map(shape, (512, 512, 2048), (False, False, False)))\n"
         "    assert lowered.compile().as_text().count('cross_program_prefetch_index=') == count\n"
         "print(mesh.size, found.total, len(found.uncounted), hlo.collectives(compiled.as_text()))\n"

@@ -11,8 +11,7 @@ import tarfile
 import pytest
 
 from referee_jax.storage import files, shards
-from tests import conftest
-from tests.bench import kill_fuzz
+from tests.tools import kill_fuzz
 
 
 def add(shard, name, size=700):
@@ -333,7 +332,7 @@ def test_two_that_commit_at_once(folder):
 
 
 def test_the_fuzz_sees_doubles(folder):
-    """tests/bench/kill_fuzz.py, also in a shard of which the journal says nothing."""
+    """tests/tools/kill_fuzz.py, also in a shard of which the journal says nothing."""
     directory, journal = folder
     shard = committed(folder, "a", "b")
     whole = shutil.copytree(journal.parent, journal.parent.with_name("whole"))
@@ -344,8 +343,9 @@ def test_the_fuzz_sees_doubles(folder):
 
 def test_killed(tmp_path):
     """A process that is killed while it adds: what it said was added comes back, whole."""
-    script = conftest.BARE + (
-        "from referee_jax import shards\n"
+    script = (
+        "import pathlib, sys, time\n"
+        "from referee_jax.storage import shards\n"
         f"shard = shards.Shard(pathlib.Path({str(tmp_path / 'shards')!r}), 0)\n"
         "for n in range(10**6):\n"
         "    name = f'a-{n}'\n"

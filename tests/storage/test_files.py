@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from referee_jax.hardware import processes as processes_lib
 from referee_jax.storage import files
-from tests import conftest
 
 
 @given(st.lists(st.one_of(st.binary(max_size=30), st.just(b'{"id": "a"}'), st.just(b"[1]"), st.just(b"3")), max_size=8))
@@ -116,9 +115,10 @@ def test_lines_go_to_the_file_that_has_the_name(tmp_path, monkeypatch):
 
 def holder(file):
     """A process that holds a temporary file of `file` open, as a writer does; it says its name first."""
-    script = conftest.BARE + (
-        "from referee_jax import disk\n"
-        f"file = disk.open_temporary(pathlib.Path({str(file)!r}))\n"
+    script = (
+        "import pathlib, sys, time\n"
+        "from referee_jax.storage import files\n"
+        f"file = files.open_temporary(pathlib.Path({str(file)!r}))\n"
         "file.write(b'half')\n"
         "print(file.name, flush=True)\n"
         "time.sleep(100)\n"
@@ -184,10 +184,11 @@ def test_nobody_waits_for_ever(tmp_path, monkeypatch):
 
 
 def test_lines_of_several_processes_do_not_mix(tmp_path):
-    script = conftest.BARE + (
-        "from referee_jax import disk\n"
+    script = (
+        "import pathlib, sys, time\n"
+        "from referee_jax.storage import files\n"
         "for n in range(50):\n"
-        f"    disk.append(pathlib.Path({str(tmp_path / 'x.jsonl')!r}), {{'who': sys.argv[1], 'n': n, 'text': 'x' * 9000}})\n"
+        f"    files.append(pathlib.Path({str(tmp_path / 'x.jsonl')!r}), {{'who': sys.argv[1], 'n': n, 'text': 'x' * 9000}})\n"
     )
     processes = [subprocess.Popen([sys.executable, "-c", script, who]) for who in "abc"]
     assert [process.wait() for process in processes] == [0, 0, 0]

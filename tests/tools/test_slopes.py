@@ -8,13 +8,14 @@ import pytest
 from referee_jax import config
 from referee_jax.engine import capacity
 from referee_jax.performance import abstract_networks, cost, flops
-from tests.bench import slopes
+from tests.conftest import abstract_step
+from tests.tools import slopes
 
 SETTINGS = config.load("configs/shapes.py")
 
 
 def work(settings):
-    step = cost.abstract_step(settings)
+    step = abstract_step(settings)
     fn, args = capacity.batched(capacity.one_step(step.plan), step, step.plan.latent, settings.batch_size)
     return flops.flops(fn, *args)
 

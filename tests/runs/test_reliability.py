@@ -1,4 +1,4 @@
-"""Processes of a real run in the shapes world that are killed, stopped and replaced: tests/bench/kill_fuzz.py, in short."""
+"""Processes of a real run in the shapes world that are killed, stopped and replaced: tests/tools/kill_fuzz.py, in short."""
 
 import json
 import os
@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.bench import kill_fuzz
 from tests.conftest import relative_l2
+from tests.tools import kill_fuzz
 
 pytestmark = pytest.mark.timeout(1800)  # kill_fuzz.LONGEST for each of several rounds
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from referee_jax.engine import capacity, inverter
 from referee_jax.hardware import chips
 from referee_jax.models import blip, blip2, clip, layers, unet, vae
 from referee_jax.performance import abstract_networks, cost, flops
+from tests.conftest import abstract_step
 
 
 def abstract(make):
@@ -176,7 +177,7 @@ def test_a_run_the_doctor_and_the_estimate_tell_one_number(checkpoints):
     settings = dataclasses.replace(small(checkpoints), init="sample", init_steps=5, init_candidates=3, remat="full")
     estimated = cost.estimate(settings)
     engine = inverter.Inverter.from_config(settings, jax.devices()[:2])
-    found = engine.cost(engine.begin(items.expand(["a photo"], 3), 0))
+    found = cost.running(engine, engine.begin(items.expand(["a photo"], 3), 0))
     assert found.image == pytest.approx(estimated.image, rel=1e-6) and found.chip is None
     assert found.image > 1.5 * settings.steps * estimated.step  # which a run told once
     assert found.weights == sum(estimated.weights.values())
@@ -215,7 +216,7 @@ def test_xla_counts_as_many_operations():
     """
     settings = config.load("configs/shapes.py")
     settings = dataclasses.replace(settings, referees=settings.referees[:1])
-    step = cost.abstract_step(settings)
+    step = abstract_step(settings)
     fn, args = capacity.batched(capacity.one_step(step.plan), step, step.plan.latent, 2)
     told = jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
     assert 2 * cost.estimate(settings).step == pytest.approx(told, rel=0.03)
@@ -223,7 +224,7 @@ def test_xla_counts_as_many_operations():
 
 def test_xla_needs_as_much_memory(checkpoints, tiny):
     """A whole iteration of tiny networks: within a third (measured: 0.69 of XLA's on a CPU, which copies more)."""
-    step = cost.abstract_step(small(checkpoints))
+    step = abstract_step(small(checkpoints))
     fn, args = capacity.batched(capacity.one_step(step.plan), step, step.plan.latent, 6)
     told = jax.jit(fn).lower(*args).compile().memory_analysis()
     needed = told.temp_size_in_bytes + told.output_size_in_bytes
@@ -237,18 +238,18 @@ def test_what_is_left_to_the_memory(monkeypatch):
     # Steps and their programs, which take seconds, depend on nothing else that varies here.
     steps, programs, trace = {}, {}, capacity.traced
     for remat in ("full", "dots", "none"):
-        steps[remat] = capacity.make_step(dataclasses.replace(settings, remat=remat), sized)
+        steps[remat] = capacity.make_step(dataclasses.replace(settings, remat=remat), sized.prior, sized.judges)
 
     def traced(step, batch):
         key = step.settings.remat, batch
         programs[key] = programs.get(key) or trace(step, batch)
         return programs[key]
 
-    monkeypatch.setattr(capacity, "make_step", lambda settings, sized: steps[settings.remat])
+    monkeypatch.setattr(capacity, "make_step", lambda settings, *networks: steps[settings.remat])
     monkeypatch.setattr(capacity, "traced", traced)
 
     def fitting(limit, **how):
-        found = capacity.fitting(dataclasses.replace(settings, **how), sized, limit)
+        found = capacity.fitting(dataclasses.replace(settings, **how), sized.prior, sized.judges, limit)
         return found.remat, found.batch_size
 
     kept = {name: cost.estimate(dataclasses.replace(settings, remat=name)) for name in ("full", "dots")}

@@ -1,7 +1,7 @@
 """What an iteration takes with every view, referee and image more, beside what cost.py counts.
 
-    python -m tests.bench.slopes --out=slopes.json
-    python -m tests.bench.slopes --config=configs/paper.py --precision=bfloat16 --out=slopes.json     # a GPU
+    python -m tests.tools.slopes --out=slopes.json
+    python -m tests.tools.slopes --config=configs/paper.py --precision=bfloat16 --out=slopes.json     # a GPU
 
 Networks have the sizes of a config's, in the first line of the shapes world's, and random weights. The slope of an axis is that
 of seconds over operations, by least squares: its inverse is the rate at which what was added is done. A ratio of 1 says that it
@@ -62,7 +62,7 @@ def variants(settings: config.Settings, batch: int, counts: Sequence[int] = COUN
 def measure(axis: str, name: str, settings: config.Settings, device: jax.Device) -> dict[str, Any]:
     """A row: seconds of an iteration of the whole batch, and the operations that its program has."""
     sized = abstract_networks.at_random(abstract_networks.abstract(settings))
-    settings = capacity.fitting(settings, sized, chips.memory_limit(device))
+    settings = capacity.fitting(settings, sized.prior, sized.judges, chips.memory_limit(device))
     flops = settings.batch_size * cost.estimate(settings).step
     seconds = bench.whole(settings, sized, device, settings.batch_size)["seconds"]
     return {"axis": axis, "row": name, "remat": settings.remat, "flops": flops, "seconds": seconds}

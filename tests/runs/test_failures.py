@@ -274,10 +274,11 @@ def test_a_python_that_cannot_end_is_ended_by_the_kernel(tmp_path):
     """While its objects are taken away no thread of it runs any more, and one of them may never come to an end."""
     script = (
         "import os, signal, time\n"
-        "from referee_jax import generation, run\n"
+        "from referee_jax import run\n"
+        "from referee_jax.runs import worker\n"
         "class Stuck:\n"
         "    def __del__(self, sleep=time.sleep): sleep(1000)\n"
-        "stuck, stop, run.GRACE = Stuck(), generation.Stop(), 1.0\n"
+        "stuck, stop, run.GRACE = Stuck(), worker.Stop(), 1.0\n"
         "run.catch_signals(stop)\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
         "while not stop(): time.sleep(0.01)\n"
@@ -315,10 +316,11 @@ def test_signals(tmp_path, sent, code):
         # A shell's background job starts with Ctrl-C ignored, and so would its children.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tests import fakes\n"
-        "from referee_jax import generation, run\n"
+        "from referee_jax import run\n"
+        "from referee_jax.runs import worker\n"
         "advance = fakes.FakeInverter.advance\n"
         "fakes.FakeInverter.advance = lambda *x: time.sleep(0.1) or advance(*x)\n"
-        "stop = generation.Stop()\n"
+        "stop = worker.Stop()\n"
         "run.catch_signals(stop)\n"
         f"sys.exit(fakes.execute('--workdir={tmp_path / 'cut'}', *{arguments}, stop=stop)[0])\n"
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.bench import load_test
+from tests.tools import load_test
 
 
 @pytest.mark.parametrize("form", ["png", "webdataset"])

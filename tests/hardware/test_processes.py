@@ -15,7 +15,7 @@ from referee_jax.engine import parallel
 from referee_jax.hardware import processes
 from referee_jax.storage import checkpoints, files
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_meshes():
@@ -45,12 +45,15 @@ JOINED = """
 import signal, sys, time
 from pathlib import Path
 import numpy as np
-from referee_jax import checkpoint, generation, parallel, queue, run
-stop, place = generation.Stop(), Path(sys.argv[2])
+from referee_jax import items, run
+from referee_jax.hardware import processes
+from referee_jax.runs import worker
+from referee_jax.storage import checkpoints
+stop, place = worker.Stop(), Path(sys.argv[2])
 run.catch_signals(stop)
-index, count = parallel.join(int(sys.argv[1]), 2, place, timeout=100)
-part = queue.Part((queue.Item("a", index),), 5, {"x": np.full((1, 3), index, np.float32)})
-checkpoint.Checkpoints(place / "checkpoints").save(part, "print")
+index, count = processes.join(int(sys.argv[1]), 2, place, timeout=100)
+part = items.Part((items.Item("a", index),), 5, {"x": np.full((1, 3), index, np.float32)})
+checkpoints.Checkpoints(place / "checkpoints").save(part, "print")
 print((index, count), flush=True)
 if index:
     signal.raise_signal(signal.SIGTERM)
@@ -121,7 +124,7 @@ def test_a_distributed_run(tmp_path):
 
 def test_who_is_missing_is_told(tmp_path):
     """One of three comes, and JAX ends it in time: before, it says who is here and who is not."""
-    script = "import pathlib, sys; from referee_jax import parallel; parallel.join(0, 3, pathlib.Path(sys.argv[1]), timeout=5)"
+    script = "import pathlib, sys; from referee_jax.hardware import processes; processes.join(0, 3, pathlib.Path(sys.argv[1]), timeout=5)"
     (tmp_path / ".joining").mkdir()
     (tmp_path / ".joining" / "process 1 on a host of yesterday").touch()
     os.utime(tmp_path / ".joining" / "process 1 on a host of yesterday", (0, 0))

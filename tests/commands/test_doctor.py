@@ -18,7 +18,7 @@ from referee_jax import config, doctor
 from referee_jax.hardware import devices
 from referee_jax.storage import run_directory
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SHAPES = f"--config={ROOT / 'configs' / 'shapes.py'}"
 
 
