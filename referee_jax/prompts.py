@@ -58,7 +58,7 @@ def question(text: str) -> str:
     return _MARKS.sub("", text.lower()).strip()
 
 
-def near(prompt: str, exchange: Sequence[Sequence[str]]) -> list[str]:
+def hard_negatives(prompt: str, exchange: Sequence[Sequence[str]]) -> list[str]:
     """Texts near to a prompt that say something else, the most treacherous first: what a referee must not mix up.
 
     `exchange` are groups of words of which each may stand where another stands (colours, shapes, ...). Two words of a group

@@ -15,14 +15,14 @@ class Agreement(NamedTuple):
 
     Attributes:
         rank_correlation: Spearman's, between the score and whether the picture is right, with its 95 % interval.
-        right_first: the share of pairs of a right and a wrong picture that the score puts in that order; ties count half.
+        auroc: the share of pairs of a right and a wrong picture that the score puts in that order; ties count half.
         same_prompt: the same of pairs made for one prompt, where there are some, which is what a choice among samples asks.
     """
 
     rank_correlation: float
     low: float
     high: float
-    right_first: float
+    auroc: float
     same_prompt: float
     pictures: int
 
@@ -72,7 +72,7 @@ def table(found: dict[str, Agreement]) -> str:
     rows = {
         name: [
             f"{cell(x.rank_correlation)} ({cell(x.low)}..{cell(x.high)})",
-            cell(x.right_first), cell(x.same_prompt), x.pictures,
+            cell(x.auroc), cell(x.same_prompt), x.pictures,
         ]
         for name, x in found.items()
     }  # fmt: skip

@@ -25,11 +25,11 @@ def make_mesh(settings: config.Settings, devices: Sequence[jax.Device] | None = 
         raise config.ConfigError(f"mesh: {error}") from error
 
 
-def make_looks(settings: config.Settings, spec: config.RefereeSpec) -> objective.Looks:
+def make_view_plan(settings: config.Settings, spec: config.RefereeSpec) -> objective.ViewPlan:
     """How a referee looks at the image; its own number of views, where it has one, wins."""
     count = spec.views or settings.views.count
     keep = spec.keep or (count if spec.views else settings.views.keep)
-    return objective.Looks(
+    return objective.ViewPlan(
         losses=tuple(sorted(spec.losses)), count=count, keep=keep, augmentations=tuple(settings.views.augmentations),
         passes=make_passes(keep, settings.views.per_pass),
     )  # fmt: skip
@@ -75,8 +75,8 @@ def make_plan(
     side = settings.image_size // prior.vae.config.downscale
     return inversion.Plan(
         latent=(side, side, prior.vae.config.latent_channels),
-        looks=tuple(make_looks(settings, judge.spec) for judge in judges),
-        held_out=tuple(make_looks(settings, judge.spec) for judge in held_out),
+        looks=tuple(make_view_plan(settings, judge.spec) for judge in judges),
+        held_out=tuple(make_view_plan(settings, judge.spec) for judge in held_out),
         look_every=settings.look_every,
         patience=settings.patience,
         steps=settings.steps,

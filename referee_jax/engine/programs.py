@@ -26,7 +26,7 @@ def _denoise(networks, prompt, latents, t, stride, guidance, *, plan: inversion.
 
 
 def _judge(networks, prompt, hyper, latents, *, plan: inversion.Plan):
-    return inversion.verdicts(networks, prompt, hyper, plan, inversion.decode(networks, latents, plan))
+    return inversion.clean_losses(networks, prompt, hyper, plan, inversion.decode(networks, latents, plan))
 
 
 def _better(one, two, *, plan: inversion.Plan):
@@ -44,7 +44,7 @@ def _step(networks, prompt, hyper, state, key, i, *, plan: inversion.Plan, on: b
 
 
 def _look(networks, prompt, hyper, state, *, plan: inversion.Plan):
-    return inversion.look(networks, prompt, hyper, plan, state)
+    return inversion.evaluate_held_out(networks, prompt, hyper, plan, state)
 
 
 def _finish(networks, prompt, hyper, state, *, plan: inversion.Plan, output: str):
@@ -58,7 +58,7 @@ def _finish(networks, prompt, hyper, state, *, plan: inversion.Plan, output: str
         scores |= {f"{name}_{key}": value for key, value in referee.scores(referee.fit(image), text).items()}
     losses = {}
     if networks.held_out:
-        last = inversion.verdicts(networks, prompt, hyper, plan, image)
+        last = inversion.clean_losses(networks, prompt, hyper, plan, image)
         losses = {name: jnp.stack([state.watched.first[n], last[n]]) for n, name in enumerate(("referee", "held_out"))}
     return latents, image, scores, losses
 

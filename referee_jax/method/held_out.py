@@ -13,7 +13,7 @@ from flax import struct
 from jax import Array
 
 
-class Watch(struct.PyTreeNode):
+class HeldOutState(struct.PyTreeNode):
     """What is remembered.
 
     Attributes:
@@ -27,7 +27,7 @@ class Watch(struct.PyTreeNode):
     loss: Array
     since: Array
 
-    def looked(self, latents: Array, loss: Array) -> "Watch":
+    def looked(self, latents: Array, loss: Array) -> "HeldOutState":
         """After another look, at `latents` with this held-out loss."""
         better = loss < self.loss
         return self.replace(
@@ -37,9 +37,9 @@ class Watch(struct.PyTreeNode):
         )
 
 
-def begin(latents: Array, losses: Array) -> Watch:
+def begin(latents: Array, losses: Array) -> HeldOutState:
     """Before the first iteration; `losses` as `Watch.first`."""
-    return Watch(first=losses, best=latents, loss=losses[1], since=jnp.zeros((), jnp.int32))
+    return HeldOutState(first=losses, best=latents, loss=losses[1], since=jnp.zeros((), jnp.int32))
 
 
 def is_hacked(losses: Mapping[str, Sequence[float]]) -> bool:

@@ -67,8 +67,8 @@ class Plan(struct.PyTreeNode):
     """
 
     latent: tuple[int, int, int] = struct.field(pytree_node=False)
-    looks: tuple[objective.Looks, ...] = struct.field(pytree_node=False)
-    held_out: tuple[objective.Looks, ...] = struct.field(pytree_node=False, default=())
+    looks: tuple[objective.ViewPlan, ...] = struct.field(pytree_node=False)
+    held_out: tuple[objective.ViewPlan, ...] = struct.field(pytree_node=False, default=())
     look_every: int = struct.field(pytree_node=False, default=10)
     patience: int = struct.field(pytree_node=False, default=0)
     steps: int = struct.field(pytree_node=False, default=160)
@@ -97,7 +97,7 @@ class InversionState(struct.PyTreeNode):
     best: Array
     best_loss: Array
     frozen: Array
-    watched: held_out.Watch | None = None
+    watched: held_out.HeldOutState | None = None
 
     @property
     def average(self) -> Array:
@@ -116,7 +116,7 @@ class Noise(struct.PyTreeNode):
     referee: tuple[Array, ...]
 
 
-def init(latents: Array, plan: Plan, hyper: Hyper, seen: held_out.Watch | None = None) -> InversionState:
+def init(latents: Array, plan: Plan, hyper: Hyper, seen: held_out.HeldOutState | None = None) -> InversionState:
     """The state before the first iteration, from latents `[h, w, C]`."""
     return InversionState(
         latents=latents,
@@ -182,14 +182,14 @@ def loss_names(plan: Plan) -> tuple[str, ...]:
     return "loss", *own
 
 
-def verdicts(networks: Networks, prompt: Prompt, hyper: Hyper, plan: Plan, image: Array) -> Array:
+def clean_losses(networks: Networks, prompt: Prompt, hyper: Hyper, plan: Plan, image: Array) -> Array:
     """Losses of the optimised and of the held-out referees on a decoded image as it is, weighted and added: float32 `[2]`."""
     totals = []
     for parties in (
         (networks.referees, prompt.texts, plan.looks, hyper.weights),
         (networks.held_out, prompt.held_out, plan.held_out, hyper.held_out),
     ):
-        losses = [objective.verdict(judge, image, *rest) for judge, *rest in zip(*parties, strict=True)]
+        losses = [objective.clean_loss(judge, image, *rest) for judge, *rest in zip(*parties, strict=True)]
         totals.append(sum(losses, jnp.zeros(())))
     return jnp.stack(totals)
 
@@ -250,11 +250,11 @@ def step(
     return new, jax.tree.map(lambda x: jnp.where(stopped, jnp.nan, x), metrics) if plan.patience else metrics
 
 
-def look(
+def evaluate_held_out(
     networks: Networks, prompt: Prompt, hyper: Hyper, plan: Plan, state: InversionState
 ) -> tuple[InversionState, Array]:
     """The state after a look of the held-out referees, and their loss; NaN for what has stopped or is frozen."""
-    loss = verdicts(networks, prompt, hyper, plan, decode(networks, state.latents, plan))[1]
+    loss = clean_losses(networks, prompt, hyper, plan, decode(networks, state.latents, plan))[1]
     is_still = is_over(state, plan)
     watched = optax.tree.where(is_still, state.watched, state.watched.looked(state.latents, loss))
     return state.replace(watched=watched), jnp.where(is_still, jnp.nan, loss)

@@ -45,7 +45,7 @@ class Hyper(struct.PyTreeNode):
         )
 
 
-class Looks(struct.PyTreeNode):
+class ViewPlan(struct.PyTreeNode):
     """How one referee looks at the image: static facts.
 
     `losses` are their names; `keep` <= `count` views count, and have their gradient in as many `passes` one after the other.
@@ -67,7 +67,7 @@ class Weights(struct.PyTreeNode):
     losses: tuple[Array | float, ...]
     share: Array | float = 1.0
 
-    def total(self, looks: Looks, losses: dict[str, Array]) -> Array:
+    def total(self, looks: ViewPlan, losses: dict[str, Array]) -> Array:
         """The weighted sum of the referee's losses."""
         return sum(weight * losses[name] for name, weight in zip(looks.losses, self.losses, strict=True))
 
@@ -95,7 +95,7 @@ def image_gradient(
     referee: Referee,
     image: Array,
     text: Any,
-    looks: Looks,
+    looks: ViewPlan,
     weights: Weights,
     *,
     params: views.Params,
@@ -129,7 +129,7 @@ def image_gradient(
     return jax.tree.map(lambda x: x.sum(0), jax.lax.map(lambda one: gradient(*one), given))
 
 
-def verdict(referee: Referee, image: Array, text: Any, looks: Looks, weights: Weights) -> Array:
+def clean_loss(referee: Referee, image: Array, text: Any, looks: ViewPlan, weights: Weights) -> Array:
     """The referee's loss on the image as it is: one view, fitted and not augmented."""
     losses = referee.views_losses(referee.fit(image)[None], text)
     return weights.total(looks, losses)[0]

@@ -217,7 +217,7 @@ def _looked(plan: inversion.Plan, who: Sequence[str]) -> Callable:
         networks = networks.replace(**{name: () for name in fields if name not in who})
         prompt = prompt.replace(**{text: () for name, text in _TEXTS.items() if name not in who})
         hyper = hyper.replace(**{weights: () for name, weights in _WEIGHTS.items() if name not in who})
-        return inversion.verdicts(networks, prompt, hyper, kept, inversion.decode(networks, z, kept))
+        return inversion.clean_losses(networks, prompt, hyper, kept, inversion.decode(networks, z, kept))
 
     return look
 

@@ -123,7 +123,7 @@ def from_checkpoint(
 def texts(judge: Any, prompt: str) -> list[str]:
     """The prompt, then its negatives: the spec's own, and `spec.near` of the prompt's neighbours (prompts.near) or fewer."""
     spec = judge.spec
-    near = prompts.near(prompt, spec.exchange)[: spec.near]
+    near = prompts.hard_negatives(prompt, spec.exchange)[: spec.near]
     return list(map(judge.text, [prompt, *(text for text in spec.negatives if text != prompt), *near]))
 
 

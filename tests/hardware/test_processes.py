@@ -124,7 +124,10 @@ def test_a_distributed_run(tmp_path):
 
 def test_who_is_missing_is_told(tmp_path):
     """One of three comes, and JAX ends it in time: before, it says who is here and who is not."""
-    script = "import pathlib, sys; from referee_jax.hardware import processes; processes.join(0, 3, pathlib.Path(sys.argv[1]), timeout=5)"
+    script = (
+        "import pathlib, sys; from referee_jax.hardware import processes;"
+        "processes.join(0, 3, pathlib.Path(sys.argv[1]), timeout=5)"
+    )
     (tmp_path / ".joining").mkdir()
     (tmp_path / ".joining" / "process 1 on a host of yesterday").touch()
     os.utime(tmp_path / ".joining" / "process 1 on a host of yesterday", (0, 0))

@@ -65,7 +65,7 @@ def sides(request, tmp_path_factory):
 def ours(settings: oracle.Settings) -> tuple[inversion.Plan, inversion.Hyper]:
     """The oracle's settings as a plan and numbers."""
     s = settings
-    looks = objective.Looks(
+    looks = objective.ViewPlan(
         losses=tuple(s.referee_losses),
         count=s.views_count,
         keep=s.views_keep,

@@ -25,7 +25,7 @@ class Referee:
 
 
 def looks(count, keep, passes=1):
-    return objective.Looks(losses=("curved", "far"), count=count, keep=keep, augmentations=NAMES, passes=passes)
+    return objective.ViewPlan(losses=("curved", "far"), count=count, keep=keep, augmentations=NAMES, passes=passes)
 
 
 def given_views(count, keep):
@@ -85,7 +85,7 @@ def test_passes():
     assert [builders.make_passes(10, most) for most in (0, 10, 9, 5, 4, 3, 1)] == [1, 1, 2, 2, 5, 5, 10]
     assert builders.make_passes(11, 7) == 2 and builders.make_passes(7, 9) == 1
     settings = config.override(config.Settings(), {"views.per_pass": 4})
-    assert builders.make_looks(settings, config.RefereeSpec(views=8)).passes == 2
+    assert builders.make_view_plan(settings, config.RefereeSpec(views=8)).passes == 2
 
 
 def test_passes_are_not_of_the_image():

@@ -29,7 +29,7 @@ def load(directory, **changes):
 
 
 def texts(judge, prompt):
-    return [prompt, *(n for n in judge.spec.negatives if n != prompt), *prompts.near(prompt, GROUPS)[:4]]
+    return [prompt, *(n for n in judge.spec.negatives if n != prompt), *prompts.hard_negatives(prompt, GROUPS)[:4]]
 
 
 def views(size=SIDE, count=3):

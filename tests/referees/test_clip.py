@@ -46,7 +46,7 @@ def test_losses(judge, prompt):
     text = judge.referee.encode(tokens)
     views = np.random.default_rng(0).uniform(size=(3, 32, 32, 3)).astype(np.float32)
     # "a photo" is its own only negative, and has no words to exchange: nothing is left to tell it from.
-    texts = [prompt, *(n for n in judge.spec.negatives if n != prompt), *prompts.near(prompt, GROUPS)[:4]]
+    texts = [prompt, *(n for n in judge.spec.negatives if n != prompt), *prompts.hard_negatives(prompt, GROUPS)[:4]]
     assert tokens["real"].sum() == len(texts) == (6 if "red" in prompt else 1)
     wanted, gradients = oracle(judge, views, texts)
     made = judge.referee.views_losses(jnp.asarray(views), text)
@@ -122,7 +122,7 @@ def test_unknown_loss():
 
 
 def test_near():
-    texts = prompts.near("a red circle and a blue square", GROUPS)
+    texts = prompts.hard_negatives("a red circle and a blue square", GROUPS)
     assert texts[:4] == [
         "a blue circle and a red square",
         "a red square and a blue circle",
@@ -132,5 +132,5 @@ def test_near():
     assert "a green circle and a blue square" in texts and "a red circle and a blue circle" in texts
     assert len(texts) == len(set(texts)) == 4 + 4 + 2
     assert "a red circle and a blue square" not in texts
-    assert prompts.near("a red apple", (("red", "orange"),)) == ["an orange apple"]
-    assert prompts.near("nothing of the groups", GROUPS) == []
+    assert prompts.hard_negatives("a red apple", (("red", "orange"),)) == ["an orange apple"]
+    assert prompts.hard_negatives("nothing of the groups", GROUPS) == []

@@ -40,7 +40,7 @@ def judge(directory):
 def texts_of(judge, prompt):
     """The prompt and what it is told from, in lower case."""
     negatives = [text for text in judge.spec.negatives if text != prompt]
-    return [t.lower() for t in (prompt, *negatives, *prompts.near(prompt, GROUPS)[: judge.spec.near])]
+    return [t.lower() for t in (prompt, *negatives, *prompts.hard_negatives(prompt, GROUPS)[: judge.spec.near])]
 
 
 def views(count=3):

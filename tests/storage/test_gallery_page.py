@@ -12,12 +12,12 @@ from absl import flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests.test_outputs import SETTINGS, picture
 
 from referee_jax import cli, config, gallery, items
 from referee_jax.items import Item
 from referee_jax.storage import gallery_page, run_directory
 from tests import pages
+from tests.storage.test_run_directory import SETTINGS, picture
 
 MARKUP = [
     "</script>",

@@ -8,12 +8,12 @@ import time
 
 import numpy as np
 import pytest
-from tests.test_outputs import Picture
 
 from referee_jax import config
 from referee_jax.items import Item
 from referee_jax.storage import files, images, run_directory
 from referee_jax.storage import writer as writer_lib
+from tests.storage.test_run_directory import Picture
 
 FORMATS = "png", "webp", "webdataset"
 
