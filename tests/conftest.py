@@ -6,10 +6,10 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing that a test compiles is of use to another run
 # Tiny networks are compiled for longer than they run. Without the fusion emitters it takes a third of the time, and a fifth less
 # where the code is not split among threads.
 os.environ["XLA_FLAGS"] = (
@@ -30,6 +30,24 @@ from referee_jax.storage import files
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--compile-cache", help="where compiled programs are kept for the next run; default: nowhere")
+
+
+def pytest_configure(config):
+    """Equal programs of several tests, files, workers and processes are compiled once."""
+    directory = config.getoption("--compile-cache")
+    if not directory and "REFEREE_JAX_TESTS_PROGRAMS" not in os.environ:
+        kept = tempfile.TemporaryDirectory(prefix="programs-")
+        config.add_cleanup(kept.cleanup)
+        directory = kept.name
+    if directory:
+        os.environ["REFEREE_JAX_TESTS_PROGRAMS"] = directory  # of the workers, too, which are begun later
+    jax.config.update("jax_compilation_cache_dir", os.environ["REFEREE_JAX_TESTS_PROGRAMS"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 # Minutes each: begun last, they would run while the other workers have nothing to do.

@@ -9,5 +9,4 @@ from tests import fakes
 
 if __name__ == "__main__":
     run.main = functools.partial(run.main, load=fakes.FakeInverter)
-    with fakes.without_networks():
-        app.run(run._absl_main, flags_parser=run._absl_flags)
+    app.run(run._absl_main, flags_parser=run._absl_flags)
