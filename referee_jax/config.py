@@ -380,7 +380,7 @@ def fingerprint(settings: Settings) -> str:
 def diff(old: Settings | Mapping, new: Settings | Mapping) -> str:
     """The differences of two settings (or dictionaries of them), one line each: `sds.guidance: 30.0 -> 7.5`."""
     old, new = (_flat(x if isinstance(x, Mapping) else to_dict(x)) for x in (old, new))
-    said = lambda values, key: json.dumps(values[key]) if key in values else "(absent)"  # noqa: E731
+    said = lambda values, key: json.dumps(values[key]) if key in values else "(absent)"
     keys = sorted(key for key in old.keys() | new.keys() if said(old, key) != said(new, key))
     return "\n".join(f"{key}: {said(old, key)} -> {said(new, key)}" for key in keys)
 
@@ -403,5 +403,5 @@ def checkpoints(settings: Settings) -> list[tuple[str, str]]:
 
 def pinned(settings: Settings, commits: Mapping[str, str]) -> Settings:
     """The settings with the commit of each checkpoint that names no revision, where `commits` has it."""
-    pin = lambda x: dataclasses.replace(x, revision=x.revision or commits.get(x.checkpoint, ""))  # noqa: E731
+    pin = lambda x: dataclasses.replace(x, revision=x.revision or commits.get(x.checkpoint, ""))
     return dataclasses.replace(settings, generator=pin(settings.generator), referees=tuple(map(pin, settings.referees)))

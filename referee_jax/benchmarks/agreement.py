@@ -44,7 +44,7 @@ def measure(prompts: Sequence[Hashable], scores: Sequence[float], right: Sequenc
     low, high = np.nanpercentile(drawn, [2.5, 97.5]) if np.isfinite(drawn).any() else (np.nan, np.nan)
     within = np.array([_pairs(scores[x], right[x]) for x in own]).sum(0)
     first = _pairs(scores, right)
-    share = lambda won, of: float(won / of) if of else np.nan  # noqa: E731
+    share = lambda won, of: float(won / of) if of else np.nan
     return Agreement(_correlation(scores, right), float(low), float(high), share(*first), share(*within), len(scores))
 
 
@@ -68,7 +68,7 @@ def _pairs(scores: np.ndarray, right: np.ndarray) -> tuple[float, int]:
 
 def table(found: dict[str, Agreement]) -> str:
     """A row for each score, as Markdown."""
-    cell = lambda x: "-" if np.isnan(x) else f"{x:.3f}"  # noqa: E731
+    cell = lambda x: "-" if np.isnan(x) else f"{x:.3f}"
     rows = {
         name: [
             f"{cell(x.rank_correlation)} ({cell(x.low)}..{cell(x.high)})",

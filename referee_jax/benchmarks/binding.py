@@ -59,7 +59,7 @@ def _ask(referee, images, tokens, loss: str):
 
 def losses(judge: referees.Judge, loss: str, asked: list[tuple[np.ndarray, list[str]]]) -> np.ndarray:
     """float32 `[scene, caption]`."""
-    stacked = lambda trees: jax.tree.map(lambda *x: np.stack(x), *trees)  # noqa: E731
+    stacked = lambda trees: jax.tree.map(lambda *x: np.stack(x), *trees)
     found = []
     for start in range(0, len(asked), BATCH):
         share = asked[start : start + BATCH]

@@ -151,7 +151,7 @@ def tokenize(
 def encode(networks: inversion.Networks, text_encoder: Any, tokens: dict[str, Any]) -> inversion.Prompt:
     """All that depends on the text alone, of `tokenize`'s tokens."""
     states = text_encoder(tokens["prior"]).astype(jnp.float32)
-    judged = lambda referees, key: tuple(r.encode(t) for r, t in zip(referees, tokens[key], strict=True))  # noqa: E731
+    judged = lambda referees, key: tuple(r.encode(t) for r, t in zip(referees, tokens[key], strict=True))
     return inversion.Prompt(
         cond=states[0],
         uncond=states[1] if len(states) > 1 else None,

@@ -72,7 +72,7 @@ def fitting_batch(settings: config.Settings, prior: load.StableDiffusion, judges
     """The batch that is asked for, if it fits, else 0; where none is, the largest that does."""
     step = make_step(settings, prior, judges)
     free = USABLE * limit - sum(weights(step).values())
-    needed = lambda batch: peak_memory.peak(traced(step, batch))  # noqa: E731
+    needed = lambda batch: peak_memory.peak(traced(step, batch))
     if settings.batch_size:
         return settings.batch_size if needed(settings.batch_size) <= free else 0
     least, most = needed(1), needed(2)
@@ -93,7 +93,7 @@ def one_step(plan: inversion.Plan) -> Callable:
 
 def batched(fn: Callable, step: Step, shape: Sequence[int], batch: int) -> tuple[Callable, tuple]:
     """A part's or `one_step`'s function over a batch of images, and its arguments, abstract where the step's are."""
-    lead = lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype)  # noqa: E731
+    lead = lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     x = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
     args = step.networks, jax.tree.map(lead, step.prompt), step.hyper, x, keys

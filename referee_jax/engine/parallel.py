@@ -48,7 +48,7 @@ def place(tree: Any, mesh: Mesh, *, batched: bool) -> Any:
     (jax.ShapeDtypeStructs) nothing is put anywhere: each leaf becomes one, and is told where it would be.
     """
     is_abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
-    told = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    told = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     put = told if is_abstract else jax.device_put
     return jax.tree.map(lambda x: put(x, NamedSharding(mesh, _spec(x, mesh, batched))), tree)
 

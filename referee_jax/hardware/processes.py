@@ -73,7 +73,7 @@ def _presence(place: Path, name: str, timeout: float, wanted: Iterable[int]) -> 
             f"--distributed: {place.parent} cannot be written: {error.strerror or error}"
         ) from error
     # Those that an earlier job's end left are older than any of this one.
-    is_left = lambda file: file.stat().st_mtime < own.stat().st_mtime - timeout  # noqa: E731
+    is_left = lambda file: file.stat().st_mtime < own.stat().st_mtime - timeout
 
     def tell() -> None:
         come = sorted(file.name for file in place.iterdir() if not is_left(file))

@@ -99,7 +99,7 @@ def warp(view: Array, x: Array, y: Array) -> Array:
 
 def _dense_warp(view: Array, x: Array, y: Array) -> Array:
     """`warp` at positions `x, y [...]`."""
-    near = lambda at, place: jnp.maximum(0, 1 - abs(at - place))  # noqa: E731
+    near = lambda at, place: jnp.maximum(0, 1 - abs(at - place))
     columns = jnp.einsum("...w,hwc->...hc", near(x[..., None], jnp.arange(view.shape[1])), view)
     # The rows' weights in full size, channels too: XLA would store smaller ones, and computes these where it reads them.
     rows = jax.lax.broadcasted_iota(jnp.float32, columns.shape, columns.ndim - 2)

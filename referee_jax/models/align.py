@@ -224,7 +224,7 @@ class VisionEncoder(nnx.Module):
             self.blocks.append(Block(config, stage, number, is_first=True, rngs=rngs))
             number, rest = number + config.depth(stage), config.depth(stage) - 1
             if rest:
-                build = lambda rngs, stage=stage: Block(config, stage, -1, is_first=False, rngs=rngs)  # noqa: E731
+                build = lambda rngs, stage=stage: Block(config, stage, -1, is_first=False, rngs=rngs)
                 self.blocks.append(layers.stack(build, rest, rngs))
 
     def __call__(self, x: Array) -> Array:

@@ -120,7 +120,7 @@ class Encoder(nnx.Module):
     """A stack of equal blocks, of which only the inputs are kept for the gradient."""
 
     def __init__(self, config: Config, *, cross_width: int, rngs: nnx.Rngs):
-        build = lambda rngs: Layer(config, cross_width=cross_width, rngs=rngs)  # noqa: E731
+        build = lambda rngs: Layer(config, cross_width=cross_width, rngs=rngs)
         self.layer = layers.stack(build, config.num_hidden_layers, rngs)
 
     def __call__(self, x: Array, *args) -> Array:

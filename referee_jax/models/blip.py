@@ -109,7 +109,7 @@ class VisionEncoder(nnx.Module):
     """
 
     def __init__(self, config: VisionConfig, *, bias: bool = True, rngs: nnx.Rngs):
-        build = lambda rngs: VisionLayer(config, bias=bias, rngs=rngs)  # noqa: E731
+        build = lambda rngs: VisionLayer(config, bias=bias, rngs=rngs)
         self.layers = layers.stack(build, config.num_hidden_layers, rngs)
 
     def __call__(self, x: Array) -> Array:

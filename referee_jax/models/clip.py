@@ -120,7 +120,7 @@ class Encoder(nnx.Module):
     """A stack of equal blocks."""
 
     def __init__(self, config: TowerConfig, *, is_causal: bool, rngs: nnx.Rngs):
-        build = lambda rngs: EncoderLayer(config, is_causal=is_causal, rngs=rngs)  # noqa: E731
+        build = lambda rngs: EncoderLayer(config, is_causal=is_causal, rngs=rngs)
         self.layers = layers.stack(build, config.num_hidden_layers, rngs)
 
     def __call__(self, x: Array) -> Array:

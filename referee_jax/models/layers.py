@@ -91,7 +91,7 @@ def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
     cuDNN has not: one is added, and masked.
     """
     asked, read = query.shape[1], key.shape[1]
-    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))  # noqa: E731
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
     lengths = {}
     if asked % 2 or read % 2:
         # Made of the query, so that vmap gives them its axis.

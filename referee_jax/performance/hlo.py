@@ -216,7 +216,7 @@ def _flops(x: _Instruction, body: dict[str, _Instruction]) -> float:
     lefts, rights, outs = _LABELS.search(x.line).groups()
     window = dict(field.split("=") for field in found[1].split()) if (found := _WINDOW.search(x.line)) else {}
     axes = len(rights) - 2
-    given = lambda name, default: window[name].split("x") if name in window else [default] * axes  # noqa: E731
+    given = lambda name, default: window[name].split("x") if name in window else [default] * axes
     each = zip(
         given("pad", "0_0"), given("stride", "1"), given("lhs_dilate", "1"), given("rhs_dilate", "1"), strict=True
     )

@@ -236,7 +236,7 @@ def clip_eye(eye: torch.nn.Module, clip: pathlib.Path) -> None:
     theirs = transformers.CLIPModel.from_pretrained(clip, dtype=torch.float32).vision_model
     norm = theirs.pre_layrnorm
     scale = norm.weight / theirs.embeddings(images).std(-1).mean()
-    normed = lambda x: scale * (x - x.mean(-1, keepdim=True))  # noqa: E731
+    normed = lambda x: scale * (x - x.mean(-1, keepdim=True))
     ours = eye.embeddings
     kernel = theirs.embeddings.patch_embedding.weight
     state = {

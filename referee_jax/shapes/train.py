@@ -77,7 +77,7 @@ def train(
     average = copy.deepcopy(trained).requires_grad_(False)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=network.rate, betas=(0.9, 0.99), weight_decay=0.02)
     warmup = min(200, 1 + steps // 5)
-    shape = lambda i: min((i + 1) / warmup, 0.51 + 0.49 * math.cos(math.pi * i / steps))  # noqa: E731
+    shape = lambda i: min((i + 1) / warmup, 0.51 + 0.49 * math.cos(math.pi * i / steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     parts = {"trained": trained, "average": average, "optimizer": optimizer, "schedule": schedule}
     checkpoint = workdir / f"{name}.pt"

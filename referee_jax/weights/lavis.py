@@ -60,7 +60,7 @@ def _fits(patterns: Iterable[str], name: str) -> bool:
 
 def _kind(names: Iterable[str]) -> str:
     """The first kind that a file of these tensors may be."""
-    some = lambda pattern: any(_bind(pattern, name) is not None for name in names)  # noqa: E731
+    some = lambda pattern: any(_bind(pattern, name) is not None for name in names)
     for kind, row in KINDS.items():
         if all(map(some, row.has)) and not any(map(some, row.lacks)):
             return kind
@@ -152,7 +152,7 @@ def _listed(names: Iterable[str], limit: int = 20) -> str:
 
 def check(kind: str, tensors: Mapping[str, np.ndarray], origins: Mapping[str, str], config: Mapping) -> None:
     """Raises WeightsError, with the authors' names, if these are not exactly the tensors of the network of `config`."""
-    could_be = lambda name: " or ".join(" and ".join(_fill(row[0], stars)) for row, stars in _matches(kind, name, 1))  # noqa: E731
+    could_be = lambda name: " or ".join(" and ".join(_fill(row[0], stars)) for row, stars in _matches(kind, name, 1))
     row = load.KINDS[kind]
     parsed = row.config(config, where="config.json")
     parsed = dataclasses.replace(parsed, **load.optional_parts(row, tensors))

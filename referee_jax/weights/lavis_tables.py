@@ -47,7 +47,7 @@ def transposed(x: np.ndarray) -> list[np.ndarray]:
 
 def _moved(rows: Iterable[Row], old: str, new: str) -> tuple[Row, ...]:
     """The rows with `old` before each of their sources and `new` before each of their targets."""
-    before = lambda prefix, names: " ".join(prefix + name for name in names.split())  # noqa: E731
+    before = lambda prefix, names: " ".join(prefix + name for name in names.split())
     return tuple((before(old, row[0]), before(new, row[1]), *row[2:]) for row in rows)
 
 

@@ -23,7 +23,7 @@ def test_one_caption_is_true(category, split):
 
 
 def test_exchanged():
-    swap = lambda text: binding.exchanged(world.parse(text)).text  # noqa: E731
+    swap = lambda text: binding.exchanged(world.parse(text)).text
     assert swap("a red circle and a blue square") == "a red square and a blue circle"
     assert swap("a red circle above a blue square") == "a blue square above a red circle"
 

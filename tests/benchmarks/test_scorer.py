@@ -31,7 +31,7 @@ def test_as_one_by_one(judge, images):
     made = scorer(images, TEXTS)
     wanted = [judge.score([image], texts)[0] for image, texts in zip(images, TEXTS, strict=True)]
     assert [len(own) for own in made] == [2, 1, 2]
-    flat = lambda rows: [score["cosine"] for own in rows for score in own]  # noqa: E731
+    flat = lambda rows: [score["cosine"] for own in rows for score in own]
     np.testing.assert_allclose(flat(made), flat(wanted), atol=1e-5)
     assert np.ptp(flat(made)) > 1e-2
 

@@ -182,7 +182,7 @@ def test_lists(tmp_path):
 
 
 def test_who_is_measured_by_what():
-    measured = lambda *parts: [  # noqa: E731
+    measured = lambda *parts: [
         name for name in ("blip_vqa", "clip", "clip_without_adjectives") if t2i_compbench.is_measured(parts, name)
     ]
     assert measured("color", "color, seen") == ["blip_vqa"]

@@ -294,7 +294,7 @@ def test_lists_and_category(run, warned):
         shape_val=PROMPTS[1:],
         shape_val_unseen=PROMPTS[1:],
     )
-    parts = lambda category: evaluate.parts("t2i_compbench", entries, lists, category)  # noqa: E731
+    parts = lambda category: evaluate.parts("t2i_compbench", entries, lists, category)
     seen, unseen = ["color", "color, seen"], ["shape", "shape, unseen"]
     assert parts(None) == {PROMPTS[0]: seen, PROMPTS[1]: ["color", *unseen], PROMPTS[2]: unseen}
     with pytest.raises(ValueError, match=f"1 prompts are not in the list of shape of .*, '{PROMPTS[0]}' for one"):

@@ -201,7 +201,7 @@ def test_a_stop_is_obeyed_after_the_chunk(tmp_path, capsys, call):
     """What is in flight is saved, and goes on in the middle; only a batch that is at its end is finished first."""
     arguments = [f"--prompt={n}" for n in range(4)]
     stop = worker.Stop()
-    end = lambda: setattr(stop, "number", signal.SIGTERM)  # noqa: E731
+    end = lambda: setattr(stop, "number", signal.SIGTERM)
     code, engine = execute(*arguments, f"--workdir={tmp_path / 'cut'}", failures={call: end}, stop=stop)
     assert code == 143 and engine.calls == call
     assert capsys.readouterr().err.endswith("and the same command continues\n")
@@ -278,7 +278,7 @@ def test_an_estimate_that_cannot_be_made_is_a_sentence(tmp_path, capsys):
 
 def test_warmup_compiles_and_writes_nothing(tmp_path, capsys):
     engines = []
-    load = lambda settings: engines.append(FakeInverter(settings)) or engines[-1]  # noqa: E731
+    load = lambda settings: engines.append(FakeInverter(settings)) or engines[-1]
     asked = command("--warmup", "--seed=3", "--config.referee.stop=50", f"--workdir={tmp_path / 'run'}")
     before = jax.config.jax_compilation_cache_dir  # whoever runs the tests may have one
     jax.config.update("jax_compilation_cache_dir", None)

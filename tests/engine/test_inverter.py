@@ -158,8 +158,8 @@ def test_no_program_of_a_run_speaks(checkpoints, monkeypatch):
         compiled = ask(name, *swept, **static)
 
         def call(*args):
-            placed = lambda x: x.sharding if getattr(x, "committed", False) else None  # noqa: E731
-            told = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed(x))  # noqa: E731
+            placed = lambda x: x.sharding if getattr(x, "committed", False) else None
+            told = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed(x))
             seen[name, *static.items()] = compiled, jax.tree.map(lambda x: told(x) if hasattr(x, "shape") else x, args)
             return compiled(*args)
 
@@ -209,13 +209,13 @@ def test_transformations(inverter):
         noise = inversion.draw(jax.random.wrap_key_data(key), networks, plan, hyper, i)
         return inversion.step(networks, prompt, hyper, plan, state, i, noise)[0].latents
 
-    take = lambda tree, n: jax.tree.map(lambda x: x[n], tree)  # noqa: E731
+    take = lambda tree, n: jax.tree.map(lambda x: x[n], tree)
     single = jax.jit(step)
     wanted = np.stack([single(networks, take(prompt, n), hyper, take(state, n), keys[n], 0) for n in range(8)])
     assert relative_l2(wanted, state.latents) > 1e-3
     over = (None, 0, None, 0, 0, None)
     batched = jax.vmap(step, in_axes=over)
-    scanned = lambda *args: jax.lax.scan(lambda c, i: (c, batched(*args, i)), 0, jnp.arange(1))[1][0]  # noqa: E731
+    scanned = lambda *args: jax.lax.scan(lambda c, i: (c, batched(*args, i)), 0, jnp.arange(1))[1][0]
     made = {
         "vmap": jax.jit(batched)(networks, prompt, hyper, state, keys, 0),
         "scan": jax.jit(scanned)(networks, prompt, hyper, state, keys),
@@ -231,7 +231,7 @@ def test_transformations(inverter):
 def test_nothing_recompiles(checkpoints):
     """Over seeds, prompts, numbers and weights, of losses and of referees, of a watched run and of rows of a sweep."""
     spec = settings(checkpoints).referees[0]
-    judges = lambda *weights: (  # noqa: E731
+    judges = lambda *weights: (
         dataclasses.replace(spec, weight=weights[0], losses={"cosine": weights[1], "contrastive": weights[2]}),
         dataclasses.replace(spec, role="held_out", weight=weights[3], losses={"cosine": weights[4]}),
     )

@@ -18,7 +18,7 @@ def peak(fn, *args) -> int:
 
 
 def test_by_hand():
-    dot = lambda x: x @ x  # noqa: E731
+    dot = lambda x: x @ x
     assert peak(dot, KIB) == 1024
     assert peak(lambda x: dot(dot(dot(x))), KIB) == 2048  # a product is made beside what it is made of
     assert peak(lambda x: dot(dot(x)) + dot(x), KIB) == 2048
@@ -33,20 +33,20 @@ def test_by_hand():
 def test_what_is_computed_twice_is_kept():
     """Unless a barrier stands before the second time, as where something is to be made again."""
     again = jax.lax.optimization_barrier
-    twice = lambda y, z: jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(z) * 2) + jnp.sum(y * 3)  # noqa: E731
+    twice = lambda y, z: jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(z) * 2) + jnp.sum(y * 3)
     assert peak(lambda x: (lambda y: twice(y, y))(x @ x), KIB) == pytest.approx(2048, abs=16)
     assert peak(lambda x: (lambda y: twice(y, again(y)))(x @ x), KIB) == pytest.approx(1024, abs=16)
     assert peak(lambda x: (lambda y: twice(y, 2 * y))(x @ x), KIB) == pytest.approx(1024, abs=16)
 
 
 def test_loops_and_branches():
-    body = lambda x: (x @ x) @ x  # noqa: E731
+    body = lambda x: (x @ x) @ x
     assert peak(body, KIB) == 2048
     # Beside what one turn needs there is what is carried, and its number.
     assert peak(lambda x: jax.lax.fori_loop(0, 9, lambda i, x: body(x), x), KIB) == 2048 + 1024 + 8
-    stacked = lambda x: jax.lax.scan(lambda x, _: (body(x), x @ x), x, length=9)[1]  # noqa: E731
+    stacked = lambda x: jax.lax.scan(lambda x, _: (body(x), x @ x), x, length=9)[1]
     assert peak(stacked, KIB) == (1 + 9) * 1024 + 2048
-    either = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, body, x)  # noqa: E731
+    either = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, body, x)
     assert peak(either, KIB) == pytest.approx(1024 + 2048, abs=8)  # its result, and the dearer side
 
 

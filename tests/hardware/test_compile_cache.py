@@ -31,7 +31,7 @@ def home(monkeypatch, tmp_path):
 def compiled():
     """Computes something anew, as a fresh process would: the result, and whether a kept program gave it."""
     hits = []
-    listen = lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None  # noqa: E731
+    listen = lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None
     jax.monitoring.register_event_listener(listen)
 
     def run():

@@ -33,7 +33,7 @@ def test_what_is_split(monkeypatch):
     """Over the groups what is batched; within them the longest axis that can be, of what is large."""
     monkeypatch.setattr(parallel, "LARGE", 100)
     mesh = parallel.prompt_mesh(jax.devices()[:4], model=2)
-    spec = lambda *shape, batched=False: parallel.place(np.zeros(shape), mesh, batched=batched).sharding.spec  # noqa: E731
+    spec = lambda *shape, batched=False: parallel.place(np.zeros(shape), mesh, batched=batched).sharding.spec
     assert spec(4, 400, batched=True) == PartitionSpec("prompt")
     assert spec(3, 40, 6) == PartitionSpec(None, "model")
     assert spec(99) == spec(101, 5) == spec(2, 2) == PartitionSpec()

@@ -104,7 +104,7 @@ def encode(networks, text_encoder, ids) -> inversion.Prompt:
 
 def as_torch(noise: inversion.Noise) -> dict:
     """One step's noise of all prompts under the oracle's names."""
-    tensor = lambda x: torch.from_numpy(np.array(x))  # noqa: E731
+    tensor = lambda x: torch.from_numpy(np.array(x))
     noise = jax.tree.map(tensor, noise)
     return {
         "t": noise.t.long(), "eps": noise.eps, "n1": noise.n1, "n2": noise.n2,

@@ -88,7 +88,7 @@ def test_token_types_and_pooler():
     """ALIGN's text tower."""
     oracle = transformers.AlignTextModel(transformers.AlignTextConfig(**SIZES, type_vocab_size=2))
     oracle = networks.redraw(oracle, seed=1)
-    build = lambda: bert.Bert(bert.Config(**SIZES), token_types=2, pooler=True, rngs=nnx.Rngs(0))  # noqa: E731
+    build = lambda: bert.Bert(bert.Config(**SIZES), token_types=2, pooler=True, rngs=nnx.Rngs(0))
     network = fill(oracle, build)
     theirs = oracle(input_ids=torch.from_numpy(IDS).long(), attention_mask=torch.from_numpy(MASK).long())
     ours = jax.jit(lambda n: n(IDS, MASK))(network)

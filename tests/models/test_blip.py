@@ -83,7 +83,7 @@ def theirs(task, oracle, pixels):
     ids, mask = torch.from_numpy(IDS).long(), torch.from_numpy(MASK).long()
     both = dict(pixel_values=pixels, interpolate_pos_encoding=True)
     if task == "itm":
-        call = lambda head: oracle(input_ids=ids, attention_mask=mask, use_itm_head=head, **both).itm_score  # noqa: E731
+        call = lambda head: oracle(input_ids=ids, attention_mask=mask, use_itm_head=head, **both).itm_score
         return {"match": call(True), "cosines": call(False)}
     if task == "caption":
         labels = ids.masked_fill(ids == 0, -100)

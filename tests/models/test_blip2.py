@@ -97,7 +97,7 @@ def to_torch(x):
 def theirs(oracle, x, ids=IDS, mask=MASK):
     """ITM logits, cosines `[image, text]`, features of images and texts, and the pixels they depend on."""
     pixels, ids, mask = to_torch(x), torch.from_numpy(ids), torch.from_numpy(mask)
-    ask = lambda head: oracle(pixels, ids, attention_mask=mask, use_image_text_matching_head=head)  # noqa: E731
+    ask = lambda head: oracle(pixels, ids, attention_mask=mask, use_image_text_matching_head=head)
     match, contrast = ask(True), ask(False)
     return match.logits_per_image, contrast.logits_per_image, contrast.image_embeds, contrast.text_embeds, pixels
 

@@ -91,7 +91,7 @@ def test_a_norm_keeps_its_input_alone():
 def passes(stack, policy):
     """Products of a gradient, in those of a forward pass."""
     asked = layers.with_remat(stack, policy)
-    forward = lambda x: layers.scan_layers(asked, x, remat=True).sum()  # noqa: E731
+    forward = lambda x: layers.scan_layers(asked, x, remat=True).sum()
     return flops_lib.flops(jax.grad(forward), X) / flops_lib.flops(forward, X)
 
 
@@ -134,7 +134,7 @@ def lowered(fn, *args):
 def test_cudnn_attends(cuda, tokens):
     """Long attention and its gradient under vmap are cuDNN's, and counted."""
     own, others = (shaped(2, n, 16, 88) for n in tokens)
-    loss = lambda q, k: (layers.attention(q, k, k).astype(jnp.float32) ** 2).sum()  # noqa: E731
+    loss = lambda q, k: (layers.attention(q, k, k).astype(jnp.float32) ** 2).sum()
     batched = [shaped(3, *x.shape) for x in (own, others)]
     text = lowered(jax.vmap(jax.grad(loss, argnums=(0, 1))), *batched)
     assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
@@ -147,7 +147,7 @@ def test_cudnn_attends(cuda, tokens):
 
 
 def test_kept_attention_is_not_made_again(cuda):
-    fn = lambda x: (layers.attention(x, x, x).astype(jnp.float32) ** 2).sum()  # noqa: E731
+    fn = lambda x: (layers.attention(x, x, x).astype(jnp.float32) ** 2).sum()
     x = shaped(2, 256, 16, 88)
     flops = {name: flops_lib.flops(jax.grad(jax.checkpoint(fn, policy=p)), x) for name, p in layers.POLICIES.items()}
     assert flops["dots"] == flops["none"] == flops["full"] * 7 / 9
@@ -167,7 +167,7 @@ def test_kept_attention_is_not_made_again(cuda):
 )
 def test_xla_attends(cuda, query, how):
     """What cuDNN cannot do, or what is too short to matter."""
-    ask = lambda x, key=None, **how: layers.attention(x, *[x if key is None else key] * 2, **how)  # noqa: E731
+    ask = lambda x, key=None, **how: layers.attention(x, *[x if key is None else key] * 2, **how)
     assert "cudnn" not in lowered(lambda x: ask(x, **how), query)
 
 
@@ -188,7 +188,7 @@ def test_a_tpu_asks_in_blocks(monkeypatch, chip, query, blocks):
 
 def test_blocks_attend_as_all_at_once(monkeypatch):
     """Outputs and gradients, of a batch by vmap, of fewer queries than keys."""
-    ask = lambda q, k, v: (layers.attention(q, k, v) ** 2).sum()  # noqa: E731
+    ask = lambda q, k, v: (layers.attention(q, k, v) ** 2).sum()
     asked = jax.vmap(jax.value_and_grad(ask, argnums=(0, 1, 2)))
     keys = jax.random.split(jax.random.key(2), 3)
     x = [jax.random.normal(key, (2, 1, tokens, 2, 4)) for key, tokens in zip(keys, (256, 512, 512), strict=True)]
@@ -201,5 +201,5 @@ def test_blocks_attend_as_all_at_once(monkeypatch):
 
 def test_what_is_made_again_is_within_a_loop(stack):
     """XLA:CPU keeps it, if there is no loop around it."""
-    fn = lambda x: layers.scan_layers(stack, x, remat=True)  # noqa: E731
+    fn = lambda x: layers.scan_layers(stack, x, remat=True)
     assert "stablehlo.while" in jax.jit(fn).lower(X).as_text()

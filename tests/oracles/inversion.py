@@ -143,7 +143,7 @@ class Oracle:
         # layout of what comes in, too, and latents are NHWC.
         self.dtype, layout = unet.dtype, torch.channels_last if channels_last else torch.contiguous_format
         self.alphas_cumprod = alphas_cumprod.to(unet.device)
-        enter = lambda z: z.to(self.dtype).contiguous(memory_format=layout)  # noqa: E731
+        enter = lambda z: z.to(self.dtype).contiguous(memory_format=layout)
         compile_ = torch.compile if compiled else lambda fn: fn
         self._unet = compile_(lambda z, t, text: self.unet(enter(z), t, encoder_hidden_states=text).sample)
         self._decode = compile_(lambda z: self.vae.decode(enter(z)).sample)
@@ -193,7 +193,7 @@ class Oracle:
         z = z.detach().requires_grad_()
         image = self.decode(z)
         size = self.judge.image_size
-        total = lambda losses: sum(weight * losses[name] for name, weight in s.referee_losses.items())  # noqa: E731
+        total = lambda losses: sum(weight * losses[name] for name, weight in s.referee_losses.items())
         if s.use_views:
             views = render(image, view_params, size=size, names=s.views_augmentations)
         else:
@@ -372,8 +372,8 @@ _AUGMENTATIONS = {"Af": _affine, "Pe": _perspective, "Ji": _jitter, "Er": _erase
 def draw(generator: torch.Generator, settings: Settings, *, batch: int, latent: tuple[int, int], size: int) -> Noise:
     """All randomness of one step as the authors draw it (no x-shift, one rectangle per prompt)."""
     device, shape, views = generator.device, (batch, *latent, 4), (batch, settings.views_count)
-    normal = lambda *s: torch.randn(s, generator=generator, device=device)  # noqa: E731
-    uniform = lambda s, low=0.0, high=1.0: low + (high - low) * torch.rand(s, generator=generator, device=device)  # noqa: E731
+    normal = lambda *s: torch.randn(s, generator=generator, device=device)
+    uniform = lambda s, low=0.0, high=1.0: low + (high - low) * torch.rand(s, generator=generator, device=device)
     zero = torch.zeros(views, device=device)
     corner = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], device=device)
     ratio = torch.where(uniform((batch,)) < 0.5, uniform((batch,), 0.3, 1.0), uniform((batch,), 1.0, 3.33))

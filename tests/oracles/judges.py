@@ -110,7 +110,7 @@ class Blip2(Judge):
     def encode(self, ids: Tensor, mask: Tensor, dec_token_id: int) -> Text:
         """Token ids int64[B, T] and a mask that is 1 where they are not padding; captions begin with `dec_token_id`."""
         caption = torch.cat([torch.full_like(ids[:, :1], dec_token_id), ids[:, 1:-1]], 1)
-        embed = lambda ids: self.network.qformer.layernorm(self.network.embeddings(input_ids=ids))  # noqa: E731
+        embed = lambda ids: self.network.qformer.layernorm(self.network.embeddings(input_ids=ids))
         return {"states": embed(ids), "caption": embed(caption), "targets": ids[:, 1:], "real": mask.bool()}
 
     def forward(self, views: Tensor, text: Text, names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -254,7 +254,7 @@ def test_what_is_left_to_the_memory(monkeypatch):
 
     kept = {name: cost.estimate(dataclasses.replace(settings, remat=name)) for name in ("full", "dots")}
     assert kept["dots"].step < kept["full"].step and kept["dots"].live > kept["full"].live
-    needed = lambda found, batch: (sum(found.weights.values()) + found.fixed + batch * found.live) / capacity.USABLE  # noqa: E731
+    needed = lambda found, batch: (sum(found.weights.values()) + found.fixed + batch * found.live) / capacity.USABLE
     four = needed(kept["dots"], 4)
     assert fitting(None) == fitting(int(0.95 * four)) == ("full", 4) and fitting(int(1.05 * four)) == ("dots", 4)
     assert fitting(None, remat="none") == fitting(10**6, remat="none") == ("none", 4)

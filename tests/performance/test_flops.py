@@ -26,7 +26,7 @@ def test_by_hand():
     assert flops.flops(lambda a, b: b @ a.T, matrix, vectors) == dot
     assert flops.flops(jax.vmap(lambda b, a: a @ b, in_axes=(0, None)), vectors, matrix) == dot
     assert flops.flops(lambda a, b: jax.lax.map(lambda x: x @ a.T, b), matrix, vectors) == dot
-    branches = lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: b @ a.T, lambda: b @ a.T @ a @ a.T)  # noqa: E731
+    branches = lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: b @ a.T, lambda: b @ a.T @ a @ a.T)
     assert flops.flops(branches, matrix, vectors) == 3 * dot
     assert flops.flops(jax.grad(lambda b, a: (b @ a.T).sum()), vectors, matrix) in (dot, 2 * dot)
     remat = jax.grad(lambda b, a: jnp.square(jax.checkpoint(lambda b: jnp.sin(b @ a.T))(b)).sum())
@@ -57,6 +57,6 @@ def test_xla_counts_as_much():
     )  # fmt: skip
     module = abstract(functools.partial(unet.UNet, config))
     args = module, shape(2, 16, 16, 4), shape(2, dtype="int32"), shape(2, 20, 32)
-    fn = lambda module, *args: module(*args)  # noqa: E731
+    fn = lambda module, *args: module(*args)
     counted = jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
     assert flops.flops(fn, *args) == pytest.approx(counted, rel=0.1)

@@ -155,7 +155,7 @@ def test_mean_and_std_are_the_processors(directory, changes):
 def test_sizes(directory):
     network = load(directory).referee.network
     settings = networks.align_processor(289, 346).to_dict()
-    sizes = lambda **how: (lambda r: (r.image_size, r.resized))(align.from_checkpoint(network, **how))  # noqa: E731
+    sizes = lambda **how: (lambda r: (r.image_size, r.resized))(align.from_checkpoint(network, **how))
     assert sizes(preprocessing=settings) == (289, 346)
     assert sizes(preprocessing=settings, image_size=578) == (578, 692)
     assert sizes(preprocessing=settings | {"do_center_crop": False}) == (346, 346)
@@ -176,7 +176,7 @@ def test_under_jit_vmap_grad_and_scan(directory):
 
     def descend(referee, tokens, images):
         text = referee.encode(tokens)
-        total = lambda x: sum(v.mean() for v in referee.views_losses(x, text).values())  # noqa: E731
+        total = lambda x: sum(v.mean() for v in referee.views_losses(x, text).values())
 
         def step(x, _):
             loss, gradient = jax.value_and_grad(total)(x)

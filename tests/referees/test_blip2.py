@@ -90,7 +90,7 @@ def test_match_and_contrast(directory, size):
     x = torch.from_numpy(x).requires_grad_()
     pixels = ((x - torch.tensor(judge.referee.mean)) / torch.tensor(judge.referee.std)).permute(0, 3, 1, 2)
     ids, mask = (torch.from_numpy(tokens[name]).long().expand(3, -1) for name in ("input_ids", "attention_mask"))
-    ask = lambda head: oracle(pixels, ids, attention_mask=mask, use_image_text_matching_head=head)  # noqa: E731
+    ask = lambda head: oracle(pixels, ids, attention_mask=mask, use_image_text_matching_head=head)
     wanted = {
         "itm": -ask(True).logits_per_image.log_softmax(-1)[:, 1],
         "itc": 1 - ask(False).logits_per_image[:, 0],

@@ -157,7 +157,7 @@ def test_under_jit_vmap_grad_and_scan(judge):
 
     def descend(referee, tokens, images):
         text = referee.encode(tokens)
-        total = lambda x: sum(v.mean() for v in referee.views_losses(x, text).values())  # noqa: E731
+        total = lambda x: sum(v.mean() for v in referee.views_losses(x, text).values())
 
         def step(x, _):
             loss, gradient = jax.value_and_grad(total)(x)

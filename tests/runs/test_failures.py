@@ -109,7 +109,7 @@ def test_a_device_that_always_fails_ends_the_run(tmp_path, monkeypatch, capsys):
 
     prompts = [f"--prompt={n}" for n in range(50)]
     asked = command("--config.steps=25", *prompts, f"--workdir={tmp_path}")
-    again = lambda: run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=begin_anew)  # noqa: E731
+    again = lambda: run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=begin_anew)
     assert again() == 1 and len(count) == 3
     assert "the device fails at whatever it is given (INTERNAL: bug); the finished images" in capsys.readouterr().err
     monkeypatch.delenv(recovery.VARIABLE)
@@ -183,7 +183,7 @@ def test_checkpoints_of_another_number_of_processes_go_on(tmp_path):
     """Each process takes the rows that are its own; what all have done is forgotten."""
     arguments = [f"--prompt={n}" for n in range(3)]
     stop = worker_lib.Stop()
-    end = lambda: setattr(stop, "number", signal.SIGTERM)  # noqa: E731
+    end = lambda: setattr(stop, "number", signal.SIGTERM)
     execute(*arguments, f"--workdir={tmp_path}", failures={1: end}, stop=stop)
     items = [Item(str(n), 0) for n in range(3)]
     for index, own in enumerate([(items[0], items[2]), (items[1],)]):

@@ -93,7 +93,7 @@ def test_an_open_shard_is_soon_sent(tmp_path, url, monkeypatch):
     execute(*PROMPTS, "--samples=2", f"--workdir={tmp_path}")
     asked = [*PROMPTS, "--samples=2", f"--workdir={url}", "--config.outputs.format=webdataset"]
     asked += ["--config.outputs.shard_size=100", "--config.checkpoint_seconds=1e-9"]
-    lost = lambda: monkeypatch.setattr(bucket_lib.Bucket, "_put", fail)  # noqa: E731
+    lost = lambda: monkeypatch.setattr(bucket_lib.Bucket, "_put", fail)
 
     def fail(*_):
         raise OSError("the machine is lost")
@@ -169,7 +169,7 @@ def test_what_a_dead_worker_left_in_flight_goes_with_the_last(url):
 
 def test_claims(url):
     """One owner; given back, or silent for longer than the expiry by the bucket's clock, it may be taken by another."""
-    claims = lambda: bucket_lib.BucketClaims(bucket_lib.Bucket(url), 60, patience=0)  # noqa: E731
+    claims = lambda: bucket_lib.BucketClaims(bucket_lib.Bucket(url), 60, patience=0)
     one, two, (item, other) = claims(), claims(), items_lib.expand(["a", "b"], 1)
     assert one.take(item) and not two.take(item) and two.take(other)
     one.release([item.id])

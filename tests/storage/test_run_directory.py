@@ -376,7 +376,7 @@ def test_the_estimate_is_generous_and_not_absurd(tmp_path, changes, size):
     run = run_directory.RunDirectory.open(tmp_path, asked)
     noisy = np.random.default_rng(0).normal(0.5, 0.03, (size, size, 3)).astype(np.float32)
     frames = [images.to_uint8(noisy[:, ::step]) for step in (1, -1)] if asked.outputs.trajectory else []
-    taken = lambda: sum(x.stat().st_blocks * 512 for x in tmp_path.rglob("*") if x.is_file())  # noqa: E731
+    taken = lambda: sum(x.stat().st_blocks * 512 for x in tmp_path.rglob("*") if x.is_file())
     before = taken()
     with run.writing() as writer:
         for n in range(4):

@@ -171,7 +171,7 @@ def theirs(settings: config.Settings, runs: int, device: str, *, as_published: b
     side = settings.image_size // 2 ** (len(made.vae.config.block_out_channels) - 1)
     size, count = made.judge.image_size, settings.batch_size
     generator = torch.Generator(device).manual_seed(0)
-    draw = lambda batch: oracle.draw(generator, made.settings, batch=batch, latent=(side, side), size=size)  # noqa: E731
+    draw = lambda batch: oracle.draw(generator, made.settings, batch=batch, latent=(side, side), size=size)
     z = torch.randn(count, side, side, 4, generator=generator, device=device)
 
     def published(n: int) -> None:

@@ -36,7 +36,7 @@ class Net(nnx.Module):
         self.head = nnx.Linear(width, 3, rngs=rngs)
         self.absent = None
         self.layers = layers.stack(lambda rngs: Block(width, rngs=rngs), depth, rngs)
-        inner = lambda rngs: Pair(width, rngs=rngs)  # noqa: E731
+        inner = lambda rngs: Pair(width, rngs=rngs)
         self.pairs = layers.stack(inner, depth, rngs)
 
 
