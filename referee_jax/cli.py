@@ -53,7 +53,7 @@ def start(main: Callable[..., str], *, arguments: int = 0, hint: str = "") -> No
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            rest = parse(argv, flags.FLAGS)
+            rest = parse_argv(argv, flags.FLAGS)
             if len(rest) > 1 + arguments:
                 raise flags.Error(unexpected(rest[1 + arguments], hint))
         except FLAG_ERRORS as error:
@@ -68,7 +68,7 @@ def unexpected(argument: str, hint: str) -> str:
     return f"unexpected argument {argument!r}" + (f"; {hint}" if hint else "")
 
 
-def parse(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
+def parse_argv(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     rest = values(list(argv))
     if "config" in values and values.config is not None:
         values.config.keys()  # a file that could not be read says so when its values are asked for

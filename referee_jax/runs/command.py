@@ -72,7 +72,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     """Parses `argv` into `values`; what is left of it. Raises CommandError."""
     define_flags(values, argv)
     try:
-        rest = cli.parse(argv, values)
+        rest = cli.parse_argv(argv, values)
     except config.ConfigError as error:
         raise CommandError(str(error)) from error
     except cli.FLAG_ERRORS as error:

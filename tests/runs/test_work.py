@@ -173,14 +173,14 @@ def test_who_dies_while_taking_over_keeps_nobody_out(tmp_path, monkeypatch):
     item, dead, later = ITEMS[0], *(claims_lib.Claims(tmp_path, 60) for _ in range(2))
     assert dead.take(item)
     os.utime(tmp_path / f"{item.id}.claim", (0, 0))
-    unlink = work_lib.Path.unlink
+    unlink = claims_lib.Path.unlink
 
     def die(self, **how):
         if ".claim" in self.name:
             raise KeyboardInterrupt
         unlink(self, **how)
 
-    monkeypatch.setattr(work_lib.Path, "unlink", die)
+    monkeypatch.setattr(claims_lib.Path, "unlink", die)
     with pytest.raises(KeyboardInterrupt):
         claims_lib.Claims(tmp_path, 60).take(item)
     monkeypatch.undo()
