@@ -165,7 +165,7 @@ def summary(measured: dict[tuple[str, str, str], list[dict]]) -> dict[str, dict[
         own = {split: statistics.mean((r["prompt"], r["right"]) for r in records) for split, records in parts.items()}
         own["both"] = statistics.mean((r["prompt"], r["right"]) for r in both)
         own["quality, dB"] = statistics.mean((r["prompt"], r["quality"]) for r in both)
-        name = "held_out_0_probability"
+        name = "held_out_0/probability"
         if sure := [(r["prompt"], r["scores"][name]) for r in both if r["scores"].get(name) is not None]:
             own["held-out referee"] = statistics.mean(sure)
         found[row if len(categories) == 1 else f"{category}: {row}"] = own

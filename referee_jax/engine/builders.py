@@ -25,26 +25,30 @@ def make_mesh(settings: config.Settings, devices: Sequence[jax.Device] | None = 
         raise config.ConfigError(f"mesh: {error}") from error
 
 
-def make_view_plan(settings: config.Settings, spec: config.RefereeSpec) -> objective.ViewPlan:
-    """How a referee looks at the image; its own number of views, where it has one, wins."""
+def make_view_plan(settings: config.Settings, spec: config.RefereeSpec, *, dense: bool = False) -> objective.ViewPlan:
+    """How a referee's views are made; its own number of views, where it has one, wins."""
     count = spec.views or settings.views.count
     keep = spec.keep or (count if spec.views else settings.views.keep)
     return objective.ViewPlan(
-        losses=tuple(sorted(spec.losses)), count=count, keep=keep, augmentations=tuple(settings.views.augmentations),
+        losses=tuple(sorted(spec.losses)),
+        count=count,
+        keep=keep,
+        augmentations=tuple(settings.views.augmentations),
         passes=make_passes(keep, settings.views.per_pass),
-    )  # fmt: skip
+        dense=dense,
+    )
 
 
 def make_passes(keep: int, most: int) -> int:
-    """The fewest passes over so many views with at most so many (0: all) in each; a few more where the views then divide."""
+    """The fewest microbatches of at most `most` views (0: no limit); a few more where they then have equal sizes."""
     fewest = math.ceil(keep / most) if most else 1
     return next((passes for passes in range(fewest, 2 * fewest) if keep % passes == 0), fewest)
 
 
 def make_weights(spec: config.RefereeSpec) -> objective.Weights:
-    """What a referee's word counts, in the order of `make_looks`."""
+    """Loss weights of a referee, in the order of `make_view_plan`."""
     losses = (spec.weight * weight for _, weight in sorted(spec.losses.items()))
-    return objective.Weights(tuple(map(float, losses)), share=float(spec.weight))
+    return objective.Weights(tuple(map(float, losses)), referee=float(spec.weight))
 
 
 def make_networks(
@@ -56,10 +60,8 @@ def make_networks(
 ) -> inversion.Networks:
     """Everything with weights that an iteration asks; `remat` is of layers.POLICIES."""
     return inversion.Networks(
-        unet=prior.unet,
+        prior=sds.Prior(prior.unet, prior.alphas_cumprod, prior.prediction_type),
         vae=prior.vae,
-        alphas_cumprod=prior.alphas_cumprod,
-        prediction_type=prior.prediction_type,
         referees=tuple(layers.with_remat(judge.referee, remat) for judge in judges),
         held_out=tuple(judge.referee for judge in held_out),
     )
@@ -70,14 +72,16 @@ def make_plan(
     prior: load.StableDiffusion,
     judges: Sequence[referees.Judge],
     held_out: Sequence[referees.Judge] = (),
+    *,
+    dense: bool = False,
 ) -> inversion.Plan:
-    """What is static of the settings."""
+    """What is static of the settings; `dense` as of objective.ViewPlan."""
     side = settings.image_size // prior.vae.config.downscale
     return inversion.Plan(
         latent=(side, side, prior.vae.config.latent_channels),
-        looks=tuple(make_view_plan(settings, judge.spec) for judge in judges),
-        held_out=tuple(make_view_plan(settings, judge.spec) for judge in held_out),
-        look_every=settings.look_every,
+        views=tuple(make_view_plan(settings, judge.spec, dense=dense) for judge in judges),
+        held_out=tuple(make_view_plan(settings, judge.spec, dense=dense) for judge in held_out),
+        evaluate_every=settings.look_every,
         patience=settings.patience,
         steps=settings.steps,
         clamp=settings.clamp,
@@ -90,44 +94,63 @@ def make_plan(
     )
 
 
-def make_hyper(settings: config.Settings) -> inversion.Hyper:
+# Numbers of the method -> the groups of the settings that they are from: field `name` of the numbers is field
+# `name` of a group, without the prefix.
+SOURCES = {
+    sds.Hyper: {"": "sds"},
+    objective.Hyper: {"": "referee"},
+    optim.Hyper: {"": "optim", "ema_": "ema"},
+    augmentations.Settings: {"": "views"},
+}
+
+
+def sources(kind: type) -> dict[str, tuple[str, str]]:
+    """Of each field of some numbers, the group of the settings and the field of it that it is from.
+
+    Raises TypeError for a field that has no source, or two: it would silently stay at its default.
+    """
+    found = {}
+    groups = {prefix: type(getattr(config.Settings(), group)) for prefix, group in SOURCES[kind].items()}
+    for field in dataclasses.fields(kind):
+        places = [
+            (SOURCES[kind][prefix], field.name.removeprefix(prefix))
+            for prefix, group in groups.items()
+            if field.name.startswith(prefix) and field.name.removeprefix(prefix) in group.__dataclass_fields__
+        ]
+        if len(places) != 1:
+            raise TypeError(f"{kind.__module__}.{kind.__name__}.{field.name} has {len(places)} sources: {places}")
+        found[field.name] = places[0]
+    return found
+
+
+def make_hyper(settings: config.Settings) -> inversion.Hyperparameters:
     """What is a number of the settings, as float32 and int32 arrays."""
 
-    def fill(kind: type, *sources: Any) -> Any:
-        names = [field.name for field in dataclasses.fields(kind)]
-        return kind(**{name: getattr(source, name) for source in sources for name in names if hasattr(source, name)})
+    def fill(kind: type) -> Any:
+        return kind(**{name: getattr(getattr(settings, group), key) for name, (group, key) in sources(kind).items()})
 
-    ema = {f"ema_{name}": getattr(settings.ema, name) for name in ("decay", "start", "every")}
-    hyper = inversion.Hyper(
-        prior=fill(sds.Hyper, settings.sds),
-        referee=fill(objective.Hyper, settings.referee),
-        update=fill(optim.Hyper, settings.optim).replace(**ema),
-        views=fill(augmentations.Settings, settings.views),
+    hyper = inversion.Hyperparameters(
+        prior=fill(sds.Hyper),
+        referee=fill(objective.Hyper),
+        update=fill(optim.Hyper),
+        views=fill(augmentations.Settings),
         weights=tuple(make_weights(spec) for spec in settings.referees if spec.role == "optimise"),
         held_out=tuple(make_weights(spec) for spec in settings.referees if spec.role == "held_out"),
     )
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32), hyper)
 
 
-# Group of the settings -> the numbers of it that a compiled program takes as arguments.
-TRACED = {"sds": sds.Hyper, "referee": objective.Hyper, "optim": optim.Hyper, "views": augmentations.Settings}
-
-
 def structure(settings: config.Settings) -> config.Settings:
     """The settings with all traced numbers at their defaults: where these are equal, one program serves both."""
-    groups = {}
-    for name, kind in TRACED.items():
-        group = getattr(settings, name)
-        fields = {field.name for field in dataclasses.fields(kind)} & {
-            field.name for field in dataclasses.fields(group)
-        }
-        if name == "sds" and not (group.weight or group.weight_final):
-            fields -= {"weight", "weight_final"}  # without score distillation it is another program
-        defaults = type(group)()
-        groups[name] = dataclasses.replace(group, **{field: getattr(defaults, field) for field in fields})
-    ema = config.Ema(alias=settings.ema.alias)
+    defaults, changes = config.Settings(), {}
+    for group, key in (place for kind in SOURCES for place in sources(kind).values()):
+        changes.setdefault(group, {})[key] = getattr(getattr(defaults, group), key)
+    if not (settings.sds.weight or settings.sds.weight_final):
+        # Without score distillation it is another program.
+        changes["sds"] |= {"weight": settings.sds.weight, "weight_final": settings.sds.weight_final}
+    groups = {name: dataclasses.replace(getattr(settings, name), **fields) for name, fields in changes.items()}
     alike = [dataclasses.replace(x, weight=1.0, losses=dict.fromkeys(x.losses, 1.0)) for x in settings.referees]
-    return dataclasses.replace(settings, **groups, ema=ema, referees=tuple(alike))
+    return dataclasses.replace(settings, **groups, referees=tuple(alike))
 
 
 def tokenize(

@@ -30,7 +30,7 @@ class Step:
     networks: inversion.Networks
     text_encoder: Any
     prompt: inversion.Prompt
-    hyper: inversion.Hyper
+    hyper: inversion.Hyperparameters
     plan: inversion.Plan
 
 
@@ -85,8 +85,8 @@ def one_step(plan: inversion.Plan) -> Callable:
     def run(networks, prompt, hyper, z: Array, key: Array) -> tuple[Any, dict[str, Array]]:
         i = jnp.int32(0)
         noise = inversion.draw(key, networks, plan, hyper, i)
-        watched = held_out_lib.begin(z, jnp.zeros(2)) if plan.held_out else None
-        return inversion.step(networks, prompt, hyper, plan, inversion.init(z, plan, hyper, watched), i, noise, True)
+        measured = held_out_lib.begin(z, jnp.zeros(2)) if plan.held_out else None
+        return inversion.step(networks, prompt, hyper, plan, inversion.init(z, plan, hyper, measured), i, noise)
 
     return run
 
@@ -108,7 +108,7 @@ def traced(step: Step, batch: int) -> core.Jaxpr:
 
 def weights(step: Step) -> dict[str, int]:
     networks = step.networks
-    named = {"text encoder": step.text_encoder, "U-Net": networks.unet, "decoder": networks.vae}
+    named = {"text encoder": step.text_encoder, "U-Net": networks.prior.unet, "decoder": networks.vae}
     specs = [spec for role in ("optimise", "held_out") for spec in step.settings.referees if spec.role == role]
     for n, (spec, referee) in enumerate(zip(specs, (*networks.referees, *networks.held_out), strict=True)):
         held_out = " (held out)" if spec.role == "held_out" else ""

@@ -70,7 +70,7 @@ class Batch:
     items: tuple[Item, ...]
     step: int
     prompt: inversion.Prompt
-    hyper: inversion.Hyper
+    hyper: inversion.Hyperparameters
     state: inversion.InversionState
     keys: Array
 
@@ -99,7 +99,9 @@ class Inverter:
         networks = builders.make_networks(prior, self.judges, self.held_out, remat=settings.remat)
         self.networks = parallel.place(networks, self.mesh, batched=False)
         self.text_encoder = prior.text_encoder
-        self.plan = builders.make_plan(settings, prior, self.judges, self.held_out)
+        chip = chips.of(self.mesh.devices.flat[0].device_kind)
+        dense = chip is not None and chip.dense
+        self.plan = builders.make_plan(settings, prior, self.judges, self.held_out, dense=dense)
         self.hyper = builders.make_hyper(settings)
         self.compiled, self._programs = False, {}
         self._encode = self._jit(jax.vmap(builders.encode, in_axes=(None, None, 0)))
@@ -148,7 +150,9 @@ class Inverter:
                 return f"{count} tokens, {who} reads {limit}"
         return None
 
-    def begin(self, items: Sequence[Item], seed: int, hypers: Sequence[inversion.Hyper] | None = None) -> Batch:
+    def begin(
+        self, items: Sequence[Item], seed: int, hypers: Sequence[inversion.Hyperparameters] | None = None
+    ) -> Batch:
         """A batch before its first iteration; `hypers` gives each item its own numbers (one more vmapped axis)."""
         settings = self.settings
         start = Start(settings.init, settings.init_steps, settings.init_guidance, settings.init_candidates)
@@ -159,7 +163,7 @@ class Inverter:
         items: Sequence[Item],
         seed: int,
         start: Start,
-        hypers: Sequence[inversion.Hyper] | None = None,
+        hypers: Sequence[inversion.Hyperparameters] | None = None,
     ) -> Batch:
         """`begin` from a `start` of its own."""
         prompt, hyper, keys = self._ready(items, seed, hypers)
@@ -178,15 +182,15 @@ class Inverter:
 
     def _sample(self, prompt: inversion.Prompt, latents: Array, start: Start) -> Array:
         """Latents of noise to those of a sample of the prior."""
-        total, program = len(self.networks.alphas_cumprod), self._program("denoise")
+        total, program = len(self.networks.prior.alphas_cumprod), self._program("denoise")
         stride, guidance = jnp.int32(total // start.steps), jnp.float32(start.guidance)
         for t in ddim.timesteps(total, start.steps):
             latents = program(self.networks, prompt, latents, jnp.int32(t), stride, guidance)
         return latents
 
     def _ready(
-        self, items: Sequence[Item], seed: int, hypers: Sequence[inversion.Hyper] | None = None
-    ) -> tuple[inversion.Prompt, inversion.Hyper, Array]:
+        self, items: Sequence[Item], seed: int, hypers: Sequence[inversion.Hyperparameters] | None = None
+    ) -> tuple[inversion.Prompt, inversion.Hyperparameters, Array]:
         """What a batch is given, padded and on the devices: encoded prompts, numbers, keys."""
         if not 0 < len(items) <= self.batch_size:
             raise ValueError(f"{len(items)} items for a batch of 1 to {self.batch_size}")
@@ -224,7 +228,7 @@ class Inverter:
         placed = parallel.place(jax.tree.unflatten(structure, leaves), self.mesh, batched=True)
         return Batch(part.items, part.step, prompt, hyper, placed, keys)
 
-    def _begun(self, hyper: inversion.Hyper) -> inversion.InversionState:
+    def _begun(self, hyper: inversion.Hyperparameters) -> inversion.InversionState:
         """The shapes of a batch's state."""
         latents = jax.ShapeDtypeStruct((self.batch_size, *self.plan.latent), jnp.float32)
         losses = jax.ShapeDtypeStruct((self.batch_size, 2), jnp.float32) if self.held_out else None
@@ -253,13 +257,16 @@ class Inverter:
         # for in between; what an iteration tells is on its way to the host while the next ones run.
         numbers = jax.tree.map(np.asarray, batch.hyper.referee)
         for i in range(batch.step, batch.step + done):
-            run = self._program("step", is_swept, on=_all(numbers.is_on(i)) if self.judges else False)
+            active = bool(self.judges) and bool(np.any(numbers.is_active(i)))
+            run = self._program("step", is_swept, referees_active=active)
             state, metrics = run(self.networks, batch.prompt, batch.hyper, state, batch.keys, jnp.int32(i))
-            if self.held_out and (i + 1) % self.plan.look_every == 0:
-                state, loss = self._program("look", is_swept)(self.networks, batch.prompt, batch.hyper, state)
+            if self.held_out and (i + 1) % self.plan.evaluate_every == 0:
+                state, loss = self._program("evaluate_held_out", is_swept)(
+                    self.networks, batch.prompt, batch.hyper, state
+                )
             elif self.held_out:
                 loss = np.full(self.batch_size, np.nan, np.float32)
-            told.append(metrics | ({"held_out_loss": loss} if self.held_out else {}))
+            told.append(metrics | ({"held_out/loss": loss} if self.held_out else {}))
             for value in metrics.values():
                 value.copy_to_host_async()
         count = len(batch.items)
@@ -282,7 +289,7 @@ class Inverter:
     def trace(self, batch: Batch) -> jax.stages.Traced:
         """The program of an iteration, before it is compiled."""
         args = self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, np.int32(0)
-        return self._program("step", self._is_swept(batch), on=True).trace(*args)
+        return self._program("step", self._is_swept(batch), referees_active=True).trace(*args)
 
     def preview(self, batch: Batch) -> np.ndarray:
         """The images as they are, uint8 `[item, H, W, 3]`."""
@@ -367,11 +374,6 @@ class Inverter:
     def _jit(self, fn: Callable, **how: Any) -> Any:
         platform = self.mesh.devices.flat[0].platform
         return jax.jit(fn, compiler_options=chips.compiler_options(platform), **how)
-
-
-def _all(values: np.ndarray) -> bool | None:
-    """The truth of all; None where it differs."""
-    return None if values.any() != values.all() else bool(values.all())
 
 
 def _result(pictures: Sequence[Picture], history: dict[str, np.ndarray]) -> Result:

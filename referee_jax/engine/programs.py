@@ -19,10 +19,7 @@ def _noise(key, number, *, plan: inversion.Plan):
 
 
 def _denoise(networks, prompt, latents, t, stride, guidance, *, plan: inversion.Plan):
-    return ddim.step(
-        networks.unet, latents, t, stride, cond=prompt.cond, uncond=prompt.uncond, guidance=guidance,
-        alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
-    )  # fmt: skip
+    return ddim.step(networks.prior, latents, t, stride, cond=prompt.cond, uncond=prompt.uncond, guidance=guidance)
 
 
 def _judge(networks, prompt, hyper, latents, *, plan: inversion.Plan):
@@ -38,12 +35,12 @@ def _init(latents, losses, hyper, *, plan: inversion.Plan):
     return inversion.init(latents, plan, hyper, None if losses is None else held_out.begin(latents, losses))
 
 
-def _step(networks, prompt, hyper, state, key, i, *, plan: inversion.Plan, on: bool | None):
+def _step(networks, prompt, hyper, state, key, i, *, plan: inversion.Plan, referees_active: bool):
     noise = inversion.draw(key, networks, plan, hyper, i)
-    return inversion.step(networks, prompt, hyper, plan, state, i, noise, on)
+    return inversion.step(networks, prompt, hyper, plan, state, i, noise, referees_active=referees_active)
 
 
-def _look(networks, prompt, hyper, state, *, plan: inversion.Plan):
+def _evaluate_held_out(networks, prompt, hyper, state, *, plan: inversion.Plan):
     return inversion.evaluate_held_out(networks, prompt, hyper, plan, state)
 
 
@@ -51,15 +48,17 @@ def _finish(networks, prompt, hyper, state, *, plan: inversion.Plan, output: str
     latents = inversion.output(state, output)
     image = inversion.decode(networks, latents, plan)
     scores = {}
-    judged = zip((*networks.referees, *networks.held_out), (*prompt.texts, *prompt.held_out), strict=True)
-    for number, (referee, text) in enumerate(judged):
-        place = number - len(networks.referees)
-        name = f"referee_{number}" if place < 0 else f"held_out_{place}"
-        scores |= {f"{name}_{key}": value for key, value in referee.scores(referee.fit(image), text).items()}
+    for role, group, texts in (
+        ("referee", networks.referees, prompt.texts),
+        ("held_out", networks.held_out, prompt.held_out),
+    ):
+        for n, (referee, text) in enumerate(zip(group, texts, strict=True)):
+            named = referee.scores(referee.fit(image), text)
+            scores |= {f"{role}_{n}/{name}": value for name, value in named.items()}
     losses = {}
     if networks.held_out:
         last = inversion.clean_losses(networks, prompt, hyper, plan, image)
-        losses = {name: jnp.stack([state.watched.first[n], last[n]]) for n, name in enumerate(("referee", "held_out"))}
+        losses = {name: jnp.stack([state.held_out.first[n], last[n]]) for n, name in enumerate(("referee", "held_out"))}
     return latents, image, scores, losses
 
 
@@ -71,6 +70,6 @@ PROGRAMS = {
     "better": (_better, (True, True), ()),
     "init": (_init, (True, True, "hyper"), ()),
     "step": (_step, (False, True, "hyper", True, True, False), (3,)),
-    "look": (_look, (False, True, "hyper", True), (3,)),
+    "evaluate_held_out": (_evaluate_held_out, (False, True, "hyper", True), (3,)),
     "finish": (_finish, (False, True, "hyper", True), ()),
 }

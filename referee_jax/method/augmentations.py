@@ -1,11 +1,12 @@
 """Random augmentations of one view: what is drawn, and what it does to a `[S, S, 3]` image.
 
-Each augmentation is a pair of functions of ONE view; views.py adds the axis of views. What is drawn is physical (an
-angle in degrees, a shift in pixels, corner points), so a test or a user may set it by hand, and the drawn values alone
-decide the result. Formulas and pixel conventions are kornia's with `align_corners=False`: pixel centres at the
-integers, bilinear, zero outside the image. (The release the paper's code pinned, 0.6.12, mixed two conventions here:
-there a shift is longer by S / (S - 1) and a perspective view smaller by as much about its centre, half a pixel at the
-border; not reproduced.)
+Each augmentation is a pair of functions of ONE view; views.py adds the axis of views. The parameters
+are physical (an angle in degrees, a shift in pixels, corner points), so a test or a user may set them
+by hand, and they alone decide the result. Formulas and pixel conventions are kornia's with
+`align_corners=False`: pixel centres at the integers, bilinear, zero outside the image. (The release
+that the paper's code pinned, 0.6.12, mixed two conventions: there a shift is longer by S / (S - 1),
+and a perspective view smaller by as much about its centre, half a pixel at the border. This is not
+reproduced.)
 """
 
 from collections.abc import Callable
@@ -15,8 +16,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
-
-from referee_jax.hardware import chips
 
 GREY = (0.299, 0.587, 0.114)
 ELASTIC_RADIUS = 31  # half width of the elastic transform's Gaussian, in pixels (kornia's kernel of 63)
@@ -60,26 +59,24 @@ class Settings:
     resized_p: float = 0.5
 
 
+Params = dict[str, Array]
+Warp = Callable[[Array, Array, Array], Array]
+
+
 class Augmentation(NamedTuple):
-    """`sample(key, settings, size) -> params` and `apply(view [S, S, 3], params) -> view`.
+    """One augmentation of one view.
 
-    `params["on"]` says whether the view is touched at all (views.py selects); leaves named in `shared` are one draw for
-    all views of a prompt.
+    Attributes:
+        sample: `(key, settings, size) -> params`; `params["on"]` says whether the view is touched at all.
+        apply: `(view [S, S, 3], params, warp) -> view`; `warp` is one of the two below.
     """
 
-    sample: Callable[[Array, Settings, int], dict[str, Array]]
-    apply: Callable[[Array, dict[str, Array]], Array]
-    shared: tuple[str, ...] = ()
+    sample: Callable[[Array, Settings, int], Params]
+    apply: Callable[[Array, Params, Warp], Array]
 
 
-def warp(view: Array, x: Array, y: Array) -> Array:
-    """Bilinear samples `[..., C]` of `view [H, W, C]` at pixel positions `x, y` (broadcast to `[...]`); zero outside.
-
-    Gathered; or, where a chip is better at products, by one with the weights of all columns for each pixel.
-    """
-    if chips.is_dense():
-        # The weights are as many as pixels x columns: made again going back, or they were all that is in memory.
-        return jax.checkpoint(_dense_warp)(view, *jnp.broadcast_arrays(x, y))
+def gather_warp(view: Array, x: Array, y: Array) -> Array:
+    """Bilinear samples `[..., C]` of `view [H, W, C]` at pixel positions `x, y` (broadcast to `[...]`); zero outside."""
     height, width, channels = view.shape
     x, y = jnp.clip(x, -1, width), jnp.clip(y, -1, height)
     left, top = jnp.floor(x), jnp.floor(y)
@@ -90,20 +87,25 @@ def warp(view: Array, x: Array, y: Array) -> Array:
     table = jnp.concatenate(corners, -1).reshape(-1, 4 * channels)
     index = (top.astype(jnp.int32) + 1) * (width + 2) + left.astype(jnp.int32) + 1
     rows = table.at[index].get(mode="clip").reshape(*index.shape, 4, channels)
-    # Selected, not put together of parts: what is added to the table in the backward pass would be, too, element by element.
+    # Selected, not concatenated: the backward pass would add concatenated parts to the table one element at a time.
     corner = jnp.arange(4)
     right, low = (x - left)[..., None], (y - top)[..., None]
     weights = jnp.where(corner % 2 == 1, right, 1 - right) * jnp.where(corner >= 2, low, 1 - low)
     return (rows * weights[..., None]).sum(-2)
 
 
+@jax.checkpoint  # the weights are as many as pixels x columns: kept, they would be most of the memory
 def _dense_warp(view: Array, x: Array, y: Array) -> Array:
-    """`warp` at positions `x, y [...]`."""
-    near = lambda at, place: jnp.maximum(0, 1 - abs(at - place))
-    columns = jnp.einsum("...w,hwc->...hc", near(x[..., None], jnp.arange(view.shape[1])), view)
+    weight = lambda at, place: jnp.maximum(0, 1 - abs(at - place))
+    columns = jnp.einsum("...w,hwc->...hc", weight(x[..., None], jnp.arange(view.shape[1])), view)
     # The rows' weights in full size, channels too: XLA would store smaller ones, and computes these where it reads them.
     rows = jax.lax.broadcasted_iota(jnp.float32, columns.shape, columns.ndim - 2)
-    return (columns * near(y[..., None, None], rows)).sum(-2)
+    return (columns * weight(y[..., None, None], rows)).sum(-2)
+
+
+def dense_warp(view: Array, x: Array, y: Array) -> Array:
+    """`gather_warp` as a product with the weights of all columns for each pixel, which suits TPUs."""
+    return _dense_warp(view, *jnp.broadcast_arrays(x, y))
 
 
 def _grid(view: Array) -> tuple[Array, Array]:
@@ -121,7 +123,7 @@ def _uniform(key: Array, low: Array | float, high: Array | float, shape: tuple[i
     return low + (jnp.asarray(high, jnp.float32) - low) * jax.random.uniform(key, shape)
 
 
-def _rotate(view: Array, degrees: Array, shift: Array) -> Array:
+def _rotate(view: Array, degrees: Array, shift: Array, warp: Warp) -> Array:
     """Turn clockwise (as displayed) about the centre, then move by `shift (x, y)` pixels."""
     x, y = _grid(view)
     centre_x, centre_y = (view.shape[1] - 1) / 2, (view.shape[0] - 1) / 2
@@ -140,8 +142,8 @@ def _sample_affine(key: Array, settings: Settings, size: int) -> dict[str, Array
     }
 
 
-def _apply_affine(view: Array, params: dict[str, Array]) -> Array:
-    return _rotate(view, params["angle"], params["shift"])
+def _apply_affine(view: Array, params: Params, warp: Warp) -> Array:
+    return _rotate(view, params["angle"], params["shift"], warp)
 
 
 def _sample_rotation(key: Array, settings: Settings, size: int) -> dict[str, Array]:
@@ -152,9 +154,9 @@ def _sample_rotation(key: Array, settings: Settings, size: int) -> dict[str, Arr
     }
 
 
-def _apply_rotation(view: Array, params: dict[str, Array]) -> Array:
+def _apply_rotation(view: Array, params: Params, warp: Warp) -> Array:
     # kornia's rotation is counter-clockwise where its affine is clockwise.
-    return _rotate(view, -params["angle"], jnp.zeros(2))
+    return _rotate(view, -params["angle"], jnp.zeros(2), warp)
 
 
 def _sample_perspective(key: Array, settings: Settings, size: int) -> dict[str, Array]:
@@ -168,7 +170,7 @@ def _sample_perspective(key: Array, settings: Settings, size: int) -> dict[str, 
     }
 
 
-def _apply_perspective(view: Array, params: dict[str, Array]) -> Array:
+def _apply_perspective(view: Array, params: Params, warp: Warp) -> Array:
     """Move the image's corners (clockwise from the top left) to `corners [4, 2]`, in pixels."""
     x, y = _grid(view)
     end = jnp.array([view.shape[1] - 1, view.shape[0] - 1], jnp.float32)
@@ -218,7 +220,7 @@ def shift_hue(planes: Array, turns: Array) -> Array:
     return high - chroma * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 
 
-def _apply_jitter(view: Array, params: dict[str, Array]) -> Array:
+def _apply_jitter(view: Array, params: Params, warp: Warp) -> Array:
     """Brightness, contrast, saturation (0, 1, 2: each clamps) and hue (3) in the given `order [4]`."""
     order = params["order"]
     factors = jnp.stack([params["brightness"], params["contrast"], params["saturation"], jnp.ones(())])[order]
@@ -259,7 +261,7 @@ def _sample_erasing(key: Array, settings: Settings, size: int) -> dict[str, Arra
     }
 
 
-def _apply_erasing(view: Array, params: dict[str, Array]) -> Array:
+def _apply_erasing(view: Array, params: Params, warp: Warp) -> Array:
     """Blacken the rectangle `box (left, top, width, height)`, in whole pixels."""
     x, y = _grid(view)
     left, top, width, height = params["box"]
@@ -271,7 +273,7 @@ def _sample_flip(key: Array, settings: Settings, size: int) -> dict[str, Array]:
     return {"on": jax.random.bernoulli(key, settings.flip_p)}
 
 
-def _apply_flip(view: Array, params: dict[str, Array]) -> Array:
+def _apply_flip(view: Array, params: Params, warp: Warp) -> Array:
     return view[:, ::-1]
 
 
@@ -283,7 +285,7 @@ def _sample_sharpness(key: Array, settings: Settings, size: int) -> dict[str, Ar
     }
 
 
-def _apply_sharpness(view: Array, params: dict[str, Array]) -> Array:
+def _apply_sharpness(view: Array, params: Params, warp: Warp) -> Array:
     """Blend a smoothed copy (`factor` 0) with the view (1; above it sharpens), borders kept."""
     height, width, _ = view.shape
     box = sum(view[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3))
@@ -299,7 +301,7 @@ def _sample_gaussian(key: Array, settings: Settings, size: int) -> dict[str, Arr
     }
 
 
-def _apply_gaussian(view: Array, params: dict[str, Array]) -> Array:
+def _apply_gaussian(view: Array, params: Params, warp: Warp) -> Array:
     return view + params["noise"]
 
 
@@ -321,7 +323,7 @@ def _sample_elastic(key: Array, settings: Settings, size: int) -> dict[str, Arra
     }
 
 
-def _apply_elastic(view: Array, params: dict[str, Array]) -> Array:
+def _apply_elastic(view: Array, params: Params, warp: Warp) -> Array:
     x, y = _grid(view)
     return warp(view, x + params["shift"][..., 0], y + params["shift"][..., 1])
 
@@ -338,7 +340,7 @@ def _sample_spline(key: Array, settings: Settings, size: int) -> dict[str, Array
     }
 
 
-def _apply_spline(view: Array, params: dict[str, Array]) -> Array:
+def _apply_spline(view: Array, params: Params, warp: Warp) -> Array:
     """Thin plate spline that moves the corners and the centre to `points [5, 2]`, in half sides from the centre."""
     start, end = _spline_points(), params["points"]
 
@@ -369,7 +371,7 @@ def _sample_crop(key: Array, settings: Settings, size: int) -> dict[str, Array]:
     }
 
 
-def _apply_crop(view: Array, params: dict[str, Array]) -> Array:
+def _apply_crop(view: Array, params: Params, warp: Warp) -> Array:
     """Pad with zeros and cut the view out again, `offset (x, y)` whole pixels from where it was."""
     x, y = _grid(view)
     return warp(view, x + params["offset"][0], y + params["offset"][1])
@@ -387,7 +389,7 @@ def _sample_resized(key: Array, settings: Settings, size: int) -> dict[str, Arra
     }
 
 
-def _apply_resized(view: Array, params: dict[str, Array]) -> Array:
+def _apply_resized(view: Array, params: Params, warp: Warp) -> Array:
     """Stretch the rectangle `box (left, top, width, height)` over the view, corner pixel onto corner pixel."""
     x, y = _grid(view)
     left, top, width, height = params["box"]
@@ -398,7 +400,7 @@ def _apply_resized(view: Array, params: dict[str, Array]) -> Array:
 AUGMENTATIONS: dict[str, Augmentation] = {
     "Af": Augmentation(_sample_affine, _apply_affine),
     "Pe": Augmentation(_sample_perspective, _apply_perspective),
-    "Ji": Augmentation(_sample_jitter, _apply_jitter, shared=("order",)),
+    "Ji": Augmentation(_sample_jitter, _apply_jitter),
     "Er": Augmentation(_sample_erasing, _apply_erasing),
     "Hf": Augmentation(_sample_flip, _apply_flip),
     "Sh": Augmentation(_sample_sharpness, _apply_sharpness),

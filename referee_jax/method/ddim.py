@@ -1,7 +1,7 @@
 """Deterministic DDIM sampling (Song et al. 2021, arXiv 2010.02502) of one latent: the baseline, and an optional start.
 
     for t in timesteps(1000, steps):
-        z = step(unet, z, t, 1000 // steps, ...)
+        z = step(prior, z, t, 1000 // steps, ...)
 
 The loop is the caller's: within one, XLA:CPU works at less than half its speed.
 """
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from referee_jax.method import sds
-from referee_jax.models import unet as unet_lib
 
 
 def timesteps(total: int, steps: int) -> Iterator[int]:
@@ -24,23 +23,24 @@ def timesteps(total: int, steps: int) -> Iterator[int]:
 
 
 def step(
-    unet: unet_lib.UNet,
-    z: Array,
-    t: Array,
-    stride: Array,
-    *,
-    cond: Array,
-    uncond: Array | None,
-    alphas_cumprod: Array,
-    prediction_type: str,
-    guidance: Array,
+    prior: sds.Prior, z: Array, t: Array, stride: Array, *, cond: Array, uncond: Array | None, guidance: Array
 ) -> Array:
-    """Scaled latents `[h, w, C]` from timestep `t` to `t - stride`, by equation (12) with eta = 0.
+    """Equation (12) with eta = 0: a latent from timestep `t` to `t - stride`.
 
-    `cond`, `uncond` are text states `[T, D]` of the prompt and of the empty (or negative) prompt.
+    Args:
+        prior: the diffusion model.
+        z: `[h, w, C]`, scaled.
+        t: the timestep, int32.
+        stride: how many timesteps to go, int32.
+        cond: text states `[T, D]` of the prompt.
+        uncond: those of the empty or negative prompt, or None.
+        guidance: the scale of classifier-free guidance.
+
+    Returns:
+        float32 `[h, w, C]`.
     """
-    abar = alphas_cumprod[t]
-    before = alphas_cumprod[jnp.maximum(t - stride, 0)]
-    eps = sds.predict_noise(unet, z, t, cond, uncond, guidance=guidance, abar=abar, prediction_type=prediction_type)
+    abar = prior.alphas_cumprod[t]
+    before = prior.alphas_cumprod[jnp.maximum(t - stride, 0)]
+    eps = sds.predict_noise(prior, z, t, cond, uncond, guidance=guidance)
     clean = (z - jnp.sqrt(1 - abar) * eps) / jnp.sqrt(abar)
     return jnp.sqrt(before) * clean + jnp.sqrt(1 - before) * eps

@@ -1,9 +1,9 @@
-"""The held-out referees' watch over one inversion: they are never in the gradient, but see where it leads.
+"""Held-out referees: evaluated during an inversion, but never part of its gradient.
 
-Every so many iterations they judge the picture as it is. The latents that they liked best are kept; an item that has not
-come nearer to their liking for some looks may stop. And the end is compared with the start: where the referees that were
-optimised against like the picture better and those that were not like it less, the gradient has found a weakness of the
-first ("reward hacking") and not a better picture.
+Every so many iterations they score the image as it is. The latents with their lowest loss are kept,
+and an item stops early when that loss has not improved for `patience` evaluations. At the end, an
+item whose optimised loss fell below its value at the start while its held-out loss rose is "hacked":
+the gradient has found a weakness of the referees, and not a better image (reward hacking).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,13 @@ from jax import Array
 
 
 class HeldOutState(struct.PyTreeNode):
-    """What is remembered.
+    """What the held-out referees have measured of one item.
 
     Attributes:
         first: float32 `[2]`, the losses of the optimised and of the held-out referees at the start.
-        best: the latents with the lowest held-out loss, and `loss`, that loss.
-        since: int32, looks since they were seen.
+        best: the latents with the lowest held-out loss.
+        loss: that loss.
+        since: evaluations since then, int32.
     """
 
     first: Array
@@ -27,8 +28,8 @@ class HeldOutState(struct.PyTreeNode):
     loss: Array
     since: Array
 
-    def looked(self, latents: Array, loss: Array) -> "HeldOutState":
-        """After another look, at `latents` with this held-out loss."""
+    def evaluated(self, latents: Array, loss: Array) -> "HeldOutState":
+        """After another evaluation, of `latents` with this held-out loss."""
         better = loss < self.loss
         return self.replace(
             best=jnp.where(better, latents, self.best),
@@ -38,14 +39,14 @@ class HeldOutState(struct.PyTreeNode):
 
 
 def begin(latents: Array, losses: Array) -> HeldOutState:
-    """Before the first iteration; `losses` as `Watch.first`."""
+    """Before the first iteration; `losses` as `HeldOutState.first`."""
     return HeldOutState(first=losses, best=latents, loss=losses[1], since=jnp.zeros((), jnp.int32))
 
 
 def is_hacked(losses: Mapping[str, Sequence[float]]) -> bool:
-    """Whether the optimised referees are surer than at the start and the held-out ones less sure.
+    """Whether the optimised loss fell and the held-out loss rose.
 
-    `losses` has `referee` and `held_out`, each a pair of first and last.
+    `losses` has "referee" and "held_out", each a pair of the loss at the start and at the end.
     """
     (first, last), (held_first, held_last) = losses["referee"], losses["held_out"]
     return last < first and held_last > held_first

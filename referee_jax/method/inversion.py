@@ -1,15 +1,17 @@
 """Model inversion for ONE prompt and one sample: "Referee Can Play" (arXiv 2402.16305), pure.
 
-    prompt -> referee's text side -> latents -> decoder -> random views -> referee's image side -> losses
-           -> gradient of the latents, balanced with score distillation -> update, average, restart
+    prompt -> referee's text side -> latents -> decoder -> random views -> referee's image side
+           -> losses -> gradient of the latents, balanced with score distillation
+           -> update, average, restart
 
-`step` is a function of (networks, prompt, hyper, state, i, noise); vmap adds prompts, samples and settings, and devices come
-outside. All randomness of an iteration is `draw`n from one key and handed to `step`. What is static, because it shapes the
-program, is in `Plan`; every number is traced, in `Hyper`. The loop over iterations is the caller's, who may know beforehand
-whether the referees are in their phase.
+An iteration is `step`: `gradients` of the prior and of the referees, then `update`. It is a
+function of (networks, prompt, hyper, plan, state, i, noise); vmap adds prompts, samples and
+settings, and devices come outside. All that is random in an iteration is drawn from one key by
+`draw`. What is static, because it shapes the program, is in `Plan`; every number is traced, in
+`Hyperparameters`. The loop over iterations is the caller's.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +19,19 @@ import optax
 from flax import struct
 from jax import Array
 
-from referee_jax.method import augmentations, held_out, objective, optim, sds, views
+from referee_jax.method import augmentations, objective, optim, sds, views
+from referee_jax.method import held_out as held_out_lib
 from referee_jax.method.referee import Referee
-from referee_jax.models import unet as unet_lib
 from referee_jax.models import vae as vae_lib
 
 
 class Networks(struct.PyTreeNode):
-    """Everything with weights, and the noise schedule float32 `[timesteps]` of the prior."""
+    """Everything with weights."""
 
-    unet: unet_lib.UNet
+    prior: sds.Prior
     vae: vae_lib.AutoencoderKL
-    alphas_cumprod: Array
     referees: tuple[Referee, ...]
     held_out: tuple[Referee, ...] = ()
-    prediction_type: str = struct.field(pytree_node=False, default="epsilon")
 
 
 class Prompt(struct.PyTreeNode):
@@ -46,7 +46,7 @@ class Prompt(struct.PyTreeNode):
     held_out: tuple[Any, ...] = ()
 
 
-class Hyper(struct.PyTreeNode):
+class Hyperparameters(struct.PyTreeNode):
     """Every number of the method, traced; may have a leading axis for a sweep under vmap.
 
     `weights` has one entry per referee, `held_out` one per held-out referee.
@@ -61,15 +61,27 @@ class Hyper(struct.PyTreeNode):
 
 
 class Plan(struct.PyTreeNode):
-    """What is static: it shapes the compiled program. `latent` is (h, w, channels); `looks` has one entry per referee.
+    """What is static: it shapes the compiled program.
 
-    The held-out ones look every `look_every` iterations; after `patience` looks (0: never) without a better one an item stops.
+    Attributes:
+        latent: (h, w, channels).
+        views: one entry per referee; `held_out` one per held-out referee.
+        evaluate_every: iterations between two evaluations of the held-out referees.
+        patience: an item stops after so many evaluations without a better one; 0: never.
+        steps: iterations in all.
+        clamp: "hard" or "straight_through", see objective.clamp.
+        shared_erase: whether all views lose the same rectangle.
+        optimizer: a key of optim.OPTIMIZERS.
+        ema_alias: see optim.ema_restart.
+        use_sds: whether the prior has a gradient.
+        use_balance: whether the referees' gradient is brought to the prior's length.
+        normalise: whether each referee's gradient is brought to its weight's length.
     """
 
     latent: tuple[int, int, int] = struct.field(pytree_node=False)
-    looks: tuple[objective.ViewPlan, ...] = struct.field(pytree_node=False)
+    views: tuple[objective.ViewPlan, ...] = struct.field(pytree_node=False)
     held_out: tuple[objective.ViewPlan, ...] = struct.field(pytree_node=False, default=())
-    look_every: int = struct.field(pytree_node=False, default=10)
+    evaluate_every: int = struct.field(pytree_node=False, default=10)
     patience: int = struct.field(pytree_node=False, default=0)
     steps: int = struct.field(pytree_node=False, default=160)
     clamp: str = struct.field(pytree_node=False, default="hard")
@@ -88,8 +100,8 @@ class InversionState(struct.PyTreeNode):
         latents: float32 `[h, w, C]`, scaled.
         optimizer: of optim.build; holds the average.
         best: the latents, before their update, with the lowest loss so far, and `best_loss`.
-        frozen: whether an update or a loss was not finite; the latents stay what they were before it.
-        watched: by the held-out referees, where there are any.
+        frozen: whether an update or a loss was not finite; the latents stay what they were before.
+        held_out: what the held-out referees have measured, where there are any.
     """
 
     latents: Array
@@ -97,7 +109,7 @@ class InversionState(struct.PyTreeNode):
     best: Array
     best_loss: Array
     frozen: Array
-    watched: held_out.HeldOutState | None = None
+    held_out: held_out_lib.HeldOutState | None = None
 
     @property
     def average(self) -> Array:
@@ -106,7 +118,14 @@ class InversionState(struct.PyTreeNode):
 
 
 class Noise(struct.PyTreeNode):
-    """All that is random in one iteration; `views` and `referee` have one entry per referee."""
+    """All that is random in one iteration.
+
+    Attributes:
+        t: the timestep, int32.
+        eps: noise of the prior, `n1` with the referees' step and `n2` after it; each `[h, w, C]`.
+        views: one entry per referee.
+        referee: added to the views, `[keep, S, S, 3]` per referee.
+    """
 
     t: Array
     eps: Array
@@ -116,7 +135,17 @@ class Noise(struct.PyTreeNode):
     referee: tuple[Array, ...]
 
 
-def init(latents: Array, plan: Plan, hyper: Hyper, seen: held_out.HeldOutState | None = None) -> InversionState:
+class Gradients(NamedTuple):
+    """Of the latents `[h, w, C]`: the prior's and the referees'; and the referees' losses by name."""
+
+    prior: Array
+    referee: Array
+    losses: dict[str, Array]
+
+
+def init(
+    latents: Array, plan: Plan, hyper: Hyperparameters, measured: held_out_lib.HeldOutState | None = None
+) -> InversionState:
     """The state before the first iteration, from latents `[h, w, C]`."""
     return InversionState(
         latents=latents,
@@ -124,162 +153,249 @@ def init(latents: Array, plan: Plan, hyper: Hyper, seen: held_out.HeldOutState |
         best=latents,
         best_loss=jnp.array(jnp.inf, jnp.float32),
         frozen=jnp.zeros((), bool),
-        watched=seen,
+        held_out=measured,
     )
 
 
-def draw(key: Array, networks: Networks, plan: Plan, hyper: Hyper, i: Array) -> Noise:
+def draw(key: Array, networks: Networks, plan: Plan, hyper: Hyperparameters, i: Array) -> Noise:
     """The randomness of iteration `i`, from `key` and `i`."""
     key = jax.random.fold_in(key, i)
     t, eps, n1, n2, view, referee = jax.random.split(key, 6)
-    sizes = [referee.image_size for referee in networks.referees]
-    drawn, noises = [], []
-    for number, (looks, size) in enumerate(zip(plan.looks, sizes, strict=True)):
-        drawn.append(
+    view_params, referee_noise = [], []
+    for number, (view_plan, network) in enumerate(zip(plan.views, networks.referees, strict=True)):
+        size = network.image_size
+        view_params.append(
             views.sample(
-                jax.random.fold_in(view, number), hyper.views, names=looks.augmentations, count=looks.count, size=size,
+                jax.random.fold_in(view, number),
+                hyper.views,
+                names=view_plan.augmentations,
+                count=view_plan.count,
+                size=size,
                 shared_erase=plan.shared_erase,
             )
-        )  # fmt: skip
-        noises.append(jax.random.normal(jax.random.fold_in(referee, number), (looks.keep, size, size, 3)))
+        )
+        shape = (view_plan.keep, size, size, 3)
+        referee_noise.append(jax.random.normal(jax.random.fold_in(referee, number), shape))
     return Noise(
-        t=sds.sample_timestep(t, hyper.prior, i, len(networks.alphas_cumprod)),
+        t=sds.sample_timestep(t, hyper.prior, i, len(networks.prior.alphas_cumprod)),
         eps=jax.random.normal(eps, plan.latent),
         n1=jax.random.normal(n1, plan.latent),
         n2=jax.random.normal(n2, plan.latent),
-        views=tuple(drawn),
-        referee=tuple(noises),
+        views=tuple(view_params),
+        referee=tuple(referee_noise),
     )
 
 
+@jax.named_scope("decode")
 def decode(networks: Networks, latents: Array, plan: Plan) -> Array:
     """Latents `[h, w, C]` to the image `[H, W, 3]` in [0, 1]."""
     return objective.clamp(networks.vae.decode(latents[None])[0].astype(jnp.float32), plan.clamp)
 
 
+def loss_names(plan: Plan) -> tuple[str, ...]:
+    """The losses of an iteration: their weighted sum "loss", then each as "referee_0/itm"."""
+    return "loss", *(f"referee_{n}/{name}" for n, plan_n in enumerate(plan.views) for name in plan_n.losses)
+
+
 def referees_gradient(
-    networks: Networks, prompt: Prompt, hyper: Hyper, plan: Plan, latents: Array, noise: Noise
+    networks: Networks, prompt: Prompt, hyper: Hyperparameters, plan: Plan, latents: Array, noise: Noise
 ) -> tuple[Array, dict[str, Array]]:
     """d(sum of the referees' losses)/d(latents), and the losses: one decode, one pullback."""
     image, pullback = jax.vjp(lambda z: decode(networks, z, plan), latents)
     cotangent, metrics = jnp.zeros_like(image), {"loss": jnp.zeros(())}
-    for number, looks in enumerate(plan.looks):
-        gradient, losses = objective.image_gradient(
-            networks.referees[number], image, prompt.texts[number], looks, hyper.weights[number],
-            params=noise.views[number], noise=hyper.referee.noise * noise.referee[number],
-        )  # fmt: skip
+    for n, view_plan in enumerate(plan.views):
+        with jax.named_scope(f"referee_{n}"):
+            gradient, losses = objective.image_gradient(
+                networks.referees[n],
+                image,
+                prompt.texts[n],
+                view_plan,
+                hyper.weights[n],
+                params=noise.views[n],
+                noise=hyper.referee.noise * noise.referee[n],
+            )
         if plan.normalise:
-            gradient = objective.normalised(gradient, hyper.weights[number].share, hyper.referee.normalise_epsilon)
+            weight = hyper.weights[n].referee
+            gradient = objective.normalised(gradient, weight, hyper.referee.normalise_epsilon)
         cotangent += gradient
         metrics["loss"] += losses.pop("loss")
-        metrics |= {f"{name}_{number}" if number else name: value for name, value in losses.items()}
-    return pullback(cotangent)[0], metrics
+        metrics |= {f"referee_{n}/{name}": value for name, value in losses.items()}
+    with jax.named_scope("decode_pullback"):
+        return pullback(cotangent)[0], metrics
 
 
-def loss_names(plan: Plan) -> tuple[str, ...]:
-    """The losses that an iteration tells of: their weighted sum, then each; those of a second referee end in _1, and so on."""
-    own = [f"{name}_{n}" if n else name for n, looks in enumerate(plan.looks) for name in looks.losses]
-    return "loss", *own
+def gradients(
+    networks: Networks,
+    prompt: Prompt,
+    hyper: Hyperparameters,
+    plan: Plan,
+    latents: Array,
+    i: Array,
+    noise: Noise,
+    *,
+    referees_active: bool = True,
+) -> Gradients:
+    """Both gradients at iteration `i`.
+
+    Args:
+        networks: the prior, the autoencoder and the referees.
+        prompt: the encoded prompt.
+        hyper: the numbers.
+        plan: what is static.
+        latents: `[h, w, C]`.
+        i: the iteration, int32.
+        noise: of `draw`.
+        referees_active: static. False leaves the referees out: their gradient is zero and their
+            losses are NaN. True evaluates them at every iteration, and has the same result where
+            `hyper.referee.is_active(i)` is false.
+    """
+    prior = referee = jnp.zeros_like(latents)
+    losses = dict.fromkeys(loss_names(plan), jnp.full((), jnp.nan))
+    if plan.use_sds:
+        with jax.named_scope("prior"):
+            prior = sds.gradient(
+                networks.prior,
+                latents,
+                t=noise.t,
+                eps=noise.eps,
+                cond=prompt.cond,
+                uncond=prompt.uncond,
+                hyper=hyper.prior,
+                i=i,
+            )
+    if referees_active:
+        # Selected, not branched: where rows of a sweep differ, a branch would compute both sides.
+        evaluated = referees_gradient(networks, prompt, hyper, plan, latents, noise)
+        referee, losses = optax.tree.where(hyper.referee.is_active(i), evaluated, (referee, losses))
+    return Gradients(prior, referee, losses)
 
 
-def clean_losses(networks: Networks, prompt: Prompt, hyper: Hyper, plan: Plan, image: Array) -> Array:
-    """Losses of the optimised and of the held-out referees on a decoded image as it is, weighted and added: float32 `[2]`."""
-    totals = []
-    for parties in (
-        (networks.referees, prompt.texts, plan.looks, hyper.weights),
-        (networks.held_out, prompt.held_out, plan.held_out, hyper.held_out),
-    ):
-        losses = [objective.clean_loss(judge, image, *rest) for judge, *rest in zip(*parties, strict=True)]
-        totals.append(sum(losses, jnp.zeros(())))
-    return jnp.stack(totals)
+@jax.named_scope("update")
+def update(
+    hyper: Hyperparameters,
+    plan: Plan,
+    state: InversionState,
+    i: Array,
+    noise: Noise,
+    found: Gradients,
+    *,
+    referees_active: bool = True,
+) -> tuple[InversionState, dict[str, Array]]:
+    """The state after iteration `i`, and its metrics.
+
+    An item that has stopped, or is frozen, does not move.
+
+    Args:
+        hyper: the numbers.
+        plan: what is static.
+        state: before the iteration.
+        i: the iteration, int32.
+        noise: of `draw`.
+        found: of `gradients`.
+        referees_active: as of `gradients`.
+
+    Returns:
+        The new state, and scalars: the losses, the norms of both gradients, their ratio, and the
+        standard deviation of the latents. Of an item that has stopped all of them are NaN.
+    """
+    latents, (prior, referee, losses) = state.latents, found
+    active = hyper.referee.is_active(i) if referees_active else jnp.zeros((), bool)
+    epsilon = hyper.referee.balance_epsilon
+    ratio = objective.balance(prior, referee, epsilon) if plan.use_balance else jnp.ones(())
+    ratio = jnp.where(active, ratio, 0.0)
+
+    rate = optim.referee_rate(hyper.update, i, plan.steps)
+    pull = hyper.referee.weight_at(i) * ratio * referee
+    shake = jnp.where(active, -rate * hyper.update.noise * noise.n1, 0.0)
+    tail = jnp.where(active, hyper.update.noise, hyper.update.tail_noise) * noise.n2
+    updates, optimizer = _optimizer(plan, hyper).update(
+        prior + rate / hyper.update.lr * pull,
+        state.optimizer,
+        latents,
+        step=i,
+        moved=-rate * pull + shake,
+        noise=shake + tail,
+    )
+    better = losses["loss"] < state.best_loss
+    new = state.replace(
+        latents=optax.apply_updates(latents, updates),
+        optimizer=optimizer,
+        best=jnp.where(better, latents, state.best),
+        best_loss=jnp.where(better, losses["loss"], state.best_loss),
+    )
+    broken = ~jnp.isfinite(new.latents).all() | (active & ~jnp.isfinite(losses["loss"]))
+    frozen, stopped = state.frozen | broken, is_stopped(state, plan)
+    new = optax.tree.where(frozen | stopped, state, new).replace(frozen=frozen)
+    metrics = losses | {
+        "prior_norm": jnp.linalg.norm(prior),
+        "referee_norm": jnp.linalg.norm(referee),
+        "ratio": ratio,
+        "latent_std": new.latents.std(),
+    }
+    return new, jax.tree.map(lambda x: jnp.where(stopped, jnp.nan, x), metrics) if plan.patience else metrics
 
 
 def step(
     networks: Networks,
     prompt: Prompt,
-    hyper: Hyper,
+    hyper: Hyperparameters,
     plan: Plan,
     state: InversionState,
     i: Array,
     noise: Noise,
-    on: bool | None = None,
+    *,
+    referees_active: bool = True,
 ) -> tuple[InversionState, dict[str, Array]]:
-    """Iteration `i`. Metrics: losses, norms of both gradients, their ratio, the learning rates' effect on the latents.
+    """Iteration `i`: `gradients`, then `update`, whose arguments and results these are."""
+    on = {"referees_active": referees_active}
+    found = gradients(networks, prompt, hyper, plan, state.latents, i, noise, **on)
+    return update(hyper, plan, state, i, noise, found, **on)
 
-    `on` says whether the referees are in their phase where that is known beforehand; else they are asked, and heard if they are
-    (no branch: of rows that differ it would take both, with networks of its own for each). Off it the losses are NaN. What has
-    stopped, or is frozen, does not move; of what has stopped all metrics are NaN.
-    """
-    z = state.latents
-    prior = jnp.zeros_like(z)
-    if plan.use_sds:
-        prior = sds.gradient(
-            networks.unet, z, t=noise.t, eps=noise.eps, cond=prompt.cond, uncond=prompt.uncond, hyper=hyper.prior, i=i,
-            alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
-        )  # fmt: skip
-    referee, metrics = jnp.zeros_like(z), dict.fromkeys(loss_names(plan), jnp.full((), jnp.nan))
-    if on is None or on:
-        judged = referees_gradient(networks, prompt, hyper, plan, z, noise)
-        on = hyper.referee.is_on(i) if on is None else on
-        referee, metrics = optax.tree.where(on, judged, (referee, metrics))
-    ratio = objective.balance(prior, referee, hyper.referee.balance_epsilon) if plan.use_balance else jnp.ones(())
-    ratio = jnp.where(on, ratio, 0.0)
 
-    rate = optim.referee_rate(hyper.update, i, plan.steps)
-    pull = hyper.referee.weight_at(i) * ratio * referee
-    shake = jnp.where(on, -rate * hyper.update.noise * noise.n1, 0.0)
-    gradient = prior + rate / hyper.update.lr * pull
-    updates, optimizer = _optimizer(plan, hyper).update(
-        gradient, state.optimizer, z, step=i, moved=-rate * pull + shake,
-        noise=shake + jnp.where(on, hyper.update.noise, hyper.update.tail_noise) * noise.n2,
-    )  # fmt: skip
-    better = metrics["loss"] < state.best_loss
-    new = InversionState(
-        latents=optax.apply_updates(z, updates),
-        optimizer=optimizer,
-        best=jnp.where(better, z, state.best),
-        best_loss=jnp.where(better, metrics["loss"], state.best_loss),
-        frozen=state.frozen,
-        watched=state.watched,
+def clean_losses(networks: Networks, prompt: Prompt, hyper: Hyperparameters, plan: Plan, image: Array) -> Array:
+    """Weighted sums of the losses on an image as it is, of the referees and of the held-out ones: float32 `[2]`."""
+    groups = (
+        (networks.referees, prompt.texts, plan.views, hyper.weights),
+        (networks.held_out, prompt.held_out, plan.held_out, hyper.held_out),
     )
-    broken = ~jnp.isfinite(new.latents).all() | (jnp.asarray(on) & ~jnp.isfinite(metrics["loss"]))
-    frozen, stopped = state.frozen | broken, is_stopped(state, plan)
-    new = optax.tree.where(frozen | stopped, state, new).replace(frozen=frozen)
-    metrics |= {"prior_norm": jnp.linalg.norm(prior), "referee_norm": jnp.linalg.norm(referee), "ratio": ratio}
-    metrics |= {"latent_std": new.latents.std()}
-    return new, jax.tree.map(lambda x: jnp.where(stopped, jnp.nan, x), metrics) if plan.patience else metrics
+    totals = []
+    for group in groups:
+        losses = [objective.clean_loss(referee, image, *rest) for referee, *rest in zip(*group, strict=True)]
+        totals.append(sum(losses, jnp.zeros(())))
+    return jnp.stack(totals)
 
 
+@jax.named_scope("held_out")
 def evaluate_held_out(
-    networks: Networks, prompt: Prompt, hyper: Hyper, plan: Plan, state: InversionState
+    networks: Networks, prompt: Prompt, hyper: Hyperparameters, plan: Plan, state: InversionState
 ) -> tuple[InversionState, Array]:
-    """The state after a look of the held-out referees, and their loss; NaN for what has stopped or is frozen."""
+    """The state after an evaluation by the held-out referees, and their loss; NaN for an item that moves no more."""
     loss = clean_losses(networks, prompt, hyper, plan, decode(networks, state.latents, plan))[1]
-    is_still = is_over(state, plan)
-    watched = optax.tree.where(is_still, state.watched, state.watched.looked(state.latents, loss))
-    return state.replace(watched=watched), jnp.where(is_still, jnp.nan, loss)
+    over = is_over(state, plan)
+    measured = optax.tree.where(over, state.held_out, state.held_out.evaluated(state.latents, loss))
+    return state.replace(held_out=measured), jnp.where(over, jnp.nan, loss)
 
 
 def is_stopped(state: InversionState, plan: Plan) -> Array:
-    """Whether the held-out referees have seen nothing better for `plan.patience` looks."""
-    if state.watched is None or not plan.patience:
+    """Whether the held-out loss has not improved for `plan.patience` evaluations."""
+    if state.held_out is None or not plan.patience:
         return jnp.zeros((), bool)
-    return state.watched.since >= plan.patience
+    return state.held_out.since >= plan.patience
 
 
 def is_over(state: InversionState, plan: Plan) -> Array:
-    """Whether the latents move no more: what has stopped, or is frozen."""
+    """Whether the latents move no more: the item has stopped, or is frozen."""
     return state.frozen | is_stopped(state, plan)
 
 
 def output(state: InversionState, which: str) -> Array:
     """The latents that a run ends with: `final`, `ema` (their average), `best` or `best_held_out` (the lowest loss)."""
     if which == "best_held_out":
-        return state.watched.best
+        return state.held_out.best
     if which == "best":
         return jnp.where(jnp.isfinite(state.best_loss), state.best, state.latents)
     return {"final": state.latents, "ema": state.average}[which]
 
 
-def _optimizer(plan: Plan, hyper: Hyper) -> optax.GradientTransformationExtraArgs:
+def _optimizer(plan: Plan, hyper: Hyperparameters) -> optax.GradientTransformationExtraArgs:
     return optim.build(hyper.update, stop=hyper.referee.stop, name=plan.optimizer, alias=plan.ema_alias)

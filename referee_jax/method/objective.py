@@ -1,8 +1,16 @@
 """The referees' half of the gradient, and its balance with the prior's (arXiv 2402.16305).
 
-The image is decoded once, with its pullback held. Each referee looks at its own views of it, all at once or in several passes,
-and adds its gradient with respect to the image; one pullback through the decoder turns the sum into a gradient of the latents.
-Nothing here knows which referees there are.
+With x the decoded image, T_v the views, r_k the referees and L_k the weighted sum of their losses:
+
+    g_k  = d/dx mean_v L_k(r_k(T_v(x)))                       (1)
+    g_k <- weight_k g_k / (|g_k| + normalise_epsilon)         (2), if referees are normalised
+    gv   = (dx/dz)^T sum_k g_k                                (3)
+    r    = |gs| / (|gv| + balance_epsilon)                    (4), gs being the prior's gradient
+
+The image is decoded once, with its pullback held: each referee adds its gradient with respect to
+the image, from all views at once or in several microbatches, and one pullback (3) turns the sum
+into a gradient of the latents. The step of the referees is weight(i) r gv (optim.py). Nothing here
+knows which referees there are.
 """
 
 from typing import Any
@@ -19,11 +27,15 @@ from referee_jax.method.referee import Referee
 class Hyper(struct.PyTreeNode):
     """Numbers of the term, all traced.
 
-    The referees act in iterations `start` to `stop - 1`; their step is `weight` times the length of the prior's, moving
-    along a cosine to `weight_final` meanwhile. `balance_epsilon` is the length below which
-    the referees' gradient is not brought to the prior's: at 0 (the authors') a referee that is content pulls as hard as one
-    that objects; `normalise_epsilon` is the same for each referee's gradient with respect to the image, where they are
-    normalised. `noise` is the standard deviation added to the views, in [0, 1] units.
+    Attributes:
+        weight: length of the referees' step in steps of the prior; goes along a cosine to
+            `weight_final` while the referees are active.
+        start: the first iteration in which they are active.
+        stop: the first in which they are not any more.
+        balance_epsilon: of (4); a gradient much shorter than this is not brought to the prior's
+            length. At 0 (the authors') a content referee pulls as hard as one that objects.
+        normalise_epsilon: of (2).
+        noise: standard deviation of the noise on the views, in [0, 1] units of pixels.
     """
 
     weight: Array | float = 2.0
@@ -34,8 +46,8 @@ class Hyper(struct.PyTreeNode):
     normalise_epsilon: Array | float = 0.0
     noise: Array | float = 0.2
 
-    def is_on(self, i: Array) -> Array:
-        """Whether the referees act at iteration `i`."""
+    def is_active(self, i: Array) -> Array:
+        """Whether the referees are active at iteration `i`."""
         return (i >= self.start) & (i < self.stop)
 
     def weight_at(self, i: Array) -> Array:
@@ -46,9 +58,15 @@ class Hyper(struct.PyTreeNode):
 
 
 class ViewPlan(struct.PyTreeNode):
-    """How one referee looks at the image: static facts.
+    """How the views of one referee are made; static.
 
-    `losses` are their names; `keep` <= `count` views count, and have their gradient in as many `passes` one after the other.
+    Attributes:
+        losses: names of the referee's losses.
+        count: views that are drawn.
+        keep: the hardest of them, which have a gradient (hard-view mining); all if equal to `count`.
+        augmentations: names, in their order; see augmentations.AUGMENTATIONS.
+        passes: microbatches into which the kept views are split.
+        dense: whether pixels are resampled by products of matrices, which suits TPUs.
     """
 
     losses: tuple[str, ...] = struct.field(pytree_node=False)
@@ -56,24 +74,31 @@ class ViewPlan(struct.PyTreeNode):
     keep: int = struct.field(pytree_node=False)
     augmentations: tuple[str, ...] = struct.field(pytree_node=False)
     passes: int = struct.field(pytree_node=False, default=1)
+    dense: bool = struct.field(pytree_node=False, default=False)
 
 
 class Weights(struct.PyTreeNode):
-    """What one referee's word counts, traced: the weight of each of Looks.losses.
+    """Loss weights of one referee (traced).
 
-    `share` is the length of its gradient in a mix where those are normalised.
+    Attributes:
+        losses: the weight of each of ViewPlan.losses.
+        referee: weight_k of (2).
     """
 
     losses: tuple[Array | float, ...]
-    share: Array | float = 1.0
+    referee: Array | float = 1.0
 
-    def total(self, looks: ViewPlan, losses: dict[str, Array]) -> Array:
-        """The weighted sum of the referee's losses."""
-        return sum(weight * losses[name] for name, weight in zip(looks.losses, self.losses, strict=True))
+    def total(self, names: tuple[str, ...], losses: dict[str, Array]) -> Array:
+        """L_k: the weighted sum of the losses of these names."""
+        return sum(weight * losses[name] for name, weight in zip(names, self.losses, strict=True))
 
 
 def clamp(x: Array, how: str) -> Array:
-    """`x` clamped to [0, 1]. `hard`: no gradient outside. `straight_through`: the gradient that leads back inside passes."""
+    """`x` clamped to [0, 1].
+
+    `how` is "hard", without a gradient outside, or "straight_through": outside, a gradient whose
+    descent leads back inside passes.
+    """
     if how == "hard":
         return jnp.where((x >= 0) & (x <= 1), x, jax.lax.stop_gradient(jnp.clip(x, 0, 1)))
     return _straight_through(x)
@@ -95,53 +120,68 @@ def image_gradient(
     referee: Referee,
     image: Array,
     text: Any,
-    looks: ViewPlan,
+    plan: ViewPlan,
     weights: Weights,
     *,
     params: views.Params,
     noise: Array,
 ) -> tuple[Array, dict[str, Array]]:
-    """d(loss)/d(image) of one referee, and its losses, means over the kept views.
+    """(1) of one referee, and its losses, means over the kept views.
 
-    Of `count` views the `keep` with the largest loss are kept (all, unscored, where keep = count); `noise [keep, S, S, 3]`,
-    in pixel units, is added to those. In several passes memory is that of one; views that fill up the last of them count nothing.
+    Args:
+        referee: the referee.
+        image: `[H, W, 3]` in [0, 1].
+        text: of `referee.encode`.
+        plan: how its views are made.
+        weights: of its losses.
+        params: of `views.sample`, for `plan.count` views.
+        noise: `[keep, S, S, 3]` in units of pixels, added to the kept views.
+
+    Returns:
+        The gradient, as `image`, and the losses by name with their weighted sum "loss".
     """
-    size, names = referee.image_size, looks.augmentations
-    if looks.keep < looks.count:
-        scored = weights.total(looks, referee.views_losses(views.apply(image, params, size=size, names=names), text))
-        params = views.take(params, views.hardest(scored, looks.keep))
+    size = referee.image_size
+
+    def view_losses(image: Array, params: views.Params, noise: Array | float) -> dict[str, Array]:
+        with jax.named_scope("views"):
+            shown = views.apply(image, params, size=size, names=plan.augmentations, dense=plan.dense) + noise
+        return referee.views_losses(shown, text)
+
+    if plan.keep < plan.count:
+        scores = weights.total(plan.losses, view_losses(image, params, 0.0))
+        params = views.take(params, views.hardest(scores, plan.keep))
 
     def gradient(params: views.Params, noise: Array, counts: Array) -> tuple[Array, dict[str, Array]]:
         def loss(image: Array) -> tuple[Array, dict[str, Array]]:
-            shown = views.apply(image, params, size=size, names=names) + noise
-            each = referee.views_losses(shown, text)
-            losses = {name: (counts * value).sum() / looks.keep for name, value in each.items()}
-            return weights.total(looks, losses), losses
+            each = view_losses(image, params, noise)
+            means = {name: (counts * each[name]).sum() / plan.keep for name in plan.losses}
+            return weights.total(plan.losses, means), means
 
-        (total, losses), gradient = jax.value_and_grad(loss, has_aux=True)(image)
-        return gradient, {name: losses[name] for name in looks.losses} | {"loss": total}
+        (total, means), gradient = jax.value_and_grad(loss, has_aux=True)(image)
+        return gradient, means | {"loss": total}
 
-    counts = jnp.ones(looks.keep)
-    if looks.passes == 1:
+    counts = jnp.ones(plan.keep)
+    if plan.passes == 1:
         return gradient(params, noise, counts)
-    params, noise = views.in_passes(params, looks.passes), views.split(noise, looks.passes, mode="edge")
-    given = params, noise, views.split(counts, looks.passes, mode="constant")
-    return jax.tree.map(lambda x: x.sum(0), jax.lax.map(lambda one: gradient(*one), given))
+    # The last microbatch is filled up with views that count nothing.
+    params, noise = jax.tree.map(lambda x: views.split(x, plan.passes, mode="edge"), (params, noise))
+    batches = params, noise, views.split(counts, plan.passes, mode="constant")
+    return jax.tree.map(lambda x: x.sum(0), jax.lax.map(lambda batch: gradient(*batch), batches))
 
 
-def clean_loss(referee: Referee, image: Array, text: Any, looks: ViewPlan, weights: Weights) -> Array:
-    """The referee's loss on the image as it is: one view, fitted and not augmented."""
+def clean_loss(referee: Referee, image: Array, text: Any, plan: ViewPlan, weights: Weights) -> Array:
+    """The weighted sum of the losses on the image as it is: one view, not augmented."""
     losses = referee.views_losses(referee.fit(image)[None], text)
-    return weights.total(looks, losses)[0]
+    return weights.total(plan.losses, losses)[0]
 
 
-def normalised(gradient: Array, share: Array | float, epsilon: Array) -> Array:
-    """A gradient brought to the length `share`, less where it is not much longer than `epsilon`."""
+def normalised(gradient: Array, weight: Array | float, epsilon: Array) -> Array:
+    """(2) for one gradient; 0 where it is 0."""
     length = jnp.linalg.norm(gradient)
-    return jnp.where(length > 0, share / jnp.where(length > 0, length + epsilon, 1), 0) * gradient
+    return jnp.where(length > 0, weight / jnp.where(length > 0, length + epsilon, 1), 0) * gradient
 
 
 def balance(prior: Array, referee: Array, epsilon: Array) -> Array:
-    """|prior| / (|referee| + epsilon), by which the referees' gradient is scaled to the prior's length; 1 without one of them."""
+    """r of (4); 1 where one of the gradients is 0."""
     length, pull = jnp.linalg.norm(prior), jnp.linalg.norm(referee) + epsilon
     return jnp.where((length > 0) & (pull > 0), length / jnp.where(pull > 0, pull, 1), 1.0)

@@ -37,6 +37,17 @@ class Hyper(struct.PyTreeNode):
     sigma_power: Array | float = 0.0
 
 
+class Prior(struct.PyTreeNode):
+    """The diffusion model: its U-Net, abar_t as float32 `[timesteps]`, and what the U-Net predicts.
+
+    `prediction_type` is "epsilon" (the noise) or "v_prediction" (alpha_t eps - sigma_t z).
+    """
+
+    unet: unet_lib.UNet
+    alphas_cumprod: Array
+    prediction_type: str = struct.field(pytree_node=False, default="epsilon")
+
+
 def weight_at(hyper: Hyper, i: Array) -> Array:
     """weight(i) of (3) at iteration `i`."""
     return schedules.cosine(hyper.weight, hyper.weight_final, i / hyper.weight_steps)
@@ -48,50 +59,59 @@ def sample_timestep(key: Array, hyper: Hyper, i: Array, timesteps: int) -> Array
     return jax.random.randint(key, (), hyper.t_min, jnp.minimum(t_max, timesteps) - 1)
 
 
-def predict_noise(
-    unet: unet_lib.UNet,
-    noisy: Array,
-    t: Array,
-    cond: Array,
-    uncond: Array | None,
-    *,
-    guidance: Array,
-    abar: Array,
-    prediction_type: str,
-) -> Array:
-    """(2): guided noise of one noisy latent `[h, w, 4]` at timestep `t`, float32.
+def predict_noise(prior: Prior, noisy: Array, t: Array, cond: Array, uncond: Array | None, *, guidance: Array) -> Array:
+    """(2): the guided noise of one noisy latent.
 
-    `cond`, `uncond` are text states `[T, D]`; with `uncond=None` there is no guidance and one pass instead of two.
+    Args:
+        prior: the diffusion model.
+        noisy: `[h, w, C]`, the latent z_t.
+        t: the timestep, int32.
+        cond: text states `[T, D]` of the prompt.
+        uncond: those of the empty or negative prompt. If None there is no guidance, and one pass
+            through the U-Net instead of two.
+        guidance: the scale of (2).
+
+    Returns:
+        float32 `[h, w, C]`.
     """
     states = cond[None] if uncond is None else jnp.stack([uncond, cond])
-    passes = len(states)
-    out = unet(jnp.broadcast_to(noisy, (passes, *noisy.shape)), jnp.broadcast_to(t, (passes,)), states).astype(
-        jnp.float32
-    )
+    noisy_batch = jnp.broadcast_to(noisy, (len(states), *noisy.shape))
+    out = prior.unet(noisy_batch, jnp.broadcast_to(t, (len(states),)), states).astype(jnp.float32)
     guided = out[0] if uncond is None else out[0] + guidance * (out[1] - out[0])
-    if prediction_type == "v_prediction":  # affine in the output, so it may follow the guidance
+    if prior.prediction_type == "v_prediction":  # affine in the output, so it may follow the guidance
+        abar = prior.alphas_cumprod[t]
         return jnp.sqrt(abar) * guided + jnp.sqrt(1 - abar) * noisy
     return guided
 
 
 def gradient(
-    unet: unet_lib.UNet,
+    prior: Prior,
     latents: Array,
     *,
     t: Array,
     eps: Array,
     cond: Array,
     uncond: Array | None,
-    alphas_cumprod: Array,
-    prediction_type: str,
     hyper: Hyper,
     i: Array,
 ) -> Array:
-    """(3) for scaled latents `[h, w, 4]` at iteration `i`, with timestep `t` and noise `eps` given; float32."""
-    abar = alphas_cumprod[t]
+    """(3) for one latent.
+
+    Args:
+        prior: the diffusion model.
+        latents: `[h, w, C]`, scaled.
+        t: the timestep, int32.
+        eps: the noise, as `latents`.
+        cond: text states `[T, D]` of the prompt.
+        uncond: as of `predict_noise`.
+        hyper: the numbers of the term.
+        i: the iteration, int32.
+
+    Returns:
+        float32 `[h, w, C]`.
+    """
+    abar = prior.alphas_cumprod[t]
     noisy = jnp.sqrt(abar) * latents + jnp.sqrt(1 - abar) * eps
-    predicted = predict_noise(
-        unet, noisy, t, cond, uncond, guidance=hyper.guidance, abar=abar, prediction_type=prediction_type
-    )
+    predicted = predict_noise(prior, noisy, t, cond, uncond, guidance=hyper.guidance)
     scale = weight_at(hyper, i) * 2 * abar ** (hyper.alpha_power / 2) * (1 - abar) ** (hyper.sigma_power / 2)
     return scale * (predicted - eps) / (latents.shape[0] * latents.shape[1])

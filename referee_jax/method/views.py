@@ -1,8 +1,8 @@
 """Differentiable random views of one image, and the choice of the hardest of them.
 
-The image is pooled to the referee's size once, then each of `count` views runs its own chain of augmentations
-(augment.py) and gets its own noise. Everything random is drawn by `sample` and handed to `apply`, which is
-deterministic. All of it is for one image: vmap adds prompts.
+The image is pooled to the referee's size once, then each of `count` views runs its own chain of
+augmentations (augmentations.py) and gets its own noise. All that is random is drawn by `sample` and
+given to `apply`, which is deterministic. All of it is for one image: vmap adds prompts.
 """
 
 import functools
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from referee_jax.hardware import chips
 from referee_jax.method import augmentations
 
 AUGMENTATIONS = augmentations.AUGMENTATIONS
@@ -24,7 +23,7 @@ Params = dict[str, dict[str, Array] | Array]
 
 
 def check(names: Sequence[str]) -> None:
-    """Raise ValueError unless `names` are different augmentations of the table."""
+    """Raises ValueError unless `names` are different augmentations of the table."""
     unknown = [name for name in names if name not in AUGMENTATIONS]
     if unknown:
         raise ValueError(f"augmentations {unknown} are unknown; known are {list(AUGMENTATIONS)}")
@@ -39,29 +38,35 @@ def _windows(length: int, size: int) -> np.ndarray:
     return np.minimum(starts[:, None] + np.arange((ends - starts).max()), ends[:, None] - 1)
 
 
-def _pool_axis(image: Array, size: int, axis: int, mode: str) -> Array:
-    """Adaptive average or maximum of `[H, W, C]` along one axis."""
+def _average_axis(image: Array, size: int, axis: int) -> Array:
+    """Adaptive average of `[H, W, C]` along one axis."""
     length = image.shape[axis]
     if length == size:
         return image
-    index = _windows(length, size)
-    if mode == "average":
-        matrix = np.zeros((size, length), np.float32)
-        for row, inputs in enumerate(index):
-            inputs = np.unique(inputs)
-            matrix[row, inputs] = 1 / len(inputs)
-        return _mixed(matrix, image, axis)
-    best = _taken(image, index[:, 0], axis)
-    for inputs in index.T[1:]:
+    matrix = np.zeros((size, length), np.float32)
+    for row, inputs in enumerate(_windows(length, size)):
+        inputs = np.unique(inputs)
+        matrix[row, inputs] = 1 / len(inputs)
+    return _mixed(matrix, image, axis)
+
+
+def _maximum_axis(image: Array, size: int, axis: int, dense: bool) -> Array:
+    """Adaptive maximum of `[H, W, C]` along one axis."""
+    length = image.shape[axis]
+    if length == size:
+        return image
+    first, *others = _windows(length, size).T
+    best = _taken(image, first, axis, dense)
+    for inputs in others:
         # Strictly greater: of equal inputs the first gets the gradient, as in torch (and a repeated one gets none).
-        other = _taken(image, inputs, axis)
+        other = _taken(image, inputs, axis, dense)
         best = jnp.where(other > best, other, best)
     return best
 
 
-def _taken(image: Array, inputs: np.ndarray, axis: int) -> Array:
+def _taken(image: Array, inputs: np.ndarray, axis: int, dense: bool) -> Array:
     """Rows or columns `inputs` of `[H, W, C]`: gathered, or an exact product with zeros and ones."""
-    if not chips.is_dense():
+    if not dense:
         return jnp.take(image, inputs, axis=axis)
     return _mixed(np.eye(image.shape[axis], dtype=np.float32)[inputs], image, axis)
 
@@ -71,10 +76,11 @@ def _mixed(matrix: np.ndarray, image: Array, axis: int) -> Array:
     return jnp.moveaxis(jnp.tensordot(matrix, image, axes=(1, axis), precision="highest"), 0, axis)
 
 
-def pool(image: Array, size: int) -> Array:
+def pool(image: Array, size: int, *, dense: bool = False) -> Array:
     """Mean of adaptive average and adaptive maximum pooling, `[H, W, C] -> [size, size, C]`.
 
-    A side that is smaller than `size` is first enlarged to it bilinearly; an image of that size is returned as it is.
+    A side that is smaller than `size` is first enlarged to it bilinearly; an image of that size is
+    returned as it is. `dense` takes products of matrices instead of gathers.
     """
     height, width, channels = image.shape
     if min(height, width) < size:
@@ -82,16 +88,8 @@ def pool(image: Array, size: int) -> Array:
     if image.shape[:2] == (size, size):
         return image
     # Columns first: together with the strict comparison the winner of a window is the first in reading order.
-    average = _pool_axis(_pool_axis(image, size, 1, "average"), size, 0, "average")
-    return (average + _pool_axis(_pool_axis(image, size, 1, "maximum"), size, 0, "maximum")) / 2
-
-
-def _axes(params: Params) -> dict:
-    """The axis of views of each leaf: 0, or None where all views share it."""
-    axes: dict = {"noise": 0}
-    for name in params.keys() - {"noise"}:
-        axes[name] = {leaf: None if leaf in AUGMENTATIONS[name].shared else 0 for leaf in params[name]}
-    return axes
+    average = _average_axis(_average_axis(image, size, 1), size, 0)
+    return (average + _maximum_axis(_maximum_axis(image, size, 1, dense), size, 0, dense)) / 2
 
 
 def sample(
@@ -103,24 +101,37 @@ def sample(
     size: int,
     shared_erase: bool = False,
 ) -> Params:
-    """Draw `count` views of side `size`: augmentation name -> its parameters, and the noise.
+    """Draws what is random in the views of one image.
 
-    Leaves have a leading axis `[count]`, except those that all views share (the order of the colour jitter's steps);
-    `noise [count, size, size, 3]` is normal with an amplitude drawn from `[0, settings.noise]` per view. `shared_erase`
-    gives all views the same rectangle (the paper's setting). What one augmentation draws does not depend on which
-    others are asked for. Raises ValueError for unknown names.
+    What an augmentation draws depends neither on `count` nor on which others are named.
+
+    Args:
+        key: a PRNG key.
+        settings: magnitudes and probabilities.
+        names: augmentations, keys of augmentations.AUGMENTATIONS.
+        count: views.
+        size: side of the views, in pixels.
+        shared_erase: whether all views lose the same rectangle (the paper's setting).
+
+    Returns:
+        The parameters of each named augmentation, and "noise" `[count, size, size, 3]`: normal, of
+        an amplitude drawn from `[0, settings.noise]` for each view. All leaves have a leading axis
+        `[count]`; the views of an image share the order of the colour jitter's steps.
+
+    Raises:
+        ValueError: for unknown names.
     """
     check(names)
     *keys, noise_key = jax.random.split(key, len(AUGMENTATIONS) + 1)
     keys = dict(zip(AUGMENTATIONS, keys, strict=True))
     params: Params = {}
     for name in names:
-        augmentation = AUGMENTATIONS[name]
-        draw = functools.partial(augmentation.sample, settings=settings, size=size)
-        drawn = jax.vmap(draw)(jax.random.split(keys[name], count))
-        if name == "Er" and shared_erase:
-            drawn = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), drawn)
-        params[name] = drawn | {leaf: drawn[leaf][0] for leaf in augmentation.shared}
+        sample = functools.partial(AUGMENTATIONS[name].sample, settings=settings, size=size)
+        params[name] = jax.vmap(sample)(jax.random.split(keys[name], count))
+    shared = [("Ji", "order")] + [("Er", "box"), ("Er", "on")] * shared_erase
+    for name, leaf in shared:
+        if name in params:
+            params[name][leaf] = jnp.broadcast_to(params[name][leaf][:1], params[name][leaf].shape)
 
     def noise(key: Array) -> Array:
         amplitude, normal = jax.random.split(key)
@@ -130,40 +141,40 @@ def sample(
     return params
 
 
-def apply(image: Array, params: Params, *, size: int, names: Sequence[str] = DEFAULT) -> Array:
-    """Views `[count, size, size, 3]` of `image [H, W, 3]`: pooled, augmented in the order of `names`, noise added.
+def apply(image: Array, params: Params, *, size: int, names: Sequence[str] = DEFAULT, dense: bool = False) -> Array:
+    """Views of an image: pooled, augmented in the order of `names`, noise added; not clamped.
 
-    `names` are those of `sample`, given again because a dict loses its order in a JAX transformation; a mismatch raises
-    ValueError. The views are not clamped. Differentiable in the image.
+    Args:
+        image: `[H, W, 3]`.
+        params: of `sample`.
+        size: side of the views, as of `sample`.
+        names: those of `sample`, given again because a dict loses its order in a JAX transformation.
+        dense: whether pixels are resampled by products of matrices, which suits TPUs.
+
+    Returns:
+        `[count, size, size, 3]`, differentiable in the image.
+
+    Raises:
+        ValueError: where names and parameters do not match.
     """
     check(names)
     if set(names) != set(params) - {"noise"}:
         raise ValueError(f"augmentations {tuple(names)} were asked for, parameters are those of {sorted(params)}")
-    view = pool(image, size)
+    view = pool(image, size, dense=dense)
+    warp = augmentations.dense_warp if dense else augmentations.gather_warp
 
     def augmented(params: Params) -> Array:
         out = view
         for name in names:
-            out = jnp.where(params[name]["on"], AUGMENTATIONS[name].apply(out, params[name]), out)
+            out = jnp.where(params[name]["on"], AUGMENTATIONS[name].apply(out, params[name], warp), out)
         return out + params["noise"]
 
-    return jax.vmap(augmented, in_axes=(_axes(params),))(params)
+    return jax.vmap(augmented)(params)
 
 
 def take(params: Params, index: Array) -> Params:
-    """The parameters of the views `index [keep]` only: what was scored may be applied again to the hardest."""
-    return jax.tree.map(
-        lambda axis, x: x if axis is None else x[index], _axes(params), params, is_leaf=lambda x: x is None
-    )
-
-
-def in_passes(params: Params, passes: int) -> Params:
-    """The parameters in groups, each leaf with a leading axis `[passes]`; the last view fills up the last group."""
-
-    def leaf(axis: int | None, x: Array) -> Array:
-        return jnp.broadcast_to(x, (passes, *x.shape)) if axis is None else split(x, passes, mode="edge")
-
-    return jax.tree.map(leaf, _axes(params), params, is_leaf=lambda x: x is None)
+    """The parameters of the views `index [keep]` only."""
+    return jax.tree.map(lambda x: x[index], params)
 
 
 def split(x: Array, passes: int, *, mode: str) -> Array:

@@ -103,7 +103,7 @@ def parts(step: capacity.Step) -> list[Part]:
         Part("decoder + pullback", _decoder(plan), plan.latent),
     ]
     specs = [spec for spec in step.settings.referees if spec.role == "optimise"]
-    for n, (spec, looks, referee) in enumerate(zip(specs, plan.looks, step.networks.referees, strict=True)):
+    for n, (spec, looks, referee) in enumerate(zip(specs, plan.views, step.networks.referees, strict=True)):
         name, size = spec.name if len(specs) == 1 else f"{spec.name} {n}", referee.image_size
         found += [
             Part(f"{name}: views + pullback", _views(looks, size, plan.shared_erase), (side, side, 3)),
@@ -116,11 +116,9 @@ def parts(step: capacity.Step) -> list[Part]:
 
 
 def _unet(networks, prompt, hyper, z: Array, key: Array) -> Array:
-    t = sds.sample_timestep(key, hyper.prior, jnp.int32(0), len(networks.alphas_cumprod))
-    return sds.gradient(
-        networks.unet, z, t=t, eps=z, cond=prompt.cond, uncond=prompt.uncond, hyper=hyper.prior, i=jnp.int32(0),
-        alphas_cumprod=networks.alphas_cumprod, prediction_type=networks.prediction_type,
-    )  # fmt: skip
+    t = sds.sample_timestep(key, hyper.prior, jnp.int32(0), len(networks.prior.alphas_cumprod))
+    how = {"cond": prompt.cond, "uncond": prompt.uncond, "hyper": hyper.prior, "i": jnp.int32(0)}
+    return sds.gradient(networks.prior, z, t=t, eps=z, **how)
 
 
 def _decoder(plan: inversion.Plan) -> Callable:
@@ -135,7 +133,9 @@ def _views(looks: Any, size: int, shared_erase: bool) -> Callable:
     def look(networks, prompt, hyper, image: Array, key: Array) -> Array:
         names = looks.augmentations
         drawn = views.sample(key, hyper.views, names=names, count=looks.keep, size=size, shared_erase=shared_erase)
-        shown, pullback = jax.vjp(lambda image: views.apply(image, drawn, size=size, names=names), image)
+        shown, pullback = jax.vjp(
+            lambda image: views.apply(image, drawn, size=size, names=names, dense=looks.dense), image
+        )
         return pullback(shown)[0]
 
     return look
@@ -144,7 +144,7 @@ def _views(looks: Any, size: int, shared_erase: bool) -> Callable:
 def _forward(n: int, looks: Any) -> Callable:
     def forward(networks, prompt, hyper, shown: Array, key: Array) -> Array:
         losses = networks.referees[n].views_losses(shown, prompt.texts[n])
-        return hyper.weights[n].total(looks, losses).mean()
+        return hyper.weights[n].total(looks.losses, losses).mean()
 
     return forward
 
@@ -196,9 +196,9 @@ def _work(step: capacity.Step, whole: float, unet: float) -> Work:
     settings, plan = step.settings, step.plan
     look = _asked(step, _looked(plan, ("held_out",)), plan.latent) if plan.held_out else 0.0
     start, end = _ends(step, unet)
-    on = max(0, min(settings.referee.stop, settings.steps) - settings.referee.start) if plan.looks else 0
+    on = max(0, min(settings.referee.stop, settings.steps) - settings.referee.start) if plan.views else 0
     tail = unet if plan.use_sds else 0.0
-    image = start + on * whole + (settings.steps - on) * tail + settings.steps // plan.look_every * look + end
+    image = start + on * whole + (settings.steps - on) * tail + settings.steps // plan.evaluate_every * look + end
     return Work(whole, tail, look, image)
 
 
@@ -210,7 +210,7 @@ def _asked(step: capacity.Step, fn: Callable, shape: Sequence[int]) -> float:
 
 def _looked(plan: inversion.Plan, who: Sequence[str]) -> Callable:
     """A decoded image judged as it is by `referees` or `held_out` ones."""
-    fields = {"referees": "looks", "held_out": "held_out"}
+    fields = {"referees": "views", "held_out": "held_out"}
     kept = plan.replace(**{fields[name]: () for name in fields if name not in who})
 
     def look(networks, prompt, hyper, z: Array, key: Array) -> Array:

@@ -37,7 +37,7 @@ class Engine:
                 for n, thing in enumerate(things)
             )
             images.append(world.draw(world.Scene(objects))[0].astype(np.float32))
-        scores = [{"held_out_0_probability": 0.25 + 0.5 * (item.sample == 0)} for item in items]
+        scores = [{"held_out_0/probability": 0.25 + 0.5 * (item.sample == 0)} for item in items]
         return inverter.Result(items, np.stack(images), scores, np.zeros((len(items), 2)), {})
 
 

@@ -38,8 +38,8 @@ def test_a_chunk_is_the_mean_of_what_there_is(tmp_path):
     run_directory = run_directory_lib.RunDirectory.open(tmp_path, config.from_config({}))
     nan = float("nan")
     looked = np.array([[nan, 1.0, nan, 2.0], [nan, nan, nan, nan]], np.float32)
-    worker.log_chunk(run_directory, items_lib.expand(["one", "two"], 1), 4, {"held_out_loss": looked})
-    assert lines(tmp_path / "log.jsonl")[-1]["metrics"] == {"held_out_loss": [1.5, None]}
+    worker.log_chunk(run_directory, items_lib.expand(["one", "two"], 1), 4, {"held_out/loss": looked})
+    assert lines(tmp_path / "log.jsonl")[-1]["metrics"] == {"held_out/loss": [1.5, None]}
 
 
 def test_a_run(tmp_path, capsys):

@@ -59,8 +59,8 @@ def test_variants_are_separate_runs(file, tmp_path, monkeypatch):
         assert relative_l2(ours, pictures["as it is", item.prompt, item.sample] / 255) > 0.01
     lines = list(csv.DictReader((out / "table.csv").open()))
     for variant in ("as it is", "guidance 4", "one view"):
-        mean = np.mean([r["scores"]["referee_0_cosine"] for r in records if r["variant"] == variant])
-        said = next(x for x in lines if x["variant"] == variant and x["score"] == "referee_0_cosine")
+        mean = np.mean([r["scores"]["referee_0/cosine"] for r in records if r["variant"] == variant])
+        said = next(x for x in lines if x["variant"] == variant and x["score"] == "referee_0/cosine")
         assert float(said["mean"]) == pytest.approx(mean) and said["images"] == "4" and said["prompts"] == "2"
         assert f"| {variant} | {mean:.3f} (" in printed
     assert (out / "table.md").read_text() == printed

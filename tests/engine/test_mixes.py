@@ -61,7 +61,7 @@ def parts(mixed):
     def each(networks_, prompt, hyper, latents, noise):
         image, pullback = jax.vjp(lambda z: inversion.decode(networks_, z, engine.plan), latents)
         found = []
-        for n, looks in enumerate(engine.plan.looks):
+        for n, looks in enumerate(engine.plan.views):
             gradient, losses = objective.image_gradient(
                 networks_.referees[n], image, prompt.texts[n], looks, hyper.weights[n],
                 params=noise.views[n], noise=hyper.referee.noise * noise.referee[n],
@@ -74,9 +74,9 @@ def parts(mixed):
 
 def test_each_referee_looks_in_its_own_way(mixed):
     engine, _, (_, noise) = mixed
-    assert [(looks.count, looks.keep) for looks in engine.plan.looks] == [(4, 1), (2, 2)]
+    assert [(looks.count, looks.keep) for looks in engine.plan.views] == [(4, 1), (2, 2)]
     assert [x.shape for x in noise.referee] == [(1, 32, 32, 3), (2, 24, 24, 3)]
-    assert [looks.losses for looks in engine.plan.looks] == [("cosine",), ("itg", "itm")]
+    assert [looks.losses for looks in engine.plan.views] == [("cosine",), ("itg", "itm")]
     assert [list(map(float, one.losses)) for one in engine.hyper.weights] == [[1.0], [0.125, 0.5]]
 
 
@@ -94,9 +94,9 @@ def test_gradients_add_up(mixed, parts, normalise):
     ]
     wanted = sum(scale * gradient for scale, (_, gradient, _) in zip(scales, parts, strict=True))
     assert relative_l2(together, wanted) < 1e-4
-    assert {"cosine", "itm_1", "itg_1", "loss"} == set(metrics)
+    assert {"referee_0/cosine", "referee_1/itm", "referee_1/itg", "loss"} == set(metrics)
     np.testing.assert_allclose(metrics["loss"], sum(losses["loss"] for *_, losses in parts), rtol=1e-5)
-    np.testing.assert_allclose(metrics["itm_1"], parts[1][2]["itm"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["referee_1/itm"], parts[1][2]["itm"], rtol=1e-5)
 
 
 def test_shares_fade_with_the_gradient():
@@ -119,10 +119,10 @@ def watched(directories):
 def history(watched):
     """Held-out losses of all looks, `[prompt, look]`, the one before the first iteration first, and the pictures."""
     batch, losses = watched.begin(items.expand(PROMPTS, 1), 5), []
-    losses.append(np.asarray(batch.state.watched.first)[:, 1:])
+    losses.append(np.asarray(batch.state.held_out.first)[:, 1:])
     while batch.step < watched.steps:
         batch, metrics = watched.advance(batch)
-        losses.append(metrics["held_out_loss"])
+        losses.append(metrics["held_out/loss"])
     return np.concatenate(losses, axis=1), watched.finish(batch), np.asarray(batch.state.latents)
 
 
@@ -130,7 +130,7 @@ def test_a_watcher_changes_nothing(directories, history):
     """The latents are those of a run without a held-out referee."""
     blind = build(directories, [SPECS["clip"]], steps=STEPS)
     batch = blind.begin(items.expand(PROMPTS, 1), 5)
-    assert batch.state.watched is None
+    assert batch.state.held_out is None
     while batch.step < blind.steps:
         batch, _ = blind.advance(batch)
     assert relative_l2(batch.state.latents, history[2]) < 1e-3
@@ -146,7 +146,7 @@ def test_looks(history):
     for n, picture in enumerate(pictures):
         np.testing.assert_allclose(picture.losses["held_out"], (losses[n, 0], np.nanmin(losses[n])), rtol=1e-4)
         np.testing.assert_allclose(
-            -np.log(picture.scores["held_out_0_itm_probability"]), np.nanmin(losses[n]), rtol=1e-3
+            -np.log(picture.scores["held_out_0/itm_probability"]), np.nanmin(losses[n]), rtol=1e-3
         )
         kept.append(relative_l2(picture.latents, latents[n]) > 1e-3)
     assert any(kept)  # somebody's best was not the last
@@ -160,7 +160,7 @@ def test_patience(directories, history):
     batch, looked = patient.begin(items.expand(PROMPTS, 1), 5), []
     while batch.step < patient.steps:
         batch, metrics = patient.advance(batch)
-        looked.append(metrics["held_out_loss"])
+        looked.append(metrics["held_out/loss"])
     looked = np.concatenate(looked, axis=1)
     stops = []
     for n in range(3):
@@ -204,4 +204,4 @@ def test_state_is_the_same_everywhere(watched):
     """The watch has a batch axis, as all of the state has."""
     batch = watched.begin(items.expand(PROMPTS, 1), 0)
     assert {x.shape[0] for x in jax.tree.leaves(batch.state)} == {3}
-    assert batch.state.watched.since.tolist() == [0, 0, 0]
+    assert batch.state.held_out.since.tolist() == [0, 0, 0]

@@ -10,7 +10,6 @@ from kornia.augmentation import RandomErasing, RandomResizedCrop
 from kornia.geometry import transform
 from torch.nn import functional
 
-from referee_jax.hardware import chips
 from referee_jax.method import augmentations, views
 from tests.conftest import VIEW_SIZE as SIZE
 from tests.conftest import picture
@@ -55,10 +54,11 @@ def compare(ours, theirs, image, *, tolerance=TOLERANCE, moved=0.05):
     assert relative <= GRADIENT_TOLERANCE
 
 
-def augmented(name, **params):
+def augmented(name, *, dense=False, **params):
     """One augmentation of the table at given parameters, as a function of a view."""
+    warp = augmentations.dense_warp if dense else augmentations.gather_warp
     params = {leaf: jnp.asarray(value, jnp.int32 if leaf == "order" else jnp.float32) for leaf, value in params.items()}
-    return lambda view: augmentations.AUGMENTATIONS[name].apply(view, params)
+    return lambda view: augmentations.AUGMENTATIONS[name].apply(view, params, warp)
 
 
 def drawn(name, seed, size=SIZE, **changes):
@@ -71,24 +71,22 @@ def affine(image, matrix):
 
 
 @pytest.fixture(params=[False, True], ids=["gathered", "dense"])
-def both_ways(request, monkeypatch):
-    """Pixels gathered, and as products of matrices, which TPUs are better at."""
-    monkeypatch.setattr(chips, "is_dense", lambda: request.param)
+def dense(request):
+    """Pixels gathered, and as products of matrices, which suits TPUs."""
+    return request.param
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(("height", "width"), [(96, 40), (81, 97), (40, 96), (512 // 7, 224 // 3)])
-def test_pool_is_torchs_adaptive_pooling(height, width):
+def test_pool_is_torchs_adaptive_pooling(height, width, dense):
     def theirs(image):
         return (functional.adaptive_avg_pool2d(image, SIZE) + functional.adaptive_max_pool2d(image, SIZE)) / 2
 
-    compare(lambda x: views.pool(x, SIZE), theirs, picture(height=height, width=width), tolerance=1e-6)
+    compare(lambda x: views.pool(x, SIZE, dense=dense), theirs, picture(height=height, width=width), tolerance=1e-6)
 
 
-@pytest.mark.usefixtures("both_ways")
-def test_pool_at_the_papers_size():
+def test_pool_at_the_papers_size(dense):
     image = np.random.default_rng(0).uniform(size=(512, 512, 3)).astype(np.float32)
-    pooled = views.pool(jnp.asarray(image), 224)
+    pooled = views.pool(jnp.asarray(image), 224, dense=dense)
     inputs = to_torch(image)
     expected = (functional.adaptive_avg_pool2d(inputs, 224) + functional.adaptive_max_pool2d(inputs, 224)) / 2
     np.testing.assert_allclose(pooled, from_torch(expected), atol=1e-6)
@@ -108,15 +106,14 @@ def test_pool_enlarges_a_small_image_bilinearly():
     compare(lambda x: views.pool(x, SIZE), theirs, picture(height=SIZE)[:16, :16], tolerance=1e-6)
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(("angle", "shift"), [(30.0, (0.0, 3.7)), (-17.3, (-2.2, 0.4)), (0.0, (0.0, -4.0))])
-def test_affine(angle, shift):
+def test_affine(angle, shift, dense):
     def theirs(image):
         centre = numbers((SIZE - 1) / 2, (SIZE - 1) / 2)
         matrix = transform.get_affine_matrix2d(numbers(*shift), centre, numbers(1.0, 1.0), numbers(angle)[0])
         return affine(image, matrix[:, :2])
 
-    compare(augmented("Af", angle=angle, shift=shift), theirs, picture())
+    compare(augmented("Af", dense=dense, angle=angle, shift=shift), theirs, picture())
 
 
 def test_affine_draws_stay_in_range_and_the_papers_never_move_sideways():
@@ -131,10 +128,9 @@ def test_affine_draws_stay_in_range_and_the_papers_never_move_sideways():
     assert 21 < np.abs(shift[:, 0]).max() <= 22.4
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("distortion", [0.2, 0.6])
-def test_perspective(seed, distortion):
+def test_perspective(seed, distortion, dense):
     corners = np.asarray(drawn("Pe", seed, perspective_distortion=distortion)["corners"])
     start = np.array([[0, 0], [SIZE - 1, 0], [SIZE - 1, SIZE - 1], [0, SIZE - 1]])
     # Corners move inward only, by at most half the distortion of the side.
@@ -145,7 +141,7 @@ def test_perspective(seed, distortion):
         matrix = transform.get_perspective_transform(numbers(*start), numbers(*corners))
         return transform.warp_perspective(image, matrix, (SIZE, SIZE), align_corners=False)
 
-    compare(augmented("Pe", corners=corners), theirs, picture())
+    compare(augmented("Pe", dense=dense, corners=corners), theirs, picture())
 
 
 JITTERS = (
@@ -238,17 +234,15 @@ def test_gaussian():
     assert 0.29 < params["Gn"]["noise"].std() < 0.31
 
 
-@pytest.mark.usefixtures("both_ways")
-def test_rotation():
+def test_rotation(dense):
     def theirs(image):
         return transform.rotate(image, numbers(21.0)[0], align_corners=False)
 
-    compare(augmented("Ro", angle=21.0), theirs, picture())
+    compare(augmented("Ro", dense=dense, angle=21.0), theirs, picture())
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(("sigma", "alpha"), [(32.0, 4.0), (6.0, 0.7)])
-def test_elastic(sigma, alpha):
+def test_elastic(sigma, alpha, dense):
     noise = np.random.default_rng(2).uniform(-1, 1, size=(SIZE, SIZE, 2)).astype(np.float32)
     shift = augmentations.elastic_shift(noise, sigma=sigma, alpha=alpha)
     assert abs(shift).max() > 0.5  # pixels
@@ -258,11 +252,10 @@ def test_elastic(sigma, alpha):
             image, to_torch(noise), sigma=(sigma, sigma), alpha=(alpha, alpha), align_corners=False
         )
 
-    compare(augmented("Et", shift=shift), theirs, picture(), tolerance=1e-3 if alpha > 1 else TOLERANCE)
+    compare(augmented("Et", dense=dense, shift=shift), theirs, picture(), tolerance=1e-3 if alpha > 1 else TOLERANCE)
 
 
-@pytest.mark.usefixtures("both_ways")
-def test_spline():
+def test_spline(dense):
     points = np.asarray(drawn("Ts", 5)["points"])
     start = numbers([-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0], [0.0, 0.0])
     assert 0.1 < np.abs(points - start[0].numpy()).max() <= 0.2
@@ -271,26 +264,24 @@ def test_spline():
         kernel, linear = transform.get_tps_transform(numbers(*points), start)
         return transform.warp_image_tps(image, start, kernel, linear, align_corners=False)
 
-    compare(augmented("Ts", points=points), theirs, picture())
+    compare(augmented("Ts", dense=dense, points=points), theirs, picture())
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("offset", [(3, -4), (0, 4), (-4, -1)])
-def test_crop_is_pad_and_cut(offset):
+def test_crop_is_pad_and_cut(offset, dense):
     def theirs(image):
         padded = functional.pad(image, (4, 4, 4, 4))
         return padded[..., 4 + offset[1] : 4 + offset[1] + SIZE, 4 + offset[0] : 4 + offset[0] + SIZE]
 
-    compare(augmented("Cr", offset=np.array(offset, np.float32)), theirs, picture(), tolerance=0)
+    compare(augmented("Cr", dense=dense, offset=np.array(offset, np.float32)), theirs, picture(), tolerance=0)
     drawn_offsets = views.sample(jax.random.key(0), views.Settings(), names=("Cr",), count=300, size=SIZE)["Cr"][
         "offset"
     ]
     assert set(np.unique(drawn_offsets)) == set(range(-4, 5))
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("box", [(3.0, 7.0, 20.0, 31.0), (0.0, 0.0, 12.0, 12.0)])
-def test_resized_crop(box):
+def test_resized_crop(box, dense):
     left, top, width, height = box
     right, bottom = left + width - 1, top + height - 1
 
@@ -299,7 +290,7 @@ def test_resized_crop(box):
         corners = numbers([left, top], [right, top], [right, bottom], [left, bottom])
         return crop.apply_transform(image, {"src": corners}, crop.flags, None)
 
-    compare(augmented("Re", box=box), theirs, picture())
+    compare(augmented("Re", dense=dense, box=box), theirs, picture())
 
 
 def test_resized_crop_draws_inside_the_view():
@@ -311,14 +302,13 @@ def test_resized_crop_draws_inside_the_view():
     assert 0.7 < (width / height).min() < 0.8
 
 
-@pytest.mark.usefixtures("both_ways")
-def test_a_chain_is_kornias_chain():
+def test_a_chain_is_kornias_chain(dense):
     """The paper's default chain of one view, pooled, with noise, at drawn parameters."""
     image = picture(height=90, width=96)
     names = ("Af", "Pe", "Ji", "Er")
     certain = views.Settings(perspective_p=1.0, jitter_p=1.0)
     params = views.sample(jax.random.key(11), certain, names=names, count=3, size=SIZE, shared_erase=True)
-    values = views.apply(jnp.asarray(image), params, size=SIZE, names=names)
+    values = views.apply(jnp.asarray(image), params, size=SIZE, names=names, dense=dense)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     start = numbers([0, 0], [SIZE - 1, 0], [SIZE - 1, SIZE - 1], [0, SIZE - 1])
     centre = numbers((SIZE - 1) / 2, (SIZE - 1) / 2)
@@ -329,8 +319,9 @@ def test_a_chain_is_kornias_chain():
         x = affine(x, transform.get_affine_matrix2d(shift, centre, numbers(1.0, 1.0), angle)[:, :2])
         matrix = transform.get_perspective_transform(start, numbers(*p["Pe"]["corners"][i]))
         x = transform.warp_perspective(x, matrix, (SIZE, SIZE), align_corners=False)
-        for step in params["Ji"]["order"]:
-            x = JITTERS[int(step)](x, {name: float(np.take(p["Ji"][name], i)) for name in p["Ji"]})
+        for step in params["Ji"]["order"][i]:
+            factors = {name: float(value[i]) for name, value in p["Ji"].items() if name != "order"}
+            x = JITTERS[int(step)](x, factors)
         left, top, width, height = p["Er"]["box"][0].astype(int)
         x[..., top : top + height, left : left + width] = 0
         expected = from_torch(x) + p["noise"][i]

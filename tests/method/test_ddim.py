@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from referee_jax.method import ddim
+from referee_jax.method import ddim, sds
 from tests.conftest import relative_l2
 
 
@@ -39,10 +39,9 @@ def test_ddim(prediction_type, steps):
 
     @jax.jit
     def step(z, t, uncond):
-        return ddim.step(
-            unet, z, t, 1000 // steps, cond=jnp.full((1, 1), cond), uncond=uncond, prediction_type=prediction_type,
-            alphas_cumprod=jnp.asarray(scheduler.alphas_cumprod.numpy()), guidance=jnp.float32(guidance),
-        )  # fmt: skip
+        prior = sds.Prior(unet, jnp.asarray(scheduler.alphas_cumprod.numpy()), prediction_type)
+        states = {"cond": jnp.full((1, 1), cond), "uncond": uncond}
+        return ddim.step(prior, z, t, 1000 // steps, **states, guidance=jnp.float32(guidance))
 
     ours = unguided = jnp.asarray(start)
     for t in ddim.timesteps(1000, steps):

@@ -53,28 +53,27 @@ def sides(request, tmp_path_factory):
     preprocessing = {"image_mean": tiny.CLIP_MEAN, "image_std": tiny.CLIP_STD}
     referee = clip.from_checkpoint(load.load_clip(judge), preprocessing)
     networks = inversion.Networks(
-        unet=prior.unet, vae=prior.vae, alphas_cumprod=prior.alphas_cumprod, prediction_type=prior.prediction_type,
-        referees=(referee,),
-    )  # fmt: skip
+        prior=sds.Prior(prior.unet, prior.alphas_cumprod, prior.prediction_type), vae=prior.vae, referees=(referee,)
+    )
     ids = {"sds": oracle.tokens(sd / "tokenizer", PROMPTS), "empty": oracle.tokens(sd / "tokenizer", [""])}
     ids |= {"referee": oracle.tokens(judge, PROMPTS)}
     ids |= {"negative": oracle.tokens(judge, NEGATIVES)[None].expand(len(PROMPTS), -1, -1)}
     return sd, judge, networks, prior.text_encoder, ids
 
 
-def ours(settings: oracle.Settings) -> tuple[inversion.Plan, inversion.Hyper]:
+def ours(settings: oracle.Settings) -> tuple[inversion.Plan, inversion.Hyperparameters]:
     """The oracle's settings as a plan and numbers."""
     s = settings
-    looks = objective.ViewPlan(
+    view_plan = objective.ViewPlan(
         losses=tuple(s.referee_losses),
         count=s.views_count,
         keep=s.views_keep,
         augmentations=s.views_augmentations,
     )
     plan = inversion.Plan(
-        latent=(8, 8, 4), looks=(looks,), steps=s.steps, clamp=s.clamp, ema_alias=s.ema_alias, use_sds=s.use_sds
+        latent=(8, 8, 4), views=(view_plan,), steps=s.steps, clamp=s.clamp, ema_alias=s.ema_alias, use_sds=s.use_sds
     )
-    hyper = inversion.Hyper(
+    hyper = inversion.Hyperparameters(
         prior=sds.Hyper(
             weight=s.sds_weight, weight_final=s.sds_weight_final, weight_steps=s.sds_weight_steps, guidance=s.sds_guidance,
             alpha_power=s.sds_alpha_power, sigma_power=s.sds_sigma_power,

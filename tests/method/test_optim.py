@@ -26,7 +26,7 @@ def test_published_schedules():
 def test_referee_weight_and_phase():
     hyper = objective.Hyper(weight=2.0, weight_final=30.0, start=10, stop=110)
     assert [float(hyper.weight_at(i)) for i in (0, 10, 60, 110, 500)] == pytest.approx([2, 2, 16, 30, 30])
-    assert [bool(hyper.is_on(i)) for i in (9, 10, 109, 110)] == [False, True, True, False]
+    assert [bool(hyper.is_active(i)) for i in (9, 10, 109, 110)] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("alias", [False, True])

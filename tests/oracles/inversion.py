@@ -352,7 +352,7 @@ def _jitter(x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
     )
     prompts = []
     for b, views in enumerate(x.chunk(len(params["order"]))):
-        for index in params["order"][b].tolist():
+        for index in params["order"][b, 0].tolist():
             views = steps[index](views, {name: value[b] for name, value in params.items()})
         prompts.append(views)
     return torch.cat(prompts)
@@ -392,7 +392,7 @@ def draw(generator: torch.Generator, settings: Settings, *, batch: int, latent: 
             "on": uniform(views) < 0.5,
             **factors,
             "hue": uniform(views, -0.1, 0.1),
-            "order": uniform((batch, 4)).argsort(-1).cpu(),  # it is the host that asks for it
+            "order": uniform((batch, 1, 4)).argsort(-1).cpu(),  # it is the host that asks for it
         },
         "Er": {"on": zero == 0, "box": box[:, None].expand(*views, 4)},
         "noise": uniform((*views, 1, 1, 1), 0.0, 0.1) * normal(*views, size, size, 3),
