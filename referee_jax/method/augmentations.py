@@ -67,12 +67,18 @@ class Augmentation(NamedTuple):
     """One augmentation of one view.
 
     Attributes:
-        sample: `(key, settings, size) -> params`; `params["on"]` says whether the view is touched at all.
+        sample: `(u, settings, size) -> params`, with `u` uniform in [0, 1), `[draws]`; where there
+            are `channels`, a pair of that and of uniform numbers `[size, size, channels]`.
+            `params["on"]` says whether the view is touched at all; views.py selects.
         apply: `(view [S, S, 3], params, warp) -> view`; `warp` is one of the two below.
+        draws: how many uniform numbers it takes.
+        channels: of the numbers that it takes for each pixel.
     """
 
     sample: Callable[[Array, Settings, int], Params]
     apply: Callable[[Array, Params, Warp], Array]
+    draws: int
+    channels: int = 0
 
 
 def gather_warp(view: Array, x: Array, y: Array) -> Array:
@@ -119,8 +125,14 @@ def _clamp(x: Array) -> Array:
     return jnp.where((x >= 0) & (x <= 1), x, jax.lax.stop_gradient(jnp.clip(x, 0, 1)))
 
 
-def _uniform(key: Array, low: Array | float, high: Array | float, shape: tuple[int, ...] = ()) -> Array:
-    return low + (jnp.asarray(high, jnp.float32) - low) * jax.random.uniform(key, shape)
+def _between(u: Array, low: Array | float, high: Array | float) -> Array:
+    """Uniform numbers of [0, 1) to [low, high)."""
+    return low + (jnp.asarray(high, jnp.float32) - low) * u
+
+
+def normal(u: Array) -> Array:
+    """Uniform numbers of [0, 1), multiples of 2^-23, to normal ones: the middle of each step, so none is infinite."""
+    return jnp.sqrt(2.0) * jax.lax.erf_inv(2 * u - (1 - 2.0**-23))
 
 
 def _rotate(view: Array, degrees: Array, shift: Array, warp: Warp) -> Array:
@@ -132,13 +144,12 @@ def _rotate(view: Array, degrees: Array, shift: Array, warp: Warp) -> Array:
     return warp(view, cos * x + sin * y + centre_x, cos * y - sin * x + centre_y)
 
 
-def _sample_affine(key: Array, settings: Settings, size: int) -> dict[str, Array]:
-    on, angle, shift = jax.random.split(key, 3)
+def _sample_affine(u: Array, settings: Settings, size: int) -> Params:
     reach = jnp.asarray(settings.affine_translate, jnp.float32) * size
     return {
-        "on": jax.random.bernoulli(on, settings.affine_p),
-        "angle": _uniform(angle, -settings.affine_degrees, settings.affine_degrees),
-        "shift": _uniform(shift, -reach, reach, (2,)),
+        "on": u[0] < settings.affine_p,
+        "angle": _between(u[1], -settings.affine_degrees, settings.affine_degrees),
+        "shift": _between(u[2:4], -reach, reach),
     }
 
 
@@ -146,11 +157,10 @@ def _apply_affine(view: Array, params: Params, warp: Warp) -> Array:
     return _rotate(view, params["angle"], params["shift"], warp)
 
 
-def _sample_rotation(key: Array, settings: Settings, size: int) -> dict[str, Array]:
-    on, angle = jax.random.split(key)
+def _sample_rotation(u: Array, settings: Settings, size: int) -> Params:
     return {
-        "on": jax.random.bernoulli(on, settings.rotation_p),
-        "angle": _uniform(angle, -settings.rotation_degrees, settings.rotation_degrees),
+        "on": u[0] < settings.rotation_p,
+        "angle": _between(u[1], -settings.rotation_degrees, settings.rotation_degrees),
     }
 
 
@@ -159,14 +169,13 @@ def _apply_rotation(view: Array, params: Params, warp: Warp) -> Array:
     return _rotate(view, -params["angle"], jnp.zeros(2), warp)
 
 
-def _sample_perspective(key: Array, settings: Settings, size: int) -> dict[str, Array]:
-    on, inward = jax.random.split(key)
+def _sample_perspective(u: Array, settings: Settings, size: int) -> Params:
     corners = (size - 1) * jnp.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
     inside = jnp.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
     reach = settings.perspective_distortion * size / 2
     return {
-        "on": jax.random.bernoulli(on, settings.perspective_p),
-        "corners": corners + reach * inside * jax.random.uniform(inward, (4, 2)),
+        "on": u[0] < settings.perspective_p,
+        "corners": corners + reach * inside * u[1:9].reshape(4, 2),
     }
 
 
@@ -189,17 +198,16 @@ def _apply_perspective(view: Array, params: Params, warp: Warp) -> Array:
     return warp(view, end[0] * source_x, end[1] * source_y)
 
 
-def _sample_jitter(key: Array, settings: Settings, size: int) -> dict[str, Array]:
-    on, order, factors, hue = jax.random.split(key, 4)
+def _sample_jitter(u: Array, settings: Settings, size: int) -> Params:
     reach = jnp.asarray(settings.jitter, jnp.float32)
-    brightness, contrast, saturation = jnp.maximum(_uniform(factors, 1 - reach[:3], 1 + reach[:3], (3,)), 0)
+    brightness, contrast, saturation = jnp.maximum(_between(u[1:4], 1 - reach[:3], 1 + reach[:3]), 0)
     return {
-        "on": jax.random.bernoulli(on, settings.jitter_p),
+        "on": u[0] < settings.jitter_p,
         "brightness": brightness,
         "contrast": contrast,
         "saturation": saturation,
-        "hue": _uniform(hue, -reach[3], reach[3]),
-        "order": jax.random.permutation(order, 4),
+        "hue": _between(u[4], -reach[3], reach[3]),
+        "order": jnp.argsort(u[5:9]),
     }
 
 
@@ -244,19 +252,18 @@ def _apply_jitter(view: Array, params: Params, warp: Warp) -> Array:
     return jnp.moveaxis(planes, 0, -1)
 
 
-def _sample_erasing(key: Array, settings: Settings, size: int) -> dict[str, Array]:
-    on, area, wide, ratio, place = jax.random.split(key, 5)
-    area = _uniform(area, *settings.erase_area) * size**2
+def _sample_erasing(u: Array, settings: Settings, size: int) -> Params:
+    area = _between(u[1], *settings.erase_area) * size**2
     low, high = settings.erase_ratio
     ratio = jnp.where(
-        jax.random.bernoulli(wide),
-        _uniform(ratio, low, jnp.minimum(high, 1)),
-        _uniform(ratio, jnp.maximum(low, 1), high),
+        u[2] < 0.5,
+        _between(u[3], low, jnp.minimum(high, 1)),
+        _between(u[3], jnp.maximum(low, 1), high),
     )
     sides = jnp.clip(jnp.round(jnp.sqrt(area * jnp.stack([1 / ratio, ratio]))), 1, size)
-    left, top = jnp.floor(jax.random.uniform(place, (2,)) * (size - sides + 1))
+    left, top = jnp.floor(u[4:6] * (size - sides + 1))
     return {
-        "on": jax.random.bernoulli(on, settings.erase_p),
+        "on": u[0] < settings.erase_p,
         "box": jnp.stack([left, top, sides[0], sides[1]]),
     }
 
@@ -269,20 +276,16 @@ def _apply_erasing(view: Array, params: Params, warp: Warp) -> Array:
     return jnp.where(inside[..., None], 0.0, view)
 
 
-def _sample_flip(key: Array, settings: Settings, size: int) -> dict[str, Array]:
-    return {"on": jax.random.bernoulli(key, settings.flip_p)}
+def _sample_flip(u: Array, settings: Settings, size: int) -> Params:
+    return {"on": u[0] < settings.flip_p}
 
 
 def _apply_flip(view: Array, params: Params, warp: Warp) -> Array:
     return view[:, ::-1]
 
 
-def _sample_sharpness(key: Array, settings: Settings, size: int) -> dict[str, Array]:
-    on, factor = jax.random.split(key)
-    return {
-        "on": jax.random.bernoulli(on, settings.sharpness_p),
-        "factor": _uniform(factor, 0.0, settings.sharpness),
-    }
+def _sample_sharpness(u: Array, settings: Settings, size: int) -> Params:
+    return {"on": u[0] < settings.sharpness_p, "factor": _between(u[1], 0.0, settings.sharpness)}
 
 
 def _apply_sharpness(view: Array, params: Params, warp: Warp) -> Array:
@@ -293,12 +296,9 @@ def _apply_sharpness(view: Array, params: Params, warp: Warp) -> Array:
     return _clamp(smooth + (view - smooth) * params["factor"])
 
 
-def _sample_gaussian(key: Array, settings: Settings, size: int) -> dict[str, Array]:
-    on, noise = jax.random.split(key)
-    return {
-        "on": jax.random.bernoulli(on, settings.gaussian_p),
-        "noise": settings.gaussian * jax.random.normal(noise, (size, size, 3)),
-    }
+def _sample_gaussian(u: Array, settings: Settings, size: int) -> Params:
+    u, pixels = u
+    return {"on": u[0] < settings.gaussian_p, "noise": settings.gaussian * normal(pixels)}
 
 
 def _apply_gaussian(view: Array, params: Params, warp: Warp) -> Array:
@@ -314,12 +314,11 @@ def elastic_shift(noise: Array, *, sigma: Array | float, alpha: Array | float) -
     return alpha * size / 2 * jnp.einsum("ij,jkc,lk->ilc", blur, noise, blur, precision="highest")
 
 
-def _sample_elastic(key: Array, settings: Settings, size: int) -> dict[str, Array]:
-    on, noise = jax.random.split(key)
-    noise = jax.random.uniform(noise, (size, size, 2), minval=-1.0, maxval=1.0)
+def _sample_elastic(u: Array, settings: Settings, size: int) -> Params:
+    u, pixels = u
     return {
-        "on": jax.random.bernoulli(on, settings.elastic_p),
-        "shift": elastic_shift(noise, sigma=settings.elastic_sigma, alpha=settings.elastic_alpha),
+        "on": u[0] < settings.elastic_p,
+        "shift": elastic_shift(_between(pixels, -1.0, 1.0), sigma=settings.elastic_sigma, alpha=settings.elastic_alpha),
     }
 
 
@@ -332,11 +331,11 @@ def _spline_points() -> Array:
     return jnp.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0], [0.0, 0.0]])
 
 
-def _sample_spline(key: Array, settings: Settings, size: int) -> dict[str, Array]:
-    on, points = jax.random.split(key)
+def _sample_spline(u: Array, settings: Settings, size: int) -> Params:
+    scale = settings.spline_scale
     return {
-        "on": jax.random.bernoulli(on, settings.spline_p),
-        "points": _spline_points() + _uniform(points, -settings.spline_scale, settings.spline_scale, (5, 2)),
+        "on": u[0] < settings.spline_p,
+        "points": _spline_points() + _between(u[1:11].reshape(5, 2), -scale, scale),
     }
 
 
@@ -362,13 +361,9 @@ def _apply_spline(view: Array, params: Params, warp: Warp) -> Array:
     return warp(view, ((source[..., 0] + 1) * width - 1) / 2, ((source[..., 1] + 1) * height - 1) / 2)
 
 
-def _sample_crop(key: Array, settings: Settings, size: int) -> dict[str, Array]:
-    on, offset = jax.random.split(key)
+def _sample_crop(u: Array, settings: Settings, size: int) -> Params:
     pad = jnp.floor(settings.crop_padding * size)
-    return {
-        "on": jax.random.bernoulli(on, settings.crop_p),
-        "offset": jnp.floor(jax.random.uniform(offset, (2,)) * (2 * pad + 1)) - pad,
-    }
+    return {"on": u[0] < settings.crop_p, "offset": jnp.floor(u[1:3] * (2 * pad + 1)) - pad}
 
 
 def _apply_crop(view: Array, params: Params, warp: Warp) -> Array:
@@ -377,14 +372,13 @@ def _apply_crop(view: Array, params: Params, warp: Warp) -> Array:
     return warp(view, x + params["offset"][0], y + params["offset"][1])
 
 
-def _sample_resized(key: Array, settings: Settings, size: int) -> dict[str, Array]:
-    on, area, ratio, place = jax.random.split(key, 4)
-    area = _uniform(area, *settings.resized_area) * size**2
-    ratio = jnp.exp(_uniform(ratio, *(jnp.log(bound) for bound in settings.resized_ratio)))
+def _sample_resized(u: Array, settings: Settings, size: int) -> Params:
+    area = _between(u[1], *settings.resized_area) * size**2
+    ratio = jnp.exp(_between(u[2], *(jnp.log(bound) for bound in settings.resized_ratio)))
     sides = jnp.clip(jnp.floor(jnp.sqrt(area * jnp.stack([ratio, 1 / ratio]))), 2, size)
-    left, top = jnp.floor(jax.random.uniform(place, (2,)) * (size - sides + 1))
+    left, top = jnp.floor(u[3:5] * (size - sides + 1))
     return {
-        "on": jax.random.bernoulli(on, settings.resized_p),
+        "on": u[0] < settings.resized_p,
         "box": jnp.stack([left, top, sides[0], sides[1]]),
     }
 
@@ -398,16 +392,16 @@ def _apply_resized(view: Array, params: Params, warp: Warp) -> Array:
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {
-    "Af": Augmentation(_sample_affine, _apply_affine),
-    "Pe": Augmentation(_sample_perspective, _apply_perspective),
-    "Ji": Augmentation(_sample_jitter, _apply_jitter),
-    "Er": Augmentation(_sample_erasing, _apply_erasing),
-    "Hf": Augmentation(_sample_flip, _apply_flip),
-    "Sh": Augmentation(_sample_sharpness, _apply_sharpness),
-    "Gn": Augmentation(_sample_gaussian, _apply_gaussian),
-    "Ro": Augmentation(_sample_rotation, _apply_rotation),
-    "Et": Augmentation(_sample_elastic, _apply_elastic),
-    "Ts": Augmentation(_sample_spline, _apply_spline),
-    "Cr": Augmentation(_sample_crop, _apply_crop),
-    "Re": Augmentation(_sample_resized, _apply_resized),
+    "Af": Augmentation(_sample_affine, _apply_affine, draws=4),
+    "Pe": Augmentation(_sample_perspective, _apply_perspective, draws=9),
+    "Ji": Augmentation(_sample_jitter, _apply_jitter, draws=9),
+    "Er": Augmentation(_sample_erasing, _apply_erasing, draws=6),
+    "Hf": Augmentation(_sample_flip, _apply_flip, draws=1),
+    "Sh": Augmentation(_sample_sharpness, _apply_sharpness, draws=2),
+    "Gn": Augmentation(_sample_gaussian, _apply_gaussian, draws=1, channels=3),
+    "Ro": Augmentation(_sample_rotation, _apply_rotation, draws=2),
+    "Et": Augmentation(_sample_elastic, _apply_elastic, draws=1, channels=2),
+    "Ts": Augmentation(_sample_spline, _apply_spline, draws=11),
+    "Cr": Augmentation(_sample_crop, _apply_crop, draws=3),
+    "Re": Augmentation(_sample_resized, _apply_resized, draws=5),
 }

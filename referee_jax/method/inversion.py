@@ -160,7 +160,8 @@ def init(
 def draw(key: Array, networks: Networks, plan: Plan, hyper: Hyperparameters, i: Array) -> Noise:
     """The randomness of iteration `i`, from `key` and `i`."""
     key = jax.random.fold_in(key, i)
-    t, eps, n1, n2, view, referee = jax.random.split(key, 6)
+    t, latent, view, referee = jax.random.split(key, 4)
+    eps, n1, n2 = jax.random.normal(latent, (3, *plan.latent))
     view_params, referee_noise = [], []
     for number, (view_plan, network) in enumerate(zip(plan.views, networks.referees, strict=True)):
         size = network.image_size
@@ -178,9 +179,9 @@ def draw(key: Array, networks: Networks, plan: Plan, hyper: Hyperparameters, i: 
         referee_noise.append(jax.random.normal(jax.random.fold_in(referee, number), shape))
     return Noise(
         t=sds.sample_timestep(t, hyper.prior, i, len(networks.prior.alphas_cumprod)),
-        eps=jax.random.normal(eps, plan.latent),
-        n1=jax.random.normal(n1, plan.latent),
-        n2=jax.random.normal(n2, plan.latent),
+        eps=eps,
+        n1=n1,
+        n2=n2,
         views=tuple(view_params),
         referee=tuple(referee_noise),
     )

@@ -5,7 +5,6 @@ augmentations (augmentations.py) and gets its own noise. All that is random is d
 given to `apply`, which is deterministic. All of it is for one image: vmap adds prompts.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -18,6 +17,10 @@ from referee_jax.method import augmentations
 AUGMENTATIONS = augmentations.AUGMENTATIONS
 Settings = augmentations.Settings
 DEFAULT = ("Af", "Pe", "Ji", "Er")
+# Which columns of a view's uniforms are each augmentation's; the last is the amplitude of the noise, which follows.
+_ENDS = np.cumsum([0, *(row.draws for row in AUGMENTATIONS.values())]).tolist()
+COLUMNS = {name: slice(*ends) for name, *ends in zip(AUGMENTATIONS, _ENDS[:-1], _ENDS[1:], strict=True)}
+DRAWS = _ENDS[-1] + 1
 
 Params = dict[str, dict[str, Array] | Array]
 
@@ -122,22 +125,22 @@ def sample(
         ValueError: for unknown names.
     """
     check(names)
-    *keys, noise_key = jax.random.split(key, len(AUGMENTATIONS) + 1)
-    keys = dict(zip(AUGMENTATIONS, keys, strict=True))
+    # One draw for all of a view: with a call of the generator for each number a program is many times as long.
+    uniforms = jax.random.uniform(key, (count, DRAWS + size * size * 3))
     params: Params = {}
     for name in names:
-        sample = functools.partial(AUGMENTATIONS[name].sample, settings=settings, size=size)
-        params[name] = jax.vmap(sample)(jax.random.split(keys[name], count))
+        augmentation = AUGMENTATIONS[name]
+        u = uniforms[:, COLUMNS[name]]
+        if augmentation.channels:
+            shape = (count, size, size, augmentation.channels)
+            u = u, jax.random.uniform(jax.random.fold_in(key, COLUMNS[name].start), shape)
+        params[name] = jax.vmap(lambda u, sample=augmentation.sample: sample(u, settings, size))(u)
     shared = [("Ji", "order")] + [("Er", "box"), ("Er", "on")] * shared_erase
     for name, leaf in shared:
         if name in params:
             params[name][leaf] = jnp.broadcast_to(params[name][leaf][:1], params[name][leaf].shape)
-
-    def noise(key: Array) -> Array:
-        amplitude, normal = jax.random.split(key)
-        return settings.noise * jax.random.uniform(amplitude) * jax.random.normal(normal, (size, size, 3))
-
-    params["noise"] = jax.vmap(noise)(jax.random.split(noise_key, count))
+    amplitude = settings.noise * uniforms[:, DRAWS - 1, None, None, None]
+    params["noise"] = amplitude * augmentations.normal(uniforms[:, DRAWS:].reshape(count, size, size, 3))
     return params
 
 

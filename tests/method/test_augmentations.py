@@ -63,7 +63,8 @@ def augmented(name, *, dense=False, **params):
 
 def drawn(name, seed, size=SIZE, **changes):
     """Parameters as `sample` draws them for one view."""
-    return augmentations.AUGMENTATIONS[name].sample(jax.random.key(seed), augmentations.Settings(**changes), size)
+    params = views.sample(jax.random.key(seed), views.Settings(**changes), names=(name,), count=1, size=size)
+    return {leaf: value[0] for leaf, value in params[name].items()}
 
 
 def affine(image, matrix):
