@@ -16,15 +16,14 @@ from referee_jax.method import inversion
 from referee_jax.referees.judge import Judge
 from referee_jax.weights import load
 
-UNKNOWN, MOST = 8, 64  # images at once where the memory is not known, and where it is: more are no faster
-
-
+UNKNOWN = 8  # images at once where the memory is not known
+MOST = 64  # images at once: more are no faster
 USABLE = 0.9  # of a chip's memory: the rest is the runtime's, and lost between buffers
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What an iteration of one image reads: arrays, or jax.ShapeDtypeStructs in their place."""
+    """What an iteration of one image reads: arrays, or jax.ShapeDtypeStructs."""
 
     settings: config.Settings
     networks: inversion.Networks
@@ -50,10 +49,10 @@ def make_step(settings: config.Settings, prior: load.StableDiffusion, judges: Se
 def fitting(
     settings: config.Settings, prior: load.StableDiffusion, judges: Sequence[Judge], limit: int | None
 ) -> config.Settings:
-    """`settings` with what they leave open decided by memory of `limit` bytes (None: unknown).
+    """`settings` with `remat` and `batch_size` decided by a memory of `limit` bytes (None: unknown).
 
-    `remat` "auto" becomes "dots" if a batch then fits, else "full"; `batch_size` 0 the images that fit, at most MOST, or UNKNOWN
-    where the memory is.
+    `remat` "auto" becomes "dots" if a batch then fits, else "full". `batch_size` 0 becomes the number
+    of images that fit, at most MOST; UNKNOWN where `limit` is None.
     """
     is_open = settings.remat == "auto"
     if limit is None:
@@ -65,11 +64,13 @@ def fitting(
         tried = dataclasses.replace(settings, remat=remat)
         if batch := fitting_batch(tried, prior, judges, limit):
             return dataclasses.replace(tried, batch_size=batch)
-    return dataclasses.replace(tried, batch_size=settings.batch_size or 1)  # the device will say
+    return dataclasses.replace(
+        tried, batch_size=settings.batch_size or 1
+    )  # too large by our estimate: the device decides
 
 
 def fitting_batch(settings: config.Settings, prior: load.StableDiffusion, judges: Sequence[Judge], limit: int) -> int:
-    """The batch that is asked for, if it fits, else 0; where none is, the largest that does."""
+    """`settings.batch_size` if it fits, else 0; where it is 0, the largest that fits."""
     step = make_step(settings, prior, judges)
     free = USABLE * limit - sum(weights(step).values())
     needed = lambda batch: peak_memory.peak(traced(step, batch))
@@ -92,7 +93,7 @@ def one_step(plan: inversion.Plan) -> Callable:
 
 
 def batched(fn: Callable, step: Step, shape: Sequence[int], batch: int) -> tuple[Callable, tuple]:
-    """A part's or `one_step`'s function over a batch of images, and its arguments, abstract where the step's are."""
+    """A function of one image, as `one_step`'s, over a batch; and its arguments, abstract where the step's are."""
     lead = lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     x = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
@@ -107,6 +108,7 @@ def traced(step: Step, batch: int) -> core.Jaxpr:
 
 
 def weights(step: Step) -> dict[str, int]:
+    """Bytes of each network, by name."""
     networks = step.networks
     named = {"text encoder": step.text_encoder, "U-Net": networks.prior.unet, "decoder": networks.vae}
     specs = [spec for role in ("optimise", "held_out") for spec in step.settings.referees if spec.role == role]

@@ -1,9 +1,8 @@
-"""Devices: a mesh, and a function of a batch run on all of them without a word between them.
+"""Runs a batched function on all devices by shard_map; no communication.
 
-`jax.shard_map` over the mesh axis `prompt` is the successor that `jax.pmap` names. Prompts are independent, so the compiled
-program contains no collective; a test reads it. Where weights are too large for one device, a second axis, `model`, spreads them
-over the devices of a group, which then work on the same prompts: there the compiler divides the work, and the only collectives
-are within a group.
+Prompts are independent, so the compiled program contains no collective; a test reads it. Where
+weights are too large for one device, a second mesh axis, `model`, splits them over a group of devices
+that work on the same prompts: there the compiler divides the work, and collectives stay within a group.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ LARGE = 2**16  # elements; smaller weights are whole on every device
 
 
 def prompt_mesh(devices: Sequence[jax.Device] | None = None, *, prompt: int = 0, model: int = 1) -> Mesh:
-    """A mesh of this process's devices: `prompt` groups (0: as many as there are) of `model` devices each.
+    """A mesh of this process's devices: `prompt` groups (0: as many as fit) of `model` devices each.
 
     Raises ValueError where there are too few devices, or, without `prompt`, some would be left over.
     """
@@ -34,22 +33,22 @@ def across_devices(fn: Callable, mesh: Mesh, batched: Sequence[bool]) -> Callabl
 
     The result is joined along its first axis. Batches must be a multiple of the number of groups.
     """
-    # Where no weight is split all axes are ours: cuDNN's attention is only then the whole of what a device does.
-    own = {AXIS} if mesh.shape[MODEL] > 1 else {AXIS, MODEL}
+    # Where no weight is split, all axes are manual: cuDNN's attention cannot be partitioned by the compiler.
+    manual = {AXIS} if mesh.shape[MODEL] > 1 else {AXIS, MODEL}
     specs = tuple(PartitionSpec(AXIS) if is_batched else PartitionSpec() for is_batched in batched)
     out = PartitionSpec(AXIS)
-    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, axis_names=own, check_vma=False)
+    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, axis_names=manual, check_vma=False)
 
 
 def place(tree: Any, mesh: Mesh, *, batched: bool) -> Any:
-    """Puts a pytree on the mesh: split along its leaves' first axis over the groups, or the same in every group.
+    """Puts a pytree on the mesh: batched leaves split along their first axis over the groups, others in every group.
 
-    Within a group, what is the same in all and LARGE is split along the longest axis that can be. Where there are shapes in it
-    (jax.ShapeDtypeStructs) nothing is put anywhere: each leaf becomes one, and is told where it would be.
+    Within a group, a leaf of LARGE elements or more that is not batched is split along its longest
+    divisible axis. If any leaf is a jax.ShapeDtypeStruct, all become abstract, with their sharding.
     """
     is_abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
-    told = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    put = told if is_abstract else jax.device_put
+    abstract = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    put = abstract if is_abstract else jax.device_put
     return jax.tree.map(lambda x: put(x, NamedSharding(mesh, _spec(x, mesh, batched))), tree)
 
 

@@ -1,13 +1,17 @@
-"""The memory that a program needs while it runs, estimated from its jaxpr: no device, no compilation.
+"""Peak memory of a program, estimated from its jaxpr: no device, no compilation.
 
-    memory.peak(jax.make_jaxpr(fn)(*args).jaxpr)  # args as program.flops takes them
+    peak_memory.peak(jax.make_jaxpr(fn)(*args).jaxpr)  # arrays or jax.ShapeDtypeStructs
 
-Every value lives from the equation that makes it to the last one that reads it; the most bytes that live at once are the
-answer. Three things that XLA does are followed. What is elementwise, or a sum, is computed once of the same operands, barriers
-aside. Chains of elementwise operations are fused: what one such operation or sum alone reads is never stored, so that what it is
-made of lives on until then. And the result of an elementwise operation takes the place of an operand that dies with it. What a
-compiler decides by itself (order, padding, copies, scratch of convolutions) is not known here; tests compare with XLA's own
-account.
+A value lives from the equation that makes it to the last one that reads it; the estimate is the most
+bytes that live at once. Three things that XLA does are followed:
+
+- An elementwise operation or a sum of the same operands is computed once, barriers aside.
+- Chains of elementwise operations are fused: a value that only one such operation or sum reads is
+  never stored, and its operands live on until then.
+- The result of an elementwise operation takes the place of an operand that dies with it.
+
+What a compiler decides by itself (order, padding, copies, scratch of convolutions) is not known here;
+tests compare with XLA's own figures.
 """
 
 import dataclasses
@@ -18,12 +22,12 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-# Made anew wherever they are read: only where bytes lie, or constants.
+# Free: rematerialised at each use (layout changes and constants).
 _FREE = frozenset(
     "broadcast_in_dim reshape squeeze expand_dims transpose convert_element_type iota copy slice reduce_precision rev "
     "bitcast_convert_type optimization_barrier".split()
 )
-# One element after the other, so that the one operation that reads the result can make it.
+# Elementwise: computed where the only reader reads it.
 _FUSED = _FREE | frozenset(
     "add add_any sub mul neg max min select_n eq ne lt le gt ge and or not xor abs sign integer_pow square floor ceil round "
     "clamp is_finite pad concatenate shift_left shift_right_logical shift_right_arithmetic rem nextafter exp exp2 log log1p "
@@ -34,7 +38,7 @@ _SUMS = frozenset("reduce_sum reduce_max reduce_min reduce_and reduce_or reduce_
 
 @dataclasses.dataclass
 class _Op:
-    """One equation of a program without calls; `inner` is what it needs besides operands and results."""
+    """One equation of a program without calls; `inner` are bytes besides operands and results."""
 
     name: str
     reads: tuple[int, ...]
@@ -48,7 +52,7 @@ class _Flat:
 
     ops: list[_Op] = dataclasses.field(default_factory=list)
     size: list[int] = dataclasses.field(default_factory=list)
-    known: dict[tuple, list[int]] = dataclasses.field(default_factory=dict)  # constants, and what is made of which
+    known: dict[tuple, list[int]] = dataclasses.field(default_factory=dict)  # of constants and elementwise results
 
     def value(self, aval: Any) -> int:
         """The number of a new value."""
@@ -64,14 +68,14 @@ class _Flat:
 
 
 def size_of(aval: Any) -> int:
-    """Bytes of an array, or of what stands for one."""
+    """Bytes of an array or of an abstract one."""
     shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
-    # Keys of random numbers are two words each.
+    # A PRNG key is two words.
     return math.prod(shape) * (8 if dtype is None or not isinstance(dtype, np.dtype) else dtype.itemsize)
 
 
 def peak(jaxpr: core.Jaxpr) -> int:
-    """Bytes that a program needs besides its arguments, its results among them."""
+    """Bytes that a program needs besides its arguments; its results are included."""
     flat = _Flat()
     arguments = [flat.value(var.aval) for var in (*jaxpr.constvars, *jaxpr.invars)]
     results = _inline(jaxpr, arguments, flat)
@@ -79,7 +83,7 @@ def peak(jaxpr: core.Jaxpr) -> int:
 
 
 def _inline(jaxpr: core.Jaxpr, arguments: Sequence[int], flat: _Flat) -> list[int]:
-    """Adds a program's equations to `flat`, calls in their place; the numbers of its results."""
+    """Adds a program's equations to `flat`, with calls inlined; the numbers of its results."""
     number = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
 
     def read(atom: Any) -> int:
@@ -90,27 +94,27 @@ def _inline(jaxpr: core.Jaxpr, arguments: Sequence[int], flat: _Flat) -> list[in
         name, called = eqn.primitive.name, _called(eqn)
         if called is not None:
             consts = [flat.value(var.aval) for var in called.constvars]
-            made = _inline(called, [*consts, *reads], flat)
-        elif name == "optimization_barrier":  # hands on what it reads; what is made of it is not known to be the same
-            made = [flat.value(var.aval) for var in eqn.outvars]
-            flat.ops += [_Op(name, (old,), (new,)) for old, new in zip(reads, made, strict=True)]
+            values = _inline(called, [*consts, *reads], flat)
+        elif name == "optimization_barrier":  # a copy: what is computed of it counts as new
+            values = [flat.value(var.aval) for var in eqn.outvars]
+            flat.ops += [_Op(name, (old,), (new,)) for old, new in zip(reads, values, strict=True)]
         else:
-            made = _made(eqn, reads, flat)
-        number |= dict(zip(eqn.outvars, made, strict=True))
+            values = _results(eqn, reads, flat)
+        number |= dict(zip(eqn.outvars, values, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _made(eqn: core.JaxprEqn, reads: Sequence[int], flat: _Flat) -> list[int]:
-    """The numbers of an equation's results, which if it is elementwise or a sum may be there already."""
+def _results(eqn: core.JaxprEqn, reads: Sequence[int], flat: _Flat) -> list[int]:
+    """The numbers of an equation's results; elementwise ones and sums of the same operands are reused."""
     name = eqn.primitive.name
     key = (name, tuple(reads), str(eqn.params)) if name in _FUSED | _SUMS else None
     if key in flat.known:
         return flat.known[key]
-    made = [flat.value(var.aval) for var in eqn.outvars]
-    flat.ops.append(_Op(name, tuple(reads), tuple(made), _within(eqn)))
+    values = [flat.value(var.aval) for var in eqn.outvars]
+    flat.ops.append(_Op(name, tuple(reads), tuple(values), _within(eqn)))
     if key:
-        flat.known[key] = made
-    return made
+        flat.known[key] = values
+    return values
 
 
 def _called(eqn: core.JaxprEqn) -> core.Jaxpr | None:
@@ -127,10 +131,10 @@ def _called(eqn: core.JaxprEqn) -> core.Jaxpr | None:
 def _within(eqn: core.JaxprEqn) -> int:
     """Bytes that the programs within an equation need."""
     name, params = eqn.primitive.name, eqn.params
-    if name == "scan":  # the slices that one turn reads, which have an axis less than what they are of, are copies
+    if name == "scan":  # a turn copies its slices, which have one axis less
         body = params["jaxpr"].jaxpr
         pairs = zip(eqn.invars, body.invars, strict=True)
-        return peak(body) + sum(size_of(own.aval) for whole, own in pairs if whole.aval.ndim > own.aval.ndim)
+        return peak(body) + sum(size_of(part.aval) for whole, part in pairs if whole.aval.ndim > part.aval.ndim)
     if name == "while":
         return peak(params["body_jaxpr"].jaxpr)
     if name == "cond":
@@ -144,7 +148,7 @@ def _sweep(flat: _Flat, arguments: set[int], results: Sequence[int]) -> int:
     for op in flat.ops:
         for value in set(op.reads):
             readers[value].append(op)
-    # What is read in the end of each value: itself where it is stored, else through what is fused with its reader.
+    # The stored values that reading each value reads: itself, or the operands that are fused with it.
     behind: list[frozenset[int]] = [frozenset((n,)) for n in range(len(flat.size))]
     last = dict.fromkeys(results, len(flat.ops))
     stored = []
@@ -155,12 +159,12 @@ def _sweep(flat: _Flat, arguments: set[int], results: Sequence[int]) -> int:
         else:
             stored.append((at, op))
             last |= {value: max(at, last.get(value, 0)) for value in read}
-    last |= {own: len(flat.ops) for value in results for own in behind[value]}
+    last |= {source: len(flat.ops) for value in results for source in behind[value]}
     return _walk(stored, arguments, last, flat)
 
 
 def _is_fused(op: _Op, readers: Sequence[_Op], is_result: bool) -> bool:
-    """Whether an operation's result is made where it is read, and stored nowhere."""
+    """Whether an operation's result is computed where it is read, and never stored."""
     if op.name in _FREE:
         return True
     return not is_result and op.name in _FUSED and len(readers) == 1 and readers[0].name in _FUSED | _SUMS
@@ -176,7 +180,6 @@ def _walk(stored: Sequence[tuple[int, _Op]], arguments: set[int], last: dict[int
     for at, op in stored:
         dying = [flat.size[value] for value in ends.get(at, ()) if value in alive]
         new = sum(flat.size[value] for value in op.makes)
-        # The result takes the place of what dies with it.
         place = min(new, max(dying, default=0)) if op.name in _FUSED else 0
         most = max(most, now + new - place + op.inner)
         unread = sum(flat.size[value] for value in op.makes if value not in last)

@@ -1,4 +1,7 @@
-"""The programs that an engine compiles."""
+"""The programs that an engine compiles, each a function of one item.
+
+`inverter.Inverter` adds the batch by vmap and the devices by shard_map.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +30,7 @@ def _judge(networks, prompt, hyper, latents, *, plan: inversion.Plan):
 
 
 def _better(one, two, *, plan: inversion.Plan):
-    """Of two candidates, each (latents, losses), the one that the optimised referees like more."""
+    """Of two candidates (latents, losses), the one with the lower loss of the optimised referees."""
     return jax.tree.map(lambda a, b: jnp.where(two[1][0] < one[1][0], b, a), one, two)
 
 
@@ -62,7 +65,7 @@ def _finish(networks, prompt, hyper, state, *, plan: inversion.Plan, output: str
     return latents, image, scores, losses
 
 
-# Name -> the function of one item, which of its arguments are of each item (the numbers, where swept), and which is donated.
+# Name -> the function, which of its arguments have an axis of items ("hyper": in a sweep), and which are donated.
 PROGRAMS = {
     "noise": (_noise, (True, False), ()),
     "denoise": (_denoise, (False, True, True, False, False, False), ()),

@@ -2,12 +2,13 @@
 
 One iteration of "Referee Can Play" (arXiv 2402.16305) is
 
-    z <- z - lr_i (weight r gv + noise n1) - lr gs + noise n2        (referees on)
-    z <- z - lr gs + tail_noise n2                                   (referees off)
+    z <- z - lr_i (weight r gv + noise n1) - lr gs + noise n2        (referees active)
+    z <- z - lr gs + tail_noise n2                                   (else)
 
-where gv and gs are the referees' and the prior's gradients, r their balance and lr_i a schedule; then the result is folded
-into an average, to which the latents are set back now and then. As one chain: the caller's gradient is
-gs + (lr_i / lr) weight r gv, then a base optimiser, the noise, and the restart.
+where gv and gs are the referees' and the prior's gradients, r their balance (objective.py) and lr_i a
+schedule; then the result is folded into an average, to which the latents are set back at restarts.
+As one chain: the caller's gradient is gs + (lr_i / lr) weight r gv, then a base optimiser, the
+noise, and the restart.
 """
 
 from typing import NamedTuple
@@ -54,14 +55,24 @@ class EmaRestartState(NamedTuple):
 def ema_restart(
     inner: optax.GradientTransformation, *, decay: Array, start: Array, every: Array, stop: Array, alias: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Averages the parameters and sets them back to their average at iterations `start`, `start + every`, ... `<= stop`.
+    """Averages the parameters, and restarts from the average at iterations `start`, `start + every`, ... `<= stop`.
 
-    The k-th update (k = `step` + 1) is folded into the average, average <- decay average + (1 - decay) updated, the first
-    one copied; at a restart the update returned is average - params. `update` takes `step` (int32) and, for `alias`,
-    `moved`: the authors' code lets parameters and average share storage after a restart, so that the next referee step
-    moves both; `alias=True` reproduces that.
+    The k-th update (k = `step` + 1) is folded into the average:
+    average <- decay average + (1 - decay) updated; the first one is copied. At a restart the update
+    returned is average - params. Read the average with `optax.tree.get(state, "average")`.
 
-    Read the average with `optax.tree.get(state, "average")`.
+    Args:
+        inner: the transformation whose updates are averaged.
+        decay: of the average, in [0, 1].
+        start: the iteration of the first restart, counted from 1.
+        every: iterations between restarts.
+        stop: the last iteration that may restart.
+        alias: whether parameters and average share storage after a restart, as in the authors'
+            code: the referees' next step then moves both.
+
+    Returns:
+        A transformation whose `update` takes `step` (int32) and, for `alias`, the referees' step
+        as `moved`.
     """
     inner = optax.with_extra_args_support(inner)
 
