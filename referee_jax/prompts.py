@@ -12,15 +12,25 @@ class PromptError(ValueError):
     """A file of prompts or a prompt that cannot be used; one sentence."""
 
 
+class Unreadable(PromptError):
+    """A text that a network cannot read; `reason` says why, without the text."""
+
+    def __init__(self, text: str, reason: str):
+        super().__init__(f"the prompt {text[:60]!r}: {reason}")
+        self.reason = reason
+
+
 def token_count(tokenizer: Any, text: str) -> int:
     """Tokens of `text` with both ends, by a transformers tokenizer."""
     return len(tokenizer(text, verbose=False)["input_ids"])
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], length: int | None = None) -> np.ndarray:
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], length: int | None = None, *, reader: str = "the text encoder"
+) -> np.ndarray:
     """Token ids, int32 `[text, length]`, padded as the tokenizer pads; `length` is by default the tokenizer's limit.
 
-    Nothing is cut: a text of more tokens raises PromptError.
+    Nothing is cut: a text of more tokens raises Unreadable, which names the `reader`.
     """
     length = tokenizer.model_max_length if length is None else length
     if not texts:
@@ -28,9 +38,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int | None = None) ->
     # Positions are counted from the first token, wherever a tokenizer made for generating text would pad.
     how = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": False}
     rows = tokenizer(list(texts), verbose=False, **how)["input_ids"]
-    for text, row in zip(texts, rows, strict=True):
-        if len(row) > length:
-            raise PromptError(f"the prompt {text[:60]!r} has {len(row)} tokens, the text encoder reads {length}")
+    text, longest = max(zip(texts, rows, strict=True), key=lambda pair: len(pair[1]))
+    if len(longest) > length:
+        raise Unreadable(text, f"{len(longest)} tokens, {reader} reads {length}")
     return np.array(rows, np.int32)
 
 

@@ -100,7 +100,7 @@ def test_nothing_is_cut(tokenizer):
     count = prompts.token_count(tokenizer, text)
     assert count == 21
     with pytest.raises(
-        prompts.PromptError, match=r"the prompt 'a red circle .*' has 21 tokens, the text encoder reads 20"
+        prompts.PromptError, match=r"the prompt 'a red circle .*': 21 tokens, the text encoder reads 20"
     ):
         prompts.tokenize(tokenizer, ["a star", text])
     assert prompts.tokenize(tokenizer, ["a star", text], 21).shape == (2, 21)

@@ -160,14 +160,14 @@ def tokenize(
     held_out: Sequence[referees.Judge],
     prompt: str,
 ) -> dict[str, Any]:
-    """A prompt as `encode` reads it."""
+    """A prompt as `encode` reads it. Raises prompts.Unreadable."""
     template = settings.sds
     is_guided = template.prompt != template.negative_prompt
     texts = [prompts.fill(template.prompt, prompt), template.negative_prompt][: 2 if is_guided else 1]
     return {
-        "prior": prompts.tokenize(tokenizer, texts),
-        "referees": tuple(judge.tokenize(prompt) for judge in judges),
-        "held_out": tuple(judge.tokenize(prompt) for judge in held_out),
+        "prior": prompts.tokenize(tokenizer, texts, reader="the prior"),
+        "referees": tuple(judge.read(prompt) for judge in judges),
+        "held_out": tuple(judge.read(prompt) for judge in held_out),
     }
 
 

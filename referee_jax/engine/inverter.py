@@ -27,6 +27,8 @@ from referee_jax.items import Item, Part
 from referee_jax.method import ddim, inversion
 from referee_jax.weights import load
 
+TOKENIZED = 4096  # prompts whose tokens stay in memory, some kilobytes each
+
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
@@ -103,7 +105,7 @@ class Inverter:
         dense = chip is not None and chip.dense
         self.plan = builders.make_plan(settings, prior, self.judges, self.held_out, dense=dense)
         self.hyper = builders.make_hyper(settings)
-        self.compiled, self._programs = False, {}
+        self.compiled, self._programs, self._tokens = False, {}, {}
         self._encode = self._jit(jax.vmap(builders.encode, in_axes=(None, None, 0)))
 
     @classmethod
@@ -137,17 +139,10 @@ class Inverter:
 
     def check(self, prompt: str) -> str | None:
         """Why this prompt cannot be done, or None."""
-        prior = prompts.token_count(self.tokenizer, prompts.fill(self.settings.sds.prompt, prompt))
-        counts = [(prior, self.tokenizer.model_max_length, "the prior")]
-        for judge in (*self.judges, *self.held_out):
-            if not judge.clean(prompt):
-                return f"nothing in it that {judge.spec.name} reads"
-            if token := judge.unknown(prompt):
-                return f"it holds {token}, for which {judge.spec.name} has no word"
-            counts.append((judge.count(prompt), judge.length, judge.spec.name))
-        for count, limit, who in counts:
-            if count > limit:
-                return f"{count} tokens, {who} reads {limit}"
+        try:
+            self._tokenize(prompt)
+        except prompts.Unreadable as error:
+            return error.reason
         return None
 
     def begin(
@@ -353,7 +348,13 @@ class Inverter:
         return _result(pictures, {})
 
     def _tokenize(self, prompt: str) -> dict[str, Any]:
-        return builders.tokenize(self.settings, self.tokenizer, self.judges, self.held_out, prompt)
+        """A prompt's tokens. Those of the last TOKENIZED are kept: `begin` need not read again after `check`."""
+        if prompt not in self._tokens:
+            tokens = builders.tokenize(self.settings, self.tokenizer, self.judges, self.held_out, prompt)
+            if len(self._tokens) == TOKENIZED:
+                del self._tokens[next(iter(self._tokens))]
+            self._tokens[prompt] = tokens
+        return self._tokens[prompt]
 
     def _is_swept(self, batch: Batch) -> bool:
         return jax.tree.leaves(batch.hyper)[0].ndim > 0

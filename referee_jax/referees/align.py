@@ -6,6 +6,7 @@ import numpy as np
 
 from referee_jax.models import align
 from referee_jax.referees import clip
+from referee_jax.referees.judge import Judge
 
 TOKENS = 64  # both ends included, as ALIGN was trained
 
@@ -49,7 +50,7 @@ def _pixel(value: float, preprocessing: dict[str, Any]) -> np.ndarray:
     return value / preprocessing["image_std"] if preprocessing.get("include_top", True) else value
 
 
-def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
+def tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
     """CLIP's, and `mask [1 + N, T]`: False on padding."""
-    tokens = clip.tokenize(judge, prompt)
-    return tokens | {"mask": tokens["input_ids"] != judge.tokenizer.pad_token_id}
+    rows = clip.tokens(judge, ids)
+    return rows | {"mask": rows["input_ids"] != judge.tokenizer.pad_token_id}

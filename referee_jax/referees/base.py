@@ -1,25 +1,8 @@
-"""What a referee is: a frozen vision-language model that says how far an image is from a text.
-
-A referee is a JAX pytree (its weights are the leaves), so it is an ordinary argument of compiled functions. All is written
-for one image or one prompt's views; vmap adds prompts.
-"""
-
-from typing import Any, Protocol
+"""Images to the size that a referee reads."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-
-
-class Tokenize(Protocol):
-    """The host's half of a referee: a prompt to arrays of one shape for every prompt.
-
-    `judge` is a referees.Judge: its `tokenizer`, `length` and `spec`, and `text`, which puts the cleaned prompt into the
-    template. Nothing is cut: a text of more than `length` tokens is a PromptError.
-    """
-
-    def __call__(self, judge: Any, prompt: str) -> dict[str, np.ndarray]: ...
 
 
 def resized(image: Array, side: int) -> Array:

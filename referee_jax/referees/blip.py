@@ -12,9 +12,9 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from referee_jax import prompts
 from referee_jax.models import bert, blip, layers
 from referee_jax.referees import base
+from referee_jax.referees.judge import Judge
 
 ANSWERS = ("yes", "no")
 
@@ -158,14 +158,18 @@ def answer_tokens(tokenizer: Any) -> tuple[int, int]:
     return rows[0][0], rows[1][0]
 
 
-def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
-    """The text made of the prompt: `input_ids, mask [T]`."""
-    ids = prompts.tokenize(judge.tokenizer, [judge.text(prompt)], judge.length)[0]
-    return {"input_ids": ids, "mask": ids != judge.tokenizer.pad_token_id}
+def tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """`input_ids, mask [T]` of the first text."""
+    return {"input_ids": ids[0], "mask": ids[0] != judge.tokenizer.pad_token_id}
 
 
-def tokenize_caption(judge: Any, prompt: str) -> dict[str, np.ndarray]:
-    """The same, and `scored [T]`: False on padding and on what stands before the prompt, the end of which is its own."""
-    tokens = tokenize(judge, prompt)
-    given = prompts.token_count(judge.tokenizer, judge.template.partition("{}")[0]) - 1
-    return tokens | {"scored": tokens["mask"] & (np.arange(judge.length) >= given)}
+def caption_texts(judge: Judge, prompt: str) -> list[str]:
+    """The caption, then the template's beginning, to know how many of its tokens that is."""
+    return [judge.text(prompt), judge.template.partition("{}")[0]]
+
+
+def caption_tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """`input_ids, mask [T]`, and `scored [T]`: False on padding and on the template's beginning."""
+    caption, beginning = tokens(judge, ids), ids[1] != judge.tokenizer.pad_token_id
+    first = beginning.sum() - 1  # without its [SEP]
+    return caption | {"scored": caption["mask"] & (np.arange(judge.length) >= first)}

@@ -15,9 +15,9 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from referee_jax import prompts
 from referee_jax.models import bert, blip2, layers
 from referee_jax.referees import base
+from referee_jax.referees.judge import Judge
 
 TOKENS = 32  # both ends included, as BLIP-2 was trained
 
@@ -104,7 +104,6 @@ def from_checkpoint(
     )
 
 
-def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
-    """The text made of the prompt: `input_ids [T]`, `attention_mask [T]`."""
-    ids = prompts.tokenize(judge.tokenizer, [judge.text(prompt)], judge.length)[0]
-    return {"input_ids": ids, "attention_mask": (ids != judge.tokenizer.pad_token_id).astype(np.int32)}
+def tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """`input_ids [T]`, `attention_mask [T]`."""
+    return {"input_ids": ids[0], "attention_mask": (ids[0] != judge.tokenizer.pad_token_id).astype(np.int32)}

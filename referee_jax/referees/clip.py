@@ -20,6 +20,7 @@ from jax import Array
 from referee_jax import prompts
 from referee_jax.models import align, clip, siglip
 from referee_jax.referees import base
+from referee_jax.referees.judge import Judge
 
 # Name of a loss -> of what it is the loss, and how.
 _LOSSES = {
@@ -120,16 +121,15 @@ def from_checkpoint(
     return ClipReferee(network=network, image_size=size, resized=size, mean=mean, std=std, reading=reading)
 
 
-def texts(judge: Any, prompt: str) -> list[str]:
+def texts(judge: Judge, prompt: str) -> list[str]:
     """The prompt, then its negatives: the spec's own, and `spec.near` of the prompt's neighbours (prompts.near) or fewer."""
     spec = judge.spec
     near = prompts.hard_negatives(prompt, spec.exchange)[: spec.near]
     return list(map(judge.text, [prompt, *(text for text in spec.negatives if text != prompt), *near]))
 
 
-def tokenize(judge: Any, prompt: str) -> dict[str, np.ndarray]:
-    """`texts`: `input_ids [1 + N, T]`, `real [1 + N]`; where they are fewer, the prompt fills the rows, as not real."""
-    read, count = texts(judge, prompt), 1 + len(judge.spec.negatives) + judge.spec.near
-    rows = read + read[:1] * (count - len(read))
-    ids = prompts.tokenize(judge.tokenizer, rows, judge.length)
-    return {"input_ids": ids, "real": np.arange(count) < len(read)}
+def tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """`input_ids [1 + N, T]`, `real [1 + N]`; for missing negatives the prompt is repeated, not real."""
+    rows = np.arange(1 + len(judge.spec.negatives) + judge.spec.near)
+    real = rows < len(ids)
+    return {"input_ids": ids[np.where(real, rows, 0)], "real": real}

@@ -53,7 +53,7 @@ def _align_referee(spec: config.RefereeSpec, network: Any, preprocessing: Mappin
 
 def _clip(kind: str, reading: clip.Reading, **other: Any) -> Family:
     build = functools.partial(_clip_referee, reading)
-    return Family(kind=kind, build=build, tokenize=clip.tokenize, texts=clip.texts, **other)
+    return Family(kind=kind, build=build, tokens=clip.tokens, texts=clip.texts, **other)
 
 
 def _letterboxed(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
@@ -107,7 +107,7 @@ REFEREES = {
     "blip_itm": _blip(
         kind="blip_itm",
         build=functools.partial(_blip_referee, blip.Itm),
-        tokenize=blip.tokenize,
+        tokens=blip.tokens,
         published=(
             "Salesforce/blip-itm-base-coco",
             "Salesforce/blip-itm-large-coco",
@@ -124,7 +124,8 @@ REFEREES = {
     "blip_caption": _blip(
         kind="blip_caption",
         build=functools.partial(_blip_referee, blip.Caption),
-        tokenize=blip.tokenize_caption,
+        texts=blip.caption_texts,
+        tokens=blip.caption_tokens,
         template="a picture of {}",
         published=("Salesforce/blip-image-captioning-base", "Salesforce/blip-image-captioning-large"),
         files=("model_base_caption_capfilt_large.pth", "model_large_caption.pth"),
@@ -133,7 +134,7 @@ REFEREES = {
         kind="blip_vqa",
         check=blip.answer_tokens,
         build=functools.partial(_blip_referee, blip.Vqa),
-        tokenize=blip.tokenize,
+        tokens=blip.tokens,
         clean=prompts.question,
         template="{}?",
         published=("Salesforce/blip-vqa-base", "Salesforce/blip-vqa-capfilt-large"),
@@ -142,7 +143,7 @@ REFEREES = {
     "blip2": Family(
         kind="blip2",
         build=_blip2_referee,
-        tokenize=blip2.tokenize,
+        tokens=blip2.tokens,
         clean=prompts.caption,
         length=blip2.TOKENS,
         published=("Salesforce/blip2-itm-vit-g", "Salesforce/blip2-itm-vit-g-coco"),
@@ -151,7 +152,7 @@ REFEREES = {
     "image_reward": Family(
         kind="image_reward",
         build=_image_reward_referee,
-        tokenize=blip.tokenize,
+        tokens=blip.tokens,
         length=image_reward.TOKENS,
         published=("THUDM/ImageReward",),
         files=("ImageReward.pt",),
@@ -160,7 +161,7 @@ REFEREES = {
     "align": Family(
         kind="align",
         build=_align_referee,
-        tokenize=align.tokenize,
+        tokens=align.tokens,
         texts=clip.texts,
         length=align.TOKENS,
         published=("kakaobrain/align-base",),

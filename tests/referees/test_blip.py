@@ -140,7 +140,7 @@ def test_tokens(directories):
     question = judge.tokenize(PROMPT)
     assert judge.referee.answers == (YES, NO)
     assert question["input_ids"][8] == networks.BLIP_WORDS.index("?")
-    with pytest.raises(prompts.PromptError, match="has 66 tokens, the text encoder reads 64"):
+    with pytest.raises(prompts.PromptError, match="red .*': 66 tokens, blip_itm reads 64"):
         load(directories, "itm").tokenize("red " * 64)
 
 
@@ -150,7 +150,7 @@ def test_texts_are_cleaned_as_in_training(directories, task, text):
     assert judge.text('A "red" circle, and a BLUE square.') == text.replace(" and", ", and")
     wordy = "A (red) circle and a blue square!"
     assert judge.text(wordy) == text
-    assert judge.count(wordy) == judge.tokenize(wordy)["mask"].sum()
+    assert prompts.token_count(judge.tokenizer, text) == judge.tokenize(wordy)["mask"].sum()
 
 
 def test_answers_must_be_single_tokens(directories, tmp_path):

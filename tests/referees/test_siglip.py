@@ -136,7 +136,7 @@ def test_tokens(judge, directory):
     np.testing.assert_array_equal(tokens["input_ids"], theirs["input_ids"])
     # Fewer negatives than rows: the rest is marked.
     assert judge.tokenize("a photo")["real"].tolist() == [True, False, False, False]
-    with pytest.raises(prompts.PromptError, match="has 71 tokens, the text encoder reads 64"):
+    with pytest.raises(prompts.PromptError, match="zz': 71 tokens, siglip reads 64"):
         judge.tokenize("z" * 70)
 
 
