@@ -13,7 +13,7 @@ from flax import struct
 from jax import Array
 
 from referee_jax.models import bert, blip, layers
-from referee_jax.referees import base
+from referee_jax.referees import resizing
 from referee_jax.referees.judge import Judge
 
 ANSWERS = ("yes", "no")
@@ -44,7 +44,7 @@ class BlipReferee(struct.PyTreeNode):
 
     def fit(self, image: Array) -> Array:
         """Resized."""
-        return base.resized(image, self.image_size)
+        return resizing.resized(image, self.image_size)
 
     def _losses(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
         return {name: loss[0] for name, loss in self.views_losses(view[None], text).items()}
@@ -62,7 +62,7 @@ class Itm(BlipReferee):
         return {"input_ids": self._reading(ids), "mask": mask, "feature": feature}
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
-        """See base.Referee."""
+        """See method.referee."""
         states = self._states(views)
         ids, mask = (layers.repeat(text[name][None], len(views)) for name in ("input_ids", "mask"))
         match = jax.nn.log_softmax(self.network.match(states, ids, mask))[:, 1]
@@ -84,7 +84,7 @@ class Caption(BlipReferee):
         return tokens | {"input_ids": self._generated(tokens["input_ids"])}
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
-        """See base.Referee."""
+        """See method.referee."""
         return {"caption": self._loss(views, text, bert.SMOOTHING)}
 
     def _loss(self, views: Array, text: dict[str, Array], smoothing: float) -> Array:
@@ -115,7 +115,7 @@ class Vqa(BlipReferee):
         return tokens | {"input_ids": self._reading(tokens["input_ids"])}
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
-        """See base.Referee."""
+        """See method.referee."""
         ids, mask = (layers.repeat(text[name][None], len(views)) for name in ("input_ids", "mask"))
         logits = self.network.answer_logits(self._states(views), ids, mask)[:, jnp.asarray(self.answers)]
         return {"vqa": -jax.nn.log_softmax(logits)[:, 0]}

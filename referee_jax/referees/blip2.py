@@ -16,7 +16,7 @@ from flax import struct
 from jax import Array
 
 from referee_jax.models import bert, blip2, layers
-from referee_jax.referees import base
+from referee_jax.referees import resizing
 from referee_jax.referees.judge import Judge
 
 TOKENS = 32  # both ends included, as BLIP-2 was trained
@@ -67,12 +67,12 @@ class Blip2Referee(struct.PyTreeNode):
         return losses
 
     def views_losses(self, views: Array, text: dict[str, Any]) -> dict[str, Array]:
-        """See base.Referee."""
+        """See method.referee."""
         return self.image_losses(self._encode_image(views), text)
 
     def fit(self, image: Array) -> Array:
         """Resized."""
-        return base.resized(image, self.image_size)
+        return resizing.resized(image, self.image_size)
 
     def scores(self, view: Array, text: dict[str, Any]) -> dict[str, Array]:
         """`itm_probability`, `cosine` and, with a language head, `caption_log_likelihood` (mean over tokens)."""

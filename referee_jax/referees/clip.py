@@ -19,7 +19,7 @@ from jax import Array
 
 from referee_jax import prompts
 from referee_jax.models import align, clip, siglip
-from referee_jax.referees import base
+from referee_jax.referees import resizing
 from referee_jax.referees.judge import Judge
 
 # Name of a loss -> of what it is the loss, and how.
@@ -97,13 +97,13 @@ class ClipReferee(struct.PyTreeNode):
         }
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
-        """See base.Referee."""
+        """See method.referee."""
         found = self._found(views, text)
         return {name: _LOSSES[name](found) for name in self.losses}
 
     def fit(self, image: Array) -> Array:
         """Resized; of that, the middle."""
-        return base.middle(base.resized(image, self.resized), self.image_size)
+        return resizing.middle(resizing.resized(image, self.resized), self.image_size)
 
     def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
         """What `reading.scores` says."""

@@ -3,7 +3,7 @@
 from jax import Array
 
 from referee_jax.models import layers
-from referee_jax.referees import base, blip
+from referee_jax.referees import blip, resizing
 
 TOKENS = 35  # both ends included, as ImageReward was trained
 
@@ -18,13 +18,13 @@ class Reward(blip.BlipReferee):
         return tokens
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
-        """See base.Referee."""
+        """See method.referee."""
         ids, mask = (layers.repeat(text[name][None], len(views)) for name in ("input_ids", "mask"))
         return {"reward": -self.network.reward(self._states(views), ids, mask)}
 
     def fit(self, image: Array) -> Array:
         """The middle square, as the authors cut it."""
-        return base.cropped(image, self.image_size)
+        return resizing.cropped(image, self.image_size)
 
     def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`reward`."""

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from referee_jax import config, prompts, referees
-from referee_jax.referees import align, base
+from referee_jax.referees import align, resizing
 from tests.conftest import picture, relative_l2
 from tests.oracles import networks
 
@@ -127,7 +127,7 @@ def test_scores(larger, height, width):
     assert abs(float(score(judge.referee.replace(resized=289), image, text)["cosine"]) - wanted["cosine"]) > 2e-3
 
     # What is looked at differs by the processor's rounding alone: less than one of 255 steps, and nothing without it.
-    seen = np.asarray(base.middle(base.resized(image, judge.referee.resized), judge.referee.image_size))
+    seen = np.asarray(resizing.middle(resizing.resized(image, judge.referee.resized), judge.referee.image_size))
     steps = 255 * seen - 127.5 * (read["pixel_values"][0].permute(1, 2, 0).numpy() + 1)
     assert np.abs(steps).max() < (0.01 if (height, width) == (346, 346) else 1.01)
 

@@ -6,15 +6,15 @@ from jax import Array
 
 
 def resized(image: Array, side: int) -> Array:
-    """`[H, W, 3]` to the size that a referee reads, smoothed where it shrinks."""
+    """`[H, W, 3]` to `[side, side, 3]`, smoothed where it shrinks."""
     size = (side, side, 3)
     return image if image.shape == size else jax.image.resize(image, size, "bilinear", antialias=True)
 
 
 def cropped(image: Array, side: int) -> Array:
-    """`[H, W, 3]` to its middle square, after its shorter side was brought to `side`: torchvision's Resize and CenterCrop.
+    """`[H, W, 3]` with its shorter side brought to `side`, then the middle square.
 
-    Bicubic as PIL's: rows, then columns, each kept within [0, 1].
+    As torchvision's Resize and CenterCrop. Bicubic as PIL's: rows, then columns, each kept within [0, 1].
     """
     short = min(image.shape[:2])
     height, width = (side * x // short for x in image.shape[:2])
@@ -26,6 +26,6 @@ def cropped(image: Array, side: int) -> Array:
 
 
 def middle(image: Array, side: int) -> Array:
-    """The square of that side in the middle of `[H, W, 3]`, one pixel nearer to the start where there is a choice."""
+    """The middle square of `[H, W, 3]`; an odd pixel is cut from the end."""
     top, left = ((length - side) // 2 for length in image.shape[:2])
     return image[top : top + side, left : left + side]
