@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from referee_jax import config
 from referee_jax.models import align
 from referee_jax.referees import clip
 from referee_jax.referees.judge import Judge
@@ -11,7 +12,13 @@ from referee_jax.referees.judge import Judge
 TOKENS = 64  # both ends included, as ALIGN was trained
 
 
-def from_checkpoint(network: align.ALIGN, preprocessing: dict[str, Any], *, image_size: int = 0) -> clip.ClipReferee:
+class AlignReferee(clip.ClipReferee):
+    """CLIP's losses."""
+
+    losses = config.LOSSES["align"]
+
+
+def from_checkpoint(network: align.ALIGN, preprocessing: dict[str, Any], *, image_size: int = 0) -> AlignReferee:
     """The referee of a loaded network and its preprocessor_config.json (of transformers' `EfficientNetImageProcessor`).
 
     `image_size` is the side of the views: 0, the checkpoint's. A scored image is cropped by the checkpoint's share. Raises
@@ -24,7 +31,7 @@ def from_checkpoint(network: align.ALIGN, preprocessing: dict[str, Any], *, imag
         raise ValueError(f"preprocessor_config.json: crop_size={crop} is more than size={size}")
     image_size = image_size or crop
     black, white = (_pixel(value, preprocessing) for value in (0.0, 255.0))
-    return clip.ClipReferee(
+    return AlignReferee(
         network=network,
         image_size=image_size,
         resized=round(image_size * size / crop),

@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from referee_jax import config
 from referee_jax.models import bert, blip, layers
 from referee_jax.referees import resizing
 from referee_jax.referees.judge import Judge
@@ -53,7 +54,7 @@ class BlipReferee(struct.PyTreeNode):
 class Itm(BlipReferee):
     """Losses `itm` = -log p(match) of the matching head and `itc` = 1 - cos(view, prompt) in the contrastive space."""
 
-    losses = ("itm", "itc")
+    losses = config.LOSSES["blip_itm"]
 
     def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
         """`input_ids, mask [T]`; adds the prompt's unit feature `[D]`, which does not read the image."""
@@ -77,7 +78,7 @@ class Itm(BlipReferee):
 class Caption(BlipReferee):
     """Loss `caption` = mean cross-entropy of the prompt's tokens, smoothed as in training (`bert.SMOOTHING`)."""
 
-    losses = ("caption",)
+    losses = config.LOSSES["blip_caption"]
 
     def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
         """`input_ids [T]` and which are `scored [T]`: neither padding nor what the template puts before the prompt."""
@@ -108,7 +109,7 @@ class Vqa(BlipReferee):
 
     answers: tuple[int, int] = struct.field(pytree_node=False)
 
-    losses = ("vqa",)
+    losses = config.LOSSES["blip_vqa"]
 
     def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
         """The question's `input_ids, mask [T]`."""

@@ -15,6 +15,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from referee_jax import config
 from referee_jax.models import bert, blip2, layers
 from referee_jax.referees import resizing
 from referee_jax.referees.judge import Judge
@@ -38,8 +39,8 @@ class Blip2Referee(struct.PyTreeNode):
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Names of the losses that these weights allow."""
-        return ("itm", "itc", "itg") if self.network.cls else ("itm", "itc")
+        """Those of config.LOSSES that these weights allow."""
+        return tuple(name for name in config.LOSSES["blip2"] if name != "itg" or self.network.cls)
 
     def encode(self, tokens: dict[str, Array]) -> dict[str, Any]:
         """`input_ids [T]` and `attention_mask [T]` to the network's `Text`, and what captions are compared with."""

@@ -2,6 +2,7 @@
 
 from jax import Array
 
+from referee_jax import config
 from referee_jax.models import layers
 from referee_jax.referees import blip, resizing
 
@@ -11,7 +12,7 @@ TOKENS = 35  # both ends included, as ImageReward was trained
 class Reward(blip.BlipReferee):
     """Loss `reward`: minus the reward, in standard deviations of the authors' data; `first_token` is None here."""
 
-    losses = ("reward",)
+    losses = config.LOSSES["image_reward"]
 
     def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
         """`input_ids, mask [T]`, as they are: all of the text reads the image."""

@@ -20,9 +20,9 @@ from referee_jax.weights import config_json, hub, load
 
 
 def _clip_referee(
-    reading: clip.Reading, spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any
+    kind: type[clip.ClipReferee], spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any
 ) -> Referee:
-    return clip.from_checkpoint(network, preprocessing, reading)
+    return clip.from_checkpoint(network, preprocessing, kind)
 
 
 def _blip_referee(
@@ -51,8 +51,8 @@ def _align_referee(spec: config.RefereeSpec, network: Any, preprocessing: Mappin
     return align.from_checkpoint(network, preprocessing, image_size=spec.image_size)
 
 
-def _clip(kind: str, reading: clip.Reading, **other: Any) -> Family:
-    build = functools.partial(_clip_referee, reading)
+def _clip(kind: str, referee: type[clip.ClipReferee], **other: Any) -> Family:
+    build = functools.partial(_clip_referee, referee)
     return Family(kind=kind, build=build, tokens=clip.tokens, texts=clip.texts, **other)
 
 
@@ -73,7 +73,7 @@ _blip = functools.partial(Family, length=64, clean=prompts.caption)
 REFEREES = {
     "clip": _clip(
         "clip",
-        clip.CLIP,
+        clip.ClipReferee,
         published=(
             "openai/clip-vit-base-patch32",
             "openai/clip-vit-large-patch14",
@@ -85,7 +85,7 @@ REFEREES = {
     # how long texts are. SigLIP 1's tokenizer does both, and drops punctuation.
     "siglip": _clip(
         "siglip",
-        clip.SIGLIP,
+        clip.SiglipReferee,
         length=64,
         clean=str.lower,
         published=(
@@ -94,10 +94,10 @@ REFEREES = {
             "google/siglip2-so400m-patch14-384",
         ),
     ),
-    "pickscore": _clip("clip", clip.PICKSCORE, published=("yuvalkirstain/PickScore_v1",)),
+    "pickscore": _clip("clip", clip.PickScore, published=("yuvalkirstain/PickScore_v1",)),
     "hps": _clip(
         "clip",
-        clip.HPS,
+        clip.Hps,
         published=("xswu/HPSv2",),
         files=("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt"),
         is_converted=True,
