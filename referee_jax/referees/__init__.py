@@ -1,6 +1,6 @@
 """Referees: frozen vision-language models that judge an image.
 
-A `Judge` is the host's handle on one (tokenizer, settings, network); its `referee` is the pytree that compiled programs take.
+A `Referee` is the pytree that compiled programs take; its `Judge` holds it, tokenizer and settings.
 """
 
 from referee_jax.referees.judge import Judge

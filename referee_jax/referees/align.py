@@ -1,5 +1,6 @@
-"""ALIGN as a referee: CLIP's two losses, with its own preprocessing, and texts whose padding is masked."""
+"""ALIGN as a referee: CLIP's two losses, its own preprocessing, texts whose padding is masked."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from referee_jax import config
 from referee_jax.models import align
 from referee_jax.referees import clip
-from referee_jax.referees.judge import Judge
+from referee_jax.referees.judge import Family, Judge
 
 TOKENS = 64  # both ends included, as ALIGN was trained
 
@@ -18,11 +19,11 @@ class AlignReferee(clip.ClipReferee):
     losses = config.LOSSES["align"]
 
 
-def from_checkpoint(network: align.ALIGN, preprocessing: dict[str, Any], *, image_size: int = 0) -> AlignReferee:
-    """The referee of a loaded network and its preprocessor_config.json (of transformers' `EfficientNetImageProcessor`).
+def from_checkpoint(network: align.ALIGN, preprocessing: Mapping, *, image_size: int = 0) -> AlignReferee:
+    """The referee of a loaded network and its preprocessor_config.json.
 
-    `image_size` is the side of the views: 0, the checkpoint's. A scored image is cropped by the checkpoint's share. Raises
-    ValueError where sizes are not of squares or the crop is the larger.
+    `image_size` is the side of the views, 0 the checkpoint's; an image to be scored is cropped by the
+    checkpoint's ratio. Raises ValueError where sizes are not of squares or the crop is the larger.
     """
     size, crop = (_side(preprocessing, name) for name in ("size", "crop_size"))
     if not preprocessing.get("do_center_crop"):
@@ -40,18 +41,20 @@ def from_checkpoint(network: align.ALIGN, preprocessing: dict[str, Any], *, imag
     )
 
 
-def _side(preprocessing: dict[str, Any], name: str) -> int:
+def _side(preprocessing: Mapping, name: str) -> int:
     size = preprocessing[name]
     if not isinstance(size, dict) or size.keys() != {"height", "width"} or size["height"] != size["width"]:
         raise ValueError(f"preprocessor_config.json: {name}={size} is not implemented; supported: height = width")
     return size["height"]
 
 
-def _pixel(value: float, preprocessing: dict[str, Any]) -> np.ndarray:
-    """A pixel's value, 0 to 255, as the network reads it in each channel; absent keys have the processor's defaults."""
-    value = np.full(
-        3, value * preprocessing.get("rescale_factor", 1 / 255) - preprocessing.get("rescale_offset", False)
-    )
+def _pixel(value: float, preprocessing: Mapping) -> np.ndarray:
+    """A pixel's value, 0 to 255, as the network reads it in each channel.
+
+    Absent keys have the defaults of transformers' `EfficientNetImageProcessor`.
+    """
+    factor, offset = preprocessing.get("rescale_factor", 1 / 255), preprocessing.get("rescale_offset", False)
+    value = np.full(3, value * factor - offset)
     if preprocessing.get("do_normalize", True):
         value = (value - preprocessing["image_mean"]) / preprocessing["image_std"]
     return value / preprocessing["image_std"] if preprocessing.get("include_top", True) else value
@@ -61,3 +64,17 @@ def tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
     """CLIP's, and `mask [1 + N, T]`: False on padding."""
     rows = clip.tokens(judge, ids)
     return rows | {"mask": rows["input_ids"] != judge.tokenizer.pad_token_id}
+
+
+def _build(spec: config.RefereeSpec, network: align.ALIGN, preprocessing: Mapping, tokenizer: Any) -> AlignReferee:
+    return from_checkpoint(network, preprocessing, image_size=spec.image_size)
+
+
+FAMILY = Family(
+    kind="align",
+    build=_build,
+    texts=clip.texts,
+    tokens=tokens,
+    length=TOKENS,
+    published=("kakaobrain/align-base",),
+)

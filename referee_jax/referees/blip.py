@@ -1,9 +1,12 @@
-"""BLIP as a referee: does the prompt match the image, how likely is it as its caption, is the answer to it "yes".
+"""BLIP as a referee: by its match with the prompt, by the prompt as a caption, or as a question.
 
-The authors put [ENC] in the place of [CLS] wherever the text reads the image (arXiv 2201.12086, figure 2), and [DEC]
-where a text is generated; transformers' port leaves [CLS] in the first case, so `first_token` is a setting.
+The authors put [ENC] in the place of [CLS] wherever the text reads the image (arXiv 2201.12086,
+figure 2), and [DEC] where a text is generated; transformers' port leaves [CLS] in the first case,
+so `first_token` is a setting.
 """
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,19 +15,22 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from referee_jax import config
+from referee_jax import config, prompts
 from referee_jax.models import bert, blip, layers
 from referee_jax.referees import resizing
-from referee_jax.referees.judge import Judge
+from referee_jax.referees.judge import Family, Judge
 
 ANSWERS = ("yes", "no")
+# BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
+TOKENS = 64
 
 
 class BlipReferee(struct.PyTreeNode):
-    """What the three have in common.
+    """Common to BLIP's referees.
 
     Attributes:
-        image_size: side of the views in pixels; the table of positions is resampled if it is not the checkpoint's.
+        image_size: side of the views in pixels; positions are interpolated for another than the
+            checkpoint's.
         first_token: id put first in a text that reads the image; None leaves [CLS].
     """
 
@@ -52,12 +58,12 @@ class BlipReferee(struct.PyTreeNode):
 
 
 class Itm(BlipReferee):
-    """Losses `itm` = -log p(match) of the matching head and `itc` = 1 - cos(view, prompt) in the contrastive space."""
+    """Losses `itm` = -log p(match) of the matching head, `itc` = 1 - cos(view, prompt)."""
 
     losses = config.LOSSES["blip_itm"]
 
     def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
-        """`input_ids, mask [T]`; adds the prompt's unit feature `[D]`, which does not read the image."""
+        """`input_ids, mask [T]`; adds the prompt's unit `feature [D]`, for `itc`."""
         ids, mask = tokens["input_ids"], tokens["mask"]
         feature = self.network.text_features(ids[None], mask[None])[0]
         return {"input_ids": self._reading(ids), "mask": mask, "feature": feature}
@@ -76,12 +82,12 @@ class Itm(BlipReferee):
 
 
 class Caption(BlipReferee):
-    """Loss `caption` = mean cross-entropy of the prompt's tokens, smoothed as in training (`bert.SMOOTHING`)."""
+    """Loss `caption` = mean cross-entropy of the prompt's tokens, with `bert.SMOOTHING` as in training."""
 
     losses = config.LOSSES["blip_caption"]
 
     def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
-        """`input_ids [T]` and which are `scored [T]`: neither padding nor what the template puts before the prompt."""
+        """`input_ids [T]`, and `scored [T]`: neither padding nor the template's beginning."""
         return tokens | {"input_ids": self._generated(tokens["input_ids"])}
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
@@ -99,9 +105,9 @@ class Caption(BlipReferee):
 
 
 class Vqa(BlipReferee):
-    """Loss `vqa` = -log p("yes"), of the two answers "yes" and "no" to a question made of the prompt.
+    """Loss `vqa` = -log p("yes"), of the answers "yes" and "no" to a question made of the prompt.
 
-    As T2I-CompBench measures it ("disentangled BLIP-VQA", arXiv 2307.06350): by the first token of the answer.
+    By the first token of the answer, as in T2I-CompBench ("disentangled BLIP-VQA", arXiv 2307.06350).
 
     Attributes:
         answers: ids of "yes" and of "no".
@@ -127,25 +133,25 @@ class Vqa(BlipReferee):
 
 
 def from_checkpoint(
-    kind: type[BlipReferee],
+    referee: type[BlipReferee],
     network: Any,
-    preprocessing: dict[str, Any],
+    preprocessing: Mapping,
     *,
     image_size: int = 0,
     first_token: int | None = None,
-    **own: Any,
+    **attributes: Any,
 ) -> BlipReferee:
-    """The referee of a loaded network and its preprocessor_config.json; `image_size` 0 is the checkpoint's.
+    """The referee of a loaded network and its preprocessor_config.json.
 
-    `own` are attributes that only this kind has.
+    `image_size` 0 is the checkpoint's; `attributes` are those that only this kind of referee has.
     """
-    return kind(
+    return referee(
         network=network,
         image_size=image_size or network.config.vision_config.image_size,
         mean=tuple(preprocessing["image_mean"]),
         std=tuple(preprocessing["image_std"]),
         first_token=first_token,
-        **own,
+        **attributes,
     )
 
 
@@ -154,8 +160,8 @@ def answer_tokens(tokenizer: Any) -> tuple[int, int]:
     rows = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in ANSWERS]
     for answer, row in zip(ANSWERS, rows, strict=True):
         if len(row) != 1 or row[0] == tokenizer.unk_token_id:
-            tokens = " ".join(tokenizer.convert_ids_to_tokens(row))
-            raise ValueError(f"{tokenizer.name_or_path}: the answer {answer!r} is {tokens!r}, not one token of its own")
+            words = " ".join(tokenizer.convert_ids_to_tokens(row))
+            raise ValueError(f"{tokenizer.name_or_path}: the answer {answer!r} is {words!r}, not one token of its own")
     return rows[0][0], rows[1][0]
 
 
@@ -174,3 +180,54 @@ def caption_tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
     caption, beginning = tokens(judge, ids), ids[1] != judge.tokenizer.pad_token_id
     first = beginning.sum() - 1  # without its [SEP]
     return caption | {"scored": caption["mask"] & (np.arange(judge.length) >= first)}
+
+
+def _build(
+    referee: type[BlipReferee], spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any
+) -> BlipReferee:
+    attributes = {"answers": answer_tokens(tokenizer)} if referee is Vqa else {}
+    if spec.first_token == "[ENC]":
+        # The authors' tokenizer adds [DEC], then [ENC]; that of published directories has neither.
+        enc = network.config.text_config.bos_token_id + 1
+        attributes["first_token"] = tokenizer.get_vocab().get("[ENC]", enc)
+    return from_checkpoint(referee, network, preprocessing, image_size=spec.image_size, **attributes)
+
+
+_family = functools.partial(Family, clean=prompts.caption, length=TOKENS)
+
+ITM = _family(
+    kind="blip_itm",
+    build=functools.partial(_build, Itm),
+    tokens=tokens,
+    published=(
+        "Salesforce/blip-itm-base-coco",
+        "Salesforce/blip-itm-large-coco",
+        "Salesforce/blip-itm-base-flickr",
+        "Salesforce/blip-itm-large-flickr",
+    ),
+    files=(
+        "model_base_retrieval_coco.pth",
+        "model_large_retrieval_coco.pth",
+        "model_base_retrieval_flickr.pth",
+        "model_large_retrieval_flickr.pth",
+    ),
+)
+CAPTION = _family(
+    kind="blip_caption",
+    build=functools.partial(_build, Caption),
+    texts=caption_texts,
+    tokens=caption_tokens,
+    template="a picture of {}",  # as captions began in training
+    published=("Salesforce/blip-image-captioning-base", "Salesforce/blip-image-captioning-large"),
+    files=("model_base_caption_capfilt_large.pth", "model_large_caption.pth"),
+)
+VQA = _family(
+    kind="blip_vqa",
+    build=functools.partial(_build, Vqa),
+    tokens=tokens,
+    clean=prompts.question,
+    template="{}?",  # T2I-CompBench's question
+    published=("Salesforce/blip-vqa-base", "Salesforce/blip-vqa-capfilt-large"),
+    files=("model_base_vqa_capfilt_large.pth",),  # at 480 pixels, as T2I-CompBench uses it
+    check=answer_tokens,
+)

@@ -1,12 +1,13 @@
-"""BLIP-2 as a referee: its three questions of pre-training (Li et al. 2023, section 3.1) as losses.
+"""BLIP-2 as a referee: its three training objectives (Li et al. 2023, section 3.1) as losses.
 
-    itm = -log p(the text is this image's)
+    itm = -log p(the text is the image's)
     itc = 1 - cos(text, nearest query)
     itg = cross-entropy of the text's tokens, each given the image and the tokens before it; stage-1 weights only
 
 One pass of the vision transformer serves all.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,10 +16,10 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from referee_jax import config
+from referee_jax import config, prompts
 from referee_jax.models import bert, blip2, layers
 from referee_jax.referees import resizing
-from referee_jax.referees.judge import Judge
+from referee_jax.referees.judge import Family, Judge
 
 TOKENS = 32  # both ends included, as BLIP-2 was trained
 
@@ -27,7 +28,8 @@ class Blip2Referee(struct.PyTreeNode):
     """Losses `itm`, `itc` and, where the network has a language head, `itg`.
 
     Attributes:
-        image_size: side of the views; another than the checkpoint's interpolates its positions.
+        image_size: side of the views in pixels; positions are interpolated for another than the
+            checkpoint's.
         dec_token_id: id of [DEC], which begins a caption.
     """
 
@@ -43,7 +45,7 @@ class Blip2Referee(struct.PyTreeNode):
         return tuple(name for name in config.LOSSES["blip2"] if name != "itg" or self.network.cls)
 
     def encode(self, tokens: dict[str, Array]) -> dict[str, Any]:
-        """`input_ids [T]` and `attention_mask [T]` to the network's `Text`, and what captions are compared with."""
+        """`input_ids, attention_mask [T]` to the network's `Text`, and a caption's targets."""
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         text = self.network.encode_text(ids[None], mask[None], dec_token_id=self.dec_token_id)
         return {"text": text, "targets": ids[1:], "real": mask[1:]}
@@ -76,21 +78,22 @@ class Blip2Referee(struct.PyTreeNode):
         return resizing.resized(image, self.image_size)
 
     def scores(self, view: Array, text: dict[str, Any]) -> dict[str, Array]:
-        """`itm_probability`, `cosine` and, with a language head, `caption_log_likelihood` (mean over tokens)."""
-        seen = self._encode_image(view[None])
-        losses = self.image_losses(seen, text)
+        """`itm_probability`, `cosine`; with a language head `caption_log_likelihood`, mean per token."""
+        image = self._encode_image(view[None])
+        losses = self.image_losses(image, text)
         scores = {"itm_probability": jnp.exp(-losses["itm"][0]), "cosine": 1 - losses["itc"][0]}
         if "itg" in self.losses:
-            scores["caption_log_likelihood"] = -self._caption_loss(seen, text, smoothing=0.0)[0]
+            scores["caption_log_likelihood"] = -self._caption_loss(image, text, smoothing=0.0)[0]
         return scores
 
 
 def from_checkpoint(
-    network: blip2.BLIP2, preprocessing: dict[str, Any], *, image_size: int = 0, dec_token_id: int | None = None
+    network: blip2.BLIP2, preprocessing: Mapping, *, image_size: int = 0, dec_token_id: int | None = None
 ) -> Blip2Referee:
-    """The referee of a loaded network and its preprocessor_config.json; `image_size` 0 is the checkpoint's.
+    """The referee of a loaded network and its preprocessor_config.json.
 
-    `dec_token_id` is the tokenizer's, if it has one. Raises ValueError if the network has no such word.
+    `image_size` 0 is the checkpoint's; `dec_token_id` is the tokenizer's, None the network's last.
+    Raises ValueError if the network has no such word.
     """
     words = network.config.qformer_config.vocab_size
     dec_token_id = network.dec_token_id if dec_token_id is None else dec_token_id
@@ -108,3 +111,19 @@ def from_checkpoint(
 def tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
     """`input_ids [T]`, `attention_mask [T]`."""
     return {"input_ids": ids[0], "attention_mask": (ids[0] != judge.tokenizer.pad_token_id).astype(np.int32)}
+
+
+def _build(spec: config.RefereeSpec, network: blip2.BLIP2, preprocessing: Mapping, tokenizer: Any) -> Blip2Referee:
+    # LAVIS' tokenizer has [DEC] as bos_token; BERT's own has none.
+    return from_checkpoint(network, preprocessing, image_size=spec.image_size, dec_token_id=tokenizer.bos_token_id)
+
+
+FAMILY = Family(
+    kind="blip2",
+    build=_build,
+    tokens=tokens,
+    clean=prompts.caption,
+    length=TOKENS,
+    published=("Salesforce/blip2-itm-vit-g", "Salesforce/blip2-itm-vit-g-coco"),
+    files=("blip2_pretrained.pth eva_vit_g.pth",),  # the first stage, which captions
+)

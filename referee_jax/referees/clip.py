@@ -11,17 +11,19 @@ prefer.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 from flax import struct
 from jax import Array
 
 from referee_jax import config, prompts
 from referee_jax.models import align, clip, siglip
 from referee_jax.referees import resizing
-from referee_jax.referees.judge import Judge
+from referee_jax.referees.judge import Family, Judge
 
 
 class ClipReferee(struct.PyTreeNode):
@@ -140,3 +142,50 @@ def tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
     rows = np.arange(1 + len(judge.spec.negatives) + judge.spec.near)
     real = rows < len(ids)
     return {"input_ids": ids[np.where(real, rows, 0)], "real": real}
+
+
+def _letterboxed(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    """The whole image in a square, the rest black: HPSv2's own way (open_clip's ResizeMaxSize)."""
+    size = [round(x * side / max(image.size)) for x in image.size]
+    square = PIL.Image.new("RGB", (side, side))
+    resized = image.resize(size, PIL.Image.Resampling.BICUBIC)
+    square.paste(resized, tuple((side - x) // 2 for x in size))
+    return square
+
+
+def _family(referee: type[ClipReferee], kind: str = "clip", **attributes: Any) -> Family:
+    build = lambda spec, network, preprocessing, tokenizer: from_checkpoint(network, preprocessing, referee)
+    return Family(kind=kind, build=build, texts=texts, tokens=tokens, **attributes)
+
+
+CLIP = _family(
+    ClipReferee,
+    published=(
+        "openai/clip-vit-base-patch32",
+        "openai/clip-vit-large-patch14",
+        "openai/clip-vit-large-patch14-336",
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    ),
+)
+# SigLIP 2's tokenizer_config.json asks for lower case, which transformers 5 ignores, and no file of
+# it has the length of texts. SigLIP 1's tokenizer has both, and drops punctuation.
+SIGLIP = _family(
+    SiglipReferee,
+    kind="siglip",
+    length=64,
+    clean=str.lower,
+    published=(
+        "google/siglip-base-patch16-224",
+        "google/siglip2-base-patch16-224",
+        "google/siglip2-so400m-patch14-384",
+    ),
+)
+PICKSCORE = _family(PickScore, published=("yuvalkirstain/PickScore_v1",))
+HPS = _family(
+    Hps,
+    published=("xswu/HPSv2",),
+    files=("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt"),
+    is_converted=True,
+    architecture="HPS",
+    squared=_letterboxed,
+)
