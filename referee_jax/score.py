@@ -1,9 +1,10 @@
-"""Scores images with a referee, behind the checkpoint's own preprocessing: one JSON object a line for each image and text.
+"""Scores images with a referee, behind the checkpoint's own preprocessing; prints JSON lines.
 
     python -m referee_jax.score --referee=Salesforce/blip-itm-base-coco --image=a.png --image=b.png --text="a red book"
     python -m referee_jax.score --list
 
-Which referee a checkpoint is, is seen from it, or said with --name. Exit codes: 0 done, 2 the command cannot be carried out.
+There is one line for each image and text. Which referee a checkpoint is, is read from its
+config.json, unless --name is given. Exit codes: 0 done, 2 the command cannot be carried out.
 """
 
 import json
@@ -16,7 +17,7 @@ from referee_jax.storage import images as images_lib
 
 
 def listing() -> str:
-    """The referees: names, losses, published checkpoints, and the commands that convert their authors' files."""
+    """The referees: names, losses, published checkpoints, and commands for the authors' files."""
     lines = []
     for name, family in referees.REFEREES.items():
         lines.append(f"{name} (losses: {', '.join(config.LOSSES[name])})")
@@ -29,7 +30,15 @@ def listing() -> str:
 def score(
     referee: str, images: Sequence[str], texts: Sequence[str], *, name: str = "", revision: str = "", **reading: str
 ) -> str:
-    """A line of JSON for each image and text; `reading` is how texts are read (`template`, `first_token` of config.RefereeSpec).
+    """Scores of each image with each text, as lines of JSON.
+
+    Args:
+        referee: directory or hub id of a checkpoint.
+        images: files.
+        texts: any number, one at least.
+        name: of the referee; empty: read from the checkpoint.
+        revision: commit of a hub id; empty: the newest.
+        **reading: `template` and `first_token` of config.RefereeSpec.
 
     Raises ValueError, PromptError or WeightsError for what cannot be done.
     """
@@ -37,15 +46,15 @@ def score(
         raise ValueError("there is nothing to score; give --image=FILE and --text=TEXT, each as often as you like")
     if reading.get("template") and reading["template"].count("{}") != 1:
         raise ValueError(f"--template={reading['template']!r} is not a text with one {{}} where the prompt is put")
-    opened = [images_lib.read_image(file) for file in images]
+    pixels = [images_lib.read_image(file) for file in images]
     spec = config.RefereeSpec(
         name=name or referees.name_of(referee, revision or None), checkpoint=referee, revision=revision, losses={},
         **reading,
     )  # fmt: skip
     judge = referees.load_referee(spec)
     lines = []
-    for file, row in zip(images, judge.score(opened, texts), strict=True):
-        lines += [json.dumps({"image": file, "text": text, **own}) for text, own in zip(texts, row, strict=True)]
+    for file, row in zip(images, judge.score(pixels, texts), strict=True):
+        lines += [json.dumps({"image": file, "text": text, **scores}) for text, scores in zip(texts, row, strict=True)]
     return "\n".join(lines)
 
 
@@ -64,11 +73,11 @@ def main(args: flags.FlagValues) -> str:
 
 if __name__ == "__main__":
     flags.DEFINE_string("referee", None, "directory or hub id of a checkpoint")
-    flags.DEFINE_enum("name", None, list(referees.REFEREES), "which referee it is; default: seen from the checkpoint")
+    flags.DEFINE_enum("name", None, list(referees.REFEREES), "which referee it is; default: read from the checkpoint")
     flags.DEFINE_string("template", "", "text with {} in the prompt's place; default: the referee's own")
     flags.DEFINE_enum(
-        "first_token", "[ENC]", ["[ENC]", "[CLS]"], "of what reads the image in BLIP's matching and answers: the authors' "
-        "[ENC], or [CLS], as transformers' own class is asked",
+        "first_token", "[ENC]", ["[ENC]", "[CLS]"], "of texts that read the image in blip_itm and blip_vqa: the authors' "
+        "[ENC], or [CLS], as transformers has it",
     )  # fmt: skip
     flags.DEFINE_string("revision", "", "commit of a hub id; default: the newest")
     cli.define_device()
