@@ -1,10 +1,11 @@
-"""Inverter: networks and one compiled program; prompts in, images and metrics out. Knows no files but checkpoints.
+"""The engine: networks and compiled programs; prompts in, images and metrics out.
 
     inverter = Inverter.from_config(settings)
     result = inverter(["a red circle and a blue square"], samples=2, seed=0)
 
-A batch is a fixed number of items (prompt, sample) at the same iteration; a shorter one is padded. `begin`, `advance` by a
-chunk of iterations, and `finish` are the pieces of the loop, for who wants to look or stop in between.
+A batch is a fixed number of items (prompt, sample) at the same iteration; a shorter one is padded.
+`begin`, `advance` by a chunk of iterations, and `finish` are the parts of the loop, for callers that
+need to stop or inspect between chunks. It reads no files but checkpoints, and writes none.
 """
 
 import copy
@@ -32,9 +33,16 @@ TOKENIZED = 4096  # prompts whose tokens stay in memory, some kilobytes each
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One result. `scores` are the referees' on the clean image, `latents` the scaled latents `[h, w, C]` it was decoded from.
+    """One result.
 
-    `losses`, where there are held-out referees: those of `referee` and `held_out`, each a pair of first and last (watch.py).
+    Attributes:
+        item: what was asked for.
+        image: float32 `[H, W, 3]` in [0, 1].
+        scores: of all referees on the clean image, as "referee_0/cosine".
+        latents: float32 `[h, w, C]`, scaled, from which the image was decoded.
+        status: "done" or "nonfinite".
+        losses: where there are held-out referees, the losses of "referee" and "held_out", each a
+            pair of the first and the last (held_out.is_hacked).
     """
 
     item: Item
@@ -47,7 +55,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """All results of a call, in the order prompts x samples; `history` has `[item, step]` per metric."""
+    """All results of a call, in the order prompts x samples; `history` has `[item, iteration]` per metric."""
 
     items: list[Item]
     images: np.ndarray
@@ -57,7 +65,7 @@ class Result:
 
 
 class Start(NamedTuple):
-    """What the first latents are: "noise", or a "sample" of the prior, the referees' favourite of so many `candidates`."""
+    """The first latents: "noise" or a "sample" of the prior, the one of `candidates` with the lowest loss."""
 
     init: str
     steps: int
@@ -67,7 +75,7 @@ class Start(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A batch between two chunks: its real items, and what the compiled program carries, padded to the batch size."""
+    """A batch between two chunks: its items, and what the programs carry, padded to the batch size."""
 
     items: tuple[Item, ...]
     step: int
@@ -80,7 +88,8 @@ class Batch:
 class Inverter:
     """The method with its networks on this process's devices.
 
-    Of abstract networks (jax.ShapeDtypeStructs), whose devices need not be there, `trace` of `shapes` can be asked.
+    With abstract networks (jax.ShapeDtypeStructs) the devices need not be there, and only
+    `trace(shapes())` can be called.
     """
 
     def __init__(
@@ -127,7 +136,7 @@ class Inverter:
 
     @property
     def devices(self) -> str:
-        """What it runs on, in words."""
+        """The devices in words: "cpu x 1"."""
         return f"{self.mesh.devices.flat[0].device_kind} x {self.mesh.size}"
 
     @property
@@ -138,7 +147,7 @@ class Inverter:
         return f"compiling for {self.devices}, {self.batch_size} images at once: {took}"
 
     def check(self, prompt: str) -> str | None:
-        """Why this prompt cannot be done, or None."""
+        """Why this prompt cannot be used, or None."""
         try:
             self._tokenize(prompt)
         except prompts.Unreadable as error:
@@ -151,134 +160,139 @@ class Inverter:
         """A batch before its first iteration; `hypers` gives each item its own numbers (one more vmapped axis)."""
         settings = self.settings
         start = Start(settings.init, settings.init_steps, settings.init_guidance, settings.init_candidates)
-        return self._begin(items, seed, start, hypers)
+        return self._initial_batch(items, seed, start, hypers)
 
-    def _begin(
+    def _initial_batch(
         self,
         items: Sequence[Item],
         seed: int,
         start: Start,
         hypers: Sequence[inversion.Hyperparameters] | None = None,
     ) -> Batch:
-        """`begin` from a `start` of its own."""
-        prompt, hyper, keys = self._ready(items, seed, hypers)
-        found = None
-        for number in range(start.candidates):  # one after the other: memory is that of one
+        prompt, hyper, keys = self._encode_items(items, seed, hypers)
+        is_swept, best = hypers is not None, None
+        for number in range(start.candidates):  # one after the other, for the memory of one
             latents = self._program("noise")(keys, jnp.int32(number))
             if start.init == "sample":
-                latents = self._sample(prompt, latents, start)
+                latents = self._denoise(prompt, latents, start)
             if start.candidates > 1 or self.held_out:
-                judge = self._program("judge", hypers is not None)
-                judged = latents, judge(self.networks, prompt, hyper, latents)
-                found = judged if found is None else self._program("better")(found, judged)
-        latents, losses = found or (latents, None)
-        state = self._program("init", hypers is not None)(latents, losses if self.held_out else None, hyper)
+                judge = self._program("judge", is_swept)
+                candidate = latents, judge(self.networks, prompt, hyper, latents)
+                best = candidate if best is None else self._program("better")(best, candidate)
+        latents, losses = best or (latents, None)
+        state = self._program("init", is_swept)(latents, losses if self.held_out else None, hyper)
         return Batch(tuple(items), 0, prompt, hyper, state, keys)
 
-    def _sample(self, prompt: inversion.Prompt, latents: Array, start: Start) -> Array:
-        """Latents of noise to those of a sample of the prior."""
+    def _denoise(self, prompt: inversion.Prompt, latents: Array, start: Start) -> Array:
+        """Latents of noise to those of a sample of the prior, by DDIM."""
         total, program = len(self.networks.prior.alphas_cumprod), self._program("denoise")
         stride, guidance = jnp.int32(total // start.steps), jnp.float32(start.guidance)
         for t in ddim.timesteps(total, start.steps):
             latents = program(self.networks, prompt, latents, jnp.int32(t), stride, guidance)
         return latents
 
-    def _ready(
+    def _encode_items(
         self, items: Sequence[Item], seed: int, hypers: Sequence[inversion.Hyperparameters] | None = None
     ) -> tuple[inversion.Prompt, inversion.Hyperparameters, Array]:
-        """What a batch is given, padded and on the devices: encoded prompts, numbers, keys."""
+        """Encoded prompts, numbers and keys of a batch, padded and on the devices."""
         if not 0 < len(items) <= self.batch_size:
             raise ValueError(f"{len(items)} items for a batch of 1 to {self.batch_size}")
-        padded = self._padded(list(items))
-        tokens = jax.tree.map(lambda *x: np.stack(x), *[self._tokenize(item.prompt) for item in padded])
+        tokens = self._padded([self._tokenize(item.prompt) for item in items])
         place = functools.partial(parallel.place, mesh=self.mesh, batched=True)
-        prompt = place(self._encode(self.networks, self.text_encoder, tokens))
-        keys = place(jnp.stack([programs.item_key(seed, item) for item in padded]))
+        stacked = jax.tree.map(lambda *x: np.stack(x), *tokens)
+        prompt = place(self._encode(self.networks, self.text_encoder, stacked))
+        keys = place(jnp.stack(self._padded([programs.item_key(seed, item) for item in items])))
         if hypers is None:
             return prompt, self.hyper, keys
         return prompt, place(jax.tree.map(lambda *x: jnp.stack(x), *self._padded(list(hypers)))), keys
 
     def _padded(self, rows: list) -> list:
-        """To the batch size, with the last one again and again."""
+        """Repeats the last row up to the batch size."""
         return rows + rows[-1:] * (self.batch_size - len(rows))
 
     def snapshot(self, batch: Batch) -> Part:
-        """A batch between two chunks as arrays of its items, to be saved."""
+        """The state of a batch between two chunks as arrays, to be saved."""
         leaves = jax.tree_util.tree_leaves_with_path(batch.state)
         state = {jax.tree_util.keystr(path): np.asarray(x)[: len(batch.items)] for path, x in leaves}
         return Part(batch.items, batch.step, state)
 
     def resume(self, part: Part, seed: int) -> Batch:
-        """The batch of a part that `snapshot` gave, of this or another batch. ValueError for a state of other settings."""
-        prompt, hyper, keys = self._ready(part.items, seed)
-        state = self._begun(hyper)
-        paths, structure = jax.tree_util.tree_flatten_with_path(state)
-        wanted = {jax.tree_util.keystr(path): x for path, x in paths}
+        """The batch of a part of `snapshot`, of this or another batch. ValueError for a state of other settings."""
+        prompt, hyper, keys = self._encode_items(part.items, seed)
+        paths, structure = jax.tree_util.tree_flatten_with_path(self._abstract_state(hyper))
+        expected = {jax.tree_util.keystr(path): x for path, x in paths}
         saved = part.state or {}
-        if {name: (x.shape[1:], x.dtype) for name, x in wanted.items()} != {
-            name: (x.shape[1:], x.dtype) for name, x in saved.items()
-        }:
+        types = lambda arrays: {name: (x.shape[1:], x.dtype) for name, x in arrays.items()}
+        if types(expected) != types(saved):
             raise ValueError("the saved state is not one of these settings")
-        leaves = [np.stack(self._padded(list(saved[name]))) for name in wanted]
-        placed = parallel.place(jax.tree.unflatten(structure, leaves), self.mesh, batched=True)
-        return Batch(part.items, part.step, prompt, hyper, placed, keys)
+        leaves = [np.stack(self._padded(list(saved[name]))) for name in expected]
+        state = parallel.place(jax.tree.unflatten(structure, leaves), self.mesh, batched=True)
+        return Batch(part.items, part.step, prompt, hyper, state, keys)
 
-    def _begun(self, hyper: inversion.Hyperparameters) -> inversion.InversionState:
-        """The shapes of a batch's state."""
+    def _abstract_state(self, hyper: inversion.Hyperparameters) -> inversion.InversionState:
         latents = jax.ShapeDtypeStruct((self.batch_size, *self.plan.latent), jnp.float32)
         losses = jax.ShapeDtypeStruct((self.batch_size, 2), jnp.float32) if self.held_out else None
         return jax.eval_shape(self._program("init"), latents, losses, hyper)
 
     def halved(self) -> "Inverter | None":
-        """The same with half as many items at once, where that is possible."""
+        """The same with half as many items at once; None where it is one already."""
         return None if self.settings.batch_size == 1 else self.at_once(self.settings.batch_size // 2)
 
     def at_once(self, size: int) -> "Inverter":
-        """The same with so many items at once on each device."""
-        smaller = copy.copy(self)
-        smaller.settings = dataclasses.replace(self.settings, batch_size=size)
-        smaller.batch_size = smaller.settings.batch_size * self.groups
-        smaller.compiled, smaller._programs = False, {}
-        return smaller
+        """The same with `size` items at once on each device."""
+        other = copy.copy(self)
+        other.settings = dataclasses.replace(self.settings, batch_size=size)
+        other.batch_size = size * self.groups
+        other.compiled, other._programs = False, {}
+        return other
+
+    def with_hyper(self, hyper: inversion.Hyperparameters) -> "Inverter":
+        """The same, with its compiled programs, with other numbers."""
+        other = copy.copy(self)
+        other.hyper = hyper
+        return other
 
     def advance(self, batch: Batch) -> tuple[Batch, dict[str, np.ndarray]]:
-        """One chunk of iterations; the metrics of each, `[item, iteration]`. Donates the batch: go on with the result.
+        """One chunk of iterations. Donates the batch: go on with the result.
 
-        A batch whose items have all stopped, or are frozen, is at its last step.
+        Returns:
+            The batch, which is at its last step where no item moves any more, and the metrics of
+            each iteration, `[item, iteration]`.
         """
-        state, told, is_swept = batch.state, [], self._is_swept(batch)
-        done = min(self.chunk, self.steps - batch.step)
-        # Loop and phases are the host's: XLA:CPU works at less than half its speed within a loop or a branch. Nothing is waited
-        # for in between; what an iteration tells is on its way to the host while the next ones run.
-        numbers = jax.tree.map(np.asarray, batch.hyper.referee)
-        for i in range(batch.step, batch.step + done):
-            active = bool(self.judges) and bool(np.any(numbers.is_active(i)))
-            run = self._program("step", is_swept, referees_active=active)
-            state, metrics = run(self.networks, batch.prompt, batch.hyper, state, batch.keys, jnp.int32(i))
-            if self.held_out and (i + 1) % self.plan.evaluate_every == 0:
-                state, loss = self._program("evaluate_held_out", is_swept)(
-                    self.networks, batch.prompt, batch.hyper, state
-                )
-            elif self.held_out:
+        state, rows, is_swept = batch.state, [], self._is_swept(batch)
+        count = min(self.chunk, self.steps - batch.step)
+        # The loop and the referees' phase are the host's: within a loop or a branch XLA:CPU works at less than half its
+        # speed. Nothing is waited for: an iteration's metrics are copied to the host while the next ones run.
+        referee = jax.tree.map(np.asarray, batch.hyper.referee)
+        for i in range(batch.step, batch.step + count):
+            active = bool(self.judges) and bool(np.any(referee.is_active(i)))
+            step = self._program("step", is_swept, referees_active=active)
+            state, metrics = step(self.networks, batch.prompt, batch.hyper, state, batch.keys, jnp.int32(i))
+            if self.held_out:
                 loss = np.full(self.batch_size, np.nan, np.float32)
-            told.append(metrics | ({"held_out/loss": loss} if self.held_out else {}))
+                if (i + 1) % self.plan.evaluate_every == 0:
+                    evaluate = self._program("evaluate_held_out", is_swept)
+                    state, loss = evaluate(self.networks, batch.prompt, batch.hyper, state)
+                metrics["held_out/loss"] = loss
+            rows.append(metrics)
             for value in metrics.values():
-                value.copy_to_host_async()
-        count = len(batch.items)
-        metrics = {name: np.stack([np.asarray(x[name])[:count] for x in told], axis=1) for name in told[0]}
+                if isinstance(value, Array):
+                    value.copy_to_host_async()
+        items = len(batch.items)
+        metrics = {name: np.stack([np.asarray(row[name])[:items] for row in rows], axis=1) for name in rows[0]}
         self.compiled = True
-        over = np.asarray(inversion.is_over(state, self.plan))[:count].all()
-        return dataclasses.replace(batch, step=self.steps if over else batch.step + done, state=state), metrics
+        over = np.asarray(inversion.is_over(state, self.plan))[:items].all()
+        return dataclasses.replace(batch, step=self.steps if over else batch.step + count, state=state), metrics
 
     def shapes(self) -> Batch:
-        """A batch of shapes alone, for `trace`."""
+        """An abstract batch, for `trace`."""
         item = Item("any", 0)
         tokens = jax.tree.map(lambda x: np.stack([x] * self.batch_size), self._tokenize(item.prompt))
         place = functools.partial(parallel.place, mesh=self.mesh)
         prompt = place(jax.eval_shape(self._encode, self.networks, self.text_encoder, tokens), batched=True)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch_size))
         keys, hyper = place(keys, batched=True), place(jax.eval_shape(lambda: self.hyper), batched=False)
-        state = place(self._begun(hyper), batched=True)
+        state = place(self._abstract_state(hyper), batched=True)
         return Batch((item,) * self.batch_size, 0, prompt, hyper, state, keys)
 
     def trace(self, batch: Batch) -> jax.stages.Traced:
@@ -287,35 +301,35 @@ class Inverter:
         return self._program("step", self._is_swept(batch), referees_active=True).trace(*args)
 
     def preview(self, batch: Batch) -> np.ndarray:
-        """The images as they are, uint8 `[item, H, W, 3]`."""
-        images = self._finished(batch)[1]
+        """The current images, uint8 `[item, H, W, 3]`."""
+        images = self._outputs(batch)[1]
         return np.asarray(jnp.round(images[: len(batch.items)] * 255)).astype(np.uint8)
 
-    def _finished(self, batch: Batch) -> tuple[Array, Array, dict[str, Array], dict[str, Array]]:
+    def _outputs(self, batch: Batch) -> tuple[Array, Array, dict[str, Array], dict[str, Array]]:
         program = self._program("finish", self._is_swept(batch), output=self.settings.output)
         return program(self.networks, batch.prompt, batch.hyper, batch.state)
 
     def finish(self, batch: Batch) -> list[Picture]:
         """The chosen output of each item, decoded and scored by all referees."""
-        made = self._finished(batch)
-        latents, images, scores, losses, frozen = jax.tree.map(np.asarray, (*made, batch.state.frozen))
+        outputs = self._outputs(batch)
+        latents, images, scores, losses, frozen = jax.tree.map(np.asarray, (*outputs, batch.state.frozen))
         pictures = []
         for n, item in enumerate(batch.items):
-            own = {name: float(value[n]) for name, value in scores.items()}
+            item_scores = {name: float(value[n]) for name, value in scores.items()}
+            item_losses = {name: tuple(map(float, value[n])) for name, value in losses.items()}
             status = "nonfinite" if frozen[n] else "done"
-            pairs = losses and {name: tuple(map(float, value[n])) for name, value in losses.items()}
-            pictures.append(Picture(item, images[n], own, latents[n], status, pairs or None))
+            pictures.append(Picture(item, images[n], item_scores, latents[n], status, item_losses or None))
         return pictures
 
     def __call__(self, texts: Sequence[str], *, samples: int = 1, seed: int = 0) -> Result:
-        """All of `texts` x `samples`, batch by batch. ValueError for a prompt that cannot be done."""
+        """All of `texts` x `samples`, batch by batch. ValueError for a prompt that cannot be used."""
         for text in texts:
             if reason := self.check(text):
                 raise ValueError(f"prompt {text[:80]!r}: {reason}")
         items = items_lib.expand(texts, samples)
         pictures, histories = [], []
-        for share in items_lib.batches(items, self.batch_size):
-            batch, history = self.begin(share, seed), []
+        for part in items_lib.batches(items, self.batch_size):
+            batch, history = self.begin(part, seed), []
             while batch.step < self.steps:
                 batch, metrics = self.advance(batch)
                 history.append(metrics)
@@ -325,8 +339,8 @@ class Inverter:
 
     def _whole(self, chunks: list[np.ndarray]) -> np.ndarray:
         """`[item, steps]` of a metric's chunks; NaN after all items have stopped."""
-        found = np.concatenate(chunks, axis=1)
-        return np.pad(found, ((0, 0), (0, self.steps - found.shape[1])), constant_values=np.nan)
+        values = np.concatenate(chunks, axis=1)
+        return np.pad(values, ((0, 0), (0, self.steps - values.shape[1])), constant_values=np.nan)
 
     def sample(
         self,
@@ -338,13 +352,22 @@ class Inverter:
         guidance: float = 7.5,
         candidates: int = 1,
     ) -> Result:
-        """The baseline: plain DDIM sampling of the prior for the same items and from the same noise.
+        """The baseline: DDIM samples of the prior, for the same items and from the same noise.
 
-        Of several `candidates` per item the one that the referees like best is taken.
+        Args:
+            texts: prompts.
+            samples: images of each prompt.
+            seed: of the noise.
+            steps: of DDIM.
+            guidance: of classifier-free guidance.
+            candidates: samples of which the referees choose the one with the lowest loss.
+
+        Returns:
+            All results, without a history.
         """
         pictures, start = [], Start("sample", steps, guidance, candidates)
-        for share in items_lib.batches(items_lib.expand(texts, samples), self.batch_size):
-            pictures += self.finish(self._begin(share, seed, start))
+        for part in items_lib.batches(items_lib.expand(texts, samples), self.batch_size):
+            pictures += self.finish(self._initial_batch(part, seed, start))
         return _result(pictures, {})
 
     def _tokenize(self, prompt: str) -> dict[str, Any]:
@@ -360,7 +383,7 @@ class Inverter:
         return jax.tree.leaves(batch.hyper)[0].ndim > 0
 
     def _program(self, name: str, swept: bool = False, **static: Any) -> Any:
-        """The compiled program of this name (see PROGRAMS) of a batch over all devices."""
+        """The compiled program of this name (programs.PROGRAMS) for a batch over all devices."""
         key = name, swept, *sorted(static.items())
         if key not in self._programs:
             self._programs[key] = self._make_program(name, swept, static)
@@ -385,6 +408,3 @@ def _result(pictures: Sequence[Picture], history: dict[str, np.ndarray]) -> Resu
         latents=np.stack([picture.latents for picture in pictures]),
         history=history,
     )
-
-
-# --- the compiled pieces, for one item -----------------------------------------------------------------------------------
