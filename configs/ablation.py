@@ -1,13 +1,13 @@
-"""What each part of the method is worth, and how much each number matters, in the shapes world.
+"""Ablation in the shapes world: what each part of the method is worth, and how much each number matters.
 
     python -m referee_jax.sweep --sweep=configs/ablation.py --samples=4 --workdir=runs/ablation
 
-96 prompts of two coloured shapes. Each picture begins with one sample of the prior, so that the referee cannot help by choosing.
-What is measured is what each part is worth to configs/shapes.py, which has no restarts of the average: they are a part put
-in. Without SDS there is no length to balance the referee's gradient by, so that its balance is off as well.
-Hardware: an accelerator (--batch_size=96: an H200 makes some 75 pictures a second once a row's program is compiled, which takes
-minutes), or many cores: on two about two and a half minutes a row for each sample (JAX_NUM_CPU_DEVICES as many as cores, and
---variant=NAME for single rows).
+96 prompts of two coloured shapes. Each image begins from one sample of the prior, so the referee cannot
+help by choosing among several. The base is configs/shapes.py, which has no restarts of the average:
+they are a part that is added. Without SDS there is no length to balance the referee's gradient by, so
+its balance is off as well. Hardware: an accelerator (--batch_size=96), or many cores
+(JAX_NUM_CPU_DEVICES as many as cores; on two, about two and a half minutes a row for each sample).
+--variant=NAME makes single rows.
 """
 
 import pathlib

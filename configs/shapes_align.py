@@ -1,4 +1,4 @@
-"""The shapes world, judged by ALIGN, which looks by convolutions alone.
+"""The shapes world with ALIGN as its referee, whose vision tower is convolutional.
 
     python -m referee_jax.run --config=configs/shapes_align.py
 
@@ -13,7 +13,7 @@ from referee_jax import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """configs/shapes.py with another referee, asked as CLIP is."""
+    """configs/shapes.py with another referee and the same loss."""
     settings = config.read(pathlib.Path(__file__).with_name("shapes.py"))
     settings.referees[0].name, settings.referees[0].checkpoint = "align", "shapes/align"
     return settings

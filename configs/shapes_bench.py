@@ -1,4 +1,4 @@
-"""The shapes world's fixed prompts of all six categories, seen and unseen, as one job; scored by ground truth afterwards.
+"""The fixed prompts of the shapes world, six categories, seen and unseen; scored by ground truth afterwards.
 
     python -m referee_jax.run --config=configs/shapes_bench.py --workdir=runs/shapes_bench
     python -m referee_jax.evaluate --workdir=runs/shapes_bench --benchmark=shapes

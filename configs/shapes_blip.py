@@ -1,4 +1,4 @@
-"""The shapes world, judged by BLIP: does the text match, and how likely is it as the picture's caption.
+"""The shapes world with BLIP as its referee: matching (ITM), and the likelihood of the prompt as a caption.
 
     python -m referee_jax.run --config=configs/shapes_blip.py
 

@@ -1,4 +1,4 @@
-"""The shapes world, judged by BLIP-2 as in the paper: does the text match (ITM), and how likely is it as a caption (ITG).
+"""The shapes world with BLIP-2 as its referee, as in the paper: matching (ITM) and captioning (ITG).
 
     python -m referee_jax.run --config=configs/shapes_blip2.py
 

@@ -1,4 +1,4 @@
-"""The shapes world, judged by four referees at once: CLIP, ALIGN, BLIP and BLIP-2.
+"""The shapes world with four referees at once: CLIP, ALIGN, BLIP and BLIP-2.
 
     python -m referee_jax.run --config=configs/shapes_ensemble.py
 
@@ -13,7 +13,7 @@ from referee_jax import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """configs/shapes.py with three referees more."""
+    """configs/shapes.py with three more referees."""
     settings = config.read(pathlib.Path(__file__).with_name("shapes.py"))
     clip, held_out = settings.referees
     align = clip.copy_and_resolve_references()

@@ -2,8 +2,8 @@
 
     python -m referee_jax.sweep --sweep=configs/sweep_referees.py --workdir=runs/referees
 
-96 prompts of two coloured shapes, one picture each, begun from the referees' favourite of four samples. Hardware: any CPU, five
-to ten minutes a row on two cores; `--variant=NAME` for single rows.
+96 prompts of two coloured shapes, one image each, from the best of four samples by the referee itself.
+Hardware: any CPU, five to ten minutes a row on two cores; `--variant=NAME` makes single rows.
 """
 
 import pathlib
@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def get_variants() -> dict[str, dict[str, Any]]:
-    """The referees of the other configs, and some of them by themselves; who watches is the same."""
+    """The referees of the other configs, and some of them alone; the held-out referee is the same."""
     matching, captions, held_out = read("shapes_blip").referees
     both, _ = read("shapes_blip2").referees
     rows = {

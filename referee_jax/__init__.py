@@ -1,9 +1,15 @@
-"""referee_jax: pictures from frozen vision-language referees, by model inversion (arXiv 2402.16305).
+"""referee_jax: images from frozen vision-language referees, by model inversion (arXiv 2402.16305).
 
-The house, from the top: run (the command line; command, progress) -> generation (batch after batch: queue, checkpoint, outputs)
--> inverter (networks and one compiled program; assembly) -> inversion (the method for one prompt) -> objective, sds, views, optim
-(its parts) -> referees -> models (the networks). weights fills the networks from checkpoints; shapes is the embedded world that
-everything runs on without a download; cost and bench say what it all takes.
+The rooms, from the top (docs/architecture.md has the table of who may import whom):
+
+    run score evaluate sweep bench doctor gallery    commands
+    runs        which process makes which images, and when
+    performance what a config costs          benchmarks  prompt lists and their scores
+    engine      networks and compiled programs on devices      shapes  the embedded world
+    referees    models that judge            storage     bytes on a disk or in a bucket
+    config      every setting                cli         what all commands share
+    method      the paper, for one prompt    weights     checkpoints to networks
+    models      the networks                 hardware    chips, devices, processes
 
     import referee_jax
     inverter = referee_jax.Inverter.from_config(referee_jax.load_config("configs/shapes.py"))
