@@ -242,10 +242,6 @@ class RunDirectory:
         """The ids of all items that are journalled, by any process, and whose images are there."""
         return {record["id"] for record in self.finished() if isinstance(record.get("id"), str)}
 
-    def image_file(self, name: str) -> Path:
-        """Where the image of an item's id is written, if it is a file by itself."""
-        return self.images / f"{name}.{writer_lib.ending(self.settings.outputs)}"
-
     def check_space(self, items: int) -> None:
         """RunError if there is no room for so many more images."""
         needed, free = items * bytes_per_item(self.settings), self.storage.free()

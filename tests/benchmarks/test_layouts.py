@@ -67,12 +67,12 @@ def test_a_run_directory_is_read_in_the_journals_order(tmp_path):
         record = {"file_name": f"images/{item.id}.png", "text": item.prompt, "sample": item.sample, "status": status}
         files_lib.append(run.journal, record)
         if item.prompt != "lost":
-            Image.new("RGB", (1, 1)).save(run.image_file(item.id))
+            Image.new("RGB", (1, 1)).save(run.images / f"{item.id}.png")
     with open(run.journal, "a") as file:
         file.write('{"file_name": "images/other.png"}\n{"half')
     found = layouts.read_run(run.path)
     assert [(x.prompt, x.sample) for x in found] == [("b", 1), ("a", 0), ("b", 0)]
-    assert all(x.file == run.image_file(Item(x.prompt, x.sample).id) for x in found)
+    assert all(x.file == run.images / f"{Item(x.prompt, x.sample).id}.png" for x in found)
 
 
 def test_another_directory_is_no_run(tmp_path):

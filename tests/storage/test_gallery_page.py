@@ -71,7 +71,7 @@ def test_what_the_page_shows(tmp_path):
         "seconds": 1.5, "image": f"./images/{Item('a red circle', 0).id}.png",
     }  # fmt: skip
     # Small pictures are there to the pixel.
-    original = Image.open(run.image_file(Item("a red circle", 0).id))
+    original = Image.open(run.images / f"{Item('a red circle', 0).id}.png")
     np.testing.assert_array_equal(open_image(thumbnail).convert("RGB"), original)
     assert (second["scores"], second["status"], second["hacked"]) == ({"cosine": None, "itm": 0.25}, "nonfinite", True)
     assert second["losses"] == {"referee": [2.0, 1.0], "held_out": [0.5, 0.75]}
@@ -111,7 +111,7 @@ def test_many_pictures_are_beside_the_page(tmp_path, monkeypatch):
         assert all(x["thumbnail"].startswith("data:") for x in records) == (sample < 2)
     assert all(x["thumbnail"] == x["image"] for x in records)
     # An image that is lost is not shown, and nothing temporary is left.
-    run.image_file(Item("a red circle", 0).id).unlink()
+    (run.images / f"{Item('a red circle', 0).id}.png").unlink()
     gallery_page.write(run)
     assert [x["sample"] for x in read(run).data["records"]] == [1, 2]
     assert not list(run.path.glob(".*"))

@@ -75,13 +75,13 @@ def test_a_watched_image_and_its_line(tmp_path):
     first, second = lines(run.journal)
     assert (first["hacked"], second["hacked"]) == (True, False)
     assert first["losses"] == {"referee": [2.0, 1.0], "held_out": [0.5, 0.75]}
-    assert images.read_settings(run.image_file(first["id"]))["hacked"] is True
+    assert images.read_settings(run.images / f"{first['id']}.png")["hacked"] is True
 
 
 def test_settings_in_the_image(tmp_path):
     run = run_directory.RunDirectory.open(tmp_path / "run", SETTINGS)
     run.write(picture("ü 🙂"), seconds=1)
-    file = run.image_file(Item("ü 🙂", 0).id)
+    file = run.images / f"{Item('ü 🙂', 0).id}.png"
     read = images.read_settings(file)
     assert (read["text"], read["seed"], read["scores"]["held_out"]) == ("ü 🙂", 7, 0.5)
     assert read["fingerprint"] == config.fingerprint(SETTINGS)
@@ -114,7 +114,7 @@ def test_what_is_not_finite_is_flagged(tmp_path):
     assert [x["status"] for x in records] == ["nonfinite"] * 3 + ["done"]
     assert records[1]["scores"] == {"x": None, "y": 0.5}
     assert "NaN" not in run.journal.read_text() and "Infinity" not in run.journal.read_text()
-    assert Image.open(run.image_file(bad.item.id)).getpixel((0, 15)) == (0, 0, 0)
+    assert Image.open(run.images / f"{bad.item.id}.png").getpixel((0, 15)) == (0, 0, 0)
 
 
 def test_other_settings_are_refused(tmp_path):
@@ -156,7 +156,7 @@ def test_an_item_needs_its_line_and_its_image(tmp_path):
     for sample in range(3):
         run.write(picture(sample=sample), seconds=1)
     names = [Item("a red circle", sample).id for sample in range(3)]
-    run.image_file(names[0]).unlink()
+    (run.images / f"{names[0]}.png").unlink()
     kept = [line for line in run.journal.read_text().splitlines() if names[1] not in line]
     run.journal.write_text("\n".join(kept) + "\n")
     assert run.done() == {names[2]}
@@ -435,7 +435,7 @@ def test_a_damaged_picture_spoils_no_sheet(tmp_path):
     run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     for sample in (0, 1):
         run.write(picture(sample=sample), seconds=1)
-    run.image_file(Item("a red circle", 1).id).write_bytes(b"no picture")
+    (run.images / f"{Item('a red circle', 1).id}.png").write_bytes(b"no picture")
     with Image.open(run.contact_sheet()) as sheet:
         assert (0xBB, 0xBB, 0xBB) in {colour for _, colour in sheet.convert("RGB").getcolors(1 << 24)}
     assert gallery_page.write(run).read_text().count("data:image/webp") == 1

@@ -232,5 +232,5 @@ def test_the_same_image_has_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "now", lambda: "another day")
     second.write(picture(), seconds=2)
     assert [x["time"] for x in second.finished()] == ["another day"]
-    name = ids([0])[0]
-    assert first.image_file(name).read_bytes() == second.image_file(name).read_bytes()
+    name = f"{ids([0])[0]}.png"
+    assert (first.images / name).read_bytes() == (second.images / name).read_bytes()
