@@ -1,1 +1,1 @@
-"""Storage: bytes on a disk or in a bucket."""
+"""Storage of runs on a disk or in a bucket."""

@@ -1,9 +1,11 @@
-"""Batches in flight on disk (Orbax), so that whoever continues a run goes on in the middle of an image.
+"""Checkpoints of batches in flight (Orbax), from which a run continues in the middle of an image.
 
-    RUN/checkpoints/<who>/<number>/default/state.safetensors   arrays `[item, ...]` by name; items, step, and a hash of it all
+    RUN/checkpoints/<process>/<number>/default/state.safetensors
+        arrays `[item, ...]` by name; metadata: items, step, fingerprint, and a hash of it all
 
-Each process writes its own, the last two are kept, and a checkpoint is visible only when it is complete. Rows of one may go on in
-different processes: the state of an item knows nothing of its batch. Key data is not saved; it follows from seed and item.
+Each process writes its own and keeps the last two. A checkpoint is visible only when it is
+complete. Its rows may continue in different processes, since an item's state does not depend on its
+batch. Random keys are not saved: they follow from the seed and the item.
 """
 
 import contextlib
@@ -32,10 +34,10 @@ FILE = "state.safetensors"
 
 
 class _Handler(ocp.CheckpointHandler):
-    """A part as one file: Orbax's own handlers have NumPy arrays written by process 0 of a job alone."""
+    """Saves a part as one file. With Orbax's own handlers only process 0 writes NumPy arrays."""
 
     def save(self, directory: Path, args: "_Save") -> None:
-        """Into the directory of a checkpoint that is not visible yet."""
+        """Writes the part into the directory of a checkpoint that is not visible yet."""
         about = json.dumps(
             {
                 "items": [[item.prompt, item.sample] for item in args.part.items],
@@ -48,11 +50,11 @@ class _Handler(ocp.CheckpointHandler):
         files.write_atomic(Path(directory) / FILE, safetensors.numpy.save(state, metadata))
 
     def restore(self, directory: Path, args: Any = None) -> tuple[Part, str]:
-        """The part and the fingerprint of its settings. ValueError where they are not those that were saved."""
+        """Reads the part and the fingerprint of its settings. ValueError if they are damaged."""
         with safetensors.safe_open(Path(directory) / FILE, "np") as file:
             metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
         if _hash(state, metadata["about"]) != metadata["hash"]:
-            raise ValueError("this is not what was saved")
+            raise ValueError("its content does not match its hash")
         about = json.loads(metadata["about"])
         items = tuple(Item(prompt, sample) for prompt, sample in about["items"])
         return Part(items, about["step"], state), about["fingerprint"]
@@ -66,72 +68,73 @@ class _Save(ocp.args.CheckpointArgs):
 
 
 class Checkpoints:
-    """Those of this process, and of others before it, in the run directory's folder `directory`."""
+    """The checkpoints in a run's folder `directory`: this process's own, and those of others."""
 
     def __init__(self, directory: Path):
-        # A name of its own: rows of an older checkpoint may be what another process goes on with.
+        # A new name for each process: another one may be continuing older checkpoints.
         self.directory, self.own = directory, directory / processes.name_process()
         self._manager: ocp.CheckpointManager | None = None
 
     def save(self, part: Part, fingerprint: str) -> None:
-        """Saves a part in flight; on disk when this returns. OSError where it cannot be written."""
+        """Saves a part; it is on disk when this returns. OSError if it cannot be written."""
         manager = self._manager = self._manager or _manager(self.own)
         number = 1 + max(manager.all_steps(), default=0)
         manager.save(number, args=_Save(part, fingerprint), force=True)
 
     def clear(self) -> None:
-        """Forgets our own: their batch is done."""
+        """Removes this process's checkpoints, when their batch is done."""
         if self._manager:
             self._manager.close()
             self._manager = None
         shutil.rmtree(self.own, ignore_errors=True)
 
     def forget(self, done: Collection[str]) -> None:
-        """Removes those of any process of which all items are `done`, and the folder when it is empty.
+        """Removes the checkpoints of any process whose items are all `done`, and the empty folder.
 
-        One that is begun and not yet visible is left to its process, if that is at work.
+        A folder without a visible checkpoint is removed only if its process is not at work.
         """
-        for place in _places(self.directory):
-            parts = list(self._of(place, None))
-            is_done = all(item.id in done for part in parts for item in part.items) if parts else self._is_left(place)
+        for folder in _folders(self.directory):
+            items = [item for part in self._parts(folder, None) for item in part.items]
+            is_done = all(item.id in done for item in items) if items else self._is_abandoned(folder)
             if is_done:
-                shutil.rmtree(place, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.directory.rmdir()
 
-    def _is_left(self, place: Path) -> bool:
-        """Whether nobody is at work on a folder, by its process or by the clock of its file system."""
-        if not processes.is_alive(place.name):
+    def _is_abandoned(self, folder: Path) -> bool:
+        """Whether a folder's process is dead, or has not changed it for STALE seconds."""
+        if not processes.is_alive(folder.name):
             return True
         with contextlib.suppress(OSError):
-            os.utime(self.directory)
-            return self.directory.stat().st_mtime - place.stat().st_mtime > files.STALE
+            os.utime(self.directory)  # the present by the file system's clock
+            return self.directory.stat().st_mtime - folder.stat().st_mtime > files.STALE
         return False
 
     def begun(self, fingerprint: str) -> list[Part]:
-        """What any process has left in the middle under these settings: the newest whole checkpoint of each."""
-        found = (next(self._of(place, fingerprint), None) for place in _places(self.directory))
-        return [part for part in found if part]
+        """The newest valid part of each process with these settings."""
+        newest = (next(self._parts(folder, fingerprint), None) for folder in _folders(self.directory))
+        return [part for part in newest if part]
 
-    def _of(self, place: Path, fingerprint: str | None) -> Iterator[Part]:
-        """The parts in a process's folder, the newest first; damaged ones are told of and passed over."""
-        numbers = [int(x.name) for x in _listed(place) if x.name.isdigit()]
+    def _parts(self, folder: Path, fingerprint: str | None) -> Iterator[Part]:
+        """The parts in a process's folder, newest first. Warns of damaged ones and skips them."""
+        numbers = [int(x.name) for x in _list(folder) if x.name.isdigit()]
         for number in sorted(numbers, reverse=True):
+            path = folder / str(number)
             try:
-                part, settings = _Handler().restore(place / str(number) / "default")
-            except Exception as error:  # safetensors raises what it likes for damaged files
-                logging.warning("%s cannot be read, the one before is taken: %s", place / str(number), str(error)[:200])
+                part, part_fingerprint = _Handler().restore(path / "default")
+            except Exception as error:  # safetensors raises errors of any kind for damaged files
+                logging.warning("%s cannot be read, the one before is taken: %s", path, str(error)[:200])
                 continue
-            if fingerprint is None or settings == fingerprint:
+            if fingerprint is None or part_fingerprint == fingerprint:
                 yield part
 
 
-def _places(directory: Path) -> list[Path]:
-    return sorted(x for x in _listed(directory) if x.is_dir())
+def _folders(directory: Path) -> list[Path]:
+    return sorted(x for x in _list(directory) if x.is_dir())
 
 
-def _listed(directory: Path) -> list[Path]:
-    """What is in a directory, which its owner may remove at any moment."""
+def _list(directory: Path) -> list[Path]:
+    """The content of a directory; empty if its owner has removed it."""
     try:
         return list(directory.iterdir())
     except FileNotFoundError:
@@ -139,7 +142,7 @@ def _listed(directory: Path) -> list[Path]:
 
 
 def _manager(path: Path) -> ocp.CheckpointManager:
-    """One that is of this process alone, also where jax.distributed knows of others."""
+    """A manager of this process alone, also in a job of several processes."""
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix=path.name
     )

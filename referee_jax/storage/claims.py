@@ -1,4 +1,4 @@
-"""Claims: who makes which item, in a pool of workers that come and go."""
+"""Claims: which worker of a pool makes which item."""
 
 import contextlib
 import os
@@ -8,15 +8,15 @@ from pathlib import Path
 from referee_jax.hardware import processes
 from referee_jax.items import Item
 
-WAIT = 1.0  # seconds between two looks at what others have claimed
+WAIT = 1.0  # seconds between two attempts to claim something
 
 
 class Claims:
-    """Who makes what, in a pool of workers that come and go: a file for each item, made by who takes it first.
+    """The owners of items in a pool of workers: one file per item, created by its owner.
 
-    A claim that its owner has not refreshed for `expiry` seconds may be taken over. Ages are told by the clock of the file
-    system, which is one for all. Where an owner that was taken for dead comes back, both may make the item: the images are the
-    same, and the journal counts it once.
+    Another worker may take over a claim that its owner has not refreshed for `expiry` seconds of
+    the file system's clock, which all share. If the owner is alive after all, both may make the
+    item: the images are equal, and the journal counts it once.
     """
 
     def __init__(self, directory: Path, expiry: float):
@@ -25,13 +25,13 @@ class Claims:
         directory.mkdir(parents=True, exist_ok=True)
 
     def take(self, item: Item) -> bool:
-        """Whether the item is ours now: it was already, nobody had it, or who had it is gone."""
+        """Claims an item; False if another worker holds it."""
         if item.id in self.held:
             return True
         path = self.directory / f"{item.id}.claim"
         for _ in range(3):
             try:
-                self.directory.mkdir(exist_ok=True)  # who leaves last removes it
+                self.directory.mkdir(exist_ok=True)  # the last worker to leave removes it
                 with open(path, "x") as file:
                     file.write(self.owner)
             except FileNotFoundError:
@@ -45,22 +45,22 @@ class Claims:
         return False
 
     def refresh(self) -> None:
-        """Says that we are still at work on what we hold."""
+        """Keeps the held claims from expiring."""
         for path in self.held.values():
             try:
                 os.utime(path)
             except FileNotFoundError:
-                pass  # we were so slow that it was taken over
+                pass  # it expired, and was taken over
 
     def release(self, ids: Collection[str]) -> None:
-        """Gives items back, done or not."""
+        """Releases items, done or not."""
         for name in ids:
             path = self.held.pop(name, None)
             if path and _read(path) == self.owner:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Gives everything back, and removes the directory if nobody has anything."""
+        """Releases everything, and removes the directory if no claims are left."""
         self.release(list(self.held))
         with contextlib.suppress(OSError):
             self.directory.rmdir()
@@ -73,26 +73,27 @@ class Claims:
         return now
 
     def _expired(self, path: Path) -> bool:
-        """Takes away a claim that has expired; whether there is none now.
+        """Removes a claim if it has expired; returns whether there is none now.
 
-        Of those who see it expired at once, one makes the mark of this very claim, and may.
+        Of several workers that do so at once, only the one that creates the mark, a file named
+        after this very claim, removes it.
         """
         try:
-            seen = path.stat()
-            if self._now() - seen.st_mtime <= self.expiry:
+            claim = path.stat()
+            if self._now() - claim.st_mtime <= self.expiry:
                 return False
-            mark = path.with_name(f".{path.name}.{seen.st_ino}.{seen.st_mtime_ns}")
+            mark = path.with_name(f".{path.name}.{claim.st_ino}.{claim.st_mtime_ns}")
             mark.touch(exist_ok=False)
         except FileNotFoundError:
             return True
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):
                 if self._now() - mark.stat().st_mtime > self.expiry:
-                    mark.unlink()  # whoever made it died at it
+                    mark.unlink()  # the worker that made it died
             return False
         try:
-            now = path.stat()
-            if (now.st_ino, now.st_mtime_ns) == (seen.st_ino, seen.st_mtime_ns):
+            current = path.stat()
+            if (current.st_ino, current.st_mtime_ns) == (claim.st_ino, claim.st_mtime_ns):
                 path.unlink()
         except FileNotFoundError:
             pass
@@ -102,7 +103,7 @@ class Claims:
 
 
 def forget_claims(directory: Path, done: Collection[str]) -> None:
-    """Removes the claims of items that are `done`, which who died left, and the directory if there are no others."""
+    """Removes dead workers' claims of `done` items, and the directory if it is then empty."""
     for path in directory.glob("*.claim"):
         if path.stem in done:
             path.unlink(missing_ok=True)

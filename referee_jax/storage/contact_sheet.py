@@ -1,4 +1,4 @@
-"""The contact sheet: a picture of the first images of a run."""
+"""The contact sheet: one picture with a grid of a run's first images."""
 
 import bisect
 import itertools
@@ -15,7 +15,7 @@ SHEET_PICTURES = 200
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, *, lines: int) -> list[str]:
-    """`text` in at most `lines` lines of `width` pixels; a word that is too long is broken, a text cut with "..."."""
+    """Wraps `text` to `lines` lines of `width` pixels, breaking long words; "..." if it is cut."""
     wrapped = list(itertools.islice(_wrapped(text, font, width), lines + 1))
     if len(wrapped) > lines:
         last = wrapped[lines - 1]
@@ -35,7 +35,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> Iterator[
             yield line
         line = word
         while font.getlength(line) > width and len(line) > 1:
-            # By halves: a word of 2000 letters would take minutes to measure at every length.
+            # Bisection: measuring a word of 2000 letters at every length would take minutes.
             fits = bisect.bisect_right(range(1, len(line)), width, key=lambda n: font.getlength(line[:n])) or 1
             yield line[:fits]
             line = line[fits:]
@@ -44,7 +44,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> Iterator[
 
 
 def _thumbnail(file: Path, width: int) -> Image.Image:
-    """At least `width` wide by whole pixels, or shrunk to it; of a damaged file, grey."""
+    """The image, enlarged by a whole factor to `width` or more, or shrunk to it; grey if broken."""
     try:
         image = images_lib.read_image(file)
     except ValueError as error:
@@ -59,15 +59,15 @@ def _thumbnail(file: Path, width: int) -> Image.Image:
 def draw_sheet(
     pictures: Sequence[tuple[Path, str, Mapping[str, float | None]]], *, title: str = "", width: int = 192
 ) -> Image.Image:
-    """A grid of images (files, or in shards) with their texts and scores below."""
+    """A grid of images with their texts and scores below; a picture is (file, text, scores)."""
     margin, size, lines = 12, 15, 4
     font, small = ImageFont.load_default(size), ImageFont.load_default(size - 2)
     images = [_thumbnail(file, width) for file, _, _ in pictures]
     wide, high = max(x.width for x in images), max(x.height for x in images)
     texts = [wrap(text, font, wide, lines=lines) for _, text, _ in pictures]
-    said = [[wrap(_score(*x), small, wide, lines=1)[0] for x in scores.items()] for _, _, scores in pictures]
+    captions = [[wrap(_score(*x), small, wide, lines=1)[0] for x in scores.items()] for _, _, scores in pictures]
     leading = size + 4
-    below = leading * max(len(a) + len(b) for a, b in zip(texts, said, strict=True))
+    below = leading * max(len(a) + len(b) for a, b in zip(texts, captions, strict=True))
     columns = min(len(pictures), max(4, math.ceil(math.sqrt(len(pictures)))))
     rows, top = -(-len(pictures) // columns), leading + margin if title else 0
     cell = wide + margin, high + below + margin
@@ -79,8 +79,9 @@ def draw_sheet(
         x, y = margin + n % columns * cell[0], top + margin + n // columns * cell[1]
         sheet.paste(image, (x, y))
         y += high + 2
-        for text, kind, colour in [(t, font, "black") for t in texts[n]] + [(t, small, "#666666") for t in said[n]]:
-            draw.text((x, y), text, font=kind, fill=colour)
+        rows_below = [(text, font, "black") for text in texts[n]] + [(text, small, "#666666") for text in captions[n]]
+        for text, face, colour in rows_below:
+            draw.text((x, y), text, font=face, fill=colour)
             y += leading
     return sheet
 

@@ -1,7 +1,7 @@
-"""Bytes on disk: files that are there whole or not at all, and files of JSON lines that several processes may work on.
+"""Atomic files, and files of JSON lines that several processes append to.
 
-A temporary file is locked by who writes it, and the kernel lets go of the lock however the writer dies; so what a crash left
-behind is told from what another process is writing this moment. Where a file system has no locks, age decides.
+Each writer locks its temporary file. The kernel releases the lock however the writer dies, so the
+lock tells whether the file is still being written. On file systems without locks, age decides.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ import numpy as np
 
 from referee_jax.hardware import processes
 
-PATIENCE = 60.0  # seconds; a process that was stopped while it held a lock holds up nobody longer
-STALE = 600.0  # seconds after which a temporary file is nobody's, where no lock can tell
+PATIENCE = 60.0  # seconds to wait for a lock, whose owner may have been stopped
+STALE = 600.0  # seconds after which a temporary file counts as abandoned, where locks cannot tell
 
 
 def now() -> str:
-    """UTC, to the second."""
+    """The time as text: UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def finite(value: Any) -> Any:
-    """`value` as JSON has it: NumPy numbers and arrays as Python's, NaN and infinities as None."""
+    """`value` in JSON's types: NumPy numbers and arrays as Python's, NaN and infinity as None."""
     if isinstance(value, Mapping):
         return {str(key): finite(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
@@ -45,7 +45,7 @@ def finite(value: Any) -> Any:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all, also after a loss of power. OSError as from the system."""
+    """Writes a file atomically, also across a loss of power. Raises OSError."""
     with open_temporary(path) as file:
         try:
             write_all(file, data, path)
@@ -57,7 +57,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Writes a file whole, unless there is one; whether there was none."""
+    """Writes a file atomically unless it exists; returns whether it was written."""
     with open_temporary(path) as file:
         try:
             write_all(file, data, path)
@@ -73,7 +73,7 @@ def _link(temporary: str, path: Path) -> bool:
         os.link(temporary, path)
     except FileExistsError:
         return False
-    except OSError:  # a file system without links: two at the same instant are not told apart
+    except OSError:  # a file system without links: of two writers at the same instant, both succeed
         if path.exists():
             return False
         os.replace(temporary, path)
@@ -81,24 +81,24 @@ def _link(temporary: str, path: Path) -> bool:
 
 
 def open_temporary(path: Path) -> BinaryIO:
-    """Opens, empty and locked, a temporary file of what is to be `path`; its name is the file's `name`.
+    """Opens a new, locked temporary file beside `path`; its path is the file's `name`.
 
-    By chance it is nobody else's, also where containers with the same host name count processes each for themselves.
+    The random suffix keeps names unique across containers that share a host name.
     """
     while True:
         file = open(path.with_name(f".{path.name}.{processes.HOST}.{secrets.token_hex(6)}.tmp"), "xb", buffering=0)
         lock(file)
         if os.fstat(file.fileno()).st_nlink:
             return file
-        file.close()  # removed by another before it was locked
+        file.close()  # another process removed it before it was locked
 
 
 def write_all(file: BinaryIO, data: bytes, path: Path) -> None:
-    """Adds `data` to an unbuffered file, on disk when this returns. An OSError names `path`, and the file is as before."""
+    """Appends `data` to an unbuffered file and syncs it. An OSError names `path` and undoes it."""
     start, rest = file.tell(), memoryview(data)
     try:
         while rest:
-            rest = rest[file.write(rest) :]  # a full disk takes a part first
+            rest = rest[file.write(rest) :]  # an almost full disk accepts only a part
         os.fsync(file.fileno())
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -109,7 +109,7 @@ def write_all(file: BinaryIO, data: bytes, path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Puts on disk what was renamed in a directory. Some file systems cannot: only the promise is lost there."""
+    """Makes renames in a directory durable, where the file system can."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -118,18 +118,21 @@ def sync_directory(path: Path) -> None:
             os.close(handle)
 
 
-# --- locks and what is left behind ------------------------------------------------------------------------------------
+# --- locks and abandoned files ----------------------------------------------------------------------------------------
 
 
 def lock(file: BinaryIO, seconds: float | None = None) -> bool | None:
-    """Locks an open file until it is closed; False if another holds it all the time, None where there are no locks."""
-    end = time.monotonic() + (PATIENCE if seconds is None else seconds)
+    """Locks an open file until it is closed, waiting at most `seconds` (default PATIENCE).
+
+    Returns False if its holder did not release it in time, None if the file system has no locks.
+    """
+    deadline = time.monotonic() + (PATIENCE if seconds is None else seconds)
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if time.monotonic() >= end:
+            if time.monotonic() >= deadline:
                 return False
             time.sleep(0.01)
         except OSError:
@@ -138,21 +141,21 @@ def lock(file: BinaryIO, seconds: float | None = None) -> bool | None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a file that is there. OSError if it cannot be written."""
+    """Holds the lock of an existing file. Raises OSError if it cannot be written."""
     while True:
         with open(path, "rb+", buffering=0) as file:
             lock(file)
             if not os.fstat(file.fileno()).st_nlink:
-                continue  # another was put in its place meanwhile
+                continue  # it was replaced meanwhile: lock the new one
             yield
             return
 
 
 @contextlib.contextmanager
 def abandoned(temporary: Path, clock: float) -> Iterator[BinaryIO | None]:
-    """A temporary file, opened and locked, if nobody is at work on it any more; else None.
+    """Opens and locks a temporary file if its writer is gone; else gives None.
 
-    `clock` is the time by the file system's own clock, as of a file that was touched this moment.
+    `clock` is the present by the file system's clock, such as the mtime of a file just touched.
     """
     try:
         file = open(temporary, "rb+", buffering=0)
@@ -161,14 +164,14 @@ def abandoned(temporary: Path, clock: float) -> Iterator[BinaryIO | None]:
         return
     with file:
         is_locked = lock(file, 0)
-        # The lock of another machine's process is not seen on every network file system.
-        is_of_here = re.search(rf"\.{re.escape(processes.HOST)}\.\w+\.tmp$", temporary.name)
+        # Some network file systems do not show the locks of other machines.
+        is_local = re.search(rf"\.{re.escape(processes.HOST)}\.\w+\.tmp$", temporary.name)
         is_old = clock - os.fstat(file.fileno()).st_mtime > STALE
-        yield file if is_locked is not False and (is_old or (is_locked and is_of_here)) else None
+        yield file if is_locked is not False and (is_old or (is_locked and is_local)) else None
 
 
 def remove_abandoned(directory: Path, clock: float) -> None:
-    """Removes the temporary files that crashed processes left in a directory, if there is one."""
+    """Removes the temporary files of dead processes from a directory; `clock` as in `abandoned`."""
     for temporary in directory.glob(".*.tmp"):
         with abandoned(temporary, clock) as file:
             if file:
@@ -179,17 +182,17 @@ def remove_abandoned(directory: Path, clock: float) -> None:
 
 
 def encode_lines(*records: Mapping[str, Any]) -> bytes:
-    """A line of JSON for each record; in ASCII, so that no reader splits it elsewhere."""
+    """One line of JSON per record, in ASCII, so that no reader sees other line breaks."""
     return b"".join(json.dumps(finite(record), allow_nan=False).encode() + b"\n" for record in records)
 
 
 def append(path: Path, *records: Mapping[str, Any]) -> None:
-    """Adds a line of JSON for each record to a file, on disk when this returns; all of them, or with OSError none."""
+    """Appends a line of JSON per record and syncs the file: all of them, or on OSError none."""
     data = encode_lines(*records)
     for is_last in (False, False, True):
         with open(path, "ab", buffering=0) as file:
             lock(file)
-            # Another may have replaced or removed the file (RunDirectory.merge) before it was locked: then it is opened anew.
+            # RunDirectory.merge may have replaced or removed it before the lock: open it again.
             if is_last or os.fstat(file.fileno()).st_nlink:
                 file.seek(0, os.SEEK_END)
                 write_all(file, data, path)
@@ -197,7 +200,7 @@ def append(path: Path, *records: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; lines that are not one (half written, say) are left out."""
+    """The objects in a file of JSON lines. Skips invalid lines, such as half written ones."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -206,7 +209,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_lines(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    """As `read_lines`."""
+    """`read_lines` of lines in memory."""
     records = []
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
@@ -217,11 +220,11 @@ def parse_lines(lines: Iterable[bytes]) -> list[dict[str, Any]]:
 
 
 def mend(path: Path) -> None:
-    """Ends a file of JSON lines that a crash cut short: a whole last line gets its end, half a one is taken away."""
+    """Ends the last line of a file of JSON lines after a crash; removes it if it was cut short."""
     if not path.exists():
         return
     with open(path, "rb+") as file:
-        lock(file)  # who adds a line this moment comes to its end
+        lock(file)  # lets a line that is being appended come to its end
         data = file.read()
         start = data.rfind(b"\n") + 1
         if start == len(data):

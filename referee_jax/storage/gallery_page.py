@@ -1,4 +1,4 @@
-"""The gallery: one page that shows the images of a run."""
+"""The gallery: an HTML page of a run's images."""
 
 import base64
 import contextlib
@@ -15,29 +15,25 @@ import jinja2
 from referee_jax import config
 from referee_jax.storage import files, images, run_directory, shards
 
-EMBEDDED = 300  # pictures; of 512 px they make a page of about 5 MB
-
-
-THUMBNAIL = 256  # pixels at most, of a picture in the page
-
-
-SMALL = 128  # pixels; pictures up to this are kept without loss and shown with their pixels
+EMBEDDED = 300  # thumbnails in the page, at most: about 5 MB for images of 512 px
+THUMBNAIL = 256  # pixels, the longest side of a thumbnail
+SMALL = 128  # pixels; images up to this side are embedded losslessly and shown pixelated
 
 
 def write(run: run_directory.RunDirectory) -> Path | None:
-    """Writes gallery.html of the images that are finished; None where there are none."""
+    """Writes gallery.html of the finished images; None without images."""
     records = run.finished()
     if not records:
         return None
     path = run.path / "gallery.html"
-    # A text may hold half a character (a lone surrogate), which no file can.
+    # A prompt may hold a lone surrogate, which UTF-8 cannot encode.
     files.write_atomic(path, page(run, records).encode("utf-8", "replace"))
     run.storage.publish(path.name)
     return path
 
 
 def page(run: run_directory.RunDirectory, records: list[dict[str, Any]]) -> str:
-    """The page of these lines of the journal."""
+    """The HTML page of these lines of the journal."""
     trajectories = {name.removesuffix(".webp") for name in run.storage.listing("trajectories")}
     count, is_sharded = len(records), any(x["file_name"].startswith("shards/") for x in records)
     records = records[:EMBEDDED] if is_sharded else records
@@ -49,8 +45,8 @@ def page(run: run_directory.RunDirectory, records: list[dict[str, Any]]) -> str:
     )
     return environment.get_template("gallery.html").render(
         title=run.storage.title,
-        nonce=secrets.token_urlsafe(16),  # drawn after the prompts were written: none of them can know it
-        records=[_shown(x, run.path, x["id"] in trajectories, is_embedded) for x in records],
+        nonce=secrets.token_urlsafe(16),  # newer than all prompts, so that none can contain it
+        records=[_entry(x, run.path, x["id"] in trajectories, is_embedded) for x in records],
         left_out=count - len(records),
         scores=list(dict.fromkeys(name for x in records for name in x["scores"])),
         statuses=list(dict.fromkeys(x["status"] for x in records)),
@@ -62,28 +58,28 @@ def page(run: run_directory.RunDirectory, records: list[dict[str, Any]]) -> str:
     )
 
 
-def _shown(record: Mapping[str, Any], path: Path, has_trajectory: bool, is_embedded: bool) -> dict[str, Any]:
-    """What the page has of a line of the journal."""
-    kept = ("text", "sample", "seed", "scores", "status", "losses", "hacked", "seconds")
-    shown = {key: files.finite(record[key]) for key in kept if key in record}
+def _entry(record: Mapping[str, Any], path: Path, has_trajectory: bool, is_embedded: bool) -> dict[str, Any]:
+    """The page's data of one line of the journal."""
+    keys = ("text", "sample", "seed", "scores", "status", "losses", "hacked", "seconds")
+    entry = {key: files.finite(record[key]) for key in keys if key in record}
     name = record["file_name"]
-    shown["image"] = _link(shards.holder(name))  # a browser opens no file in a shard
-    shown["thumbnail"] = shown["image"]
+    entry["image"] = _link(shards.holder(name))  # browsers cannot open a file in a shard
+    entry["thumbnail"] = entry["image"]
     if is_embedded:
-        with contextlib.suppress(ValueError):  # of a damaged file the browser shows that it is
-            shown["thumbnail"] = thumbnail(path / name)
+        with contextlib.suppress(ValueError):  # a damaged image is linked, for the browser to show
+            entry["thumbnail"] = thumbnail(path / name)
     if has_trajectory:
-        shown["trajectory"] = _link(f"trajectories/{record['id']}.webp")
-    return shown
+        entry["trajectory"] = _link(f"trajectories/{record['id']}.webp")
+    return entry
 
 
 def _link(name: str) -> str:
-    # With the dot it is a path below the page, whatever the name: not "javascript:", not "//elsewhere".
+    # The dot makes any name a path below the page, such as "javascript:" or "//elsewhere".
     return "./" + quote(name, errors="replace")
 
 
 def thumbnail(file: Path) -> str:
-    """A data URI of an image, no wider or higher than THUMBNAIL; ValueError where it cannot be read."""
+    """A data URI of an image with sides of at most THUMBNAIL. ValueError if it cannot be read."""
     image = images.read_image(file)
     is_small = max(image.size) <= SMALL
     image.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -1,6 +1,7 @@
-"""Pixels to files and back: PNG and lossless WebP that carry what they were made from, animations.
+"""Image files: PNG and lossless WebP with the settings they were made from, and animations.
 
-A PNG has its settings in a text chunk, a WebP in the user comment of its EXIF; `read_settings` reads both, also from shards.
+A PNG has its settings in a text chunk, a WebP in the EXIF user comment. `read_settings` reads both,
+also from shards.
 """
 
 import io
@@ -15,12 +16,12 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from referee_jax.storage import files, shards
 
-CHUNK = "referee_jax"  # keyword of the PNG text chunk; the software in the EXIF of a WebP
-COMMENT = b"ASCII\0\0\0"  # what an EXIF user comment begins with
+CHUNK = "referee_jax"  # keyword of the PNG text chunk; EXIF software of a WebP
+COMMENT = b"ASCII\0\0\0"  # prefix of an EXIF user comment
 
 
 def to_uint8(image: np.ndarray, *, stretch: bool = False) -> np.ndarray:
-    """An image in [0, 1] to uint8; what is not finite is black. `stretch` spreads its values over 0..255."""
+    """An image in [0, 1] as uint8, not finite values as 0. `stretch` maps its range to 0..255."""
     image = np.nan_to_num(np.asarray(image, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     if stretch:
         low, high = image.min(), image.max()
@@ -38,7 +39,7 @@ def encode_png(image: np.ndarray, settings: Mapping[str, Any]) -> bytes:
 
 
 def encode_webp(image: np.ndarray, settings: Mapping[str, Any]) -> bytes:
-    """A lossless WebP of uint8 `[H, W, 3]` with `settings` as JSON in its EXIF; sides up to 16383."""
+    """A lossless WebP of uint8 `[H, W, 3]`, sides up to 16383, with `settings` as JSON in EXIF."""
     exif = Image.Exif()
     exif[ExifTags.Base.Software] = CHUNK
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = COMMENT + json.dumps(files.finite(settings)).encode()
@@ -47,11 +48,11 @@ def encode_webp(image: np.ndarray, settings: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-ENCODERS = {"png": encode_png, "webp": encode_webp}  # by the ending of the file's name
+ENCODERS = {"png": encode_png, "webp": encode_webp}  # by file name suffix
 
 
 def encode_animation(frames: Sequence[np.ndarray]) -> bytes:
-    """A WebP of uint8 frames `[H, W, 3]` that rests on its last one."""
+    """An animated WebP of uint8 frames `[H, W, 3]`; the last is shown for 1.5 s."""
     first, *rest = [Image.fromarray(frame) for frame in frames]
     buffer = io.BytesIO()
     durations = [100] * len(rest) + [1500]
@@ -60,18 +61,18 @@ def encode_animation(frames: Sequence[np.ndarray]) -> bytes:
 
 
 def read_image(file: str | os.PathLike) -> Image.Image:
-    """The image in a file, or in a shard (shards.py), in RGB; ValueError where there is none."""
+    """The image in a file or shard as RGB. ValueError if it cannot be read."""
     try:
         with Image.open(io.BytesIO(shards.read_bytes(Path(file)))) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # What PIL says names the buffer, not the file.
-        why = getattr(error, "strerror", None) or str(error).partition(" <_io.")[0]
-        raise ValueError(f"{file} cannot be read as an image: {why}") from error
+        # PIL's message names the buffer, not the file.
+        reason = getattr(error, "strerror", None) or str(error).partition(" <_io.")[0]
+        raise ValueError(f"{file} cannot be read as an image: {reason}") from error
 
 
 def read_png(file: Path) -> bytes:
-    """The image in a file or shard as a PNG, whatever it is there, with its settings."""
+    """The image in a file or shard as a PNG with its settings."""
     data = shards.read_bytes(file)
     if file.suffix != ".webp":
         return data
@@ -79,7 +80,7 @@ def read_png(file: Path) -> bytes:
 
 
 def read_settings(file: str | os.PathLike) -> dict[str, Any]:
-    """What an image was made from: prompt (`text`), sample, seed, scores, settings. ValueError if it does not say."""
+    """Prompt (`text`), sample, seed, scores, settings in an image file. ValueError if missing."""
     with Image.open(io.BytesIO(shards.read_bytes(Path(file)))) as image:
         text = getattr(image, "text", {}).get(CHUNK)
         exif = image.getexif() if image.format == "WEBP" else {}

@@ -1,4 +1,4 @@
-"""Where a run directory lies: on a disk (`Disk`) or in a bucket (remote.Bucket, which has the same methods)."""
+"""Storage of a run directory on a disk: `Disk`, with the same methods as bucket.Bucket."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from referee_jax.storage import files as files_lib
 
 
 class Disk:
-    """A directory of this machine, or of a network's disk. All that a bucket has to be sent or fetched is there already."""
+    """A directory on a local or network disk. Nothing has to be uploaded or fetched."""
 
     is_remote = False
 
@@ -19,50 +19,50 @@ class Disk:
 
     @property
     def title(self) -> str:
-        """The last part of its name."""
+        """The last part of the path."""
         return self.local.resolve().name
 
     def names(self, folder: str = "") -> list[str]:
-        """What is in a folder."""
-        where = self.local / folder
-        return os.listdir(where) if where.is_dir() else []
+        """The names in a folder."""
+        directory = self.local / folder
+        return os.listdir(directory) if directory.is_dir() else []
 
     def listing(self, folder: str) -> list[str]:
-        """What is in a folder, and what will be sent there."""
+        """The names in a folder, those that are not uploaded yet included."""
         return self.names(folder)
 
     def free(self) -> float:
-        """The bytes that there is room for."""
+        """Free bytes."""
         return shutil.disk_usage(self.local).free
 
     def begin(self, name: str, data: bytes) -> bool:
-        """Writes the first file of a run, unless another process was first; whether it was ours."""
+        """Writes the first file of a run; False if another process was first."""
         return files_lib.create(self.local / name, data)
 
     def fetch(self) -> None:
-        """Brings settings and journals up to date."""
+        """Fetches the current settings and journals."""
 
     def fetch_checkpoints(self) -> None:
-        """Brings what any process has left in flight."""
+        """Fetches the checkpoints of all processes."""
 
     def bring_images(self, files: Sequence[str]) -> list[str]:
-        """Those of these images and shards that can be opened now."""
+        """Fetches images and shards; returns the names of those that are here."""
         return list(files)
 
     def send(self) -> None:
-        """Sends what is new."""
+        """Uploads what is new."""
 
     def publish(self, *names: str) -> None:
-        """Sends these files as they are, in place of what they were."""
+        """Uploads these files, replacing what a bucket has."""
 
     def merge(self, gather: Callable[[], Sequence[str]]) -> None:
-        """Calls what takes all journals into one, and tells which; one process at a time."""
+        """Under a lock, merges the journals by `gather`, which returns the names of the merged."""
         with files_lib.locked(self.local / "config.json"):
             gather()
 
     def claims(self, expiry: float) -> claims.Claims:
-        """Who makes what, in a pool of workers."""
+        """The claims of this worker in a pool, which expire after `expiry` seconds."""
         return claims.Claims(self.local / "claims", expiry)
 
     def close(self) -> None:
-        """Removes what is kept on this machine for a bucket."""
+        """Removes the local copy of a bucket."""

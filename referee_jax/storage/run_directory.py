@@ -1,21 +1,39 @@
-"""A run directory: images, their journal, the log, and what was asked for. Nothing in it is ever half written.
+"""A run directory: images, their journal, the log and the settings. No file is ever half written.
 
-    config.json         settings, fingerprint, versions, device, and of checkpoints from the hub commits and licenses
-    images/<id>.png     one per item, with its prompt, scores and settings in it (formats.py); or .webp
-    shards/<name>.tar   instead, many images each, where `outputs.format` is webdataset (shards.py)
-    metadata.jsonl      the journal: one line per finished image, with `file_name`
-    log.jsonl           starts, skipped prompts, metrics of every chunk
-    contact_sheet.png   all of it at a glance
-    gallery.html        all of it to sort, filter and compare (gallery.py)
-    trajectories/<id>.webp
+    config.json             settings, versions, device; commits and licenses of checkpoints
+    images/<id>.png         one per item, with its prompt, scores and settings (images.py); or .webp
+    shards/<name>.tar       instead, if `outputs.format` is webdataset: many images each (shards.py)
+    metadata.jsonl          the journal: one line per finished image, with `file_name`
+    log.jsonl               starts, skipped prompts, metrics of every chunk
+    contact_sheet.png       the first images (contact_sheet.py)
+    gallery.html            all images, to sort, filter and compare (gallery_page.py)
+    trajectories/<id>.webp  an animation of each item, if `outputs.trajectory` is set
+    checkpoints/            batches in flight (checkpoints.py)
+    claims/                 the owners of items in a pool of workers (claims.py)
 
-It is a Hugging Face ImageFolder: `load_dataset("imagefolder", data_files=["RUN/metadata.jsonl", "RUN/images/*"])`, or with shards
-`load_dataset("webdataset", data_files="RUN/shards/*.tar")`. An image, or its shard, is on disk before its line is in the
-journal, so an item is done if both are there, whatever happened in between.
+It is a Hugging Face dataset: `load_dataset("imagefolder", data_files=["RUN/metadata.jsonl",
+"RUN/images/*"])`, or with shards `load_dataset("webdataset", data_files="RUN/shards/*.tar")`.
 
-Several processes may write to one directory: all but number 0 have a metadata-<number>.jsonl of their own, whose lines come into
-metadata.jsonl when one of them ends (`RunDirectory.merge`). In a bucket (remote.py) each has a local
-directory, which it sends there.
+Several processes may write to one directory. Each but number 0 has a journal of its own,
+metadata-<number>.jsonl, which `merge` moves into metadata.jsonl when a process ends. In a bucket
+(bucket.py) each process has a local directory, which it uploads.
+
+The life of an image:
+
+    claimed     in a pool, `Claims.take` makes this worker the owner of the item; `Claims.refresh`
+                keeps the claim alive after every chunk
+    made        the worker iterates; it saves the batch as a checkpoint now and then
+    encoded     `Writer.write` hands the picture to a thread, which makes a PNG or WebP
+    on disk     as a file, or added to the open shard, which `Writer.refresh` keeps young
+    journalled  its line is appended: only now it is done. The lines of a shard are appended when
+                the shard is full or committed
+    settled     `Writer.flush` returns the new ids in the journal; `Worker.settle` then removes the
+                checkpoint and releases the claims. With `commit` it first commits the open shard
+
+An image is on disk before its line is in the journal, so an item is done if both are there. After a
+crash, the next start (`RunDirectory.open`) repairs what it finds: `files.mend` ends or removes a
+half line, `shards.recover` commits open shards of dead processes, temporary files are removed, and
+lines without an image are dropped. What is not done then is made again, from its checkpoint if any.
 """
 
 import collections
@@ -44,7 +62,7 @@ from referee_jax.storage import writer as writer_lib
 PACKAGES = ("referee_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "pillow")
 FOLDERS = ("images", "shards")
 NOTED = ("commits", "licenses")
-# For the space on disk: a compressed image by what it is raw, at most; and what is written besides, in bytes.
+# To estimate the space on disk: compressed bytes per raw byte, at most; and bytes of metadata.
 SHARE = {"png": 0.9, "webp": 0.75, "frame": 0.25}
 OVERHEAD = 16384
 
@@ -54,37 +72,37 @@ class RunError(ValueError):
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what is computed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that affect the images."""
+    numbers = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            numbers[name] = importlib.metadata.version(name)
+    return numbers
 
 
 def read_journal(path: Path, *, where: local.Disk | bucket_lib.Bucket | None = None) -> list[dict[str, Any]]:
-    """The lines of a run directory's journals, of all processes, whose images are there; each image once."""
-    # These first: `merge` moves lines to the main one, where they may be seen again but must not be missed.
+    """The lines of all processes' journals whose images exist, each image once."""
+    # These first: `merge` moves their lines to metadata.jsonl, and so each is seen at least once.
     others = [line for file in sorted(path.glob("metadata-*.jsonl")) for line in files_lib.read_lines(file)]
-    return _there(where or local.Disk(path), files_lib.read_lines(path / "metadata.jsonl") + others)
+    return _existing(where or local.Disk(path), files_lib.read_lines(path / "metadata.jsonl") + others)
 
 
-def _there(where: local.Disk | bucket_lib.Bucket, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Those of images that are there. The folders are listed: to ask for each file is slow on a network's disk."""
-    names = {f"{folder}/{name}" for folder in FOLDERS for name in where.listing(folder)}
-    kept = {}
+def _existing(storage: local.Disk | bucket_lib.Bucket, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records whose images exist, one per id. Lists folders: asking file by file is slow."""
+    names = {f"{folder}/{name}" for folder in FOLDERS for name in storage.listing(folder)}
+    by_id = {}
     for record in records:
         name = record.get("file_name")
         if isinstance(name, str) and (name in names or name.rpartition("/")[0] in names):  # a file, or in a shard
-            kept[str(record.get("id", name))] = record
-    return list(kept.values())
+            by_id[str(record.get("id", name))] = record
+    return list(by_id.values())
 
 
 class RunDirectory:
-    """A run directory that is written to, by this process and perhaps others; each has a journal of its own."""
+    """A run directory open for writing by this process, and perhaps by others at the same time."""
 
-    def __init__(self, where: local.Disk | bucket_lib.Bucket, settings: config.Settings, *, process: int | str = 0):
-        self.storage, self.path, self.name = where, where.local, where.name
+    def __init__(self, storage: local.Disk | bucket_lib.Bucket, settings: config.Settings, *, process: int | str = 0):
+        self.storage, self.path, self.name = storage, storage.local, storage.name
         self.settings, self.process = settings, process
         journal = f"metadata-{process}.jsonl" if process else "metadata.jsonl"
         self.images, self.journal, self.log_file = (self.path / x for x in ("images", journal, "log.jsonl"))
@@ -100,13 +118,18 @@ class RunDirectory:
         process: int = 0,
         resume: str = "auto",
     ) -> "RunDirectory":
-        """Begins a run directory or continues one, here or in a bucket ("gs://bucket/run"); `device` is noted in it.
+        """Begins or continues a run directory, and repairs what a crash left in it.
 
-        One that was begun for other images is refused, but with `resume` "force": then what is missing is made with these
-        settings, and what is there stays. With "never", none is continued.
+        Args:
+            path: a directory, or a URL in a bucket ("gs://bucket/run").
+            settings: what the run makes.
+            device: noted in config.json and in the log.
+            process: number of this process among those that write at the same time; 0 if alone.
+            resume: "auto" continues a run with the same image settings; "force" also one with
+                others, for the missing images; "never" continues none.
 
-        `process` is this process's number among those that write to the directory at the same time; 0 if it is the only one.
-        Raises RunError where it cannot be written, holds something else, or was begun for other images.
+        Raises:
+            RunError: it cannot be written, holds something else, or may not be continued.
         """
         if bucket_lib.is_remote(path):
             try:
@@ -125,7 +148,7 @@ class RunDirectory:
     def _begin(self, device: str, resume: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "config.json"
-        # Listed before config.json is looked for, which another process that begins the run writes first.
+        # Listed before the check for config.json, which another process may be about to write.
         is_empty = all(name.startswith(".") for name in self.storage.names())
         self.storage.fetch()
         if file.exists() and resume == "never":
@@ -146,13 +169,12 @@ class RunDirectory:
                 f"{self.name} is not empty and not a run directory (no config.json); choose another --workdir"
             )
         elif not self.storage.begin(file.name, self._record(device, {})):
-            return self._begin(device, resume)  # another began it this moment, perhaps with other settings
-        # One process after the other, so that what a crash left is taken up by one, and the next sees it done.
-        with files_lib.locked(file):
-            self._take_up(device)
+            return self._begin(device, resume)  # another process was first, perhaps with other settings
+        with files_lib.locked(file):  # one process at a time
+            self._repair(device)
 
     def _record(self, device: str, noted: Mapping[str, Any]) -> bytes:
-        """What config.json says."""
+        """The content of config.json."""
         record = {
             "fingerprint": self.fingerprint,
             "settings": config.to_dict(self.settings),
@@ -163,12 +185,12 @@ class RunDirectory:
         }
         return json.dumps(record, indent=2).encode() + b"\n"
 
-    def _take_up(self, device: str) -> None:
-        """Brings a directory that was left at any moment into order, whoever else is at work in it."""
+    def _repair(self, device: str) -> None:
+        """Repairs what crashed processes left, while others may be at work."""
         self.images.mkdir(exist_ok=True)
         for lines in (self.journal, self.log_file):
             files_lib.mend(lines)
-        # Also the proof that the directory can be written to, and the time by the clock of its file system.
+        # This also proves that the directory is writable, and gives the file system's time.
         self.log("start", device=device, versions=versions())
         clock = self.log_file.stat().st_mtime
         shards.recover(self.path / "shards", self.journal, clock)
@@ -177,7 +199,7 @@ class RunDirectory:
         self._gather(self.journal, [] if self.process else self._others())
 
     def _compare(self, file: Path) -> str:
-        """How the settings of a run differ from ours as far as images go, a line each. Raises RunError."""
+        """The differences from the image settings in a config.json, by line. Raises RunError."""
         try:
             old = json.loads(file.read_bytes())
             fingerprint, settings = old["fingerprint"], old["settings"]
@@ -188,24 +210,25 @@ class RunDirectory:
         return config.diff(config.image_part(settings), config.image_settings(self.settings)) or "(of another version)"
 
     def noted(self, kind: str) -> dict[str, str]:
-        """What is noted of checkpoints: of each, the "commits" that the run began with or the "licenses"."""
+        """The "commits" or "licenses" of the checkpoints, by name, as noted in config.json."""
         return json.loads((self.path / "config.json").read_bytes()).get(kind, {})
 
-    def note(self, kind: str, found: Mapping[str, str]) -> None:
-        """Notes the commits or licenses of checkpoints; of those that are noted already nothing changes."""
+    def note(self, kind: str, values: Mapping[str, str]) -> None:
+        """Notes the "commits" or "licenses" of checkpoints; earlier notes stay."""
         file = self.path / "config.json"
         self.storage.fetch()
         with files_lib.locked(file):
             record = json.loads(file.read_bytes())
-            if found.keys() - record.get(kind, {}).keys():
-                record[kind] = {**found, **record.get(kind, {})}
+            if values.keys() - record.get(kind, {}).keys():
+                record[kind] = {**values, **record.get(kind, {})}
                 files_lib.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
                 self.storage.publish(file.name)
 
     def merge(self) -> None:
-        """Takes the lines of all processes' journals into metadata.jsonl; for any of them, at any time.
+        """Moves all journals into metadata.jsonl, and removes the claims of what is done.
 
-        A line that another process adds meanwhile stays in, or comes into, a journal of its own. Claims of what is done go.
+        Any process may call this at any time: lines that others append meanwhile stay in their own
+        journals.
         """
         self.storage.merge(self._merge)
         claims = self.path / "claims"
@@ -221,29 +244,29 @@ class RunDirectory:
         return sorted(self.path.glob("metadata-*.jsonl"))
 
     def _gather(self, into: Path, others: Sequence[Path]) -> None:
-        """The lines of other journals into one; images that are no longer there lose theirs: they will be made again."""
+        """Moves the lines of other journals into one, and drops lines whose images are missing."""
         into.touch()
         with contextlib.ExitStack() as stack:
             for file in (into, *others):
                 stack.enter_context(files_lib.locked(file))
             records = [line for file in (into, *others) for line in files_lib.read_lines(file)]
-            kept = _there(self.storage, records)
-            if others or len(kept) < len(records):
-                files_lib.write_atomic(into, files_lib.encode_lines(*kept))
+            existing = _existing(self.storage, records)
+            if others or len(existing) < len(records):
+                files_lib.write_atomic(into, files_lib.encode_lines(*existing))
             for file in others:
                 file.unlink()
 
     def finished(self) -> list[dict[str, Any]]:
-        """The lines of all journals whose images are there, each image once."""
+        """The lines of all journals whose images exist, each image once."""
         self.storage.fetch()
         return read_journal(self.path, where=self.storage)
 
     def done(self) -> set[str]:
-        """The ids of all items that are journalled, by any process, and whose images are there."""
+        """The ids of all items that any process has journalled and whose images exist."""
         return {record["id"] for record in self.finished() if isinstance(record.get("id"), str)}
 
     def check_space(self, items: int) -> None:
-        """RunError if there is no room for so many more images."""
+        """Raises RunError if the free space is too small for this many more images."""
         needed, free = items * bytes_per_item(self.settings), self.storage.free()
         if needed > free:
             size = functools.partial(tqdm.tqdm.format_sizeof, suffix="B")
@@ -254,7 +277,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[writer_lib.Writer]:
-        """What images are written with. At the end, also that by an exception, all that it was given is on disk."""
+        """Gives a writer. At the end, also after an exception, all its images are on disk."""
         writer = writer_lib.Writer(self.path, self.journal, self.settings, process=self.process)
         try:
             yield writer
@@ -262,34 +285,34 @@ class RunDirectory:
             try:
                 writer.close()
             finally:
-                self.storage.send()  # what is whole, also if something was not
+                self.storage.send()  # also if one image failed
 
     def bring(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those of these lines whose images can be opened; where the run is in a bucket they are fetched."""
+        """Fetches the images of these lines from a bucket; returns the lines that have one."""
         files = [shards.holder(x["file_name"]) for x in records]
-        there = set(self.storage.bring_images(list(dict.fromkeys(files))))
-        return [record for record, file in zip(records, files, strict=True) if file in there]
+        available = set(self.storage.bring_images(list(dict.fromkeys(files))))
+        return [record for record, file in zip(records, files, strict=True) if file in available]
 
     def write(self, picture: writer_lib.Picture, *, seconds: float, frames: Sequence[np.ndarray] = ()) -> str:
-        """Writes one image by itself, in a shard of its own if shards are asked for; see writers.Writer.write."""
+        """Writes one image, in a shard of its own if the format is webdataset; see Writer.write."""
         with self.writing() as writer:
             return writer.write(picture, seconds=seconds, frames=frames)
 
     def log(self, event: str, **values: Any) -> None:
-        """Adds a line to log.jsonl."""
+        """Appends a line to log.jsonl."""
         files_lib.append(self.log_file, {"event": event, "time": files_lib.now(), **values})
 
     def failures(self) -> collections.Counter[str]:
-        """How often a device failed at each id, by log.jsonl."""
+        """Counts the device failures of each id in log.jsonl."""
         if not self.log_file.exists():
             return collections.Counter()
-        with self.log_file.open("rb") as file:  # long, and few lines are asked for
-            told = [line for line in file if b'"device failed"' in line]
-        found = filter(lambda x: x.get("event") == "device failed", files_lib.parse_lines(told))
-        return collections.Counter(name for line in found for name in line["items"])
+        with self.log_file.open("rb") as file:  # the log is long: parse only what may be such a line
+            candidates = [line for line in file if b'"device failed"' in line]
+        failed = filter(lambda x: x.get("event") == "device failed", files_lib.parse_lines(candidates))
+        return collections.Counter(name for line in failed for name in line["items"])
 
     def contact_sheet(self) -> Path | None:
-        """Writes contact_sheet.png of the first SHEET_PICTURES images, prompt by prompt; None without images."""
+        """Writes contact_sheet.png of the first SHEET_PICTURES images; None without images."""
         order: dict[str, int] = {}
         records = self.finished()
         for record in records:
@@ -297,11 +320,12 @@ class RunDirectory:
         records.sort(key=lambda x: (order[x["text"]], x["sample"]))
         if not records:
             return None
-        brought = self.bring(records[: contact_sheet.SHEET_PICTURES])
-        shown = [(self.path / x["file_name"], x["text"], x["scores"]) for x in brought]
-        title = f"{self.storage.title}: {len(shown)} of {len(records)} images" if len(records) > len(shown) else ""
+        available = self.bring(records[: contact_sheet.SHEET_PICTURES])
+        pictures = [(self.path / x["file_name"], x["text"], x["scores"]) for x in available]
+        is_partial = len(pictures) < len(records)
+        title = f"{self.storage.title}: {len(pictures)} of {len(records)} images" if is_partial else ""
         buffer = io.BytesIO()
-        contact_sheet.draw_sheet(shown, title=title).save(buffer, "PNG")
+        contact_sheet.draw_sheet(pictures, title=title).save(buffer, "PNG")
         path = self.path / "contact_sheet.png"
         files_lib.write_atomic(path, buffer.getvalue())
         self.storage.publish(path.name)
@@ -309,11 +333,8 @@ class RunDirectory:
 
 
 def bytes_per_item(settings: config.Settings) -> int:
-    """What an image takes on the disk, with all that is written beside it; rather more than less."""
-    asked, raw = settings.outputs, 3 * settings.image_size**2
-    said = 2 * len(config.to_json(settings)) + OVERHEAD  # in the image, in a shard again
-    frames = math.ceil(settings.steps / settings.chunk) if asked.trajectory else 0
-    return math.ceil(SHARE[writer_lib.ending(asked)] * raw + said + frames * SHARE["frame"] * raw)
-
-
-# --- contact sheet ----------------------------------------------------------------------------------------------------
+    """An upper estimate of the bytes of an image on disk, with its metadata and animation."""
+    outputs, raw = settings.outputs, 3 * settings.image_size**2
+    metadata = 2 * len(config.to_json(settings)) + OVERHEAD  # in the image, and in a shard again
+    frames = math.ceil(settings.steps / settings.chunk) if outputs.trajectory else 0
+    return math.ceil(SHARE[writer_lib.ending(outputs)] * raw + metadata + frames * SHARE["frame"] * raw)

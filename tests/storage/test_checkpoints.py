@@ -72,9 +72,9 @@ def test_one_that_its_owner_removes_meanwhile(tmp_path, monkeypatch):
     """Between the list of folders and a look into one: it is none."""
     one = checkpoints.Checkpoints(tmp_path / "checkpoints")
     one.save(part(10), "print")
-    listed = checkpoints._places(one.directory)
+    folders = checkpoints._folders(one.directory)
     one.clear()
-    monkeypatch.setattr(checkpoints, "_places", lambda directory: listed)
+    monkeypatch.setattr(checkpoints, "_folders", lambda directory: folders)
     other = checkpoints.Checkpoints(one.directory)
     assert other.begun("print") == []
     other.forget(set())
