@@ -141,10 +141,10 @@ class Inverter:
 
     @property
     def compiling(self) -> str:
-        """What is compiled, and how long that may take, in words."""
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.networks))
-        took = compile_cache.expected(self.mesh.devices.flat[0].platform, size)
-        return f"compiling for {self.devices}, {self.batch_size} images at once: {took}"
+        """A message about the compilation: devices, images at once, where programs are kept."""
+        directory = compile_cache.directory()
+        cache = f"; programs are kept in {directory}" if directory else ""
+        return f"compiling for {self.devices}, {self.batch_size} images at once{cache}"
 
     def check(self, prompt: str) -> str | None:
         """Why this prompt cannot be used, or None."""

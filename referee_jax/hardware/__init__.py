@@ -1,1 +1,1 @@
-"""Hardware: what the program runs on."""
+"""Chips, devices, processes and the cache of compiled programs."""

@@ -1,6 +1,7 @@
 """Programs are kept for the next run, in a directory that nobody else can write; without one the run goes on."""
 
 import os
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from referee_jax.engine import inverter
 from referee_jax.hardware import compile_cache
 
 
@@ -131,11 +133,13 @@ def test_no_home(compiled, monkeypatch):
     assert "home directory" in refused(compiled)
 
 
-def test_how_long_it_may_take_is_told(home):
+def test_the_directory_is_told(home):
+    engine = types.SimpleNamespace(devices="cpu x 1", batch_size=3)
     assert compile_cache.use("cpu") is None
-    where = jax.config.jax_compilation_cache_dir
-    small, large = (compile_cache.expected("gpu", size) for size in (10**6, 10**10))
-    assert small == f"up to a minute the first time, seconds where {where} holds it"
-    assert large == f"1 to 2 minutes the first time, seconds where {where} holds it"
+    assert compile_cache.directory() == str(home / compile_cache.key("cpu"))
+    assert inverter.Inverter.compiling.fget(engine) == (
+        f"compiling for cpu x 1, 3 images at once; programs are kept in {compile_cache.directory()}"
+    )
     jax.config.update("jax_compilation_cache_dir", None)
-    assert compile_cache.expected("cpu", 0) == "20 to 40 seconds each time, for it is not kept"
+    assert compile_cache.directory() is None
+    assert inverter.Inverter.compiling.fget(engine) == "compiling for cpu x 1, 3 images at once"
