@@ -51,7 +51,7 @@ def start(main: Callable[..., str], *, arguments: int = 0, hint: str = "") -> No
     sentence and code 2, as is what cannot be done.
     """
 
-    def parse(argv: list[str]) -> list[str]:
+    def parse_flags(argv: list[str]) -> list[str]:
         try:
             rest = parse_argv(argv, flags.FLAGS)
             if len(rest) > 1 + arguments:
@@ -61,7 +61,7 @@ def start(main: Callable[..., str], *, arguments: int = 0, hint: str = "") -> No
             sys.exit(2)
         return rest
 
-    app.run(lambda argv: tell(lambda: main(flags.FLAGS, *argv[1:])), flags_parser=parse)
+    app.run(lambda argv: tell(lambda: main(flags.FLAGS, *argv[1:])), flags_parser=parse_flags)
 
 
 def unexpected(argument: str, hint: str) -> str:
