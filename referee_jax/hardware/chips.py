@@ -1,4 +1,4 @@
-"""What is known of chips: rates, memory, and of TPUs what is needed to compile for them and what suits them."""
+"""Chips: rate and memory of each, and what compiling for them depends on."""
 
 import os
 import re
@@ -8,14 +8,17 @@ import jax
 
 
 class Chip(NamedTuple):
-    """`rate` of products of bfloat16 matrices in TFLOP/s, `memory` in GB (of TPUs, as their makers count, GiB).
+    """One kind of chip.
 
-    Of TPUs that can be compiled for: the `clock` in GHz that the rate implies, and `layout`, libtpu's name of the way in which a
-    chip is one device, where it is not the first that it knows.
+    Attributes:
+        rate: TFLOP/s of bfloat16 matrix products.
+        memory: GB, for TPUs GiB, as their makers count.
+        clock: GHz implied by the rate, for TPUs that programs can be compiled for.
+        layout: libtpu's name for "a chip is one device", where that is not its default.
+        scores: MiB of attention logits per block, so that they stay out of the chip's main memory.
+        dense: whether matrix products with many zeros are faster than gathers.
 
-    Where its compiler's estimate is lower for it (docs/speed.md): `scores`, the MiB of attention's logits that it works on at
-    once, without a way through its memory; and whether it is `dense`, quicker with products of many zeros than with pixels one
-    by one.
+    `scores` and `dense` are set where they lower the compiler's estimate (docs/speed.md).
     """
 
     name: str
@@ -28,12 +31,12 @@ class Chip(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """Of its memory."""
+        """Its memory in bytes."""
         return self.memory * (2**30 if self.name.startswith("TPU") else 1e9)
 
 
-# Rates are the makers' (of TPUs Google's Cloud TPU pages), but for the first, which was measured. A TPU's is matrix units x 128 x
-# 128 (v6e: 256 x 256) x 2 x clock: 8 units for v4 and v5p, 4 for v5e and v6e.
+# Rates are the makers' (Google's Cloud TPU pages); the first was measured. A TPU's rate is matrix
+# units x 128 x 128 (v6e: 256 x 256) x 2 x clock, with 8 units for v4 and v5p, 4 for v5e and v6e.
 CHIPS = (
     Chip("H200", 790, 141),
     Chip("H100 SXM", 989, 80),
@@ -45,9 +48,10 @@ CHIPS = (
     Chip("TPU v6e", 918, 32, clock=1.75, scores=32, dense=True),
     Chip("TPU7x", 2307, 192, dense=True),
 )
-# As the names of slices have them, "v5e:2x4" say.
+# By the chip's name in slices such as "v5e:2x4".
 TPUS = {chip.name.removeprefix("TPU "): chip for chip in CHIPS if chip.clock}
-# Chip -> what JAX calls the kinds of devices that have its rate: not its slower forms, nor a share of one.
+# Chip -> pattern of JAX's device kinds with its rate; slower variants and shares of a chip
+# excluded.
 _KINDS = {
     "H200": "NVIDIA H200",
     "H100 SXM": r"NVIDIA H100 \d+GB HBM3",
@@ -58,20 +62,22 @@ _KINDS = {
     "TPU v6e": "TPU v6 lite|TPU v6e",
 }
 
+# Platform -> XLA options for the engine's programs. On a CPU, more optimisation compiles half as
+# long again for programs no faster. On a TPU, a prefetched weight would take the fast memory that
+# attention's logits need.
+OPTIONS = {"cpu": {"xla_backend_optimization_level": "1"}, "tpu": {"xla_max_cross_program_prefetches": "0"}}
+
+# Primitives of cuDNN's attention, for which JAX counts no FLOPs.
+CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
+
 
 def of(kind: str) -> Chip | None:
-    """The chip of the table that a device's kind names, None where there is none."""
+    """The chip with this device kind; None if the table lacks it."""
     return next((chip for chip in CHIPS if re.fullmatch(_KINDS.get(chip.name, chip.name), kind)), None)
 
 
-# Platform -> XLA's options for an engine's programs. On a CPU more optimisation takes half as long again, for programs that are
-# no quicker. A TPU's own memory is for what is worked on: else one large weight lies there from a program's beginning until it
-# is needed, and attention's logits do not.
-OPTIONS = {"cpu": {"xla_backend_optimization_level": "1"}, "tpu": {"xla_max_cross_program_prefetches": "0"}}
-
-
 def has_cudnn() -> bool:
-    """Whether JAX computes on an NVIDIA GPU for which cuDNN has attention in half precision: from Ampere on."""
+    """Whether JAX runs on an NVIDIA GPU with cuDNN attention in half precision: Ampere or later."""
     if jax.default_backend() != "gpu":
         return False
     device = jax.local_devices()[0]
@@ -79,28 +85,28 @@ def has_cudnn() -> bool:
 
 
 def compiler_options(platform: str) -> dict[str, str]:
-    """OPTIONS of a platform, but for what XLA_FLAGS decides."""
+    """OPTIONS of a platform, without those that XLA_FLAGS sets."""
     flags = os.environ.get("XLA_FLAGS", "")
     return {name: value for name, value in OPTIONS.get(platform, {}).items() if f"--{name}=" not in flags}
 
 
 def chip() -> Chip | None:
-    """The chip for which a program is being traced, where the table has it: of the mesh it is for, else what JAX computes on.
+    """The chip of the current trace: that of the mesh, or of JAX's device; None if unknown.
 
-    A mesh's devices need not be there (topology.py).
+    The devices of a mesh need not exist (ahead_of_time.py).
     """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
     return of(device.device_kind)
 
 
 def is_dense() -> bool:
-    """Whether that chip takes products of matrices for what others gather or interleave."""
-    found = chip()
-    return found is not None and found.dense
+    """Whether `chip()` prefers matrix products to gathers and interleaving."""
+    current = chip()
+    return current is not None and current.dense
 
 
 def memory_limit(device: jax.Device) -> int | None:
-    """Bytes that JAX may use of an accelerator's own memory; None where it has none, or is not there (topology.py)."""
+    """Bytes of an accelerator's memory that JAX may use; None for CPUs and absent devices."""
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:
@@ -108,10 +114,5 @@ def memory_limit(device: jax.Device) -> int | None:
 
 
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-    """Whether it says that memory was too small."""
+    """Whether the device ran out of memory."""
     return "RESOURCE_EXHAUSTED" in str(error)
-
-
-# cuDNN's attention, whose programs say nothing of their work -> products of the size of queries x keys. Going back, the
-# probabilities are made again.
-CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"

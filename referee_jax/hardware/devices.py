@@ -1,4 +1,4 @@
-"""What kind of device there is to compute on, and what is wrong where it is not the one that the machine has."""
+"""Chooses the kind of device to compute on; refuses to ignore an accelerator of the machine."""
 
 import ctypes
 import importlib.util
@@ -9,53 +9,53 @@ import jax
 
 KINDS = ("auto", "cpu", "gpu", "tpu")
 
-# TPU v3, v4, v5p, v5e, v6e, 7x on the PCI bus, as JAX knows them: since v5 they have no device file of their own.
+# PCI ids of TPU v3, v4, v5p, v5e, v6e and 7x, as in JAX: since v5 they have no device file.
 _TPU_VENDOR, _TPU_CHIPS = "0x1ae0", ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
+
+# Parameters of glibc's malloc.h -> values.
+_MALLOPT = {
+    -8: 1,  # M_ARENA_MAX: all threads use the heap, which alone can keep large blocks
+    -4: 0,  # M_MMAP_MAX: large blocks are not returned to the system when they are freed
+    -1: -1,  # M_TRIM_THRESHOLD: nor is the end of the heap
+}
 
 
 class DeviceError(RuntimeError):
-    """The devices that were asked for are not to be had; one sentence, with the remedy."""
+    """The requested devices cannot be used; one sentence, with the remedy."""
 
 
-def choose(wanted: str = "auto", *, root: Path = Path("/")) -> str:
-    """Has JAX compute on `wanted` of `KINDS`, before anything else does; what the chosen kind of device calls itself.
+def choose(kind: str = "auto", *, root: Path = Path("/")) -> str:
+    """Makes JAX compute on a device of `KINDS`; returns its device kind. Call it before using JAX.
 
-    "auto" is what JAX finds by itself, or is told by JAX_PLATFORMS; but where that is the CPU only because an accelerator
-    of the machine (of which `root` is the file system) cannot be used, DeviceError is raised: the work would take
-    many times as long. So it is where "gpu" or "tpu" is not what JAX computes on.
+    "auto" is JAX's own choice, which JAX_PLATFORMS may set. Raises DeviceError if that is the CPU
+    only because an accelerator of the machine (with file system `root`) cannot be used: the work
+    would take many times as long. Raises it also if "gpu" or "tpu" is not what JAX computes on.
     """
-    keep_freed_memory(wanted, root=root)
-    if wanted == "cpu":
+    keep_freed_memory(kind, root=root)
+    if kind == "cpu":
         jax.config.update("jax_platforms", "cpu")
     try:
         device = jax.local_devices()[0]
     except RuntimeError as error:
-        told = f" (JAX_PLATFORMS={jax.config.jax_platforms})" if jax.config.jax_platforms else ""
-        raise DeviceError(f"JAX has no device to compute on{told}: {str(error).splitlines()[0]}") from error
-    if wanted == device.platform or wanted == "auto" and (device.platform != "cpu" or jax.config.jax_platforms):
+        variable = f" (JAX_PLATFORMS={jax.config.jax_platforms})" if jax.config.jax_platforms else ""
+        raise DeviceError(f"JAX has no device to compute on{variable}: {str(error).splitlines()[0]}") from error
+    if kind == device.platform or kind == "auto" and (device.platform != "cpu" or jax.config.jax_platforms):
         return device.device_kind
-    there = accelerators(root)
-    kind = next(iter(there), None) if wanted == "auto" else wanted
-    if kind is None:
+    files = accelerators(root)
+    unused = next(iter(files), None) if kind == "auto" else kind
+    if unused is None:
         return device.device_kind
-    raise DeviceError(_unusable(kind, there.get(kind), device.platform))
+    raise DeviceError(_unusable(unused, files.get(unused), device.platform))
 
 
-# Of glibc's malloc.h: parameter -> value.
-_MALLOPT = {
-    -8: 1,  # M_ARENA_MAX: threads, too, use the heap, the only place where large pieces are kept
-    -4: 0,  # M_MMAP_MAX: what is large is not given back as soon as it is freed
-    -1: -1,  # M_TRIM_THRESHOLD: nor is the end of the heap, however much of it is free
-}
+def keep_freed_memory(kind: str = "auto", *, root: Path = Path("/")) -> None:
+    """Has glibc keep freed memory, whose page faults take a quarter of an iteration on a CPU.
 
-
-def keep_freed_memory(wanted: str = "auto", *, root: Path = Path("/")) -> None:
-    """Has glibc keep what is freed for the next iteration, a quarter of which on a CPU were else the kernel's handing out pages.
-
-    It has to come before JAX begins, whose threads have heaps of their own by then. Where JAX will compute on an accelerator, and
-    where there is no glibc, nothing is done. Programs ask for this (`choose`), who only imports the package has to by himself.
+    It must be called before JAX starts threads, which have their own heaps. Does nothing if JAX
+    will use an accelerator, or without glibc. Commands call this; library users must call it
+    themselves.
     """
-    is_cpu = "cpu" in (wanted, jax.config.jax_platforms) or not accelerators(root)
+    is_cpu = "cpu" in (kind, jax.config.jax_platforms) or not accelerators(root)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if is_cpu and mallopt is not None:
         for parameter, value in _MALLOPT.items():
@@ -63,39 +63,39 @@ def keep_freed_memory(wanted: str = "auto", *, root: Path = Path("/")) -> None:
 
 
 def accelerators(root: Path = Path("/")) -> dict[str, str]:
-    """The kinds of accelerators of the machine, whether JAX can use them or not: kind -> the file that shows it.
+    """The machine's accelerators, usable by JAX or not: kind -> the device file that proves it.
 
-    Files alone are looked at: machines without a GPU may well have nvidia-smi.
+    Device files decide: machines without a GPU may have nvidia-smi.
     """
-    found = {}
+    files = {}
     gpus = sorted(root.glob("dev/nvidia[0-9]*"))
-    if (root / "dev/dxg").exists():  # WSL, whatever the maker of the GPU; the driver tells
+    if (root / "dev/dxg").exists():  # WSL, with a GPU of any maker: check NVIDIA's driver
         gpus += root.glob("usr/lib/wsl/lib/nvidia-smi")
     if gpus:
-        found["gpu"] = str(gpus[0])
+        files["gpu"] = str(gpus[0])
     tpus = sorted(root.glob("dev/accel[0-9]*"))
     for vendor in sorted(root.glob("sys/bus/pci/devices/*/vendor")):
         number = vendor.with_name("device")
         if vendor.read_text().strip() == _TPU_VENDOR and number.read_text().strip() in _TPU_CHIPS:
             tpus.append(number.parent)
     if tpus:
-        found["tpu"] = str(tpus[0])
-    return found
+        files["tpu"] = str(tpus[0])
+    return files
 
 
-def _unusable(kind: str, sign: str | None, used: str) -> str:
-    """Why there is no `kind` to compute on, and what to do."""
+def _unusable(kind: str, file: str | None, platform: str) -> str:
+    """Why JAX computes on `platform` and not on `kind`, whose device file is `file`; the remedy."""
     name, extra = {"gpu": ("an NVIDIA GPU", "cuda"), "tpu": ("a TPU", "tpu")}[kind]
-    if sign is None:
-        return f"--device={kind} asks for a device that this machine does not have; JAX computes on its {used}"
+    if file is None:
+        return f"--device={kind} asks for a device that this machine does not have; JAX computes on its {platform}"
     if jax.config.jax_platforms:
         remedy = f"because of JAX_PLATFORMS={jax.config.jax_platforms}: unset it"
     elif _has_plugin(kind):
-        asks = f"python -c \"import jax; jax.devices('{extra}')\""
-        remedy = f"though what it needs is installed: {asks} tells why"
+        check = f"python -c \"import jax; jax.devices('{extra}')\""
+        remedy = f"though what it needs is installed: {check} tells why"
     else:
         remedy = f'because what it needs is not installed: pip install -e ".[{extra}]"'
-    return f"this machine has {name} ({sign}), but JAX does not use it {remedy}; or go on slowly, with --device=cpu"
+    return f"this machine has {name} ({file}), but JAX does not use it {remedy}; or go on slowly, with --device=cpu"
 
 
 def _has_plugin(kind: str) -> bool:

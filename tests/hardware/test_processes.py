@@ -122,7 +122,7 @@ def test_a_distributed_run(tmp_path):
     assert len(list((work / "images").iterdir())) == 5
 
 
-def test_who_is_missing_is_told(tmp_path):
+def test_missing_processes_are_named(tmp_path):
     """One of three comes, and JAX ends it in time: before, it says who is here and who is not."""
     script = (
         "import pathlib, sys; from referee_jax.hardware import processes;"
@@ -141,6 +141,6 @@ def test_who_is_missing_is_told(tmp_path):
     )
     assert done.returncode
     assert (
-        f"others of this job are waited for, 5 s at most; here are: process 0 on {processes.HOST}; missing: 1, 2\n"
+        f"waiting for other processes of this job, 5 s at most; present: process 0 on {processes.HOST}; missing: 1, 2\n"
         in done.stderr
     )
