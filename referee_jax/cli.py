@@ -1,4 +1,4 @@
-"""The command of a run: its flags, and what they ask for. A mistake is one sentence."""
+"""What all commands share: flags, starting, and error messages of one sentence."""
 
 import dataclasses
 import re
@@ -12,43 +12,42 @@ from absl import app, flags, logging
 from referee_jax import config, console, schema
 from referee_jax.hardware import chips, compile_cache, devices
 
-# config_flags reads the file and sets what is overridden while flags are parsed, and raises what comes.
+# config_flags reads the config file while flags are parsed, and passes on any error in it.
 FLAG_ERRORS = (flags.Error, AttributeError, LookupError, TypeError, ValueError, SyntaxError, OSError)
 
 
 def define_device(values: flags.FlagValues = flags.FLAGS) -> None:
-    """The flag that says what to compute on."""
-    flags.DEFINE_enum(
-        "device", "auto", devices.KINDS, "what to compute on; auto: an accelerator where there is one", flag_values=values
-    )  # fmt: skip
+    """Defines --device."""
+    text = "what to compute on; auto: an accelerator where there is one"
+    flags.DEFINE_enum("device", "auto", devices.KINDS, text, flag_values=values)
 
 
-def prepare(wanted: str) -> None:
-    """Chooses the device that is wanted and has its compiled programs kept, or warns why not. Raises DeviceError."""
-    if trouble := compile_cache.use(devices.choose(wanted)):
-        logging.warning(trouble)
+def prepare(kind: str) -> None:
+    """Chooses the device and turns on the compile cache, or warns why not. Raises DeviceError."""
+    if problem := compile_cache.use(devices.choose(kind)):
+        logging.warning(problem)
 
 
 def tell(work: Callable[[], str]) -> int:
-    """Prints what a program's work has to say; its exit code. What cannot be done is one sentence and code 2."""
+    """Prints the result of `work` and returns 0; after an error, prints one sentence, returns 2."""
     try:
         print(console.printable(work().rstrip("\n"), sys.stdout.encoding))
         return 0
     except (ValueError, OSError, devices.DeviceError) as error:
-        told = str(error)
+        message = str(error)
     except jax.errors.JaxRuntimeError as error:
-        told = f"the device failed: {console.first_line(error)[:300]}"
+        message = f"the device failed: {console.first_line(error)[:300]}"
         if chips.is_out_of_memory(error):
-            told += "; its memory is too small for so much at once"
-    print(console.printable(f"error: {told}", sys.stderr.encoding), file=sys.stderr)
+            message += "; its memory is too small for so much at once"
+    print(console.printable(f"error: {message}", sys.stderr.encoding), file=sys.stderr)
     return 2
 
 
 def start(main: Callable[..., str], *, arguments: int = 0, hint: str = "") -> None:
-    """Runs a program whose flags are defined: `main` has their values, and so many arguments, and gives what there is to say.
+    """Parses flags, calls `main(flags, *args)` with up to `arguments` args, and prints its result.
 
-    `hint` says where else something belongs that is one argument too many. A flag or an argument that cannot be is one
-    sentence and code 2, as is what cannot be done.
+    `hint` is shown if there is an unexpected argument. Mistakes and errors are one sentence and
+    exit code 2.
     """
 
     def parse_flags(argv: list[str]) -> list[str]:
@@ -65,27 +64,29 @@ def start(main: Callable[..., str], *, arguments: int = 0, hint: str = "") -> No
 
 
 def unexpected(argument: str, hint: str) -> str:
+    """The message for an unexpected argument."""
     return f"unexpected argument {argument!r}" + (f"; {hint}" if hint else "")
 
 
 def parse_argv(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
+    """Parses flags into `values`; returns the other arguments. Raises FLAG_ERRORS."""
     rest = values(list(argv))
     if "config" in values and values.config is not None:
-        values.config.keys()  # a file that could not be read says so when its values are asked for
+        values.config.keys()  # raises now if the config file could not be read
     return rest
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:
-    """One sentence on an error of absl or ml_collections."""
+    """An error of absl or ml_collections in one sentence."""
     keys = [match[1] for argument in argv if (match := re.match(r"--?config\.([^=]+)", argument))]
     for key in keys:
         if unknown := _unknown(key):
             return unknown
-    # A KeyError's text is quoted once, or twice.
+    # str() of a KeyError quotes its text.
     text = str(error.args[0] if isinstance(error, LookupError) and error.args else error).replace("\\n", "\n").strip()
     if locked := re.search(r'Key "(\w+)" does not exist', text):
-        near = re.search(r'Did you mean "(\w+)"', text)
-        return f"{locked[1]} is not a setting" + (f"; did you mean {near[1]}?" if near else "")
+        match = re.search(r'Did you mean "(\w+)"', text)
+        return f"{locked[1]} is not a setting" + (f"; did you mean {match[1]}?" if match else "")
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, flags.IllegalFlagValueError) and "Traceback" in text:
         return f"the config file fails: {lines[-1].removeprefix('referee_jax.schema.ConfigError: ')}"
@@ -99,9 +100,9 @@ def explain(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _unknown(path: str) -> str | None:
-    """What is wrong with the key of `--config.path=`, if there is no such setting."""
+    """The message for `--config.path=` if there is no such setting."""
     group: Any = config.Settings()
-    done = ""
+    prefix = ""
     for part in path.split("."):
         match = re.fullmatch(r"(\w+)(\[\d+\])?", part)
         name, index = match.groups() if match else (part, None)
@@ -109,8 +110,8 @@ def _unknown(path: str) -> str | None:
             return None
         known = [field.name for field in dataclasses.fields(group)]
         if name not in known:
-            return schema.unknown_key(f"{done}{name}", known)
-        group, done = getattr(group, name), f"{done}{part}."
+            return schema.unknown_key(f"{prefix}{name}", known)
+        group, prefix = getattr(group, name), f"{prefix}{part}."
         if index and isinstance(group, tuple) and group:
             group = group[0]
     return None

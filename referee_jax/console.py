@@ -1,4 +1,4 @@
-"""What a run tells while it works: lines, and a bar where it is a terminal that reads them."""
+"""Console output: lines, progress, tables, and text made safe for a terminal."""
 
 import contextlib
 import os
@@ -10,18 +10,18 @@ from typing import TextIO
 import numpy as np
 import tqdm
 
-SECONDS_BETWEEN_LINES = 30  # of progress, where it is not a terminal that reads it
+SECONDS_BETWEEN_LINES = 30  # of progress, if stderr is not a terminal
 SHOWN_METRICS = 4
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:
-    """Prints a line, without what would steer a terminal; where nobody reads any more (`| head`), the work goes on silently."""
+    """Prints a `printable` line. If the reader has gone (`| head`), later output is discarded."""
     file = file or sys.stdout
     try:
         tqdm.tqdm.write(printable(text, file.encoding), file=file)
         file.flush()
     except BrokenPipeError:
-        # What is still in the buffer would raise again at exit.
+        # Flushing the buffer at exit would raise again.
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, file.fileno())
@@ -29,24 +29,24 @@ def say(text: str, *, file: TextIO | None = None) -> None:
 
 
 class Progress:
-    """Iterations of all images: a bar on a terminal, a line now and then elsewhere."""
+    """Progress in iterations of all images: a bar on a terminal, elsewhere lines now and then."""
 
     def __init__(self, images: int, steps: int):
         self.images, self.total, self.steps = images, images * steps, 0
         self.done, self.bar = 0, None
         self.is_terminal = sys.stderr.isatty()
-        self.counted_from = self.said = time.monotonic()
-        self.uncounted, self.is_told = 0, True
+        self.counted_from = self.printed = time.monotonic()  # when counting began; of the last line
+        self.uncounted, self.is_printed = 0, True
 
     def advance(self, steps: int, metrics: dict[str, np.ndarray]) -> None:
-        """After a chunk of so many iterations, each image's counted, with its metrics."""
+        """Counts a chunk of `steps` iterations, summed over images; shows the metrics' means."""
         self.steps += steps
-        # What is not measured in every iteration is shown where it was.
+        # Metrics that are not measured in every iteration are NaN in the others.
         means = {name: mean(np.ravel(x)) for name, x in metrics.items()}
-        there = [f"{name} {value:.3g}" for name, value in means.items() if not np.isnan(value)]
-        losses = " ".join(there[:SHOWN_METRICS])
+        texts = [f"{name} {value:.3g}" for name, value in means.items() if not np.isnan(value)]
+        losses = " ".join(texts[:SHOWN_METRICS])
         if not self.uncounted:
-            # The first chunk is compiled: its time says nothing about the others.
+            # The first chunk includes compilation, so the rate does not count it.
             self.counted_from, self.uncounted = time.monotonic(), self.steps
         if self.is_terminal:
             if self.bar is None:
@@ -58,22 +58,22 @@ class Progress:
             self._line(losses)
 
     def skip(self, steps: int) -> None:
-        """So many iterations have been done before."""
+        """Leaves out iterations that were done before this run."""
         self.total -= steps
 
     def finished(self, images: int) -> None:
-        """After a batch: so many images more."""
-        self.done, self.is_told = self.done + images, False
+        """Counts the images of a finished batch."""
+        self.done, self.is_printed = self.done + images, False
         if self.is_terminal:
             self._describe()
         else:
             self._line("")
 
     def close(self) -> None:
-        """Leaves the bar as it is and the cursor below it; elsewhere, how far it came."""
+        """Ends the bar; without one, prints the last state."""
         if self.bar is not None:
             self.bar.close()
-        if not self.is_terminal and not self.is_told:
+        if not self.is_terminal and not self.is_printed:
             self._line("", is_last=True)
 
     def _describe(self) -> None:
@@ -82,10 +82,10 @@ class Progress:
 
     def _line(self, losses: str, *, is_last: bool = False) -> None:
         now = time.monotonic()
-        if not is_last and now - self.said <= SECONDS_BETWEEN_LINES:
+        if not is_last and now - self.printed <= SECONDS_BETWEEN_LINES:
             return
-        self.said, self.is_told = now, True
-        rate = (self.steps - self.uncounted) / max(self.said - self.counted_from, 1e-9)
+        self.printed, self.is_printed = now, True
+        rate = (self.steps - self.uncounted) / max(now - self.counted_from, 1e-9)
         parts = [f"{self.done}/{self.images} images", f"{self.steps}/{self.total} steps"]
         if rate > 0:
             parts += [f"{rate:.2f} steps/s", f"{(self.total - self.steps) / rate:.0f} s left"]
@@ -94,7 +94,7 @@ class Progress:
 
 @contextlib.contextmanager
 def shown(images: int, steps: int) -> Iterator[Progress]:
-    """A Progress that is closed at the end, whatever happens."""
+    """A Progress that is closed at the end, also after an exception."""
     bar = Progress(images, steps)
     try:
         yield bar
@@ -103,31 +103,32 @@ def shown(images: int, steps: int) -> Iterator[Progress]:
 
 
 def mean(metric: np.ndarray) -> np.ndarray:
-    """Over the last axis, of what is not NaN; NaN where that is nothing."""
-    there = ~np.isnan(metric)
+    """The mean over the last axis without NaNs; NaN if all are."""
+    valid = ~np.isnan(metric)
     with np.errstate(all="ignore"):
-        return np.where(there, metric, 0).sum(-1, dtype=np.float64) / there.sum(-1)
+        return np.where(valid, metric, 0).sum(-1, dtype=np.float64) / valid.sum(-1)
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def markdown(columns: Sequence[str], rows: Mapping[str, Sequence[object]]) -> str:
-    """A table, one line per row: its name, then a cell for each of the other columns."""
+    """A Markdown table; a row is its name and a cell for each other column."""
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     lines += [f"| {' | '.join([name, *map(str, cells)])} |" for name, cells in rows.items()]
     return "\n".join(lines) + "\n"
 
 
 def printable(text: str, encoding: str | None = None) -> str:
-    """`text` for a terminal: what would steer it, or has no place in its encoding, as an escape; lines stay lines."""
+    """`text` with control and unencodable characters escaped; newlines stay."""
     encoding = encoding or "utf-8"
     plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     return plain.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def fail(code: int, text: str) -> int:
+    """Prints an error and returns the exit code."""
     say(f"error: {text}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""Prompts: files of them, what can be wrong with one, and their tokens."""
+"""Texts made from a prompt (captions, questions, hard negatives) and their tokens."""
 
 import itertools
 import re
@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
+PLACES = re.compile(r"\{(caption)?\}")  # of the prompt in a template
+_MARKS = re.compile(r"""[.!"()*#:;~]""")
+
 
 class PromptError(ValueError):
-    """A file of prompts or a prompt that cannot be used; one sentence."""
+    """A prompt, or a file of prompts, that cannot be used; one sentence."""
 
 
 class Unreadable(PromptError):
@@ -21,7 +24,7 @@ class Unreadable(PromptError):
 
 
 def token_count(tokenizer: Any, text: str) -> int:
-    """Tokens of `text` with both ends, by a transformers tokenizer."""
+    """Number of tokens of `text`, start and end included, by a transformers tokenizer."""
     return len(tokenizer(text, verbose=False)["input_ids"])
 
 
@@ -44,56 +47,50 @@ def tokenize(
     return np.array(rows, np.int32)
 
 
-_MARKS = re.compile(r"""[.!"()*#:;~]""")
-
-
 def caption(text: str) -> str:
-    """The text as BLIP's were in training (`blip_caption` of LAVIS): lower case, some marks blanked.
+    """A caption as in BLIP's training (`blip_caption` of LAVIS): lower case, some marks as spaces.
 
-    What LAVIS also does, cutting after 50 words, is left out: a text is read whole or refused.
+    Unlike LAVIS, it does not cut after 50 words.
     """
     return re.sub(r"\s{2,}", " ", _MARKS.sub(" ", text.lower())).strip()
 
 
-PLACES = re.compile(r"\{(caption)?\}")
-
-
 def fill(template: str, prompt: str) -> str:
-    """The template with the prompt in place of {}, or, as `caption` leaves it, of {caption}."""
-    return PLACES.sub(lambda place: caption(prompt) if place[1] else prompt, template)
+    """Replaces {} in the template by the prompt, and {caption} by its `caption`."""
+    return PLACES.sub(lambda match: caption(prompt) if match[1] else prompt, template)
 
 
 def question(text: str) -> str:
-    """The same for questions (`blip_question` of LAVIS), where the marks are deleted."""
+    """A question as in BLIP's training (`blip_question` of LAVIS): lower case, marks deleted."""
     return _MARKS.sub("", text.lower()).strip()
 
 
 def hard_negatives(prompt: str, exchange: Sequence[Sequence[str]]) -> list[str]:
-    """Texts near to a prompt that say something else, the most treacherous first: what a referee must not mix up.
+    """Hard negatives of a prompt, hardest first: similar texts that a referee must tell from it.
 
-    `exchange` are groups of words of which each may stand where another stands (colours, shapes, ...). Two words of a group
-    that are both in the prompt change places; one part of an "and" is left out; one word gives way to each other one of its
-    group.
+    `exchange` are groups of interchangeable words (colours, shapes, ...). First, two words of a
+    group that are both in the prompt swap places; then one side of an "and" is left out; then a
+    word is replaced by each other word of its group.
     """
     words = prompt.split()
     groups = [{word.lower(): None for word in group} for group in exchange]
-    at = [[i for i, word in enumerate(words) if word.lower() in group] for group in groups]
+    positions = [[i for i, word in enumerate(words) if word.lower() in group] for group in groups]
     texts = []
-    for places in at:
-        for i, j in itertools.combinations(places, 2):
+    for indices in positions:
+        for i, j in itertools.combinations(indices, 2):
             swapped = list(words)
             swapped[i], swapped[j] = words[j], words[i]
             texts.append(swapped)
     parts = prompt.split(" and ")
     texts += [part.split() for part in parts if len(parts) > 1]
-    for group, places in zip(groups, at, strict=True):
-        texts += [[*words[:i], other, *words[i + 1 :]] for i in places for other in group]
-    # "a red ..." with another colour may be "an orange ...".
-    told = [" ".join(_article(text, i) for i in range(len(text))) for text in texts]
-    return [text for text in dict.fromkeys(told) if text.lower() != prompt.lower()]
+    for group, indices in zip(groups, positions, strict=True):
+        texts += [[*words[:i], other, *words[i + 1 :]] for i in indices for other in group]
+    negatives = [" ".join(_article(text, i) for i in range(len(text))) for text in texts]
+    return [text for text in dict.fromkeys(negatives) if text.lower() != prompt.lower()]
 
 
 def _article(words: Sequence[str], i: int) -> str:
+    """Word `i`, with an article adapted to the next word: "a red ..." becomes "an orange ..."."""
     if words[i] not in ("a", "an") or i + 1 == len(words):
         return words[i]
     return "an" if words[i + 1][0].lower() in "aeiou" else "a"

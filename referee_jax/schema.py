@@ -1,6 +1,6 @@
-"""Values as they come from a config file or the command line, into frozen dataclasses of settings.
+"""Parses values of config files and command lines into frozen dataclasses of settings.
 
-Names, types and ranges are those of the dataclass' fields; what does not fit is one sentence.
+The dataclass' fields define names, types and ranges. An error is one sentence.
 """
 
 import dataclasses
@@ -15,25 +15,24 @@ import ml_collections
 
 
 class ConfigError(ValueError):
-    """One sentence: which key, what was given, what is allowed."""
+    """One sentence: the key, its value, and what is allowed."""
 
 
 def bounded(default: Any, *, low: float = None, above: float = None, high: float = None, allowed: tuple = None) -> Any:
-    """A field with a range: at least `low`, more than `above`, at most `high`, one of `allowed`."""
+    """A field with limits: value >= `low`, > `above`, <= `high`, in `allowed`."""
     limits = {"low": low, "above": above, "high": high, "allowed": allowed}
     return dataclasses.field(default=default, metadata={name: x for name, x in limits.items() if x is not None})
 
 
 def wrong(key: str, value: Any, allowed: str) -> ConfigError:
-    """What is said of a value that is not `allowed`."""
-    given = repr(value)
-    return ConfigError(
-        f"{key} = {given if len(given) <= 200 else given[:200] + '...'} is not possible: it must be {allowed}"
-    )
+    """The error for a value that is not allowed; `allowed` says what is."""
+    text = repr(value)
+    text = text if len(text) <= 200 else text[:200] + "..."
+    return ConfigError(f"{key} = {text} is not possible: it must be {allowed}")
 
 
 def parse(value: Any, hint: Any, key: str, limits: Mapping) -> Any:
-    """`value` as type `hint` and within `limits` of its field's metadata. Raises ConfigError."""
+    """`value` as type `hint`, within the `limits` of its field. Raises ConfigError."""
     if dataclasses.is_dataclass(hint):
         return _parse_group(value, hint, key)
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
@@ -98,8 +97,8 @@ def _parse_group(value: Any, cls: type, key: str) -> Any:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """What is said of a key that there is not, beside the `known` ones of its group."""
+    """The message for an unknown key, with the closest of its group's `known` names."""
     *path, name = key.split(".")
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"did you mean {'.'.join([*path, near[0]])}?" if near else f"there are {', '.join(sorted(known))}"
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean {'.'.join([*path, matches[0]])}?" if matches else f"there are {', '.join(sorted(known))}"
     return f"{key} is not a setting; {hint}"
