@@ -14,7 +14,7 @@ import pytest
 
 from referee_jax.hardware import chips, devices
 
-ROOT = pathlib.Path(devices.__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_bare_machine_computes_on_its_cpu(wanted, tmp_path, platforms):
 FAULTS = """
 import resource, statistics, sys
 import jax, jax.numpy as jnp
-from referee_jax import devices
+from referee_jax.hardware import devices
 if sys.argv[1] == "choose":
     devices.choose("cpu")
 step = jax.jit(lambda x: jnp.cumsum(jnp.exp(x), 0).max())  # 36 MB, twice, between its parts
