@@ -48,20 +48,20 @@ def expand(prompts: Sequence[str], samples: int) -> list[Item]:
     return [Item(prompt, sample) for prompt in prompts for sample in range(samples)]
 
 
-def missing(wanted: Sequence[Item], done: Collection[str]) -> list[Item]:
-    """The `wanted` items, in order, whose ids are not `done`."""
-    return [item for item in wanted if item.id not in done]
+def missing(items: Sequence[Item], done: Collection[str]) -> list[Item]:
+    """The items, in order, whose ids are not `done`."""
+    return [item for item in items if item.id not in done]
 
 
-def share(wanted: Sequence[Item], index: int, count: int) -> list[Item]:
+def share(items: Sequence[Item], index: int, count: int) -> list[Item]:
     """The share of process `index` of `count`: every `count`-th item, done or not."""
-    return list(wanted[index::count])
+    return list(items[index::count])
 
 
-def batches(wanted: Sequence[Item], size: int) -> Iterator[list[Item]]:
+def batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
     """Consecutive batches of `size` items; the last may be shorter."""
-    for start in range(0, len(wanted), size):
-        yield list(wanted[start : start + size])
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
 
 
 @dataclasses.dataclass(frozen=True)

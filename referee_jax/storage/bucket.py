@@ -62,7 +62,7 @@ class Bucket:
     is_remote = True
 
     def __init__(self, url: str):
-        self.name, self.who = url.rstrip("/"), processes.name_process()
+        self.name, self.process = url.rstrip("/"), processes.name_process()
         kind = url.partition("://")[0]
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.name, use_listings_cache=False)
@@ -141,7 +141,7 @@ class Bucket:
 
     def now(self) -> float:
         """The bucket's clock, Unix seconds."""
-        probe = f".{self.who}.now"
+        probe = f".{self.process}.now"
         self.write(probe, b"")
         now = self.modified(probe)
         self.remove(probe)
@@ -246,7 +246,7 @@ class Bucket:
         for kind, data in lines.items():
             if data:
                 self._parts[kind] += 1
-                self.write(f"{kind}-{self.who}-{self._parts[kind]:06d}.jsonl", data)
+                self.write(f"{kind}-{self.process}-{self._parts[kind]:06d}.jsonl", data)
                 self._ends[kind] += len(data)
         for file in content:
             file.unlink(missing_ok=True)
@@ -279,7 +279,7 @@ class Bucket:
 
     def _new_lines(self, kind: str) -> bytes:
         """The whole lines of a local file that were not uploaded yet."""
-        file = self.local / (f"{kind}-{self.who}.jsonl" if kind == "metadata" else f"{kind}.jsonl")
+        file = self.local / (f"{kind}-{self.process}.jsonl" if kind == "metadata" else f"{kind}.jsonl")
         if not file.exists():
             return b""
         with open(file, "rb") as lines:
@@ -352,7 +352,7 @@ class BucketClaims:
                 if expires > now:
                     return False
                 self.bucket.remove(path)
-        if not self.bucket.create(path, self.bucket.who.encode()):
+        if not self.bucket.create(path, self.bucket.process.encode()):
             self._listed.add(name)
             self._others[name] = now + self.patience
             return False
@@ -364,7 +364,7 @@ class BucketClaims:
         now = time.monotonic()
         for name, written in self.held.items():
             if now - written > self.expiry / 4 and self.is_ours(name):
-                self.bucket.write(self._path(name), self.bucket.who.encode())
+                self.bucket.write(self._path(name), self.bucket.process.encode())
                 self.held[name] = now
 
     def release(self, ids: Collection[str]) -> None:
@@ -379,7 +379,7 @@ class BucketClaims:
 
     def is_ours(self, name: str) -> bool:
         """Whether the bucket still names this process as the owner."""
-        return self.bucket.read(self._path(name)) == self.bucket.who.encode()
+        return self.bucket.read(self._path(name)) == self.bucket.process.encode()
 
     def _expires(self, path: str) -> float | None:
         """When a claim expires unless it is rewritten, by the monotonic clock; None if missing."""

@@ -72,12 +72,12 @@ class Checkpoints:
 
     def __init__(self, directory: Path):
         # A new name for each process: another one may be continuing older checkpoints.
-        self.directory, self.own = directory, directory / processes.name_process()
+        self.directory, self.folder = directory, directory / processes.name_process()
         self._manager: ocp.CheckpointManager | None = None
 
     def save(self, part: Part, fingerprint: str) -> None:
         """Saves a part; it is on disk when this returns. OSError if it cannot be written."""
-        manager = self._manager = self._manager or _manager(self.own)
+        manager = self._manager = self._manager or _manager(self.folder)
         number = 1 + max(manager.all_steps(), default=0)
         manager.save(number, args=_Save(part, fingerprint), force=True)
 
@@ -86,7 +86,7 @@ class Checkpoints:
         if self._manager:
             self._manager.close()
             self._manager = None
-        shutil.rmtree(self.own, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def forget(self, done: Collection[str]) -> None:
         """Removes the checkpoints of any process whose items are all `done`, and the empty folder.

@@ -136,7 +136,7 @@ class RunDirectory:
                 bucket = bucket_lib.Bucket(str(path))
             except ValueError as error:
                 raise RunError(str(error)) from error
-            run = cls(bucket, settings, process=bucket.who)
+            run = cls(bucket, settings, process=bucket.process)
         else:
             run = cls(local.Disk(Path(path).expanduser()), settings, process=process)
         try:

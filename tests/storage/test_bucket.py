@@ -33,19 +33,19 @@ def url():
         fsspec.filesystem("memory").rm(place, recursive=True)
 
 
-def there(url):
+def contents(url):
     """Name -> content of all objects of a run."""
     fs, root = fsspec.core.url_to_fs(url)
     return {name[len(root) + 1 :]: fs.cat_file(name) for name in fs.find(root)}
 
 
 def journal(url):
-    return [json.loads(line) for line in there(url)["metadata.jsonl"].splitlines()]
+    return [json.loads(line) for line in contents(url)["metadata.jsonl"].splitlines()]
 
 
 def finished(url, count):
     """The colours of the images of a finished run, in which nothing is left that should not be."""
-    objects, lines = there(url), journal(url)
+    objects, lines = contents(url), journal(url)
     images = {name for name in objects if name.startswith("images/")}
     assert sorted(x["file_name"] for x in lines) == sorted(images) and len(images) == count
     others = {name for name in objects if not name.startswith(("images/", "log-", "trajectories/"))}
@@ -59,10 +59,10 @@ def test_a_run_in_a_bucket(tmp_path, url, capsys):
     assert execute(*PROMPTS, "--samples=2", f"--workdir={url}")[0] == 0
     assert finished(url, 8) == colours(tmp_path)
     assert f"see {url}/contact_sheet.png and gallery.html" in capsys.readouterr().out
-    assert b"data:image/webp" in there(url)["gallery.html"]
+    assert b"data:image/webp" in contents(url)["gallery.html"]
     assert {"start", "chunk", "end"} <= {
         json.loads(line)["event"]
-        for name, data in there(url).items()
+        for name, data in contents(url).items()
         if name.startswith("log-")
         for line in data.splitlines()
     }
@@ -82,7 +82,7 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path, url, call):
     execute(*PROMPTS, f"--workdir={tmp_path}")
     saving = "--config.checkpoint_seconds=1e-9", "--config.chunk=10"
     assert execute(*PROMPTS, f"--workdir={url}", *saving, failures={call: KeyboardInterrupt()})[0] == 130
-    assert any(name.startswith("checkpoints/") for name in there(url)) == (call in (2, 6))
+    assert any(name.startswith("checkpoints/") for name in contents(url)) == (call in (2, 6))
     code, engine = execute(*PROMPTS, f"--workdir={url}", *saving)
     assert code == 0 and [step for _, step in engine.resumed] == {2: [10], 6: [20]}.get(call, [])
     assert finished(url, 4) == colours(tmp_path)
@@ -91,41 +91,43 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path, url, call):
 def test_an_open_shard_is_soon_sent(tmp_path, url, monkeypatch):
     """Else all in it would be lost with the machine; here it is in the third batch that nothing more can be sent."""
     execute(*PROMPTS, "--samples=2", f"--workdir={tmp_path}")
-    asked = [*PROMPTS, "--samples=2", f"--workdir={url}", "--config.outputs.format=webdataset"]
-    asked += ["--config.outputs.shard_size=100", "--config.checkpoint_seconds=1e-9"]
+    arguments = [*PROMPTS, "--samples=2", f"--workdir={url}", "--config.outputs.format=webdataset"]
+    arguments += ["--config.outputs.shard_size=100", "--config.checkpoint_seconds=1e-9"]
     lost = lambda: monkeypatch.setattr(bucket_lib.Bucket, "_put", fail)
 
     def fail(*_):
         raise OSError("the machine is lost")
 
-    code, _ = execute(*asked, failures={7: lost})  # in the third batch, three chunks each
-    assert code == 1 and len([x for x in there(url) if x.startswith("shards/")]) == 2
+    code, _ = execute(*arguments, failures={7: lost})  # in the third batch, three chunks each
+    assert code == 1 and len([x for x in contents(url) if x.startswith("shards/")]) == 2
     monkeypatch.undo()
-    code, engine = execute(*asked)
+    code, engine = execute(*arguments)
     assert code == 0 and len(journal(url)) == 8 and [len(items) for items in engine.begun] == [2]
 
 
-@pytest.mark.parametrize("asked", [(), ("--config.outputs.trajectory=True",), ("--config.outputs.format=webdataset",)])
-def test_no_line_comes_before_its_image(url, monkeypatch, asked):
+@pytest.mark.parametrize(
+    "arguments", [(), ("--config.outputs.trajectory=True",), ("--config.outputs.format=webdataset",)]
+)
+def test_no_line_comes_before_its_image(url, monkeypatch, arguments):
     """At every moment, as a machine that is lost then would leave it; and the local disk is emptied."""
     put, wrong, locals_ = bucket_lib.Bucket.write, [], []
 
     def write(self, name, data):
         put(self, name, data)
         if name.startswith("metadata"):
-            objects = there(url).keys()
+            objects = contents(url).keys()
             for line in data.splitlines():
                 name = json.loads(line)["file_name"]
                 wrong.extend({name.rpartition("/")[0] if ".tar/" in name else name} - objects)
             locals_.append(self.local)
 
     monkeypatch.setattr(bucket_lib.Bucket, "write", write)
-    assert execute(*PROMPTS, "--samples=2", f"--workdir={url}", *asked, failures={7: KeyboardInterrupt()})[0] == 130
+    assert execute(*PROMPTS, "--samples=2", f"--workdir={url}", *arguments, failures={7: KeyboardInterrupt()})[0] == 130
     assert locals_ and not wrong
     assert not any(list((local / folder).glob("*")) for local in locals_ for folder in bucket_lib.CONTENT)
-    assert execute(*PROMPTS, "--samples=2", f"--workdir={url}", *asked)[0] == 0
+    assert execute(*PROMPTS, "--samples=2", f"--workdir={url}", *arguments)[0] == 0
     assert not wrong and len(journal(url)) == 8
-    assert ("trajectories/" in str(there(url).keys())) == ("trajectory" in str(asked))
+    assert ("trajectories/" in str(contents(url).keys())) == ("trajectory" in str(arguments))
 
 
 @pytest.mark.parametrize("process", ["--claim", "--shard_count=3"])
@@ -146,8 +148,8 @@ def test_processes_share_a_bucket(tmp_path, url, monkeypatch, process):
 
     def work(index):
         share = [process] if process == "--claim" else [process, f"--shard_index={index}"]
-        asked = command("--config.steps=25", *prompts, f"--workdir={url}", *share)
-        return run.main(asked, load=Engine)
+        parsed = command("--config.steps=25", *prompts, f"--workdir={url}", *share)
+        return run.main(parsed, load=Engine)
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         assert list(pool.map(work, range(3))) == [0, 0, 0]
@@ -159,7 +161,7 @@ def test_what_a_dead_worker_left_in_flight_goes_with_the_last(url):
     """Also where it came after all others had begun, and where nothing is left to do."""
     dead = ["--config.checkpoint_seconds=1e-9", "--config.chunk=10"]
     execute(*PROMPTS, f"--workdir={url}", *dead, failures={2: KeyboardInterrupt()})
-    objects = {name: data for name, data in there(url).items() if name.startswith("checkpoints/")}
+    objects = {name: data for name, data in contents(url).items() if name.startswith("checkpoints/")}
     assert execute(*PROMPTS, f"--workdir={url}")[0] == 0
     fs, root = fsspec.core.url_to_fs(url)
     fs.pipe({f"{root}/{name}": data for name, data in objects.items()})
@@ -188,11 +190,11 @@ def test_claims(url):
     assert not claims().take(item)
     wait(2)
     three = claims()
-    assert three.take(item) and fs.cat_file(path) == three.bucket.who.encode()
+    assert three.take(item) and fs.cat_file(path) == three.bucket.process.encode()
     two.close()  # what was taken over is left to its new owner
-    assert f"claims/{item.id}.claim" in there(url)
+    assert f"claims/{item.id}.claim" in contents(url)
     three.close()
-    assert f"claims/{item.id}.claim" not in there(url)
+    assert f"claims/{item.id}.claim" not in contents(url)
 
 
 def test_the_claims_of_others_are_listed_and_not_asked_for_one_by_one(url, monkeypatch):
@@ -216,13 +218,13 @@ def test_a_merge_of_another_hides_no_line(url, monkeypatch):
     execute("--prompt=a", f"--workdir={url}")
     bucket, other, bring = bucket_lib.Bucket(url), bucket_lib.Bucket(url), bucket_lib.Bucket.bring
     bucket.fetch()
-    line = there(url)["metadata.jsonl"].replace(b'"text": "a"', b'"text": "b"').replace(b'"id": "a-', b'"id": "b-')
+    line = contents(url)["metadata.jsonl"].replace(b'"text": "a"', b'"text": "b"').replace(b'"id": "a-', b'"id": "b-')
     other.write("metadata-x-000001.jsonl", line)
 
     def late(self, names):
         if "metadata-x-000001.jsonl" in names:
             monkeypatch.setattr(bucket_lib.Bucket, "bring", bring)
-            other.write("metadata.jsonl", there(url)["metadata.jsonl"] + line)
+            other.write("metadata.jsonl", contents(url)["metadata.jsonl"] + line)
             other.remove("metadata-x-000001.jsonl")
         bring(self, names)
 
@@ -242,9 +244,9 @@ def test_a_claim_given_back_and_taken_by_another_is_left(url, monkeypatch):
     def late(self, name):
         if self is two.bucket and name.endswith(".claim"):
             one.release([item.id])
-            found = modified(self, name)
+            modified_at = modified(self, name)
             assert three.take(item)
-            return found
+            return modified_at
         return modified(self, name)
 
     monkeypatch.setattr(bucket_lib.Bucket, "modified", late)
@@ -257,11 +259,11 @@ def test_nothing_is_left_on_the_machine(url, monkeypatch, form):
     places, init = [], bucket_lib.Bucket.__init__
     monkeypatch.setattr(bucket_lib.Bucket, "__init__", lambda self, url: init(self, url) or places.append(self.local))
     monkeypatch.setattr(bucket_lib, "SHOWN_BYTES", 1)
-    asked = [*PROMPTS, f"--workdir={url}", f"--config.outputs.format={form}", "--config.outputs.shard_size=1"]
-    assert execute(*asked, failures={5: KeyboardInterrupt()})[0] == 130
-    assert execute(*asked)[0] == 0
+    arguments = [*PROMPTS, f"--workdir={url}", f"--config.outputs.format={form}", "--config.outputs.shard_size=1"]
+    assert execute(*arguments, failures={5: KeyboardInterrupt()})[0] == 130
+    assert execute(*arguments)[0] == 0
     assert len(places) == 2 and not any(place.exists() for place in places)
-    assert there(url)["gallery.html"].count(b"data:image/webp") == (4 if form == "png" else 1)
+    assert contents(url)["gallery.html"].count(b"data:image/webp") == (4 if form == "png" else 1)
 
 
 @pytest.mark.parametrize("hours", [-24, 24])
@@ -305,7 +307,7 @@ def test_one_lock_at_a_time(url, monkeypatch):
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(8)))
-    assert most == [1] * 8 and not there(url)
+    assert most == [1] * 8 and not contents(url)
 
 
 def test_what_cannot_be_reached_is_a_sentence(url, monkeypatch, capsys):
@@ -362,14 +364,14 @@ def test_two_begin_at_once_with_other_settings(url, monkeypatch):
 def test_settings_that_are_forced_are_kept(url):
     execute("--prompt=a", f"--workdir={url}")
     assert execute("--prompt=a", "--prompt=b", "--config.sds.guidance=1", f"--workdir={url}", "--resume=force")[0] == 0
-    assert json.loads(there(url)["config.json"])["settings"]["sds"]["guidance"] == 1
+    assert json.loads(contents(url)["config.json"])["settings"]["sds"]["guidance"] == 1
     assert finished(url, 2)
 
 
 def test_a_journal_in_a_bucket_is_that_of_a_directory(tmp_path, url):
     """Copied down, it is a run directory like any other."""
     execute(*PROMPTS, f"--workdir={url}")
-    for name, data in there(url).items():
+    for name, data in contents(url).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     assert len(run_directory.read_journal(tmp_path)) == 4

@@ -33,9 +33,9 @@ def test_the_newest_comes_back(tmp_path):
     assert one.begun("print") == []
     for step in (10, 20, 30):
         one.save(part(step), "print")
-    (found,) = checkpoints.Checkpoints(tmp_path / "checkpoints").begun("print")
-    assert_same(found, part(30))
-    assert sorted(x.name for x in one.own.iterdir() if x.name.isdigit()) == ["2", "3"]
+    (newest,) = checkpoints.Checkpoints(tmp_path / "checkpoints").begun("print")
+    assert_same(newest, part(30))
+    assert sorted(x.name for x in one.folder.iterdir() if x.name.isdigit()) == ["2", "3"]
     assert checkpoints.Checkpoints(tmp_path / "checkpoints").begun("other settings") == []
     one.clear()
     assert one.begun("print") == []
@@ -49,7 +49,7 @@ def test_a_damaged_one_is_passed_over(tmp_path, damage, where, caplog):
     for step in (10, 20):
         one.save(part(step), "print")
     fallen = 0
-    for file in [x for x in (one.own / "2").rglob("*") if x.is_file() and x.stat().st_size]:
+    for file in [x for x in (one.folder / "2").rglob("*") if x.is_file() and x.stat().st_size]:
         data = file.read_bytes()
         at = int(where * len(data))
         broken = {"flip": data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :], "cut": data[:at]}
@@ -59,10 +59,10 @@ def test_a_damaged_one_is_passed_over(tmp_path, damage, where, caplog):
             file.write_bytes(broken[damage])
         with caplog.at_level(logging.WARNING, logger="absl"):
             caplog.clear()
-            (found,) = one.begun("print")
-        assert_same(found, part(found.step))
-        assert found.step == 20 or "cannot be read, the one before is taken" in caplog.text
-        fallen += found.step == 10
+            (newest,) = one.begun("print")
+        assert_same(newest, part(newest.step))
+        assert newest.step == 20 or "cannot be read, the one before is taken" in caplog.text
+        fallen += newest.step == 10
         file.write_bytes(data)
     assert fallen
     assert_same(one.begun("print")[0], part(20))
@@ -103,6 +103,6 @@ def test_forgotten_when_all_is_done(tmp_path):
     two.save(Part(ITEMS[:1], 5, {"x": np.zeros(1)}), "print")
     assert len(one.begun("print")) == 2
     one.forget({ITEMS[0].id})
-    assert [found.step for found in one.begun("print")] == [10]
+    assert [newest.step for newest in one.begun("print")] == [10]
     one.forget({item.id for item in ITEMS})
     assert not (tmp_path / "checkpoints").exists()
