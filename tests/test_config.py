@@ -59,8 +59,8 @@ def test_defaults_agree_with_the_modules_that_use_them(group, hyper, prefix):
 
 def test_every_magnitude_of_a_view_is_a_setting():
     magnitudes = {field.name for field in dataclasses.fields(augmentations.Settings)}
-    own = {"count", "keep", "augmentations", "shared_erase", "per_pass"}
-    assert set(dataclasses.asdict(config.Settings().views)) == magnitudes | own
+    others = {"count", "keep", "augmentations", "shared_erase", "per_pass"}
+    assert set(dataclasses.asdict(config.Settings().views)) == magnitudes | others
 
 
 def test_settings_survive_json():
@@ -242,8 +242,8 @@ def test_checkpoints_of_the_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
 def test_every_config_is_possible(file):
     """Its settings, and those of its variants if it is of a sweep; each of the package's checkpoints that it names is there."""
-    made = runpy.run_path(str(file)).get("get_variants")
-    variants = sweep.read(str(file)) if made else {"": config.load(str(file))}
+    variants_of = runpy.run_path(str(file)).get("get_variants")
+    variants = sweep.read(str(file)) if variants_of else {"": config.load(str(file))}
     for settings in variants.values():
         for name in (settings.generator.checkpoint, *(spec.checkpoint for spec in settings.referees)):
             assert not name.startswith("shapes/") or hub.local_path(name).is_dir()

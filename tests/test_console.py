@@ -14,7 +14,7 @@ def clock(monkeypatch):
     return now
 
 
-def told(capsys):
+def printed(capsys):
     return [line.partition(" steps")[0] for line in capsys.readouterr().out.splitlines()]
 
 
@@ -26,7 +26,7 @@ def test_a_line_now_and_then(clock, capsys):
                 clock[0] += 1.0
                 bar.advance(8 * 2, {"loss": np.ones(8)})
             bar.finished(8)
-    lines = told(capsys)
+    lines = printed(capsys)
     assert 2500 / console.SECONDS_BETWEEN_LINES - 5 < len(lines) < 2500 / console.SECONDS_BETWEEN_LINES + 5
     assert lines[0] == "120/10000 images, 496/40000" and lines[-1] == "10000/10000 images, 40000/40000"
 
@@ -36,14 +36,14 @@ def test_the_last_line_is_told_once(clock, capsys):
     with pytest.raises(KeyboardInterrupt), console.shown(9, 2) as bar:
         bar.advance(3 * 2, {})
         bar.finished(3)
-        assert told(capsys) == []
+        assert printed(capsys) == []
         raise KeyboardInterrupt
-    assert told(capsys) == ["3/9 images, 6/18"]
+    assert printed(capsys) == ["3/9 images, 6/18"]
     with console.shown(3, 2) as bar:
         bar.advance(3 * 2, {})
         clock[0] += 1.0 + console.SECONDS_BETWEEN_LINES
         bar.finished(3)
-    assert told(capsys) == ["3/3 images, 6/6"]
+    assert printed(capsys) == ["3/3 images, 6/6"]
     with console.shown(3, 2):
         pass
-    assert told(capsys) == []
+    assert printed(capsys) == []

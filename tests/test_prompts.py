@@ -28,8 +28,8 @@ def test_a_file_of_all_sorts(tmp_path):
         b"a red circle\n"
         b"tab\there\n" + "👩‍🚀 rides, “quoted”\u2028one line\n".encode() + b"x" * 2001 + b"\nlast/no end"
     )
-    kept, rejected = prompt_file.sift(prompt_file.read_prompts(file))
-    assert kept == ["a red circle", "a blue square", "👩‍🚀 rides, “quoted”\u2028one line", "last/no end"]
+    texts, rejected = prompt_file.sift(prompt_file.read_prompts(file))
+    assert texts == ["a red circle", "a blue square", "👩‍🚀 rides, “quoted”\u2028one line", "last/no end"]
     assert [(x.where, x.reason) for x in rejected] == [
         ("line 2 of list.txt", "blank"),
         ("line 4 of list.txt", "not UTF-8"),
@@ -89,9 +89,9 @@ def test_tokens(tokenizer):
     assert (ids[0, 0], ids[0, 4], ids[0, -1]) == (tokens.START, tokens.END, tokens.END)
     assert prompts.tokenize(tokenizer, texts[:1], 7).shape == (1, 7)
     assert prompts.tokenize(tokenizer, [], 7).shape == (0, 7)
-    left = copy.deepcopy(tokenizer)
-    left.padding_side = "left"
-    np.testing.assert_array_equal(prompts.tokenize(left, texts), ids)
+    left_padded = copy.deepcopy(tokenizer)
+    left_padded.padding_side = "left"
+    np.testing.assert_array_equal(prompts.tokenize(left_padded, texts), ids)
     assert prompts.token_count(tokenizer, "a red circle") == 5
 
 

@@ -102,8 +102,9 @@ def test_others_could_write(mode, inner, home, compiled):
     place = home / compile_cache.key("cpu") if inner else home
     place.mkdir(parents=True)
     place.chmod(mode)
-    said = refused(compiled)
-    assert said.startswith(f"compiled programs are not kept: others can write to {place}, and") and "chmod go-w" in said
+    sentence = refused(compiled)
+    assert sentence.startswith(f"compiled programs are not kept: others can write to {place}, and")
+    assert "chmod go-w" in sentence
 
 
 def test_others_can_read(home):

@@ -87,11 +87,11 @@ def test_processes_join(tmp_path):
         )
         for index in range(2)
     ]
-    said = [process.communicate(timeout=200)[0].strip().splitlines() for process in running]
-    assert said[0][-1] == "(0, 2)" and said[1][-2:] == ["(1, 2)", "asked to stop: True"]
+    outputs = [process.communicate(timeout=200)[0].strip().splitlines() for process in running]
+    assert outputs[0][-1] == "(0, 2)" and outputs[1][-2:] == ["(1, 2)", "asked to stop: True"]
     assert running[0].returncode == 0
-    found = checkpoints.Checkpoints(tmp_path / "checkpoints").begun("print")
-    assert sorted((part.items[0].sample, part.state["x"].tolist()) for part in found) == [
+    parts = checkpoints.Checkpoints(tmp_path / "checkpoints").begun("print")
+    assert sorted((part.items[0].sample, part.state["x"].tolist()) for part in parts) == [
         (0, [[0.0] * 3]), (1, [[1.0] * 3]),
     ]  # fmt: skip
 
@@ -111,9 +111,9 @@ def test_a_distributed_run(tmp_path):
         subprocess.Popen([*line, f"--shard_index={index}"], cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True)
         for index in range(2)
     ]
-    said = [process.communicate(timeout=200)[0] for process in running]
+    outputs = [process.communicate(timeout=200)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
-    assert "3 images done" in said[0] and "2 images done" in said[1]
+    assert "3 images done" in outputs[0] and "2 images done" in outputs[1]
     journals = [file.name for file in work.glob("metadata*.jsonl")]
     assert journals == ["metadata.jsonl"] and not (work / ".joining").exists()
     records = files.read_lines(work / "metadata.jsonl")

@@ -157,8 +157,8 @@ def test_an_item_needs_its_line_and_its_image(tmp_path):
         run.write(picture(sample=sample), seconds=1)
     names = [Item("a red circle", sample).id for sample in range(3)]
     (run.images / f"{names[0]}.png").unlink()
-    kept = [line for line in run.journal.read_text().splitlines() if names[1] not in line]
-    run.journal.write_text("\n".join(kept) + "\n")
+    rest = [line for line in run.journal.read_text().splitlines() if names[1] not in line]
+    run.journal.write_text("\n".join(rest) + "\n")
     assert run.done() == {names[2]}
     # Opened again, and the lost ones made again: one line each.
     run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
@@ -318,12 +318,12 @@ def test_the_scan_lists_folders_and_asks_for_no_file(tmp_path, monkeypatch):
     for n in range(500):
         (run.images / f"{n}.png").touch()
     files.append(run.journal, *({"id": f"{n}", "file_name": f"images/{n}.png"} for n in range(1000)))
-    asked = []
+    calls = []
     for name in ("stat", "scandir", "listdir", "open"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, real=real, **k: asked.append(a) or real(*a, **k))
+        monkeypatch.setattr(os, name, lambda *a, real=real, **k: calls.append(a) or real(*a, **k))
     assert run.done() == {f"{n}" for n in range(500)}
-    assert 0 < len(asked) < 20
+    assert 0 < len(calls) < 20
 
 
 def test_another_format_goes_on(tmp_path):
@@ -370,18 +370,18 @@ def test_a_disk_that_is_too_small(small_disk):
 @pytest.mark.parametrize("size", [64, 256])
 def test_the_estimate_is_generous_and_not_absurd(tmp_path, changes, size):
     """For a noisy picture, by what the disk says of it."""
-    asked = config.override(
+    options = config.override(
         SETTINGS, {"image_size": size, "steps": 20, "chunk": 10, "outputs.shard_size": 4, **changes}
     )
-    run = run_directory.RunDirectory.open(tmp_path, asked)
+    run = run_directory.RunDirectory.open(tmp_path, options)
     noisy = np.random.default_rng(0).normal(0.5, 0.03, (size, size, 3)).astype(np.float32)
-    frames = [images.to_uint8(noisy[:, ::step]) for step in (1, -1)] if asked.outputs.trajectory else []
+    frames = [images.to_uint8(noisy[:, ::step]) for step in (1, -1)] if options.outputs.trajectory else []
     taken = lambda: sum(x.stat().st_blocks * 512 for x in tmp_path.rglob("*") if x.is_file())
     before = taken()
     with run.writing() as writer:
         for n in range(4):
             writer.write(dataclasses.replace(picture(sample=n), image=noisy), seconds=1, frames=frames)
-    assert (taken() - before) / 4 < run_directory.bytes_per_item(asked) < 4 * (taken() - before) / 4
+    assert (taken() - before) / 4 < run_directory.bytes_per_item(options) < 4 * (taken() - before) / 4
 
 
 def test_a_disk_that_is_read_only(small_disk):

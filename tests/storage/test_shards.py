@@ -70,9 +70,9 @@ def test_webdataset_reads_it(folder):
 
 def test_names_do_not_collide(folder):
     """Not even of two processes that were started with the same number, at the same time."""
-    made = [shards.Shard(folder[0], 0) for _ in range(50)]
-    assert len({shard.path for shard in made}) == 50
-    for shard in made:
+    opened = [shards.Shard(folder[0], 0) for _ in range(50)]
+    assert len({shard.path for shard in opened}) == 50
+    for shard in opened:
         shard.file.close()
 
 
@@ -202,11 +202,11 @@ def test_a_shard_that_another_commits_this_moment(folder, monkeypatch):
 
 def members(directory):
     """Of all shards that are seen."""
-    found = []
+    inside = []
     for file in sorted(directory.glob("*.tar")):
         with tarfile.open(file) as tar:
-            found += tar.getnames()
-    return found
+            inside += tar.getnames()
+    return inside
 
 
 def committed(folder, *samples, process=0):
@@ -236,13 +236,13 @@ def is_there_once(folder, ids):
 def test_what_another_made_after_a_crash_is_left_out(folder, monkeypatch, at, twice):
     """Of the dead process's shard; all of it, if all is made again."""
     directory, journal = folder
-    there = {x["id"] for x in crash(folder, monkeypatch, at)}
+    ids = {x["id"] for x in crash(folder, monkeypatch, at)}
     committed(folder, *twice, process=1)
     for _ in range(2):
         shards.recover(directory, journal, 0)
         files.remove_abandoned(directory, 0)
-        is_there_once(folder, there.union(twice))
-    assert len(names(directory)) == 1 + bool(there - set(twice))
+        is_there_once(folder, ids.union(twice))
+    assert len(names(directory)) == 1 + bool(ids - set(twice))
 
 
 def test_a_slow_process_leaves_out_what_another_made(folder):
@@ -322,12 +322,12 @@ def test_a_crash_while_it_is_taken_out_loses_nothing(folder, monkeypatch, first,
 
 def test_two_that_commit_at_once(folder):
     """The same images, by processes of which none is dead: each image is in one of their shards."""
-    made = [shards.Shard(folder[0], n) for n in range(8)]
-    for n, shard in enumerate(made):
+    opened = [shards.Shard(folder[0], n) for n in range(8)]
+    for n, shard in enumerate(opened):
         for k in range(6):
             add(shard, f"a-{(n + k) % 8}")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: made[n].commit(folder[1].with_name(f"metadata-{n + 1}.jsonl")), range(8)))
+        list(pool.map(lambda n: opened[n].commit(folder[1].with_name(f"metadata-{n + 1}.jsonl")), range(8)))
     is_there_once(folder, {f"a-{n}" for n in range(8)})
 
 
@@ -354,12 +354,12 @@ def test_killed(tmp_path):
         "    print(n, flush=True)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    said = [process.stdout.readline() for _ in range(20)]
+    output = [process.stdout.readline() for _ in range(20)]
     process.kill()
-    said += process.stdout.readlines()
+    output += process.stdout.readlines()
     process.wait()
     shards.recover(tmp_path / "shards", tmp_path / "metadata.jsonl", 0)
     records = files.read_lines(tmp_path / "metadata.jsonl")
-    assert len(records) - len(said) in (0, 1) and len(said) >= 20
+    assert len(records) - len(output) in (0, 1) and len(output) >= 20
     for record in records:
         assert shards.read_bytes(tmp_path / record["file_name"]) == record["id"].encode() * 9999

@@ -27,8 +27,8 @@ def ids(samples):
 
 
 def directory(path, kind="png", **changes):
-    asked = {"image_size": 16, "outputs": {"format": kind, **changes}}
-    return run_directory.RunDirectory.open(path, config.from_config(asked))
+    values = {"image_size": 16, "outputs": {"format": kind, **changes}}
+    return run_directory.RunDirectory.open(path, config.from_config(values))
 
 
 @pytest.fixture
@@ -65,21 +65,21 @@ def test_tasks_are_made_at_once(gate):
 
 
 def test_who_gives_too_much_waits(gate):
-    pool, given = writer_lib.Pool(threads=2, pending=3), []
+    pool, submitted = writer_lib.Pool(threads=2, pending=3), []
 
     def give():
         for n in range(5):
             pool.submit(lambda: gate.wait(60), lambda _: None)
-            given.append(n)
+            submitted.append(n)
 
     thread = threading.Thread(target=give)
     thread.start()
-    wait_until(lambda: len(given) == 3)
+    wait_until(lambda: len(submitted) == 3)
     time.sleep(0.05)
-    assert given == [0, 1, 2]  # the fourth waits
+    assert submitted == [0, 1, 2]  # the fourth waits
     gate.set()
     thread.join(60)
-    assert given == [0, 1, 2, 3, 4]
+    assert submitted == [0, 1, 2, 3, 4]
     pool.close()
 
 
@@ -117,9 +117,9 @@ def test_images_and_lines(tmp_path, kind):
     for n, record in enumerate(records):
         file = tmp_path / record["file_name"]
         assert np.asarray(images.read_image(file)).tolist() == [[[n] * 3] * 16] * 16
-        said = images.read_settings(file)
-        assert (said["text"], said["sample"], said["scores"]) == ("a red circle", n, {"cosine": 0.125})
-        assert said["settings"]["image_size"] == 16 and "time" not in said
+        settings = images.read_settings(file)
+        assert (settings["text"], settings["sample"], settings["scores"]) == ("a red circle", n, {"cosine": 0.125})
+        assert settings["settings"]["image_size"] == 16 and "time" not in settings
     endings = {"png": {".png"}, "webp": {".webp"}, "webdataset": {".tar"}}[kind]
     folder = tmp_path / ("shards" if kind == "webdataset" else "images")
     assert {x.suffix for x in folder.iterdir()} == endings
@@ -135,18 +135,18 @@ def test_images_and_lines(tmp_path, kind):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_image_is_there_before_its_line(tmp_path, monkeypatch, kind):
     """At every moment a line is added to the journal, all of its images are there whole."""
-    run, append, seen = directory(tmp_path, kind, shard_size=3), files.append, []
+    run, append, samples = directory(tmp_path, kind, shard_size=3), files.append, []
 
-    def looked(path, *records):
+    def append_checked(path, *records):
         if path == run.journal:
-            seen.extend(images.read_settings(tmp_path / x["file_name"])["sample"] for x in records)
+            samples.extend(images.read_settings(tmp_path / x["file_name"])["sample"] for x in records)
         append(path, *records)
 
-    monkeypatch.setattr(files, "append", looked)
+    monkeypatch.setattr(files, "append", append_checked)
     with run.writing() as writer:
         for n in range(8):
             writer.write(picture(n), seconds=1)
-    assert seen == [*range(8)]
+    assert samples == [*range(8)]
 
 
 def test_flush(tmp_path):
@@ -183,11 +183,11 @@ def test_interrupted(tmp_path):
 def test_a_full_disk(tmp_path, room, kind):
     """The journal says what is there; nothing half written is; the same run goes on when there is room."""
     run = directory(tmp_path, kind, shard_size=3)
-    room.left, given = 50_000, 0
+    room.left, sample = 50_000, 0
     with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}"), run.writing() as writer:
-        for given in range(100):  # noqa: B007
-            writer.write(picture(given), seconds=1)
-    assert given < 99
+        for sample in range(100):  # noqa: B007
+            writer.write(picture(sample), seconds=1)
+    assert sample < 99
     room.left = float("inf")
     run = directory(tmp_path, kind, shard_size=3)
     assert [x for x in tmp_path.rglob("*") if x.name.startswith(".")] == []
