@@ -1,4 +1,4 @@
-"""Settings: the paper's values, what is refused and how that is said, and what makes two runs the same."""
+"""Settings: the paper's values, error messages, and fingerprints."""
 
 import dataclasses
 import importlib.util
@@ -76,7 +76,7 @@ def test_settings_survive_json():
 
 
 def test_whole_numbers_become_floats():
-    # A float that is an integer would be traced as one.
+    # An integer in place of a float would be traced as an integer.
     settings = config.from_config({"sds": {"guidance": 7}, "views": {"affine_translate": [0, 1]}})
     assert isinstance(settings.sds.guidance, float)
     assert [type(x) for x in settings.views.affine_translate] == [float, float]
@@ -224,7 +224,7 @@ def test_diff_names_what_changed():
     assert 'referees[0].checkpoint: "openai/clip-vit-large-patch14" -> "mine"' in lines
     assert 'referees[1].name: (absent) -> "clip"' in lines
     assert config.diff(old, old) == ""
-    # Records of another version have other keys.
+    # Records of other versions may have other keys.
     assert config.diff({"a": {"gone": 1}}, {"a": {}}) == "a.gone: 1 -> (absent)"
 
 
@@ -241,7 +241,7 @@ def test_checkpoints_of_the_package(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
 def test_every_config_is_possible(file):
-    """Its settings, and those of its variants if it is of a sweep; each of the package's checkpoints that it names is there."""
+    """Its settings, or its variants' if it is a sweep; the package's checkpoints in it exist."""
     variants_of = runpy.run_path(str(file)).get("get_variants")
     variants = sweep.read(str(file)) if variants_of else {"": config.load(str(file))}
     for settings in variants.values():

@@ -1,4 +1,4 @@
-"""What a run tells while it works, where no terminal reads it."""
+"""Progress of a run whose output is no terminal."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from referee_jax import console
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds, in a list of one."""
+    """The current second, in a list of one."""
     now = [1000.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return now
@@ -19,7 +19,7 @@ def printed(capsys):
 
 
 def test_a_line_now_and_then(clock, capsys):
-    """However many batches there are; and at the end how far it came."""
+    """However many batches there are; and the last state at the end."""
     with console.shown(10_000, 4) as bar:
         for _ in range(1250):
             for _ in range(2):
@@ -32,7 +32,7 @@ def test_a_line_now_and_then(clock, capsys):
 
 
 def test_the_last_line_is_told_once(clock, capsys):
-    """Also of a run that ends before its time, by an exception; not where the last batch was told of."""
+    """Also if the run ends early by an exception; not again if the last batch was printed."""
     with pytest.raises(KeyboardInterrupt), console.shown(9, 2) as bar:
         bar.advance(3 * 2, {})
         bar.finished(3)

@@ -1,4 +1,4 @@
-"""Prompt files with all that people put into them, and tokens."""
+"""Prompt files with all kinds of content, texts made from prompts, and tokens."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Programs are kept for the next run, in a directory that nobody else can write; without one the run goes on."""
+"""Programs are kept in a private directory; without one the run continues."""
 
 import os
 import types
@@ -15,7 +15,7 @@ from referee_jax.hardware import compile_cache
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch, tmp_path):
-    """An empty user's cache, and a JAX that keeps every program."""
+    """An empty cache directory of the user, and JAX set to keep every program."""
     names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -31,7 +31,7 @@ def home(monkeypatch, tmp_path):
 
 @pytest.fixture
 def compiled():
-    """Computes something anew, as a fresh process would: the result, and whether a kept program gave it."""
+    """Computes as a new process would; returns the result and whether a kept program gave it."""
     hits = []
     listen = lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None
     jax.monitoring.register_event_listener(listen)
@@ -88,7 +88,7 @@ def test_the_variable_that_users_know(tmp_path, monkeypatch, home):
 
 
 def refused(compiled):
-    """The sentence; what is computed all the same is not kept."""
+    """The sentence of a refusal, after which programs are not kept."""
     jax.config.update("jax_compilation_cache_dir", "left from before")
     sentence = compile_cache.use("cpu")
     assert jax.config.jax_compilation_cache_dir is None and "\n" not in sentence

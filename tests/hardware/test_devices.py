@@ -1,4 +1,4 @@
-"""Which devices are computed on: an accelerator that is there and cannot be used is not passed over in silence."""
+"""The choice of devices: an unusable accelerator is an error, never ignored."""
 
 import importlib
 import os
@@ -47,7 +47,7 @@ def machine(root, *files, **texts):
         (("dev/dxg", "usr/lib/wsl/lib/nvidia-smi"), {}, {"gpu": "usr/lib/wsl/lib/nvidia-smi"}),
         (("dev/accel0", "dev/accel1"), {}, {"tpu": "dev/accel0"}),
         (("dev/vfio/0",), {"a": ("0x1ae0", "0x0063")}, {"tpu": "sys/bus/pci/devices/a"}),
-        ((), {"a": ("0x1ae0", "0x0042"), "b": ("0x8086", "0x0063")}, {}),  # Google's network card, and somebody else's
+        ((), {"a": ("0x1ae0", "0x0042"), "b": ("0x8086", "0x0063")}, {}),  # Google's network card, and another maker's
     ],
 )
 def test_accelerators_of_a_machine(files, buses, found, tmp_path):
@@ -67,7 +67,7 @@ import jax, jax.numpy as jnp
 from referee_jax.hardware import devices
 if sys.argv[1] == "choose":
     devices.choose("cpu")
-step = jax.jit(lambda x: jnp.cumsum(jnp.exp(x), 0).max())  # 36 MB, twice, between its parts
+step = jax.jit(lambda x: jnp.cumsum(jnp.exp(x), 0).max())  # two intermediate arrays of 36 MB
 x = jnp.zeros((3000, 3000))
 faults = lambda: (step(x).block_until_ready(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt)[1]
 found = [faults() for _ in range(15)]
@@ -102,7 +102,7 @@ def test_an_accelerator_that_jax_does_not_use(file, message, tmp_path, platforms
     with pytest.raises(devices.DeviceError, match=message):
         devices.choose("auto", root=root)
     assert devices.choose("cpu", root=root) == "cpu"
-    assert jax.config.jax_platforms == "cpu"  # which also holds for an accelerator that could be used
+    assert jax.config.jax_platforms == "cpu"  # also for an accelerator that could be used
     monkeypatch.setattr(devices, "_has_plugin", lambda kind: True)
     platforms(None)
     with pytest.raises(
@@ -129,7 +129,7 @@ def test_asked_for_what_is_not_there(wanted, tmp_path, platforms):
 
 
 def test_the_plugins_that_are_installed(tmp_path, monkeypatch):
-    """Whatever the machine has: nothing, then what a wheel of each leaves in a directory of packages."""
+    """On any machine: without plugins, then with what the wheels install."""
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert not devices._has_plugin("gpu") and not devices._has_plugin("tpu")
     (tmp_path / "libtpu").mkdir()
@@ -176,7 +176,7 @@ def test_the_command_says_so_at_once(arguments, platforms, message, tmp_path):
     ],
 )
 def test_cudnn(monkeypatch, backend, version, capability, found):
-    """Attention in half precision is there from Ampere on."""
+    """cuDNN has attention in half precision from Ampere on."""
     client = types.SimpleNamespace(platform_version=version)
     device = types.SimpleNamespace(client=client, compute_capability=capability)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
@@ -185,7 +185,7 @@ def test_cudnn(monkeypatch, backend, version, capability, found):
 
 
 def test_options_of_xla(monkeypatch):
-    """It knows them, or would refuse; what the user tells XLA himself wins."""
+    """XLA knows them, or would refuse them; XLA_FLAGS takes precedence."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     assert chips.compiler_options("gpu") == {}
     options = chips.compiler_options("cpu")
@@ -198,7 +198,7 @@ def test_options_of_xla(monkeypatch):
 
 
 def test_the_chip_that_is_traced_for():
-    """A mesh's, though its devices are not there; else what JAX computes on, which the table does not have."""
+    """That of a mesh with absent devices; else JAX's device, a CPU, which the table lacks."""
     assert chips.chip() is None
     tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("prompt",), abstract_device=tpu)):

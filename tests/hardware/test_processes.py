@@ -1,4 +1,4 @@
-"""Meshes and processes; what runs on them is in test_inverter.py."""
+"""Meshes and processes; programs on them are tested in engine/test_inverter.py."""
 
 import os
 import pathlib
@@ -30,7 +30,7 @@ def test_meshes():
 
 
 def test_what_is_split(monkeypatch):
-    """Over the groups what is batched; within them the longest axis that can be, of what is large."""
+    """Batches are split over groups, large arrays within them along the longest divisible axis."""
     monkeypatch.setattr(parallel, "LARGE", 100)
     mesh = parallel.prompt_mesh(jax.devices()[:4], model=2)
     spec = lambda *shape, batched=False: parallel.place(np.zeros(shape), mesh, batched=batched).sharding.spec
@@ -61,13 +61,13 @@ if index:
     while not stop() and time.monotonic() < deadline:
         time.sleep(0.1)
     print("asked to stop:", stop(), flush=True)
-    time.sleep(2)  # and the other one, which is done, waits
+    time.sleep(2)  # while the other process, which is done, waits
 signal.setitimer(signal.ITIMER_REAL, 0)
 """
 
 
 def environment():
-    """Of the processes of a job, the first of which listens where nobody does yet."""
+    """Environment of a job's processes, with a free port for process 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -75,7 +75,7 @@ def environment():
 
 
 def test_processes_join(tmp_path):
-    """Two of them, by jax.distributed: each is told which it is, hears SIGTERM and has its checkpoints; who is done waits."""
+    """Each of two gets its index, hears SIGTERM and has checkpoints; a finished one waits."""
     variables = environment()
     running = [
         subprocess.Popen(
@@ -97,7 +97,7 @@ def test_processes_join(tmp_path):
 
 
 def test_a_distributed_run(tmp_path):
-    """Two processes of one job make a run: each its share, and whoever is last joins the journals."""
+    """Two processes of a job make a run: each its share, and the last merges the journals."""
     variables, work = environment(), tmp_path / "run"
     arguments = [
         "--config=configs/shapes.py",
@@ -123,7 +123,7 @@ def test_a_distributed_run(tmp_path):
 
 
 def test_missing_processes_are_named(tmp_path):
-    """One of three comes, and JAX ends it in time: before, it says who is here and who is not."""
+    """One of three starts; before JAX ends it, it prints which are present and missing."""
     script = (
         "import pathlib, sys; from referee_jax.hardware import processes;"
         "processes.join(0, 3, pathlib.Path(sys.argv[1]), timeout=5)"

@@ -1,4 +1,4 @@
-"""Run directories in buckets: what is there in the end, and that nothing is lost, doubled or sent before its image."""
+"""Run directories in buckets: their content, and that nothing is lost, doubled or out of order."""
 
 import concurrent.futures
 import datetime
@@ -25,7 +25,7 @@ PROMPTS = ["--prompt=one", "--prompt=two", "--prompt=three", "--prompt=four"]
 
 @pytest.fixture
 def url():
-    """A place in a bucket of this process's memory."""
+    """A URL in an in-memory bucket."""
     where = f"memory://{secrets.token_hex(8)}/run"
     yield where
     place = where.removeprefix("memory:/").rpartition("/")[0]
@@ -34,7 +34,7 @@ def url():
 
 
 def contents(url):
-    """Name -> content of all objects of a run."""
+    """Name -> content of each object of a run."""
     fs, root = fsspec.core.url_to_fs(url)
     return {name[len(root) + 1 :]: fs.cat_file(name) for name in fs.find(root)}
 
@@ -44,7 +44,7 @@ def journal(url):
 
 
 def finished(url, count):
-    """The colours of the images of a finished run, in which nothing is left that should not be."""
+    """The images' colours in a finished run, which must hold no other objects."""
     objects, lines = contents(url), journal(url)
     images = {name for name in objects if name.startswith("images/")}
     assert sorted(x["file_name"] for x in lines) == sorted(images) and len(images) == count
@@ -54,7 +54,7 @@ def finished(url, count):
 
 
 def test_a_run_in_a_bucket(tmp_path, url, capsys):
-    """Is what it is on a disk; done is done; the settings of another are refused."""
+    """It equals a run on a disk; finished images are not made again; other settings are refused."""
     assert execute(*PROMPTS, "--samples=2", f"--workdir={tmp_path}")[0] == 0
     assert execute(*PROMPTS, "--samples=2", f"--workdir={url}")[0] == 0
     assert finished(url, 8) == colours(tmp_path)
@@ -78,7 +78,7 @@ def test_a_run_in_a_bucket(tmp_path, url, capsys):
 
 @pytest.mark.parametrize("call", [1, 2, 4, 6])
 def test_a_run_that_was_cut_short_goes_on(tmp_path, url, call):
-    """From its checkpoint, on another machine: nothing but the bucket is left."""
+    """From its checkpoint, on another machine: only the bucket is left."""
     execute(*PROMPTS, f"--workdir={tmp_path}")
     saving = "--config.checkpoint_seconds=1e-9", "--config.chunk=10"
     assert execute(*PROMPTS, f"--workdir={url}", *saving, failures={call: KeyboardInterrupt()})[0] == 130
@@ -89,7 +89,7 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path, url, call):
 
 
 def test_an_open_shard_is_soon_sent(tmp_path, url, monkeypatch):
-    """Else all in it would be lost with the machine; here it is in the third batch that nothing more can be sent."""
+    """Otherwise a lost machine would lose all of it. Here uploads fail from the third batch on."""
     execute(*PROMPTS, "--samples=2", f"--workdir={tmp_path}")
     arguments = [*PROMPTS, "--samples=2", f"--workdir={url}", "--config.outputs.format=webdataset"]
     arguments += ["--config.outputs.shard_size=100", "--config.checkpoint_seconds=1e-9"]
@@ -109,7 +109,7 @@ def test_an_open_shard_is_soon_sent(tmp_path, url, monkeypatch):
     "arguments", [(), ("--config.outputs.trajectory=True",), ("--config.outputs.format=webdataset",)]
 )
 def test_no_line_comes_before_its_image(url, monkeypatch, arguments):
-    """At every moment, as a machine that is lost then would leave it; and the local disk is emptied."""
+    """The bucket is consistent at every moment, and the local files are deleted."""
     put, wrong, locals_ = bucket_lib.Bucket.write, [], []
 
     def write(self, name, data):
@@ -132,7 +132,7 @@ def test_no_line_comes_before_its_image(url, monkeypatch, arguments):
 
 @pytest.mark.parametrize("process", ["--claim", "--shard_count=3"])
 def test_processes_share_a_bucket(tmp_path, url, monkeypatch, process):
-    """At the same time; each item once, and whoever ends last brings the journals together."""
+    """At the same time; each item is made once, and the last process merges the journals."""
     monkeypatch.setattr(claims_lib, "WAIT", 0.01)
     monkeypatch.setattr(bucket_lib, "SEEN", 0.01)
     prompts = [f"--prompt=number {n}" for n in range(12)]
@@ -158,7 +158,7 @@ def test_processes_share_a_bucket(tmp_path, url, monkeypatch, process):
 
 
 def test_what_a_dead_worker_left_in_flight_goes_with_the_last(url):
-    """Also where it came after all others had begun, and where nothing is left to do."""
+    """Also if it was uploaded after all others had begun, and if there is nothing left to do."""
     dead = ["--config.checkpoint_seconds=1e-9", "--config.chunk=10"]
     execute(*PROMPTS, f"--workdir={url}", *dead, failures={2: KeyboardInterrupt()})
     objects = {name: data for name, data in contents(url).items() if name.startswith("checkpoints/")}
@@ -170,7 +170,7 @@ def test_what_a_dead_worker_left_in_flight_goes_with_the_last(url):
 
 
 def test_claims(url):
-    """One owner; given back, or silent for longer than the expiry by the bucket's clock, it may be taken by another."""
+    """A claim has one owner until it is released, or expires by the bucket's clock."""
     claims = lambda: bucket_lib.BucketClaims(bucket_lib.Bucket(url), 60, patience=0)
     one, two, (item, other) = claims(), claims(), items_lib.expand(["a", "b"], 1)
     assert one.take(item) and not two.take(item) and two.take(other)
@@ -198,7 +198,7 @@ def test_claims(url):
 
 
 def test_the_claims_of_others_are_listed_and_not_asked_for_one_by_one(url, monkeypatch):
-    """Some requests for any number of them; what is given back is seen at the next look."""
+    """The number of requests does not grow with claims; releases are seen in the next listing."""
     one, two = (bucket_lib.BucketClaims(bucket_lib.Bucket(url), 60) for _ in range(2))
     items = items_lib.expand([str(n) for n in range(50)], 1)
     assert all(map(one.take, items))
@@ -214,7 +214,7 @@ def test_the_claims_of_others_are_listed_and_not_asked_for_one_by_one(url, monke
 
 
 def test_a_merge_of_another_hides_no_line(url, monkeypatch):
-    """It moves lines from parts to the journal while both are fetched."""
+    """It moves lines from parts to metadata.jsonl while both are fetched."""
     execute("--prompt=a", f"--workdir={url}")
     bucket, other, bring = bucket_lib.Bucket(url), bucket_lib.Bucket(url), bucket_lib.Bucket.bring
     bucket.fetch()
@@ -235,7 +235,7 @@ def test_a_merge_of_another_hides_no_line(url, monkeypatch):
 
 
 def test_a_claim_given_back_and_taken_by_another_is_left(url, monkeypatch):
-    """Between two of our requests."""
+    """Between two requests of this process."""
     one, two, three = (bucket_lib.BucketClaims(bucket_lib.Bucket(url), 60, patience=0) for _ in range(3))
     (item,) = items_lib.expand(["a"], 1)
     assert one.take(item)
@@ -255,7 +255,7 @@ def test_a_claim_given_back_and_taken_by_another_is_left(url, monkeypatch):
 
 @pytest.mark.parametrize("form", ["png", "webdataset"])
 def test_nothing_is_left_on_the_machine(url, monkeypatch, form):
-    """Of a run that ended or was interrupted; and of shards the pictures show the first ones."""
+    """After a run has ended or was interrupted. The pictures show only the first shards."""
     places, init = [], bucket_lib.Bucket.__init__
     monkeypatch.setattr(bucket_lib.Bucket, "__init__", lambda self, url: init(self, url) or places.append(self.local))
     monkeypatch.setattr(bucket_lib, "SHOWN_BYTES", 1)
@@ -277,7 +277,7 @@ def test_a_clock_that_jumps_changes_nothing(url, monkeypatch, hours):
 
 
 def test_who_merges_too_slowly_does_it_again(url, monkeypatch):
-    """Its lock was taken over meanwhile: what it has gathered may be old."""
+    """Its lock was taken over meanwhile, so what it has gathered may be old."""
     monkeypatch.setattr(claims_lib, "WAIT", 0.001)
     monkeypatch.setattr(bucket_lib, "LOCK", 0.2)
     gather, slow = run_directory.RunDirectory._gather, [True]
@@ -347,7 +347,7 @@ def test_another_place_is_refused(url, capsys):
 
 
 def test_two_begin_at_once_with_other_settings(url, monkeypatch):
-    """One of them is refused, whoever is later."""
+    """The later one is refused."""
     create = bucket_lib.Bucket.create
 
     def late(self, name, data):
@@ -369,7 +369,7 @@ def test_settings_that_are_forced_are_kept(url):
 
 
 def test_a_journal_in_a_bucket_is_that_of_a_directory(tmp_path, url):
-    """Copied down, it is a run directory like any other."""
+    """Downloaded, it is an ordinary run directory."""
     execute(*PROMPTS, f"--workdir={url}")
     for name, data in contents(url).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -382,7 +382,7 @@ def test_a_journal_in_a_bucket_is_that_of_a_directory(tmp_path, url):
 
 @pytest.fixture
 def s3(monkeypatch):
-    """A bucket of moto's S3 server, on this machine; needs `pip install s3fs "aiobotocore[boto3]" "moto[server]"`."""
+    """A bucket of a local S3 server; `pip install s3fs "aiobotocore[boto3]" "moto[server]"`."""
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
     pytest.importorskip("s3fs")
     server.start()
@@ -402,7 +402,7 @@ def s3(monkeypatch):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("flags", [[], ["--claim", f"--claim_expiry={kill_fuzz.EXPIRY}"]], ids=["shares", "claims"])
 def test_processes_that_are_killed_lose_nothing_in_s3(tmp_path, s3, flags):
-    """Three real processes of the shapes world, over S3's own protocol, one killed, one asked to stop; others finish."""
+    """Three real processes over S3's protocol, one killed, one asked to stop; others finish."""
     kill_fuzz.uninterrupted(tmp_path)
     fs, cache = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True), tmp_path / "cache"
     running = [kill_fuzz.start(tmp_path / "cut", cache, n, 3, url=s3, flags=flags) for n in range(3)]

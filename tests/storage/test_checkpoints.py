@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back to the bit, damage is seen, and only whole ones count."""
+"""Checkpoints: they come back bit by bit, damage is detected, and only whole ones count."""
 
 import logging
 import os
@@ -44,7 +44,7 @@ def test_the_newest_comes_back(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
 @pytest.mark.parametrize("where", [0.02, 0.1, 0.5, 0.9, 0.999])
 def test_a_damaged_one_is_passed_over(tmp_path, damage, where, caplog):
-    """Every file of the newest in turn: what comes back is that one whole, or the one before; never anything else."""
+    """Damages each file of the newest in turn: it comes back whole, or else the one before does."""
     one = checkpoints.Checkpoints(tmp_path / "checkpoints")
     for step in (10, 20):
         one.save(part(step), "print")
@@ -69,7 +69,7 @@ def test_a_damaged_one_is_passed_over(tmp_path, damage, where, caplog):
 
 
 def test_one_that_its_owner_removes_meanwhile(tmp_path, monkeypatch):
-    """Between the list of folders and a look into one: it is none."""
+    """Between listing the folders and reading one: it does not count."""
     one = checkpoints.Checkpoints(tmp_path / "checkpoints")
     one.save(part(10), "print")
     folders = checkpoints._folders(one.directory)
@@ -81,7 +81,7 @@ def test_one_that_its_owner_removes_meanwhile(tmp_path, monkeypatch):
 
 
 def test_one_that_is_being_written_is_left_to_its_process(tmp_path):
-    """Nothing of it can be read yet, by which anything could be known to be done. What nobody is at work on is removed."""
+    """It cannot be read yet, so it is not known to be done. Abandoned folders are removed."""
     names = (
         processes.name_process(),
         f"{socket.gethostname()}-99999999-aa",

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whoever dies and whoever else writes."""
+"""Files are whole or absent, whichever process dies and whichever others write."""
 
 import concurrent.futures
 import errno
@@ -47,7 +47,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("has_links", [True, False])
 def test_one_creates_a_file(tmp_path, monkeypatch, has_links):
-    """Of those who try, and nothing of the others is left; nor of one whose disk is full."""
+    """Of several that try, and the others leave nothing, nor does one whose disk is full."""
     file = tmp_path / "x.json"
     if not has_links:
         monkeypatch.setattr(os, "link", lambda *_: os.rename("/nowhere", "/else"))  # OSError
@@ -60,7 +60,7 @@ def test_one_creates_a_file(tmp_path, monkeypatch, has_links):
 
 
 def test_a_lock_is_of_the_file_that_has_the_name(tmp_path):
-    """Also where another was put in its place while it was waited for."""
+    """Also if the file was replaced while another waited for the lock."""
     file = tmp_path / "x.json"
     files.write_atomic(file, b"old")
     with open(file, "rb+") as old, concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -79,7 +79,7 @@ def test_a_lock_is_of_the_file_that_has_the_name(tmp_path):
 
 @pytest.mark.parametrize("left", [0, 1, 9])
 def test_lines_are_added_whole_or_not_at_all(tmp_path, room, left):
-    """A full disk takes a part of what is written; what is added when there is room again is not spoilt by it."""
+    """A full disk accepts a part; later lines are not corrupted by it."""
     file = tmp_path / "x.jsonl"
     files.append(file, {"n": 0})
     before, room.left = file.read_bytes(), left
@@ -99,7 +99,7 @@ def test_a_full_disk_is_named(tmp_path, room):
 
 
 def test_lines_go_to_the_file_that_has_the_name(tmp_path, monkeypatch):
-    """Another process replaces a journal just when a line is to be added to it."""
+    """Another process replaces a journal just before a line is appended."""
     file, lock = tmp_path / "x.jsonl", files.lock
     files.append(file, {"n": 0})
 
@@ -114,7 +114,7 @@ def test_lines_go_to_the_file_that_has_the_name(tmp_path, monkeypatch):
 
 
 def holder(file):
-    """A process that holds a temporary file of `file` open, as a writer does; it says its name first."""
+    """A process that holds a temporary file of `file` open; it prints the name first."""
     script = (
         "import pathlib, sys, time\n"
         "from referee_jax.storage import files\n"
@@ -144,7 +144,7 @@ def test_what_another_process_writes_is_left_alone_until_it_dies(tmp_path):
 
 
 def test_what_another_machine_writes_is_left_alone_for_a_while(tmp_path):
-    """Its lock may not be seen here."""
+    """Its lock may be invisible here."""
     temporary = tmp_path / ".x.png.elsewhere.123.tmp"
     temporary.write_bytes(b"half")
     written = temporary.stat().st_mtime
@@ -155,7 +155,7 @@ def test_what_another_machine_writes_is_left_alone_for_a_while(tmp_path):
 
 
 def test_a_disk_without_locks(tmp_path, monkeypatch):
-    """There, age alone decides; writing works as ever."""
+    """Age alone decides there; writing works as usual."""
 
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -173,7 +173,7 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
 
 
 def test_nobody_waits_for_ever(tmp_path, monkeypatch):
-    """For a process that was stopped while it held a lock."""
+    """For the lock of a process that was stopped."""
     monkeypatch.setattr(files, "PATIENCE", 0.1)
     files.append(tmp_path / "x.jsonl", {"n": 0})
     with files.locked(tmp_path / "x.jsonl"):

@@ -1,4 +1,4 @@
-"""The page of a run: all that there is, from its own data alone, whatever a prompt says."""
+"""The gallery page: complete, self-contained, and safe for any prompt."""
 
 import base64
 import dataclasses
@@ -33,7 +33,7 @@ MARKUP = [
     "&lt;",
     "{{",
 ]
-# Lone surrogates and control characters too, and what a page is made of.
+# Including lone surrogates, control characters and markup.
 ANY_TEXT = st.one_of(
     st.text(st.characters(exclude_categories=()), max_size=200),
     st.lists(st.one_of(st.sampled_from(MARKUP), st.text(max_size=3)), max_size=8).map("".join),
@@ -70,7 +70,7 @@ def test_what_the_page_shows(tmp_path):
         "text": "a red circle", "sample": 0, "seed": 7, "scores": {"cosine": 0.125, "held_out": 0.5}, "status": "done",
         "seconds": 1.5, "image": f"./images/{Item('a red circle', 0).id}.png",
     }  # fmt: skip
-    # Small pictures are there to the pixel.
+    # Small pictures are embedded without loss.
     original = Image.open(run.images / f"{Item('a red circle', 0).id}.png")
     np.testing.assert_array_equal(open_image(thumbnail).convert("RGB"), original)
     assert (second["scores"], second["status"], second["hacked"]) == ({"cosine": None, "itm": 0.25}, "nonfinite", True)
@@ -90,13 +90,13 @@ def test_nothing_is_asked_of_a_network(run):
     named = [
         x for _, attributes, _ in page.elements for name, x in attributes.items() if name in ("src", "href", "action")
     ]
-    assert named == []  # what is loaded is in the page, or beside it and in its data
+    assert named == []  # images are in the page, or are named in its data
     assert not re.search(r"https?:|//\w", page.texts["script"] + page.texts["style"])
     (policy,) = [x["content"] for _, x, _ in page.elements if x.get("http-equiv") == "Content-Security-Policy"]
     nonces = {nonce for tag, _, nonce in page.elements if tag in ("script", "style")}
     assert len(nonces) == 1 and f"script-src 'nonce-{nonces.pop()}'" in policy and "default-src 'none'" in policy
     assert "unsafe" not in policy and "http" not in policy
-    # Every element that the script names is there.
+    # Every element that the script names exists.
     ids = {attributes["id"] for _, attributes, _ in page.elements if "id" in attributes}
     assert set(re.findall(r'\$\("(\w+)"\)', page.texts["script"])) <= ids
 
@@ -110,7 +110,7 @@ def test_many_pictures_are_beside_the_page(tmp_path, monkeypatch):
         records = read(run).data["records"]
         assert all(x["thumbnail"].startswith("data:") for x in records) == (sample < 2)
     assert all(x["thumbnail"] == x["image"] for x in records)
-    # An image that is lost is not shown, and nothing temporary is left.
+    # A lost image is not shown, and no temporary file is left.
     (run.images / f"{Item('a red circle', 0).id}.png").unlink()
     gallery_page.write(run)
     assert [x["sample"] for x in read(run).data["records"]] == [1, 2]
@@ -134,7 +134,7 @@ def test_a_link_stays_below_the_page(name):
 @given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
 @settings(deadline=None, max_examples=100)
 def test_no_text_is_markup(run, text, score, status):
-    """The page of any text has the elements and attributes of the page of a harmless one, and the text is in its data."""
+    """Any text gives the elements and attributes of a harmless one, and is in the page's data."""
     (record,) = run.finished()
     hostile = record | {"text": text, "scores": {score: 0.5}, "status": status}
     page = pages.Page(gallery_page.page(run, [hostile]).encode("utf-8", "replace").decode())
@@ -152,7 +152,7 @@ def test_the_command(run, tmp_path, capsys):
     assert cli.tell(lambda: gallery.main(flags.FLAGS, str(run.path))) == 0
     assert capsys.readouterr().out == f"{run.path / 'gallery.html'}\n"
     assert read(run).data["records"][0]["text"] == "a red circle"
-    assert run.log_file.read_bytes() == before  # nothing is begun: another process may be at work
+    assert run.log_file.read_bytes() == before  # the command starts no run: another process may be working
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_mistakes(tmp_path, capsys, made, message):
 
 
 def test_images_in_shards(tmp_path, monkeypatch):
-    """The first ones are in the page, which says how many more there are; links go to the shard."""
+    """The first ones are in the page, with the number of the others; links go to the shard."""
     monkeypatch.setattr(gallery_page, "EMBEDDED", 2)
     settings = dataclasses.replace(SETTINGS, outputs=config.Outputs(format="webdataset"))
     directory = run_directory.RunDirectory.open(tmp_path, settings)

@@ -1,4 +1,4 @@
-"""Pixels to files and back: lossless, and with what they were made from."""
+"""Image files: lossless, with the settings they were made from."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_pixels_and_settings_come_back(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", images.ENCODERS)
 def test_a_png_of_any(tmp_path, ending):
-    """What other programs are given that want PNGs."""
+    """For programs that read only PNGs."""
     file, pixels = tmp_path / f"x.{ending}", images.to_uint8(conftest.picture())
     file.write_bytes(images.ENCODERS[ending](pixels, SETTINGS))
     (tmp_path / "y.png").write_bytes(images.read_png(file))

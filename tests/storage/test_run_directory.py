@@ -1,4 +1,4 @@
-"""The run directory: nothing half written, nothing lost, nothing mixed."""
+"""Run directories: nothing is half written, lost or mixed up."""
 
 import concurrent.futures
 import dataclasses
@@ -56,7 +56,7 @@ def test_an_image_and_its_line(tmp_path):
         "file_name": f"images/{name}.png", "text": prompt, "id": name, "sample": 3, "seed": 7,
         "scores": {"cosine": 0.125, "held_out": 0.5}, "status": "done", "seconds": 1.5,
     }  # fmt: skip
-    # ImageFolder reads file_name from where metadata.jsonl lies.
+    # ImageFolder resolves file_name relative to metadata.jsonl.
     with Image.open(run.journal.parent / record["file_name"]) as image:
         assert (image.size, image.mode) == ((16, 16), "RGB")
         assert (image.getpixel((0, 0)), image.getpixel((0, 15))) == ((64, 128, 128), (128, 128, 128))
@@ -67,7 +67,7 @@ def test_an_image_and_its_line(tmp_path):
 
 
 def test_a_watched_image_and_its_line(tmp_path):
-    """First and last losses, and whether the two kinds of referees part."""
+    """First and last losses, and the reward hacking flag."""
     run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     parting, agreeing = ({"referee": (2.0, 1.0), "held_out": (0.5, last)} for last in (0.75, 0.25))
     run.write(picture("parting", losses=parting), seconds=1)
@@ -160,7 +160,7 @@ def test_an_item_needs_its_line_and_its_image(tmp_path):
     rest = [line for line in run.journal.read_text().splitlines() if names[1] not in line]
     run.journal.write_text("\n".join(rest) + "\n")
     assert run.done() == {names[2]}
-    # Opened again, and the lost ones made again: one line each.
+    # The missing ones are made again: one line each.
     run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     for sample in range(2):
         run.write(picture(sample=sample), seconds=1)
@@ -215,7 +215,7 @@ def test_each_process_has_a_journal_and_all_read_all(tmp_path):
     runs[0].merge()
     assert [x["sample"] for x in lines(tmp_path / "metadata.jsonl")] == [0, 1, 2]
     assert [x.name for x in tmp_path.glob("metadata*")] == ["metadata.jsonl"]
-    runs[2].write(picture(sample=3), seconds=1)  # who is still at work begins another
+    runs[2].write(picture(sample=3), seconds=1)  # a process still at work begins a new journal
     assert [x["sample"] for x in lines(tmp_path / "metadata-2.jsonl")] == [3]
     alone = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     assert [x["sample"] for x in lines(alone.journal)] == [0, 1, 2, 3] and len(alone.done()) == 4
@@ -231,7 +231,7 @@ def test_an_image_that_two_made_counts_once(tmp_path):
 
 
 def test_claims_of_the_dead_go_at_the_end(tmp_path):
-    """Where what they had was taken up by another start; of what is not done they stay."""
+    """If their items are done; claims of unfinished items stay."""
     run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     dead, items = run.storage.claims(900), items_lib.expand(["a red circle"], 2)
     assert all(map(dead.take, items))
@@ -244,7 +244,7 @@ def test_claims_of_the_dead_go_at_the_end(tmp_path):
 
 
 def test_no_line_is_lost_while_journals_are_merged(tmp_path):
-    """Two processes add lines, as fast as they can, while two others merge."""
+    """Two processes append lines as fast as they can, while two others merge."""
     main, other = (run_directory.RunDirectory.open(tmp_path, SETTINGS, process=n) for n in (0, 3))
     for n in range(100):
         (main.images / f"{n}.png").touch()
@@ -262,7 +262,7 @@ def test_no_line_is_lost_while_journals_are_merged(tmp_path):
         while any(process.poll() is None for process in adding):
             run.merge()
             merges.append(run)
-            time.sleep(0.015)  # who waits for the lock looks for it every 10 ms: the other's turn
+            time.sleep(0.015)  # a waiting process polls the lock every 10 ms: let it have a turn
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(merge, (main, other)))
@@ -273,7 +273,7 @@ def test_no_line_is_lost_while_journals_are_merged(tmp_path):
 
 
 def test_a_start_leaves_alone_what_others_write(tmp_path):
-    """Open files and open shards of a process that is alive; and takes up what a dead one left."""
+    """It leaves open files and shards of a living process, and repairs those of a dead one."""
     sharded = config.override(SETTINGS, {"outputs.format": "webdataset"})
     other = run_directory.RunDirectory.open(tmp_path, sharded, process=1)
     with other.writing() as writer:
@@ -282,7 +282,7 @@ def test_a_start_leaves_alone_what_others_write(tmp_path):
         with files.open_temporary(other.images / "x.png") as image:
             assert run_directory.RunDirectory.open(tmp_path, SETTINGS).done() == set()
             assert os.path.exists(image.name)
-        crashed = writer._shard  # its lock goes with it
+        crashed = writer._shard  # closing it releases its lock
         crashed.file.close()
         writer._shard = None
     run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
@@ -291,7 +291,7 @@ def test_a_start_leaves_alone_what_others_write(tmp_path):
 
 
 def test_several_begin_at_once(tmp_path):
-    """In a directory that is not there yet."""
+    """In a directory that does not exist yet."""
     threads = [
         threading.Thread(
             target=lambda n: run_directory.RunDirectory.open(tmp_path / "run", SETTINGS, process=n), args=(n,)
@@ -313,7 +313,7 @@ def test_several_begin_at_once(tmp_path):
 
 
 def test_the_scan_lists_folders_and_asks_for_no_file(tmp_path, monkeypatch):
-    """However many images there are: on a network's disk each question takes a millisecond."""
+    """However many images there are: each request takes a millisecond on a network disk."""
     run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     for n in range(500):
         (run.images / f"{n}.png").touch()
@@ -327,7 +327,7 @@ def test_the_scan_lists_folders_and_asks_for_no_file(tmp_path, monkeypatch):
 
 
 def test_another_format_goes_on(tmp_path):
-    """What is done is done, whatever it was written as; everything that reads a run directory reads all of it."""
+    """Finished images count in any format, and all readers of run directories read all formats."""
     for n, kind in enumerate(("png", "webp", "webdataset", "webdataset")):
         run = run_directory.RunDirectory.open(tmp_path, config.override(SETTINGS, {"outputs.format": kind}))
         assert len(run.done()) == n
@@ -344,13 +344,13 @@ def test_another_format_goes_on(tmp_path):
     exported = sorted((tmp_path / "out" / "samples").iterdir())
     assert [images.read_settings(x)["sample"] for x in exported] == [0, 1, 2, 3]
     assert {Image.open(x).format for x in exported} == {"PNG"}
-    # A shard that is taken away takes its images with it: they will be made again.
+    # Images of a missing shard are made again.
     next((tmp_path / "shards").iterdir()).unlink()
     assert len(run.done()) == 3
 
 
 def test_a_disk_that_is_too_small(small_disk):
-    """Refused in one sentence that names the directory, what is needed and what is there."""
+    """Refused in one sentence with the directory, the needed and the free space."""
     run = run_directory.RunDirectory.open(small_disk(300) / "run", SETTINGS)
     run.check_space(2)
     with pytest.raises(run_directory.RunError) as caught:
@@ -369,7 +369,7 @@ def test_a_disk_that_is_too_small(small_disk):
 )
 @pytest.mark.parametrize("size", [64, 256])
 def test_the_estimate_is_generous_and_not_absurd(tmp_path, changes, size):
-    """For a noisy picture, by what the disk says of it."""
+    """Compared with the disk usage of noisy pictures."""
     options = config.override(
         SETTINGS, {"image_size": size, "steps": 20, "chunk": 10, "outputs.shard_size": 4, **changes}
     )
@@ -405,7 +405,7 @@ def test_contact_sheet(tmp_path):
             run.write(picture(prompt, sample), seconds=1)
     with Image.open(run.contact_sheet()) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
-    # Six cells in rows of four, 192 pixels of picture and text below; the pictures stand where they should.
+    # Six cells in rows of four, each a picture of 192 pixels with text below.
     assert pixels.shape[1] == 12 + 4 * 204
     assert 2 * 204 < pixels.shape[0] < 2 * 350
     cell = pixels.shape[0] // 2
@@ -416,7 +416,7 @@ def test_contact_sheet(tmp_path):
 
 
 def test_an_open_shard_stays_young(tmp_path):
-    """As long as its process is at work: another machine may not see its lock."""
+    """While its process is at work: another machine may not see its lock."""
     settings = dataclasses.replace(SETTINGS, outputs=dataclasses.replace(SETTINGS.outputs, format="webdataset"))
     run = run_directory.RunDirectory.open(tmp_path, settings)
     with run.writing() as writer:
@@ -431,7 +431,7 @@ def test_an_open_shard_stays_young(tmp_path):
 
 
 def test_a_damaged_picture_spoils_no_sheet(tmp_path):
-    """It is grey there, and on the page what the browser makes of it."""
+    """It is grey in the sheet, and a link in the page."""
     run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     for sample in (0, 1):
         run.write(picture(sample=sample), seconds=1)

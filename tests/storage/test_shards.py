@@ -1,4 +1,4 @@
-"""Shards: tars that others read, of which nothing is seen before it is whole, and nothing lost that was on disk."""
+"""Shards: standard tars, visible only when whole, that lose nothing that was on disk."""
 
 import concurrent.futures
 import json
@@ -15,7 +15,7 @@ from tests.tools import kill_fuzz
 
 
 def add(shard, name, size=700):
-    """A sample; its content tells of its name."""
+    """Adds a sample whose content repeats its name."""
     record = {"id": name, "file_name": f"shards/{shard.path.name}/{name}.png"}
     shard.add(name, {"png": name.encode() * size, "json": json.dumps({"text": name}).encode()}, record)
     return record
@@ -27,10 +27,10 @@ def names(directory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The folder of shards and the journal."""
+    """The folder of shards, and the journal."""
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").touch()  # whose lock is that of the run
+    (run / "config.json").touch()  # its lock is the run's
     return run / "shards", run / "metadata.jsonl"
 
 
@@ -38,7 +38,7 @@ def test_a_shard(folder):
     directory, journal = folder
     shard = shards.Shard(directory, 3)
     records = [add(shard, f"a-{n}", size=700 + n) for n in range(4)]
-    assert not shard.path.exists() and not journal.exists()  # nothing is seen yet
+    assert not shard.path.exists() and not journal.exists()  # nothing is visible yet
     assert shard.commit(journal) == [x["id"] for x in records]
     assert names(directory) == [shard.path.name] and shard.path.name.startswith("003-")
     assert files.read_lines(journal) == records
@@ -69,7 +69,7 @@ def test_webdataset_reads_it(folder):
 
 
 def test_names_do_not_collide(folder):
-    """Not even of two processes that were started with the same number, at the same time."""
+    """Not even for two processes with the same number, started at the same time."""
     opened = [shards.Shard(folder[0], 0) for _ in range(50)]
     assert len({shard.path for shard in opened}) == 50
     for shard in opened:
@@ -86,7 +86,7 @@ def test_what_is_no_shard(tmp_path):
 
 @pytest.mark.parametrize("left", [0, 100, 4000, 4650])
 def test_a_full_disk_costs_only_what_has_no_room(folder, room, left):
-    """Wherever in a sample or in its line the room ends (4608 bytes are the sample's)."""
+    """Wherever in a sample or its line the space ends (a sample has 4608 bytes)."""
     directory, journal = folder
     shard = shards.Shard(directory, 0)
     records = [add(shard, "a")]
@@ -102,7 +102,7 @@ def test_a_full_disk_costs_only_what_has_no_room(folder, room, left):
 
 
 def test_a_shard_needs_no_room_to_be_closed(folder, room):
-    """Its lines wait where they are for the next start, if the journal has none."""
+    """If the journal has no space, its lines wait for the next start."""
     directory, journal = folder
     shard = shards.Shard(directory, 0)
     record = add(shard, "a")
@@ -116,7 +116,7 @@ def test_a_shard_needs_no_room_to_be_closed(folder, room):
 
 
 def crash(folder, monkeypatch, at):
-    """Two samples, and what is there after a crash at a moment of their writing; the records that are to come back."""
+    """Crashes while writing two samples; returns the records that must be recovered."""
     directory, journal = folder
     shard = shards.Shard(directory, 0)
     records = [add(shard, "a"), add(shard, "b")]
@@ -163,7 +163,7 @@ def test_a_crash_costs_only_what_was_not_on_disk(folder, monkeypatch, at):
 
 
 def test_a_shard_that_is_written_is_left_alone(folder):
-    """Of this machine as long as its writer lives; of another, whose lock may not be seen, if it was written lately."""
+    """On this machine while its writer lives; on another, without a visible lock, if recent."""
     directory, journal = folder
     shard = shards.Shard(directory, 1)
     add(shard, "a")
@@ -181,7 +181,7 @@ def test_a_shard_that_is_written_is_left_alone(folder):
 
 
 def test_a_shard_that_another_commits_this_moment(folder, monkeypatch):
-    """Renamed, its lines not yet in a journal: whoever starts lists it too, and the journal counts an image once."""
+    """Renamed, but not journalled: a starting process journals it too; images count once."""
     directory, journal = folder
     shard = shards.Shard(directory, 1)
     add(shard, "a")
@@ -201,7 +201,7 @@ def test_a_shard_that_another_commits_this_moment(folder, monkeypatch):
 
 
 def members(directory):
-    """Of all shards that are seen."""
+    """The members of all visible shards."""
     inside = []
     for file in sorted(directory.glob("*.tar")):
         with tarfile.open(file) as tar:
@@ -210,7 +210,7 @@ def members(directory):
 
 
 def committed(folder, *samples, process=0):
-    """A shard that is."""
+    """A committed shard."""
     shard = shards.Shard(folder[0], process)
     for name in samples:
         add(shard, name)
@@ -219,7 +219,7 @@ def committed(folder, *samples, process=0):
 
 
 def is_there_once(folder, ids):
-    """Each image is in one tar, and where the journal says; nothing is left of what was not finished."""
+    """Checks that each image is in one tar, as journalled, and that no temporary file is left."""
     directory, journal = folder
     assert sorted(members(directory)) == sorted(f"{name}.{ending}" for name in ids for ending in ("png", "json"))
     records = [x for file in journal.parent.glob("metadata*.jsonl") for x in files.read_lines(file)]
@@ -234,7 +234,7 @@ def is_there_once(folder, ids):
 @pytest.mark.parametrize("twice", ["a", "b", "ab", "abx"])
 @pytest.mark.parametrize("at", MOMENTS)
 def test_what_another_made_after_a_crash_is_left_out(folder, monkeypatch, at, twice):
-    """Of the dead process's shard; all of it, if all is made again."""
+    """From the dead process's shard; the whole shard, if all was made again."""
     directory, journal = folder
     ids = {x["id"] for x in crash(folder, monkeypatch, at)}
     committed(folder, *twice, process=1)
@@ -246,7 +246,7 @@ def test_what_another_made_after_a_crash_is_left_out(folder, monkeypatch, at, tw
 
 
 def test_a_slow_process_leaves_out_what_another_made(folder):
-    """Which took it for dead: the next start, or itself, finds its own shard no less whole."""
+    """Another took it for dead: its shard is still committed, by itself or by the next start."""
     directory, journal = folder
     slow, dead = shards.Shard(directory, 2), shards.Shard(directory, 3)
     for name in "abcd":
@@ -262,7 +262,7 @@ def test_a_slow_process_leaves_out_what_another_made(folder):
 
 
 def test_an_image_by_itself_is_not_put_in_a_shard_as_well(folder):
-    """As where the format was changed; what a journal has and the disk has not is another matter."""
+    """After a change of format; lines whose images are missing do not count."""
     directory, journal = folder
     (journal.parent / "images").mkdir()
     (journal.parent / "images" / "a.png").touch()
@@ -276,17 +276,17 @@ class Crash(BaseException):
 
 
 def crash_after(monkeypatch, count):
-    """Half of so many steps that change the disk are done, and no other: the last before or after it was."""
-    left = count
+    """Raises Crash before (`count` = 2n - 1) or after (2n) the n-th change of the disk."""
+    remaining = count
 
     def step(real, *arguments, **options):
-        nonlocal left
-        left -= 1
-        if left <= 0:
+        nonlocal remaining
+        remaining -= 1
+        if remaining <= 0:
             raise Crash
         result = real(*arguments, **options)
-        left -= 1
-        if left <= 0:
+        remaining -= 1
+        if remaining <= 0:
             raise Crash
         return result
 
@@ -300,7 +300,7 @@ def crash_after(monkeypatch, count):
 @pytest.mark.parametrize("twice", ["b", "ab"])
 @pytest.mark.parametrize("first", ["between samples", "before the journal"])
 def test_a_crash_while_it_is_taken_out_loses_nothing(folder, monkeypatch, first, twice):
-    """Whatever was the last that `recover` did to the disk: the next one finds all, once."""
+    """Wherever `recover` crashes, the next call finds every image, once."""
     crash(folder, monkeypatch, first)
     committed(folder, *twice, process=1)
     run, count, crashed = folder[1].parent, 0, True
@@ -321,7 +321,7 @@ def test_a_crash_while_it_is_taken_out_loses_nothing(folder, monkeypatch, first,
 
 
 def test_two_that_commit_at_once(folder):
-    """The same images, by processes of which none is dead: each image is in one of their shards."""
+    """Living processes with the same images: each image is in one of their shards."""
     opened = [shards.Shard(folder[0], n) for n in range(8)]
     for n, shard in enumerate(opened):
         for k in range(6):
@@ -332,7 +332,7 @@ def test_two_that_commit_at_once(folder):
 
 
 def test_the_fuzz_sees_doubles(folder):
-    """tests/tools/kill_fuzz.py, also in a shard of which the journal says nothing."""
+    """tests/tools/kill_fuzz.py finds them also in a shard without lines in the journal."""
     directory, journal = folder
     shard = committed(folder, "a", "b")
     whole = shutil.copytree(journal.parent, journal.parent.with_name("whole"))
@@ -342,7 +342,7 @@ def test_the_fuzz_sees_doubles(folder):
 
 
 def test_killed(tmp_path):
-    """A process that is killed while it adds: what it said was added comes back, whole."""
+    """A process is killed while it adds samples: those that it reported come back whole."""
     script = (
         "import pathlib, sys, time\n"
         "from referee_jax.storage import shards\n"

@@ -1,4 +1,4 @@
-"""Writing beside the device's work: bounded, in order, loud."""
+"""Writing in the background: bounded, in order, and with errors raised."""
 
 import functools
 import os
@@ -33,7 +33,7 @@ def directory(path, kind="png", **changes):
 
 @pytest.fixture
 def gate():
-    """An event; whoever waits for it is let go at the end."""
+    """An event that is set at the end, so that no thread waits for ever."""
     event = threading.Event()
     yield event
     event.set()
@@ -55,7 +55,7 @@ def test_results_come_in_order():
 
 
 def test_tasks_are_made_at_once(gate):
-    """The second is made while the first is not done."""
+    """The second task runs while the first is not finished."""
     pool, second = writer_lib.Pool(threads=2, pending=3), threading.Event()
     pool.submit(lambda: gate.wait(60), lambda _: None)
     pool.submit(second.set, lambda _: None)
@@ -94,7 +94,7 @@ def test_an_error_is_raised_once_and_the_others_are_done(half):
     pool.submit(*((fail, committed.append) if half == "make" else (lambda: 1, fail)))
     pool.submit(lambda: 2, committed.append)
     with pytest.raises(OSError, match="No space left"):
-        wait_until(lambda: pool.submit(lambda: 3, lambda _: None))  # never true: it goes on until it raises
+        wait_until(lambda: pool.submit(lambda: 3, lambda _: None))  # submits until one raises
     pool.submit(lambda: 4, committed.append)
     pool.close()
     assert committed == [0, 2, 4]
@@ -134,7 +134,7 @@ def test_images_and_lines(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_image_is_there_before_its_line(tmp_path, monkeypatch, kind):
-    """At every moment a line is added to the journal, all of its images are there whole."""
+    """Whenever lines are appended to the journal, their images exist."""
     run, append, samples = directory(tmp_path, kind, shard_size=3), files.append, []
 
     def append_checked(path, *records):
@@ -150,7 +150,7 @@ def test_an_image_is_there_before_its_line(tmp_path, monkeypatch, kind):
 
 
 def test_flush(tmp_path):
-    """Says what is in the journal by now, which the images of an open shard are not."""
+    """It returns the ids in the journal, which images of an open shard are not."""
     run = directory(tmp_path / "png")
     with run.writing() as writer:
         assert writer.flush() == []
@@ -169,7 +169,7 @@ def test_flush(tmp_path):
 
 
 def test_interrupted(tmp_path):
-    """What was given is written whatever ends the work, an open shard too."""
+    """Images and open shards are written whatever ends the work."""
     for kind in FORMATS:
         run = directory(tmp_path / kind, kind)
         with pytest.raises(KeyboardInterrupt), run.writing() as writer:
@@ -181,7 +181,7 @@ def test_interrupted(tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_full_disk(tmp_path, room, kind):
-    """The journal says what is there; nothing half written is; the same run goes on when there is room."""
+    """The journal is right, no file is half written, and the run continues when there is space."""
     run = directory(tmp_path, kind, shard_size=3)
     room.left, sample = 50_000, 0
     with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}"), run.writing() as writer:
@@ -216,7 +216,7 @@ def test_a_disk_that_is_really_full(small_disk, kind):
 
 
 def test_making(tmp_path):
-    """The animation is there before the image's line is."""
+    """The animation is written too, under the image's id."""
     run = directory(tmp_path)
     frames = [np.full((16, 16, 3), value, np.uint8) for value in (0, 100)]
     run.write(picture(1), seconds=1, frames=frames)
@@ -226,7 +226,7 @@ def test_making(tmp_path):
 
 
 def test_the_same_image_has_the_same_bytes(tmp_path, monkeypatch):
-    """Whenever it was made, and however long it took."""
+    """Regardless of the time and of the seconds it took."""
     first, second = directory(tmp_path / "a"), directory(tmp_path / "b")
     first.write(picture(), seconds=1)
     monkeypatch.setattr(files, "now", lambda: "another day")
