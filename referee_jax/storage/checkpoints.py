@@ -147,9 +147,12 @@ def _manager(path: Path) -> ocp.CheckpointManager:
         primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix=path.name
     )
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=KEPT, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=False,
+        max_to_keep=KEPT,
+        enable_async_checkpointing=False,
+        cleanup_tmp_directories=True,
+        create=False,
         multiprocessing_options=alone,
-    )  # fmt: skip
+    )
     path.mkdir(parents=True, exist_ok=True)
     return ocp.CheckpointManager(path, options=options, item_handlers=_Handler())
 

@@ -92,8 +92,9 @@ def test_processes_join(tmp_path):
     assert running[0].returncode == 0
     parts = checkpoints.Checkpoints(tmp_path / "checkpoints").begun("print")
     assert sorted((part.items[0].sample, part.state["x"].tolist()) for part in parts) == [
-        (0, [[0.0] * 3]), (1, [[1.0] * 3]),
-    ]  # fmt: skip
+        (0, [[0.0] * 3]),
+        (1, [[1.0] * 3]),
+    ]
 
 
 def test_a_distributed_run(tmp_path):

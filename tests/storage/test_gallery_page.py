@@ -67,9 +67,14 @@ def test_what_the_page_shows(tmp_path):
     first, second = page.data["records"]
     thumbnail = first.pop("thumbnail")
     assert first == {
-        "text": "a red circle", "sample": 0, "seed": 7, "scores": {"cosine": 0.125, "held_out": 0.5}, "status": "done",
-        "seconds": 1.5, "image": f"./images/{Item('a red circle', 0).id}.png",
-    }  # fmt: skip
+        "text": "a red circle",
+        "sample": 0,
+        "seed": 7,
+        "scores": {"cosine": 0.125, "held_out": 0.5},
+        "status": "done",
+        "seconds": 1.5,
+        "image": f"./images/{Item('a red circle', 0).id}.png",
+    }
     # Small pictures are embedded without loss.
     original = Image.open(run.images / f"{Item('a red circle', 0).id}.png")
     np.testing.assert_array_equal(open_image(thumbnail).convert("RGB"), original)

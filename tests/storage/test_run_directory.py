@@ -53,9 +53,15 @@ def test_an_image_and_its_line(tmp_path):
     name = Item(prompt, 3).id
     assert record.pop("time").endswith("Z")
     assert record == {
-        "file_name": f"images/{name}.png", "text": prompt, "id": name, "sample": 3, "seed": 7,
-        "scores": {"cosine": 0.125, "held_out": 0.5}, "status": "done", "seconds": 1.5,
-    }  # fmt: skip
+        "file_name": f"images/{name}.png",
+        "text": prompt,
+        "id": name,
+        "sample": 3,
+        "seed": 7,
+        "scores": {"cosine": 0.125, "held_out": 0.5},
+        "status": "done",
+        "seconds": 1.5,
+    }
     # ImageFolder resolves file_name relative to metadata.jsonl.
     with Image.open(run.journal.parent / record["file_name"]) as image:
         assert (image.size, image.mode) == ((16, 16), "RGB")

@@ -291,8 +291,12 @@ def crash_after(monkeypatch, count):
         return result
 
     for module, name in (
-        (files.os, "replace"), (files.os, "fsync"), (pathlib.Path, "unlink"), (files, "append"), (files, "write_all")
-    ):  # fmt: skip
+        (files.os, "replace"),
+        (files.os, "fsync"),
+        (pathlib.Path, "unlink"),
+        (files, "append"),
+        (files, "write_all"),
+    ):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, **k: step(real, *a, **k))
 
