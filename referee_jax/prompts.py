@@ -38,9 +38,9 @@ def tokenize(
     length = tokenizer.model_max_length if length is None else length
     if not texts:
         return np.zeros((0, length), np.int32)
-    # Positions are counted from the first token, wherever a tokenizer made for generating text would pad.
-    how = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": False}
-    rows = tokenizer(list(texts), verbose=False, **how)["input_ids"]
+    # Position 0 is the first token, also for a tokenizer that would pad on the left.
+    options = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": False}
+    rows = tokenizer(list(texts), verbose=False, **options)["input_ids"]
     text, longest = max(zip(texts, rows, strict=True), key=lambda pair: len(pair[1]))
     if len(longest) > length:
         raise Unreadable(text, f"{len(longest)} tokens, {reader} reads {length}")

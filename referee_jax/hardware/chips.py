@@ -50,8 +50,7 @@ CHIPS = (
 )
 # By the chip's name in slices such as "v5e:2x4".
 TPUS = {chip.name.removeprefix("TPU "): chip for chip in CHIPS if chip.clock}
-# Chip -> pattern of JAX's device kinds with its rate; slower variants and shares of a chip
-# excluded.
+# Chip -> pattern of JAX's device kinds with its rate, without slower variants and partial chips.
 _KINDS = {
     "H200": "NVIDIA H200",
     "H100 SXM": r"NVIDIA H100 \d+GB HBM3",
@@ -67,7 +66,7 @@ _KINDS = {
 # attention's logits need.
 OPTIONS = {"cpu": {"xla_backend_optimization_level": "1"}, "tpu": {"xla_max_cross_program_prefetches": "0"}}
 
-# Primitives of cuDNN's attention, for which JAX counts no FLOPs.
+# Primitives of cuDNN's attention, whose programs do not show their FLOPs (performance/flops.py).
 CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
 
 
