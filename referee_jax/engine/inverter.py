@@ -176,12 +176,16 @@ class Inverter:
             if start.init == "sample":
                 latents = self._denoise(prompt, latents, start)
             if start.candidates > 1 or self.held_out:
-                judge = self._program("judge", is_swept)
-                candidate = latents, judge(self.networks, prompt, hyper, latents)
+                candidate = latents, self._judge(prompt, hyper, latents)
                 best = candidate if best is None else self._program("better")(best, candidate)
         latents, losses = best or (latents, None)
         state = self._program("init", is_swept)(latents, losses if self.held_out else None, hyper)
         return Batch(tuple(items), 0, prompt, hyper, state, keys)
+
+    def _judge(self, prompt: inversion.Prompt, hyper: inversion.Hyperparameters, latents: Array) -> Array:
+        """Clean losses of the optimised and of the held-out referees, `[item, 2]`."""
+        is_swept = jax.tree.leaves(hyper)[0].ndim > 0
+        return self._program("judge", is_swept)(self.networks, prompt, hyper, latents)
 
     def _denoise(self, prompt: inversion.Prompt, latents: Array, start: Start) -> Array:
         """Latents of noise to those of a sample of the prior, by DDIM."""
@@ -271,8 +275,8 @@ class Inverter:
             if self.held_out:
                 loss = np.full(self.batch_size, np.nan, np.float32)
                 if (i + 1) % self.plan.evaluate_every == 0:
-                    evaluate = self._program("evaluate_held_out", is_swept)
-                    state, loss = evaluate(self.networks, batch.prompt, batch.hyper, state)
+                    losses = self._judge(batch.prompt, batch.hyper, state.latents)
+                    state, loss = self._program("record_evaluation")(state, losses)
                 metrics["held_out/loss"] = loss
             rows.append(metrics)
             for value in metrics.values():
@@ -305,20 +309,27 @@ class Inverter:
         images = self._outputs(batch)[1]
         return np.asarray(jnp.round(images[: len(batch.items)] * 255)).astype(np.uint8)
 
-    def _outputs(self, batch: Batch) -> tuple[Array, Array, dict[str, Array], dict[str, Array]]:
-        program = self._program("finish", self._is_swept(batch), output=self.settings.output)
-        return program(self.networks, batch.prompt, batch.hyper, batch.state)
+    def _outputs(self, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+        """Chosen latents, images and scores."""
+        return self._program("finish", output=self.settings.output)(self.networks, batch.prompt, batch.state)
 
     def finish(self, batch: Batch) -> list[Picture]:
         """The chosen output of each item, decoded and scored by all referees."""
         outputs = self._outputs(batch)
-        latents, images, scores, losses, frozen = jax.tree.map(np.asarray, (*outputs, batch.state.frozen))
+        first = last = None
+        if self.held_out:
+            first, last = batch.state.held_out.first, self._judge(batch.prompt, batch.hyper, outputs[0])
+        arrays = jax.tree.map(np.asarray, (*outputs, batch.state.frozen, first, last))
+        latents, images, scores, frozen, first, last = arrays
         pictures = []
         for n, item in enumerate(batch.items):
             item_scores = {name: float(value[n]) for name, value in scores.items()}
-            item_losses = {name: tuple(map(float, value[n])) for name, value in losses.items()}
+            losses = None
+            if self.held_out:
+                pairs = zip(("referee", "held_out"), first[n], last[n], strict=True)
+                losses = {name: (float(start), float(end)) for name, start, end in pairs}
             status = "nonfinite" if frozen[n] else "done"
-            pictures.append(Picture(item, images[n], item_scores, latents[n], status, item_losses or None))
+            pictures.append(Picture(item, images[n], item_scores, latents[n], status, losses))
         return pictures
 
     def __call__(self, texts: Sequence[str], *, samples: int = 1, seed: int = 0) -> Result:

@@ -43,11 +43,11 @@ def _step(networks, prompt, hyper, state, key, i, *, plan: inversion.Plan, refer
     return inversion.step(networks, prompt, hyper, plan, state, i, noise, referees_active=referees_active)
 
 
-def _evaluate_held_out(networks, prompt, hyper, state, *, plan: inversion.Plan):
-    return inversion.evaluate_held_out(networks, prompt, hyper, plan, state)
+def _record_evaluation(state, losses, *, plan: inversion.Plan):
+    return inversion.record_evaluation(plan, state, losses)
 
 
-def _finish(networks, prompt, hyper, state, *, plan: inversion.Plan, output: str):
+def _finish(networks, prompt, state, *, plan: inversion.Plan, output: str):
     latents = inversion.output(state, output)
     image = inversion.decode(networks, latents, plan)
     scores = {}
@@ -58,11 +58,7 @@ def _finish(networks, prompt, hyper, state, *, plan: inversion.Plan, output: str
         for n, (referee, text) in enumerate(zip(group, texts, strict=True)):
             named = referee.scores(referee.fit(image), text)
             scores |= {f"{role}_{n}/{name}": value for name, value in named.items()}
-    losses = {}
-    if networks.held_out:
-        last = inversion.clean_losses(networks, prompt, hyper, plan, image)
-        losses = {name: jnp.stack([state.held_out.first[n], last[n]]) for n, name in enumerate(("referee", "held_out"))}
-    return latents, image, scores, losses
+    return latents, image, scores
 
 
 # Name -> the function, which of its arguments have an axis of items ("hyper": in a sweep), and which are donated.
@@ -73,6 +69,6 @@ PROGRAMS = {
     "better": (_better, (True, True), ()),
     "init": (_init, (True, True, "hyper"), ()),
     "step": (_step, (False, True, "hyper", True, True, False), (3,)),
-    "evaluate_held_out": (_evaluate_held_out, (False, True, "hyper", True), (3,)),
-    "finish": (_finish, (False, True, "hyper", True), ()),
+    "record_evaluation": (_record_evaluation, (True, True), (0,)),
+    "finish": (_finish, (False, True, True), ()),
 }

@@ -353,6 +353,7 @@ def step(
     return update(hyper, plan, state, i, noise, found, **on)
 
 
+@jax.named_scope("clean_losses")
 def clean_losses(networks: Networks, prompt: Prompt, hyper: Hyperparameters, plan: Plan, image: Array) -> Array:
     """Weighted sums of the losses on an image as it is, of the referees and of the held-out ones: float32 `[2]`."""
     groups = (
@@ -366,13 +367,12 @@ def clean_losses(networks: Networks, prompt: Prompt, hyper: Hyperparameters, pla
     return jnp.stack(totals)
 
 
-@jax.named_scope("held_out")
-def evaluate_held_out(
-    networks: Networks, prompt: Prompt, hyper: Hyperparameters, plan: Plan, state: InversionState
-) -> tuple[InversionState, Array]:
-    """The state after an evaluation by the held-out referees, and their loss; NaN for an item that moves no more."""
-    loss = clean_losses(networks, prompt, hyper, plan, decode(networks, state.latents, plan))[1]
-    over = is_over(state, plan)
+def record_evaluation(plan: Plan, state: InversionState, losses: Array) -> tuple[InversionState, Array]:
+    """The state after an evaluation by the held-out referees, and their loss; NaN for an item that moves no more.
+
+    `losses` are `clean_losses` of the image of `state.latents`.
+    """
+    over, loss = is_over(state, plan), losses[1]
     measured = optax.tree.where(over, state.held_out, state.held_out.evaluated(state.latents, loss))
     return state.replace(held_out=measured), jnp.where(over, jnp.nan, loss)
 
