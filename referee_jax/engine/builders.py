@@ -1,6 +1,7 @@
 """What the method takes (inversion.py), from settings, networks and a prompt: the plan, the numbers, what is encoded."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from referee_jax import config, prompts, referees
 from referee_jax.engine import parallel
+from referee_jax.hardware import chips
 from referee_jax.method import augmentations, inversion, objective, optim, sds
 from referee_jax.models import layers
 from referee_jax.weights import load
@@ -57,13 +59,20 @@ def make_networks(
     held_out: Sequence[referees.Judge] = (),
     *,
     remat: str = "full",
+    hardware: chips.Hardware | None = None,
 ) -> inversion.Networks:
-    """Everything with weights that an iteration asks; `remat` is of layers.POLICIES."""
+    """Everything with weights that an iteration evaluates.
+
+    `remat`, of layers.POLICIES, is for the optimised referees; `hardware` is what is compiled for, by default the device
+    that JAX uses.
+    """
+    hardware = hardware or chips.traits()
+    configured = functools.partial(layers.configured, hardware=hardware)
     return inversion.Networks(
-        prior=sds.Prior(prior.unet, prior.alphas_cumprod, prior.prediction_type),
-        vae=prior.vae,
-        referees=tuple(layers.with_remat(judge.referee, remat) for judge in judges),
-        held_out=tuple(judge.referee for judge in held_out),
+        prior=sds.Prior(configured(prior.unet), prior.alphas_cumprod, prior.prediction_type),
+        vae=configured(prior.vae),
+        referees=tuple(configured(judge.referee, remat=remat) for judge in judges),
+        held_out=tuple(configured(judge.referee) for judge in held_out),
     )
 
 

@@ -107,7 +107,8 @@ class Inverter:
         self.batch_size = settings.batch_size * self.groups
         self.judges = [judge for judge in judges if judge.spec.role == "optimise"]
         self.held_out = [judge for judge in judges if judge.spec.role == "held_out"]
-        networks = builders.make_networks(prior, self.judges, self.held_out, remat=settings.remat)
+        hardware = chips.traits(self.mesh.devices.flat[0], is_split=self.mesh.shape[parallel.MODEL] > 1)
+        networks = builders.make_networks(prior, self.judges, self.held_out, remat=settings.remat, hardware=hardware)
         self.networks = parallel.place(networks, self.mesh, batched=False)
         self.text_encoder = prior.text_encoder
         chip = chips.of(self.mesh.devices.flat[0].device_kind)

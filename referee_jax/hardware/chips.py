@@ -1,5 +1,6 @@
 """Chips: rate and memory of each, and what compiling for them depends on."""
 
+import dataclasses
 import os
 import re
 from typing import NamedTuple
@@ -75,11 +76,39 @@ def of(kind: str) -> Chip | None:
     return next((chip for chip in CHIPS if re.fullmatch(_KINDS.get(chip.name, chip.name), kind)), None)
 
 
-def has_cudnn() -> bool:
-    """Whether JAX runs on an NVIDIA GPU with cuDNN attention in half precision: Ampere or later."""
-    if jax.default_backend() != "gpu":
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """What decides how a network computes on a device; a static field of the modules that depend on it.
+
+    Attributes:
+        dense: whether matrix products, mostly of zeros, are faster than gathering or interleaving pixels.
+        attention_block: MiB of attention logits to compute at once; None: all.
+        cudnn: whether long attention in half precision is cuDNN's.
+    """
+
+    dense: bool = False
+    attention_block: float | None = None
+    cudnn: bool = False
+
+
+def traits(device: jax.Device | None = None, *, is_split: bool = False) -> Hardware:
+    """The traits of a device, which need not be there (performance/ahead_of_time.py); by default, of the one JAX uses.
+
+    `is_split` says that weights are split over devices: XLA would have to split cuDNN's attention, too, so it is not used.
+    """
+    device = device or jax.local_devices()[0]
+    chip = of(device.device_kind)
+    return Hardware(
+        dense=chip is not None and chip.dense,
+        attention_block=chip and chip.scores,
+        cudnn=not is_split and _has_cudnn(device),
+    )
+
+
+def _has_cudnn(device: jax.Device) -> bool:
+    """Whether it is an NVIDIA GPU for which cuDNN has attention in half precision: from Ampere on."""
+    if device.platform != "gpu":
         return False
-    device = jax.local_devices()[0]
     return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from referee_jax.models import layers
+from referee_jax.hardware import chips
+from referee_jax.models import attention, layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,11 +59,11 @@ class SelfAttention(nnx.Module):
         self.query = nnx.Linear(width, width, rngs=rngs)
         self.key = nnx.Linear(states_width, width, rngs=rngs)
         self.value = nnx.Linear(states_width, width, rngs=rngs)
-        self.heads = heads
+        self.heads, self.hardware = heads, chips.Hardware()
 
     def __call__(self, x: Array, states: Array, bias: Array | None, is_causal: bool) -> Array:
-        q, k, v = (layers.split_heads(y, self.heads) for y in (self.query(x), self.key(states), self.value(states)))
-        return layers.merge_heads(layers.attention(q, k, v, bias=bias, is_causal=is_causal))
+        q, k, v = (attention.split_heads(y, self.heads) for y in (self.query(x), self.key(states), self.value(states)))
+        return attention.merge_heads(attention.attend(q, k, v, self.hardware, bias=bias, is_causal=is_causal))
 
 
 class Output(nnx.Module):
@@ -169,7 +170,7 @@ class Bert(nnx.Module):
         if tokens > positions:
             raise ValueError(f"{tokens} tokens, but this BERT has {positions} positions")
         bias, states_bias = (
-            None if sees is None else layers.attention_bias(sees[:, None, None]) for sees in (mask, states_mask)
+            None if sees is None else attention.mask_bias(sees[:, None, None]) for sees in (mask, states_mask)
         )
         return self.encoder(self.embeddings(input_ids), bias, is_causal, states, states_bias)
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from referee_jax.models import bert, clip, layers
+from referee_jax.hardware import chips
+from referee_jax.models import attention, bert, clip, layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,11 +81,11 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, bias: bool = True, rngs: nnx.Rngs):
         self.qkv = nnx.Linear(config.hidden_size, 3 * config.hidden_size, use_bias=bias, rngs=rngs)
         self.projection = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
-        self.heads = config.num_attention_heads
+        self.heads, self.hardware = config.num_attention_heads, chips.Hardware()
 
     def __call__(self, x: Array) -> Array:
-        q, k, v = (layers.split_heads(y, self.heads) for y in jnp.split(self.qkv(x), 3, axis=-1))
-        return self.projection(layers.merge_heads(layers.attention(q, k, v)))
+        q, k, v = (attention.split_heads(y, self.heads) for y in jnp.split(self.qkv(x), 3, axis=-1))
+        return self.projection(attention.merge_heads(attention.attend(q, k, v, self.hardware)))
 
 
 class VisionLayer(nnx.Module):

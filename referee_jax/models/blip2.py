@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax import Array
 
-from referee_jax.models import bert, blip, layers
+from referee_jax.hardware import chips
+from referee_jax.models import attention, bert, blip, layers
 
 KeysValues = tuple[Array, Array]  # each [B, T, N, D], of one layer; before it an axis of layers where there are more
 
@@ -130,15 +131,15 @@ class Attention(nnx.Module):
     def __init__(self, config: QFormerConfig, inputs: int, *, rngs: nnx.Rngs):
         self.attention = Projections(config, inputs, rngs=rngs)
         self.output = bert.Output(config, config.hidden_size, rngs=rngs)
-        self.heads = config.num_attention_heads
+        self.heads, self.hardware = config.num_attention_heads, chips.Hardware()
 
     def keys_values(self, x: Array) -> KeysValues:
         """Of the states that are attended to."""
-        return tuple(layers.split_heads(p(x), self.heads) for p in (self.attention.key, self.attention.value))
+        return tuple(attention.split_heads(p(x), self.heads) for p in (self.attention.key, self.attention.value))
 
     def __call__(self, x: Array, found: KeysValues, bias: Array | None = None) -> Array:
-        query = layers.split_heads(self.attention.query(x), self.heads)
-        return self.output(layers.merge_heads(layers.attention(query, *found, bias=bias)), x)
+        query = attention.split_heads(self.attention.query(x), self.heads)
+        return self.output(attention.merge_heads(attention.attend(query, *found, self.hardware, bias=bias)), x)
 
 
 class QFormerLayer(nnx.Module):
@@ -219,7 +220,7 @@ class QFormer(nnx.Module):
         """`[B, T, D]`, the first `queries` of T being queries, to the last states and all layers' keys and values of them.
 
         `image` is of `image_keys`; `prefix` are keys and values of another pass to attend to, before one's own; `bias` is
-        that of `layers.attention`.
+        that of `attention.attend`.
         """
         return self.encoder(x, queries, image, prefix, bias)
 
@@ -310,7 +311,7 @@ class BLIP2(nnx.Module):
         dec_token_id = self.dec_token_id if dec_token_id is None else dec_token_id
         mask = attention_mask.astype(bool)
         states = self._embed(input_ids)
-        features = self.qformer(states, bias=layers.attention_bias(mask[:, None, None]))[0][:, 0]
+        features = self.qformer(states, bias=attention.mask_bias(mask[:, None, None]))[0][:, 0]
         return Text(
             features=layers.unit(self.text_projection(features)),
             states=states,
@@ -328,7 +329,7 @@ class BLIP2(nnx.Module):
         batch, count = queries.shape[:2]
         sees = jnp.pad(layers.repeat(text.mask, batch), ((0, 0), (count, 0)), constant_values=True)
         both = jnp.concatenate([queries, layers.repeat(text.states, batch)], axis=1)
-        states, _ = self.qformer(both, queries=count, image=image.keys, bias=layers.attention_bias(sees[:, None, None]))
+        states, _ = self.qformer(both, queries=count, image=image.keys, bias=attention.mask_bias(sees[:, None, None]))
         return self.itm_head(states[:, :count]).mean(1)
 
     def caption(self, image: Image, text: Text) -> Array:
@@ -337,7 +338,7 @@ class BLIP2(nnx.Module):
         # Padding comes last, so that no token that counts ever sees it: causality is all the mask there is.
         sees = jnp.pad(jnp.tri(tokens, dtype=bool), ((0, 0), (queries, 0)), constant_values=True)
         decoder = layers.repeat(text.decoder, len(image.features))
-        states, _ = self.qformer(decoder, prefix=image.prefix, bias=layers.attention_bias(sees[None, None]))
+        states, _ = self.qformer(decoder, prefix=image.prefix, bias=attention.mask_bias(sees[None, None]))
         return self.cls.predictions(states, self.embeddings.word_embeddings.embedding[...])
 
     def _queries(self, batch: int) -> Array:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from referee_jax.models import layers
+from referee_jax.hardware import chips
+from referee_jax.models import attention, layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,11 +82,11 @@ class Attention(nnx.Module):
         self.k_proj = nnx.Linear(width, width, rngs=rngs)
         self.v_proj = nnx.Linear(width, width, rngs=rngs)
         self.out_proj = nnx.Linear(width, width, rngs=rngs)
-        self.heads = heads
+        self.heads, self.hardware = heads, chips.Hardware()
 
     def __call__(self, x: Array, is_causal: bool) -> Array:
-        q, k, v = (layers.split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(layers.merge_heads(layers.attention(q, k, v, is_causal=is_causal)))
+        q, k, v = (attention.split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention.merge_heads(attention.attend(q, k, v, self.hardware, is_causal=is_causal)))
 
 
 class MLP(nnx.Module):

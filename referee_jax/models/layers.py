@@ -58,84 +58,6 @@ def check_activation(config) -> None:
         raise ValueError(f"hidden_act={config.hidden_act!r} is not implemented; supported: {', '.join(ACTIVATIONS)}")
 
 
-LONG = 256  # tokens that ask and are asked; of 77 keys XLA's own products were faster
-
-
-def attention(query: Array, key: Array, value: Array, *, bias: Array | None = None, is_causal: bool = False) -> Array:
-    """Softmax attention with float32 probabilities: `[B, T, N, D], [B, S, N, D], [B, S, N, D] -> [B, T, N, D]`.
-
-    `bias` is added to the logits and broadcast to `[B, N, T, S]`. On an NVIDIA GPU cuDNN's kernel, which stores no
-    probabilities, does what it can and what is long enough to matter. On a TPU queries whose logits are more than it works on at
-    once are asked in blocks.
-    """
-    if bias is None and not is_causal:
-        if _is_for_cudnn(query, key):
-            return _cudnn_attention(query, key, value)
-        if (blocks := _blocks(query, key)) > 1:
-            return _attention_in_blocks(query, key, value, blocks)
-    return jax.nn.dot_product_attention(query, key, value, bias=bias, is_causal=is_causal)
-
-
-def _is_for_cudnn(query: Array, key: Array) -> bool:
-    width, is_long = query.shape[-1], min(query.shape[1], key.shape[1]) >= LONG
-    if not is_long or query.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128:
-        return False
-    # Where weights are split over devices XLA would have to split it, too.
-    return not jax.sharding.get_abstract_mesh().auto_axes and chips.has_cudnn()
-
-
-def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
-    """`attention` of all tokens to all.
-
-    JAX 0.10 takes the placeholder of a missing bias for one, and refuses the gradient of odd numbers of tokens, which with a bias
-    cuDNN has not: one is added, and masked.
-    """
-    asked, read = query.shape[1], key.shape[1]
-    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
-    lengths = {}
-    if asked % 2 or read % 2:
-        # Made of the query, so that vmap gives them its axis.
-        zero = 0 * query[:, 0, 0, 0].astype(jnp.int32)
-        lengths = {"query_seq_lengths": zero + asked, "key_value_seq_lengths": zero + read}
-    x = jax.nn.dot_product_attention(even(query), even(key), even(value), implementation="cudnn", **lengths)
-    return x[:, :asked]
-
-
-def _blocks(query: Array, key: Array) -> int:
-    """Into how many blocks a TPU's queries are best split: a power of two, 1 for as they are."""
-    chip = chips.chip()
-    if chip is None or chip.scores is None:
-        return 1
-    batch, asked, heads, _ = query.shape
-    scores = 4 * batch * heads * asked * key.shape[1] / 2**20
-    blocks = 2 ** math.ceil(math.log2(max(1.0, scores / chip.scores)))
-    # Logits of twice that size XLA keeps on the chip by itself, and their gradient is quicker than that of blocks.
-    return blocks if blocks > 2 and asked % blocks == 0 else 1
-
-
-def _attention_in_blocks(query: Array, key: Array, value: Array, blocks: int) -> Array:
-    """`attention` of so many blocks of queries to all, one after the other; going back, the probabilities are made again."""
-    split = query.reshape(query.shape[0], blocks, -1, *query.shape[2:])
-    ask = jax.checkpoint(lambda query: jax.nn.dot_product_attention(query, key, value))
-    return jnp.moveaxis(jax.lax.map(ask, jnp.moveaxis(split, 1, 0)), 0, 1).reshape(query.shape)
-
-
-def attention_bias(sees: Array) -> Array:
-    """What `attention` adds to its logits: float32, 0 where `sees`, else so little that the share is exactly 0."""
-    # Finite, so that a row that sees nothing at all has no NaN in its gradient.
-    return jnp.where(sees, 0.0, -1e30)
-
-
-def split_heads(x: Array, heads: int) -> Array:
-    """`[B, T, N * D] -> [B, T, N, D]`."""
-    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
-
-
-def merge_heads(x: Array) -> Array:
-    """`[B, T, N, D] -> [B, T, N * D]`."""
-    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
-
-
 def unit(x: Array) -> Array:
     """The vectors along the last axis in float32, each divided by its length."""
     x = x.astype(jnp.float32)
@@ -290,13 +212,26 @@ POLICIES = {
 UNROLLED = 8  # layers; where there are more, a loop compiles in the time of one
 
 
-def with_remat(tree: Any, policy: str) -> Any:
-    """A copy of networks, or of what holds them, whose stacks of layers keep what that one of POLICIES says."""
-    copied = jax.tree.map(lambda x: x, tree)
-    for stack in jax.tree.leaves(copied, is_leaf=lambda x: isinstance(x, Stack)):
-        if isinstance(stack, Stack):
-            stack.remat = policy
-    return copied
+def configured(tree: Any, *, remat: str | None = None, hardware: chips.Hardware | None = None) -> Any:
+    """A copy of networks, or of a pytree that holds some, with static fields set; None leaves a field as it is.
+
+    Args:
+        tree: the networks; weights are shared with the copy.
+        remat: which of POLICIES all stacks of layers follow.
+        hardware: what all modules with a field `hardware` are compiled for.
+    """
+    copy = jax.tree.map(lambda x: x, tree)
+    if remat is not None:
+        for stack in _parts(copy, lambda x: isinstance(x, Stack)):
+            stack.remat = remat
+    if hardware is not None:
+        for module in _parts(copy, lambda x: hasattr(x, "hardware")):
+            module.hardware = hardware
+    return copy
+
+
+def _parts(tree: Any, is_part: Callable[[Any], bool]) -> list[Any]:
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_part) if is_part(x)]
 
 
 def unrolls(depth: int) -> bool:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from referee_jax.models import clip, layers
+from referee_jax.hardware import chips
+from referee_jax.models import attention, clip, layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,16 +110,16 @@ class PoolingAttention(nnx.Module):
         self.in_proj_weight = nnx.Param(jax.random.normal(rngs.params(), (3 * width, width)) * width**-0.5)
         self.in_proj_bias = nnx.Param(jnp.zeros(3 * width))
         self.out_proj = nnx.Linear(width, width, rngs=rngs)
-        self.heads = heads
+        self.heads, self.hardware = heads, chips.Hardware()
 
     def __call__(self, query: Array, x: Array) -> Array:
         """`[B, Q, D], [B, T, D] -> [B, Q, D]`."""
         weights, biases = (jnp.split(p[...], 3) for p in (self.in_proj_weight, self.in_proj_bias))
         q, k, v = (
-            layers.split_heads(y @ weight.T + bias, self.heads)
+            attention.split_heads(y @ weight.T + bias, self.heads)
             for y, weight, bias in zip((query, x, x), weights, biases, strict=True)
         )
-        return self.out_proj(layers.merge_heads(layers.attention(q, k, v)))
+        return self.out_proj(attention.merge_heads(attention.attend(q, k, v, self.hardware)))
 
 
 class PoolingHead(nnx.Module):

@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from referee_jax.models import layers, vae
+from referee_jax.hardware import chips
+from referee_jax.models import attention, layers, vae
 
 _DOWN_HAS_ATTENTION = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP_HAS_ATTENTION = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
@@ -40,7 +41,7 @@ class Config:
     # The NUMBER of heads, of all levels or of each; the name is an old mistake of diffusers'.
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
-    upcast_attention: bool | None = False  # no effect: layers.attention has its logits in float32 always
+    upcast_attention: bool | None = False  # no effect: attention.attend has its logits in float32 always
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
 
@@ -165,11 +166,11 @@ class Attention(nnx.Module):
         self.to_k = nnx.Linear(context, width, use_bias=False, rngs=rngs)
         self.to_v = nnx.Linear(context, width, use_bias=False, rngs=rngs)
         self.to_out = nnx.List([nnx.Linear(width, width, rngs=rngs)])
-        self.heads = heads
+        self.heads, self.hardware = heads, chips.Hardware()
 
     def __call__(self, x: Array, context: Array) -> Array:
-        q, k, v = (layers.split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        return self.to_out[0](layers.merge_heads(layers.attention(q, k, v)))
+        q, k, v = (attention.split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out[0](attention.merge_heads(attention.attend(q, k, v, self.hardware)))
 
 
 class GEGLU(nnx.Module):

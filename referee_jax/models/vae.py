@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from referee_jax.hardware import chips
-from referee_jax.models import layers
+from referee_jax.models import attention, layers
 
 # Parameter names of checkpoints saved before diffusers 0.17 (SD 1.5, sd-vae-ft-mse), as weights.convert's `renames`.
 RENAMES: tuple[tuple[str, str], ...] = (
@@ -126,20 +126,21 @@ class Upsample(nnx.Module):
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = nnx.Conv(channels, channels, (3, 3), padding=1, rngs=rngs)
+        self.hardware = chips.Hardware()
 
     def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
         """`size` (twice the input's, or one less) is where an odd number of rows was halved on the way down."""
-        x = double(x)
+        x = double(x, is_dense=self.hardware.dense)
         return self.conv(x if size is None else x[:, : size[0], : size[1]])
 
 
-def double(x: Array) -> Array:
+def double(x: Array, *, is_dense: bool) -> Array:
     """Nearest-neighbour upsampling, `[B, H, W, C] -> [B, 2 H, 2 W, C]`.
 
-    Columns by a product where that is quicker than to interleave them; it is exact, as in each row of it there is one 1.
+    With `is_dense` columns are copied by a product, which is exact: each row of the matrix holds a single 1.
     """
     b, h, w, c = x.shape
-    if chips.is_dense():
+    if is_dense:
         rows = jnp.broadcast_to(x[:, :, None], (b, h, 2, w, c)).reshape(b, 2 * h, w, c)
         columns = jnp.asarray(np.repeat(np.eye(w), 2, axis=0), x.dtype)
         return jnp.einsum("vw,bhwc->bhvc", columns, rows, precision="highest")
@@ -155,11 +156,12 @@ class Attention(nnx.Module):
         self.to_k = nnx.Linear(channels, channels, rngs=rngs)
         self.to_v = nnx.Linear(channels, channels, rngs=rngs)
         self.to_out = nnx.List([nnx.Linear(channels, channels, rngs=rngs)])
+        self.hardware = chips.Hardware()
 
     def __call__(self, x: Array) -> Array:
         y = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        q, k, v = (layers.split_heads(p(y), 1) for p in (self.to_q, self.to_k, self.to_v))
-        return x + self.to_out[0](layers.merge_heads(layers.attention(q, k, v))).reshape(x.shape)
+        q, k, v = (attention.split_heads(p(y), 1) for p in (self.to_q, self.to_k, self.to_v))
+        return x + self.to_out[0](attention.merge_heads(attention.attend(q, k, v, self.hardware))).reshape(x.shape)
 
 
 class MidBlock(nnx.Module):
@@ -325,7 +327,7 @@ class Doubler(nnx.Module):
     """`double`, where the checkpoint counts upsampling among the layers."""
 
     def __call__(self, x: Array) -> Array:
-        return double(x)
+        return double(x, is_dense=False)
 
 
 class TinyBlock(nnx.Module):

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from referee_jax import config
+from referee_jax.hardware import chips
+from referee_jax.models import layers
 from referee_jax.referees import align, blip, blip2, clip, image_reward
 from referee_jax.referees.judge import Judge
 from referee_jax.weights import config_json, hub, load
@@ -83,6 +85,7 @@ def build(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokeni
         raise config.ConfigError(
             f"referee {spec.name}: image_size = {spec.image_size}, but it reads {referee.image_size}"
         )
+    referee = layers.configured(referee, hardware=chips.traits())  # an engine sets that of its own devices
     return Judge(spec, family, referee, tokenizer)
 
 

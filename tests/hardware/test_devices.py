@@ -176,12 +176,20 @@ def test_the_command_says_so_at_once(arguments, platforms, message, tmp_path):
     ],
 )
 def test_cudnn(monkeypatch, backend, version, capability, found):
-    """cuDNN has attention in half precision from Ampere on."""
+    """Attention in half precision is there from Ampere on, and used where no weights are split."""
     client = types.SimpleNamespace(platform_version=version)
-    device = types.SimpleNamespace(client=client, compute_capability=capability)
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    device = types.SimpleNamespace(
+        client=client, compute_capability=capability, platform=backend, device_kind="a device of no table"
+    )
+    assert chips.traits(device) == chips.Hardware(cudnn=found)
+    assert chips.traits(device, is_split=True) == chips.Hardware()
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert chips.has_cudnn() == found
+    assert chips.traits() == chips.Hardware(cudnn=found)
+
+
+def test_traits_of_a_chip_that_is_not_there():
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    assert chips.traits(tpu) == chips.Hardware(dense=True, attention_block=32)
 
 
 def test_options_of_xla(monkeypatch):

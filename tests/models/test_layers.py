@@ -1,4 +1,4 @@
-"""What the networks share: what is kept for the backward pass, and which kernel attends."""
+"""What the networks share: activations, norms, and what is kept for the backward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +90,8 @@ def test_a_norm_keeps_its_input_alone():
 
 def passes(stack, policy):
     """Products of a gradient, in those of a forward pass."""
-    asked = layers.with_remat(stack, policy)
-    forward = lambda x: layers.scan_layers(asked, x, remat=True).sum()
+    configured = layers.configured(stack, remat=policy)
+    forward = lambda x: layers.scan_layers(configured, x, remat=True).sum()
     return flops_lib.flops(jax.grad(forward), X) / flops_lib.flops(forward, X)
 
 
@@ -100,103 +100,29 @@ def test_what_is_made_again(stack):
     assert {policy: passes(stack, policy) for policy in layers.POLICIES} == {"full": 2.5, "dots": 2, "none": 2}
     gradients = []
     for policy in layers.POLICIES:
-        kept = layers.with_remat(stack, policy)
-        gradients.append(jax.grad(lambda x, kept=kept: (layers.scan_layers(kept, x, remat=True) ** 2).sum())(X))
+        configured = layers.configured(stack, remat=policy)
+        loss = lambda x, configured=configured: (layers.scan_layers(configured, x, remat=True) ** 2).sum()
+        gradients.append(jax.grad(loss)(X))
     for other in gradients[1:]:
         np.testing.assert_allclose(other, gradients[0], rtol=1e-5, atol=1e-6)
 
 
-def test_with_remat_is_a_copy(stack):
-    changed = layers.with_remat({"within": (stack, None)}, "dots")["within"][0]
+def test_configured_is_a_copy(stack):
+    changed = layers.configured({"within": (stack, None)}, remat="dots")["within"][0]
     assert (stack.remat, changed.remat) == ("full", "dots")
     assert jax.tree.leaves(changed)[0] is jax.tree.leaves(stack)[0]
 
 
-@pytest.fixture
-def cuda(monkeypatch):
-    """A machine with a GPU, as far as tracing asks."""
-    device = type("Device", (), {"client": type("Client", (), {"platform_version": "PJRT C API\ncuda 13000"})})
-    device.compute_capability, device.device_kind = "9.0", "NVIDIA H200"
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-
-
-def shaped(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def lowered(fn, *args):
-    return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-
-
-@pytest.mark.parametrize("tokens", [(256, 256), (257, 257), (300, 257)])
-def test_cudnn_attends(cuda, tokens):
-    """Long attention and its gradient under vmap are cuDNN's, and counted."""
-    own, others = (shaped(2, n, 16, 88) for n in tokens)
-    loss = lambda q, k: (layers.attention(q, k, k).astype(jnp.float32) ** 2).sum()
-    batched = [shaped(3, *x.shape) for x in (own, others)]
-    text = lowered(jax.vmap(jax.grad(loss, argnums=(0, 1))), *batched)
-    assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
-    out = jax.eval_shape(jax.vmap(lambda q, k: layers.attention(q, k, k)), *batched)
-    assert out.shape == batched[0].shape and out.dtype == jnp.bfloat16
-    even = [n + n % 2 for n in tokens]
-    forward = 2 * 2 * 2 * 16 * 88 * even[0] * even[1]
-    assert flops_lib.flops(loss, own, others) == forward
-    assert flops_lib.flops(jax.grad(loss), own, others) == forward * 7 / 2
-
-
-def test_kept_attention_is_not_made_again(cuda):
-    fn = lambda x: (layers.attention(x, x, x).astype(jnp.float32) ** 2).sum()
-    x = shaped(2, 256, 16, 88)
-    flops = {name: flops_lib.flops(jax.grad(jax.checkpoint(fn, policy=p)), x) for name, p in layers.POLICIES.items()}
-    assert flops["dots"] == flops["none"] == flops["full"] * 7 / 9
-
-
-@pytest.mark.parametrize(
-    ("query", "how"),
-    [
-        (shaped(2, 256, 16, 88, dtype=jnp.float32), {}),
-        (shaped(2, 64, 16, 88), {}),
-        (shaped(2, 256, 2, 160), {}),
-        (shaped(2, 256, 16, 88), {"key": jnp.zeros((2, 77, 16, 88), jnp.bfloat16)}),
-        (shaped(2, 256, 2, 84), {}),
-        (shaped(2, 256, 16, 88), {"bias": jnp.zeros((1, 1, 1, 256))}),
-        (shaped(2, 256, 16, 88), {"is_causal": True}),
-    ],
-)
-def test_xla_attends(cuda, query, how):
-    """What cuDNN cannot do, or what is too short to matter."""
-    ask = lambda x, key=None, **how: layers.attention(x, *[x if key is None else key] * 2, **how)
-    assert "cudnn" not in lowered(lambda x: ask(x, **how), query)
-
-
-@pytest.mark.parametrize(
-    ("chip", "query", "blocks"),
-    [
-        ("v5e", shaped(2, 4096, 8, 40), 32), ("v4", shaped(2, 4096, 8, 40), 32), ("v5p", shaped(2, 4096, 8, 40), 1),
-        ("v5e", shaped(1, 4096, 1, 512), 1), ("v5e", shaped(2, 1024, 8, 80), 1), ("v5e", shaped(10, 577, 16, 88), 1),
-        (None, shaped(2, 4096, 8, 40), 1),
-    ],
-)  # fmt: skip
-def test_a_tpu_asks_in_blocks(monkeypatch, chip, query, blocks):
-    """Of a gibibyte of logits 32 MiB at a time; what is on the chip as it is, or does not divide, is left in one."""
-    monkeypatch.setattr(chips, "chip", lambda: chip and chips.TPUS[chip])
-    text = str(jax.make_jaxpr(lambda x: layers.attention(x, x, x))(query))
-    assert f"length={blocks}\n" in text if blocks > 1 else "scan[" not in text
-
-
-def test_blocks_attend_as_all_at_once(monkeypatch):
-    """Outputs and gradients, of a batch by vmap, of fewer queries than keys."""
-    ask = lambda q, k, v: (layers.attention(q, k, v) ** 2).sum()
-    asked = jax.vmap(jax.value_and_grad(ask, argnums=(0, 1, 2)))
-    keys = jax.random.split(jax.random.key(2), 3)
-    x = [jax.random.normal(key, (2, 1, tokens, 2, 4)) for key, tokens in zip(keys, (256, 512, 512), strict=True)]
-    whole = asked(*x)
-    monkeypatch.setattr(chips, "chip", lambda: chips.TPUS["v5e"]._replace(scores=0.125))
-    assert "length=8" in str(jax.make_jaxpr(asked)(*x))
-    for ours, theirs in zip(jax.tree.leaves(asked(*x)), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+def test_hardware_is_set_in_every_attention():
+    """Within stacks of layers, too, and a default is left where none is given."""
+    build = lambda rngs: clip.Attention(8, 2, rngs=rngs)
+    tree = {"one": build(nnx.Rngs(0)), "stack": layers.stack(build, 2, nnx.Rngs(0))}
+    hardware = chips.Hardware(cudnn=True)
+    changed = layers.configured(tree, hardware=hardware)
+    assert changed["one"].hardware == changed["stack"].layer.hardware == hardware
+    assert tree["one"].hardware == tree["stack"].layer.hardware == chips.Hardware()
+    again = layers.configured(changed, remat="none")
+    assert (again["stack"].layer.hardware, again["stack"].remat, changed["stack"].remat) == (hardware, "none", "full")
 
 
 def test_what_is_made_again_is_within_a_loop(stack):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from flax import nnx
 
-from referee_jax.hardware import chips
 from referee_jax.models import vae
 from referee_jax.weights import convert
 from tests.oracles import networks
@@ -266,11 +265,10 @@ def test_full_size_matches_torch():
 
 @pytest.mark.parametrize("is_dense", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 4)])
-def test_double_is_torchs_nearest(shape, is_dense, monkeypatch):
-    monkeypatch.setattr(chips, "is_dense", lambda: is_dense)
+def test_double_is_torchs_nearest(shape, is_dense):
     x = draw(0, *shape)
     theirs = torch.nn.functional.interpolate(to_torch(x), scale_factor=2.0, mode="nearest")
-    np.testing.assert_array_equal(vae.double(jnp.asarray(x)), to_numpy(theirs))
+    np.testing.assert_array_equal(vae.double(jnp.asarray(x), is_dense=is_dense), to_numpy(theirs))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from referee_jax import config
 from referee_jax.engine import capacity
 from referee_jax.hardware import chips
-from referee_jax.performance import ahead_of_time, cost
+from referee_jax.performance import ahead_of_time, cost, hlo
 from referee_jax.weights import load
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -115,13 +115,29 @@ def test_a_slice_of_v5e(tmp_path):
     assert (size, uncounted, collectives) == ("8", "0", "[]") and int(total) > 5 * 256 * 512 * 512 / (4 * 128 * 128)
 
 
+def tiny(checkpoints):
+    sd, clip = map(str, checkpoints)
+    values = {"steps": 6, "chunk": 3, "image_size": 32, "batch_size": 1, "views": {"count": 2, "keep": 2}}
+    return values | {"generator": {"checkpoint": sd}, "referees": ({"checkpoint": clip},)}
+
+
+@pytest.mark.parametrize("chip", [None, chips.TPUS["v5e"]])
+def test_programs_are_made_for_the_devices_of_the_mesh(monkeypatch, checkpoints, chip):
+    """Where products are faster nothing is gathered, and every network knows it."""
+    monkeypatch.setattr(chips, "of", lambda kind: chip)
+    engine = ahead_of_time.unloaded(config.from_config(tiny(checkpoints)), jax.devices()[:1])
+    lowered = engine.trace(engine.shapes()).lower()
+    kinds = {surprise.kind for surprise in hlo.surprises(lowered.as_text("hlo"))}
+    assert ({"gather", "scatter"} & kinds == set()) == (chip is not None)
+    networks = jax.tree.leaves(engine.networks, is_leaf=lambda x: hasattr(x, "hardware"))
+    assert {x.hardware for x in networks if hasattr(x, "hardware")} == {chips.traits()}
+
+
 def test_devices_here_may_stand_for_a_slice(monkeypatch, checkpoints):
     """All of it but libtpu, with tiny networks: their config.json are read, their weights are not."""
     monkeypatch.setattr(ahead_of_time, "devices", lambda name: jax.devices()[:2])
     monkeypatch.setattr(load.Tensors, "__getitem__", None)
-    sd, clip = map(str, checkpoints)
-    values = {"steps": 6, "chunk": 3, "image_size": 32, "batch_size": 1, "views": {"count": 2, "keep": 2}}
-    values |= {"generator": {"checkpoint": sd}, "referees": ({"checkpoint": clip},)}
+    values = tiny(checkpoints)
     # A U-Net would only take time to compile, and what fits is asked in test_cost.py.
     values |= {"sds": {"weight": 0.0, "weight_final": 0.0}, "remat": "full"}
     found = ahead_of_time.compile_for(config.from_config(values), "v5e:2x4")

@@ -1,0 +1,91 @@
+"""Softmax attention on the kernel that suits the hardware, and the layout of heads.
+
+Axis letters: B batch (views, latents), T queries, S keys and values, N heads, D width.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from referee_jax.hardware import chips
+
+LONG = 256  # queries and keys, from which on cuDNN is used: for 77 keys XLA's own products were faster
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    hardware: chips.Hardware,
+    *,
+    bias: Array | None = None,
+    is_causal: bool = False,
+) -> Array:
+    """Softmax attention with float32 probabilities: `[B, T, N, D], [B, S, N, D], [B, S, N, D] -> [B, T, N, D]`.
+
+    `bias` is added to the logits and broadcast to `[B, N, T, S]`. Without bias and causality, cuDNN's kernel, which stores
+    no probabilities, is used where `hardware` has it and the inputs allow it; on a TPU long queries are processed in blocks.
+    """
+    if bias is None and not is_causal:
+        if hardware.cudnn and _suits_cudnn(query, key):
+            return _cudnn_attention(query, key, value)
+        if (blocks := _block_count(query, key, hardware.attention_block)) > 1:
+            return _attention_in_blocks(query, key, value, blocks)
+    return jax.nn.dot_product_attention(query, key, value, bias=bias, is_causal=is_causal)
+
+
+def _suits_cudnn(query: Array, key: Array) -> bool:
+    width, is_long = query.shape[-1], min(query.shape[1], key.shape[1]) >= LONG
+    return is_long and query.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
+
+
+def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
+    """Unmasked attention by cuDNN; odd lengths are padded and masked.
+
+    cuDNN has no gradient for odd lengths with a bias, and JAX 0.10 mistakes the placeholder of a missing bias for one.
+    """
+    queries, keys = query.shape[1], key.shape[1]
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+    lengths = {}
+    if queries % 2 or keys % 2:
+        # Computed from the query, so that vmap gives the lengths its axis.
+        zero = 0 * query[:, 0, 0, 0].astype(jnp.int32)
+        lengths = {"query_seq_lengths": zero + queries, "key_value_seq_lengths": zero + keys}
+    x = jax.nn.dot_product_attention(even(query), even(key), even(value), implementation="cudnn", **lengths)
+    return x[:, :queries]
+
+
+def _block_count(query: Array, key: Array, limit: float | None) -> int:
+    """Number of blocks of queries, a power of two, such that a block's logits take at most `limit` MiB; 1: all at once."""
+    if limit is None:
+        return 1
+    batch, queries, heads, _ = query.shape
+    size = 4 * batch * heads * queries * key.shape[1] / 2**20
+    blocks = 2 ** math.ceil(math.log2(max(1.0, size / limit)))
+    # XLA keeps logits of up to twice the limit on the chip by itself, and their gradient is faster than that of blocks.
+    return blocks if blocks > 2 and queries % blocks == 0 else 1
+
+
+def _attention_in_blocks(query: Array, key: Array, value: Array, blocks: int) -> Array:
+    """Unmasked attention, one block of queries after the other; the backward pass recomputes the probabilities."""
+    split = query.reshape(query.shape[0], blocks, -1, *query.shape[2:])
+    one_block = jax.checkpoint(lambda query: jax.nn.dot_product_attention(query, key, value))
+    return jnp.moveaxis(jax.lax.map(one_block, jnp.moveaxis(split, 1, 0)), 0, 1).reshape(query.shape)
+
+
+def mask_bias(mask: Array) -> Array:
+    """The `bias` of a mask that is True where attention is allowed: float32, 0 there, elsewhere so low that the share is 0."""
+    # Finite, so that a row without any True has no NaN in its gradient.
+    return jnp.where(mask, 0.0, -1e30)
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """`[B, T, N * D] -> [B, T, N, D]`."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+def merge_heads(x: Array) -> Array:
+    """`[B, T, N, D] -> [B, T, N * D]`."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
