@@ -1,8 +1,7 @@
 """Stable Diffusion's autoencoder (Rombach et al. 2022, arXiv 2112.10752), as diffusers' `AutoencoderKL` lays it out.
 
-Also `TinyDecoder`, the decoder of diffusers' `AutoencoderTiny` (madebyollin/taesd). The blocks that the U-Net shares
-with the autoencoder (`ResnetBlock`, `Downsample`, `Upsample`) live here. Configs are read from a checkpoint's
-config.json; a value that is not implemented is an error that names it.
+Only the decoder: nothing here encodes an image. The blocks that the U-Net shares with it (`ResnetBlock`, `Upsample`) live
+here, too. Configs are read from a checkpoint's config.json; a value that is not implemented is an error that names it.
 """
 
 import dataclasses
@@ -177,20 +176,6 @@ class MidBlock(nnx.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class DownBlock(nnx.Module):
-    """Residual blocks at one resolution, then (but for the last level) half the resolution."""
-
-    def __init__(self, inputs: int, outputs: int, *, depth: int, groups: int, is_last: bool, rngs: nnx.Rngs):
-        widths = [inputs] + [outputs] * (depth - 1)
-        self.resnets = nnx.List([ResnetBlock(w, outputs, groups=groups, epsilon=1e-6, rngs=rngs) for w in widths])
-        self.downsamplers = nnx.List([] if is_last else [Downsample(outputs, padding=(0, 1), rngs=rngs)])
-
-    def __call__(self, x: Array) -> Array:
-        for block in (*self.resnets, *self.downsamplers):
-            x = block(x)
-        return x
-
-
 class UpBlock(nnx.Module):
     """Residual blocks at one resolution, then (but for the last level) twice the resolution."""
 
@@ -203,32 +188,6 @@ class UpBlock(nnx.Module):
         for block in (*self.resnets, *self.upsamplers):
             x = block(x)
         return x
-
-
-class Encoder(nnx.Module):
-    """Images in [-1, 1] to the moments of the posterior: mean and log-variance side by side."""
-
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nnx.Conv(config.in_channels, widths[0], (3, 3), padding=1, rngs=rngs)
-        last = len(widths) - 1
-        self.down_blocks = nnx.List(
-            [
-                DownBlock(
-                    widths[max(i - 1, 0)], w, depth=config.layers_per_block, groups=groups, is_last=i == last, rngs=rngs
-                )
-                for i, w in enumerate(widths)
-            ]
-        )
-        self.mid_block = MidBlock(widths[-1], groups=groups, rngs=rngs)
-        self.conv_norm_out = layers.GroupNorm(groups, widths[-1], epsilon=1e-6, rngs=rngs)
-        self.conv_out = nnx.Conv(widths[-1], 2 * config.latent_channels, (3, 3), padding=1, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nnx.Module):
@@ -256,121 +215,15 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """diffusers' `AutoencoderKL`; with `encoder=False` only what `decode` needs."""
+    """The decoder of diffusers' `AutoencoderKL`."""
 
-    def __init__(self, config: Config, *, encoder: bool = True, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
         latent = config.latent_channels
-        self.encoder = Encoder(config, rngs=rngs) if encoder else None
-        self.quant_conv = nnx.Conv(2 * latent, 2 * latent, (1, 1), rngs=rngs) if encoder else None
         self.post_quant_conv = nnx.Conv(latent, latent, (1, 1), rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
         self.config = config
-
-    def encode(self, images: Array) -> tuple[Array, Array]:
-        """Images `[B, H, W, 3]` in [0, 1] to mean and log-variance, float32 `[B, h, w, 4]`, of the posterior.
-
-        The latents that `decode` and the U-Net take are `config.scaling_factor` times a draw from it. Raises ValueError
-        if the network was built without its encoder.
-        """
-        if self.encoder is None:
-            raise ValueError("AutoencoderKL was built with encoder=False and cannot encode")
-        moments = self.quant_conv(self.encoder((2 * images - 1).astype(layers.float_dtype(self))))
-        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.clip(logvar, -30, 20)
 
     def decode(self, latents: Array) -> Array:
         """Scaled latents `[B, h, w, 4]` to images, float32 `[B, H, W, 3]`, in [0, 1] but not clamped to it."""
         x = (latents / self.config.scaling_factor).astype(layers.float_dtype(self))
         return self.decoder(self.post_quant_conv(x)).astype(jnp.float32) / 2 + 0.5
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TinyConfig:
-    """The decoder's part of config.json of an `AutoencoderTiny`; the defaults are madebyollin/taesd's."""
-
-    latent_channels: int = 4
-    out_channels: int = 3
-    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
-    upsampling_scaling_factor: int = 2
-    act_fn: str = "relu"
-    upsample_fn: str = "nearest"
-    scaling_factor: float = 1.0
-    shift_factor: float = 0.0
-
-    def __post_init__(self):
-        freeze_and_check(
-            self,
-            {
-                "upsampling_scaling_factor": (2,),
-                "act_fn": ("relu",),
-                "upsample_fn": ("nearest",),
-                "shift_factor": (0.0, None),
-            },
-        )
-        widths, blocks = self.decoder_block_out_channels, self.num_decoder_blocks
-        if len(widths) != len(blocks) or len(set(widths)) != 1:
-            raise ValueError(
-                f"config.json: decoder_block_out_channels={widths}, num_decoder_blocks={blocks} is not implemented; "
-                "supported: as many blocks as widths, all widths equal"
-            )
-
-
-class Rectifier(nnx.Module):
-    """max(x, 0), where the checkpoint counts activations among the layers."""
-
-    def __call__(self, x: Array) -> Array:
-        return jax.nn.relu(x)
-
-
-class Doubler(nnx.Module):
-    """`double`, where the checkpoint counts upsampling among the layers."""
-
-    def __call__(self, x: Array) -> Array:
-        return double(x, is_dense=False)
-
-
-class TinyBlock(nnx.Module):
-    """Three convolutions beside a skip."""
-
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        first, second, third = (nnx.Conv(channels, channels, (3, 3), padding=1, rngs=rngs) for _ in range(3))
-        self.conv = nnx.List([first, Rectifier(), second, Rectifier(), third])
-
-    def __call__(self, x: Array) -> Array:
-        y = x
-        for layer in self.conv:
-            y = layer(y)
-        return jax.nn.relu(x + y)
-
-
-class TinyLayers(nnx.Module):
-    """The layers of the tiny decoder, numbered as in the checkpoint."""
-
-    def __init__(self, config: TinyConfig, *, rngs: nnx.Rngs):
-        width = config.decoder_block_out_channels[0]
-        stages = [nnx.Conv(config.latent_channels, width, (3, 3), padding=1, rngs=rngs), Rectifier()]
-        for i, blocks in enumerate(config.num_decoder_blocks):
-            stages += [TinyBlock(width, rngs=rngs) for _ in range(blocks)]
-            if i < len(config.num_decoder_blocks) - 1:
-                stages += [Doubler(), nnx.Conv(width, width, (3, 3), padding=1, use_bias=False, rngs=rngs)]
-        self.layers = nnx.List([*stages, nnx.Conv(width, config.out_channels, (3, 3), padding=1, rngs=rngs)])
-
-    def __call__(self, x: Array) -> Array:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class TinyDecoder(nnx.Module):
-    """Decoder of diffusers' `AutoencoderTiny` (madebyollin/taesd)."""
-
-    def __init__(self, config: TinyConfig, *, rngs: nnx.Rngs):
-        self.decoder = TinyLayers(config, rngs=rngs)
-        self.config = config
-
-    def decode(self, latents: Array) -> Array:
-        """Scaled latents `[B, h, w, 4]` to images, float32 `[B, H, W, 3]`, in [0, 1] but not clamped to it."""
-        # The network was trained on latents softly bounded to [-3, 3].
-        x = 3 * jnp.tanh(latents / self.config.scaling_factor / 3)
-        return self.decoder(x.astype(layers.float_dtype(self))).astype(jnp.float32)

@@ -108,9 +108,6 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     align.Config: _PRETRAINED | {"model_type": ("align",)},
     unet.Config: _DIFFUSERS | {"_class_name": ("UNet2DConditionModel",), "addition_embed_type_num_heads": None},
     vae.Config: _DIFFUSERS | {"_class_name": ("AutoencoderKL",)},
-    vae.TinyConfig: _DIFFUSERS
-    | _any("in_channels encoder_block_out_channels num_encoder_blocks block_out_channels")
-    | {"_class_name": ("AutoencoderTiny",), "latent_magnitude": (3,), "latent_shift": (0.5,)},
     Schedule: _any(
         "_class_name _diffusers_version algorithm_type clip_sample clip_sample_range dynamic_thresholding_ratio "
         "euler_at_final final_sigmas_type interpolation_type lambda_min_clipped lower_order_final sample_max_value "

@@ -109,23 +109,21 @@ def fill(
     renames: Iterable[tuple[str, str]] = (),
     ignore: Iterable[str] = (),
     float32: Iterable[str] = (),
-    prefix: str = "",
 ) -> nnx.Module:
     """Returns the abstract `module` (of `nnx.eval_shape`) with weights read from `tensors`, one at a time.
 
     `tensors` may be lazy: each is asked for once, cast at once. All weights get `dtype`, but for scalars (logit
     scales), which stay float32: an exponential of theirs is a factor of the result; so do those whose names match one
     of the glob patterns `float32`. `renames` are (regular expression, replacement) pairs, applied in order to the
-    source's names; `ignore` are glob patterns of source names that are not weights; `prefix` stands before the
-    network's own names in the (renamed) source.
+    source's names; `ignore` are glob patterns of source names that are not weights.
 
     Raises WeightsError where a source tensor is left over, a parameter would stay empty, two tensors go to one
     parameter, a shape differs, or what should be a weight is no finite number: five checks, each naming the tensors.
     """
     wanted = targets(module)
-    sources = _sources(tensors, {prefix + name for target in wanted for name in target.names}, renames, ignore)
+    sources = _sources(tensors, {name for target in wanted for name in target.names}, renames, ignore)
     kinds = _dtypes(wanted, dtype, float32)
-    filled = [_read(tensors, sources, target, kind, prefix) for target, kind in zip(wanted, kinds, strict=True)]
+    filled = [_read(tensors, sources, target, kind) for target, kind in zip(wanted, kinds, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(module), filled)
 
 
@@ -178,15 +176,15 @@ def _listed(names: Sequence[str], limit: int = 20) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _read(tensors: Mapping, sources: Mapping[str, str], target: Target, dtype, prefix: str) -> jax.Array:
+def _read(tensors: Mapping, sources: Mapping[str, str], target: Target, dtype) -> jax.Array:
     """One leaf: every tensor of it checked, turned, cast and, in a stack, put at its place."""
     out = np.empty((len(target.names), *target.shape), dtype)
     for n, name in enumerate(target.names):
-        source = sources[prefix + name]
+        source = sources[name]
         tensor = np.asarray(tensors[source])
         if tensor.shape != target.source_shape:
             raise WeightsError(
-                f"{source} has shape {tensor.shape}, but {prefix + name} takes {target.source_shape} "
+                f"{source} has shape {tensor.shape}, but {name} takes {target.source_shape} "
                 f"({target.shape} in the network)"
             )
         # One bit of a damaged file turns floats into integers. NaN would be seen in every picture, but after its work.

@@ -127,16 +127,12 @@ KINDS: dict[str, Kind] = {
         float32=("*.batchnorm.*", "*_bn.*", "*.depthwise_norm.*"),
     ),
     "unet": Kind(config=config_json.reader(unet.Config), network=unet.UNet, stem=DIFFUSERS),
-    "vae": Kind(config=config_json.reader(vae.Config), network=vae.AutoencoderKL, stem=DIFFUSERS, renames=vae.RENAMES),
     "vae_decoder": Kind(
         config=config_json.reader(vae.Config),
-        network=lambda config, *, rngs: vae.AutoencoderKL(config, encoder=False, rngs=rngs),
+        network=vae.AutoencoderKL,
         stem=DIFFUSERS,
         renames=vae.RENAMES,
         ignore=("encoder.*", "quant_conv.*"),
-    ),
-    "vae_tiny": Kind(
-        config=config_json.reader(vae.TinyConfig), network=vae.TinyDecoder, stem=DIFFUSERS, ignore=("encoder.*",)
     ),
 }
 
@@ -197,34 +193,6 @@ def check_ties(row: Kind, tensors: Mapping[str, np.ndarray]) -> None:
     for copy, original in row.ties.items():
         if copy in tensors and original in tensors and not np.array_equal(tensors[copy], tensors[original]):
             raise WeightsError(f"{copy} differs from {original}, which it should repeat")
-
-
-def load_clip(
-    path_or_id: str | Path, *, revision: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
-) -> clip.CLIP:
-    """Returns the `CLIPModel` of a local directory or a hub id; see `load`."""
-    return load("clip", path_or_id, revision=revision, dtype=dtype)
-
-
-def load_blip(
-    task: str, path_or_id: str | Path, *, revision: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
-) -> blip.ImageTextRetrieval | blip.ConditionalGeneration | blip.QuestionAnswering:
-    """Returns the BLIP for "itm", "caption" or "vqa" of a local directory or a hub id; see `load`."""
-    return load(f"blip_{task}", path_or_id, revision=revision, dtype=dtype)
-
-
-def load_blip2(
-    path_or_id: str | Path, *, revision: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
-) -> blip2.BLIP2:
-    """Returns the `Blip2ForImageTextRetrieval` of a local directory or a hub id; `dtype` is the vision transformer's."""
-    return load("blip2", path_or_id, revision=revision, dtype=dtype)
-
-
-def load_align(
-    path_or_id: str | Path, *, revision: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
-) -> align.ALIGN:
-    """Returns the `AlignModel` of a local directory or a hub id; `dtype` is of all but its batch norms."""
-    return load("align", path_or_id, revision=revision, dtype=dtype)
 
 
 def fetch_referee(path_or_id: str | Path, *, revision: str | None = None) -> Path:
@@ -298,15 +266,11 @@ class StableDiffusion:
 
 
 def load_stable_diffusion(
-    path_or_id: str | Path,
-    *,
-    revision: str | None = None,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    encoder: bool = False,
+    path_or_id: str | Path, *, revision: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> StableDiffusion:
     """Returns the parts of a checkpoint in diffusers' layout (local directory or hub id), weights cast to `dtype`.
 
-    The autoencoder has its encoder only if asked for. Raises WeightsError as `load` does, and if the parts do not fit.
+    Raises WeightsError as `load` does, and if the parts do not fit.
     """
     patterns = [
         "scheduler/scheduler_config.json",
@@ -322,7 +286,7 @@ def load_stable_diffusion(
         tokenizer=load_tokenizer(directory, subfolder="tokenizer"),
         text_encoder=load("clip_text", directory, subfolder="text_encoder", dtype=dtype),
         unet=load("unet", directory, subfolder="unet", dtype=dtype),
-        vae=load("vae" if encoder else "vae_decoder", directory, subfolder="vae", dtype=dtype),
+        vae=load("vae_decoder", directory, subfolder="vae", dtype=dtype),
         alphas_cumprod=jnp.asarray(schedule.alphas_cumprod()),
         prediction_type=schedule.prediction_type,
     )

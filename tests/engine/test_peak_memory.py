@@ -62,7 +62,7 @@ SMALL = dict(
 # Network -> makes it, what is asked of it, and the shape of its input.
 NETWORKS = {
     "autoencoder": (
-        functools.partial(vae.AutoencoderKL, vae.Config(block_out_channels=(32, 64, 64)), encoder=False),
+        functools.partial(vae.AutoencoderKL, vae.Config(block_out_channels=(32, 64, 64))),
         lambda module, x: module.decode(x), (4, 16, 16, 4),
     ),
     "CLIP": (

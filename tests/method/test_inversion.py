@@ -51,7 +51,7 @@ def sides(request, tmp_path_factory):
     sd, judge = tiny.save(tmp_path_factory.mktemp(request.param), prediction_type=request.param)
     prior = load.load_stable_diffusion(sd)
     preprocessing = {"image_mean": tiny.CLIP_MEAN, "image_std": tiny.CLIP_STD}
-    referee = clip.from_checkpoint(load.load_clip(judge), preprocessing)
+    referee = clip.from_checkpoint(load.load("clip", judge), preprocessing)
     networks = inversion.Networks(
         prior=sds.Prior(prior.unet, prior.alphas_cumprod, prior.prediction_type), vae=prior.vae, referees=(referee,)
     )

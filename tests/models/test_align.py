@@ -160,7 +160,7 @@ def test_directory(shards, tmp_path):
     oracle = networks.align()
     networks.save_align(oracle, tmp_path, max_shard_size=shards)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "20KB")
-    network = load.load_align(tmp_path)
+    network = load.load("align", tmp_path)
     assert network.config == ours(oracle.config)
     jax.tree.map(np.testing.assert_array_equal, network, fill(network.config, tensors(oracle)))
     assert float(network.temperature[...]) == pytest.approx(0.1)

@@ -194,7 +194,7 @@ def test_directory(task, shards, tmp_path):
     oracle, tensors, config = build(task)
     networks.save_blip(oracle, tmp_path, max_shard_size=shards)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (task == "itm")
-    network = load.load_blip(task, tmp_path)
+    network = load.load(f"blip_{task}", tmp_path)
     assert network.config == config
     jax.tree.map(np.testing.assert_array_equal, network, fill(task, config, tensors))
 
@@ -209,13 +209,13 @@ def test_tied_weights_and_buffers_in_the_file(tmp_path):
     tensors = {name: np.array(x) for name, x in tensors.items()}
     tensors["text_decoder.bert.embeddings.position_ids"] = np.arange(80)[None]
     safetensors.numpy.save_file(tensors, file)
-    jax.tree.map(np.testing.assert_array_equal, load.load_blip("caption", tmp_path), fill("caption", config, tensors))
+    jax.tree.map(np.testing.assert_array_equal, load.load("blip_caption", tmp_path), fill("caption", config, tensors))
     tensors[copy][3, 3] += 1
     safetensors.numpy.save_file(tensors, file)
     with pytest.raises(
         load.WeightsError, match=r"decoder.weight differs from .*word_embeddings.weight, which it should"
     ):
-        load.load_blip("caption", tmp_path)
+        load.load("blip_caption", tmp_path)
 
 
 def test_sizes_that_do_not_fit_are_refused():

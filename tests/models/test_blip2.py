@@ -255,7 +255,7 @@ def test_loads_what_transformers_saves(tmp_path):
     oracle = networks.blip2()
     oracle.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    check_parity(oracle, load.load_blip2(tmp_path), images(24))
+    check_parity(oracle, load.load("blip2", tmp_path), images(24))
 
 
 # Salesforce/blip2-itm-vit-g and -coco, and LAVIS' own files: transformers' defaults but for these.

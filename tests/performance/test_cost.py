@@ -41,11 +41,11 @@ PUBLISHED = {
         lambda module, x: module(x, jnp.zeros(1, int), jnp.zeros((1, 77, 768))), (1, 64, 64, 4), 803,
     ),
     "VAE's decoder": (
-        functools.partial(vae.AutoencoderKL, vae.Config(), encoder=False),
+        functools.partial(vae.AutoencoderKL, vae.Config()),
         lambda module, x: module.decode(x), (1, 64, 64, 4), 2514,
     ),
     "VAE's decoder and its gradient": (
-        functools.partial(vae.AutoencoderKL, vae.Config(), encoder=False),
+        functools.partial(vae.AutoencoderKL, vae.Config()),
         pulled_back(lambda module, x: module.decode(x)), (1, 64, 64, 4), 2514 + 2549,
     ),
     "ViT-g": (

@@ -179,7 +179,7 @@ def test_captions_need_the_language_head(tmp_path):
         referees.load_referee(dataclasses.replace(judge.spec, losses={"itg": 1.0}))
     edit_json(tmp_path / "config.json", lm_head=True)
     with pytest.raises(load.WeightsError, match=r"parameters without a tensor: cls\.predictions\.bias, cls\."):
-        load.load_blip2(tmp_path)
+        load.load("blip2", tmp_path)
 
 
 def edit_json(file, **changes):
@@ -231,4 +231,4 @@ def test_untied_language_head_is_refused(directory, tmp_path):
     tensors["cls.predictions.decoder.weight"] = tensors["cls.predictions.decoder.weight"] + 1
     safetensors.numpy.save_file(tensors, path / "model.safetensors")
     with pytest.raises(load.WeightsError, match=r"decoder\.weight differs from embeddings\.word_embeddings\.weight"):
-        load.load_blip2(path)
+        load.load("blip2", path)

@@ -233,10 +233,10 @@ def interrupt_after(monkeypatch, steps: int, run) -> None:
 def test_unet_makes_a_loadable_checkpoint(out):
     figures = train.train("unet", steps=3, seed=0, out=out, workdir=out / "work")
     assert 0.5 < figures["error"] < 2  # an untrained network predicts nothing of unit noise
-    parts = load.load_stable_diffusion(out / "stable-diffusion", encoder=True)
+    parts = load.load_stable_diffusion(out / "stable-diffusion")
     assert parts.prediction_type == "epsilon" and parts.alphas_cumprod.shape == (1000,)
     assert parts.unet.config.block_out_channels == (64, 128)
-    network = load.load_clip(out / "clip")
+    network = load.load("clip", out / "clip")
     assert network.config.vision_config.image_size == world.SIZE
 
 

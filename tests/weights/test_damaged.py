@@ -112,7 +112,7 @@ def test_old_buffers_are_no_weights(directory, published):
     edit_tensors(
         directory / "model.safetensors", lambda t: t.update({"vision_model.embeddings.position_ids": np.zeros(2)})
     )
-    same(load.load_clip(directory), load.load_clip(published[1]))
+    same(load.load("clip", directory), load.load("clip", published[1]))
 
 
 def test_wrong_shape(directory):
@@ -158,7 +158,7 @@ def test_file_of_another_kind(directory, kind):
 def test_flipped_bits_of_the_header(directory, published):
     """Each is told, or changes nothing (a blank between two entries)."""
     file, rng = directory / "model.safetensors", np.random.default_rng(0)
-    whole, exact = file.read_bytes(), load.load_clip(published[1])
+    whole, exact = file.read_bytes(), load.load("clip", published[1])
     length = 8 + int.from_bytes(whole[:8], "little")
     told = 0
     for at in (*range(8), *rng.integers(8, length, 60)):
@@ -166,7 +166,7 @@ def test_flipped_bits_of_the_header(directory, published):
         spoilt[at] ^= 1 << int(rng.integers(8))
         file.write_bytes(spoilt)
         try:
-            network = load.load_clip(directory)
+            network = load.load("clip", directory)
         except load.WeightsError as error:
             told += str(file) in str(error) and "\n" not in str(error)
         else:
@@ -198,7 +198,7 @@ def test_weights_that_are_no_numbers(directory, dtype, value):
 def test_the_largest_number_is_one(directory):
     largest = np.full(32, np.finfo(np.float16).max, np.float16)
     edit_tensors(directory / "model.safetensors", lambda t: t.update({"text_model.final_layer_norm.bias": largest}))
-    assert load.load_clip(directory).text_model.final_layer_norm.bias[0] == 65504
+    assert load.load("clip", directory).text_model.final_layer_norm.bias[0] == 65504
 
 
 def test_missing_file(directory):

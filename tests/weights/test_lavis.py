@@ -253,7 +253,7 @@ def test_blip2(tokenizers, tmp_path):
     assert {"blocks.1.attn.q_bias", "blocks.1.attn.v_bias", "blocks.0.attn.qkv.weight", "pos_embed"} <= set(seen)
     files = [write(tmp_path / "stage1.pth", state), write(tmp_path / "eva.pth", seen, key=None)]
     assert lavis.main(files, tmp_path / "out", tokenizer=str(tokenizers / "blip2")) == "blip2"
-    network = load.load_blip2(tmp_path / "out")
+    network = load.load("blip2", tmp_path / "out")
     assert exact(network, oracle) == {
         "cls.predictions.bias",
         "cls.predictions.transform.dense.weight",
@@ -276,7 +276,7 @@ def test_blip2(tokenizers, tmp_path):
     # A fine-tuned file holds its vision transformer: then no second one is read, nor wanted.
     whole = write(tmp_path / "finetuned.pth", state | {f"visual_encoder.{name}": x for name, x in seen.items()})
     lavis.main([whole], tmp_path / "whole", tokenizer=str(tokenizers / "blip2"))
-    jax.tree.map(np.testing.assert_array_equal, load.load_blip2(tmp_path / "whole"), network)
+    jax.tree.map(np.testing.assert_array_equal, load.load("blip2", tmp_path / "whole"), network)
     with pytest.raises(load.WeightsError, match="finetuned.pth holds its vision transformer already: visual_encoder.b"):
         lavis.main([whole, files[1]], tmp_path / "no", tokenizer=str(tokenizers / "blip2"))
     with pytest.raises(load.WeightsError, match="stage1.pth: its vision transformer is another file: eva_vit_g.pth"):
@@ -298,7 +298,7 @@ def test_blip2_with_clip(whole, tokenizers, tmp_path):
     oracle, state, _ = blip2(hidden_size=64)
     files = [write(tmp_path / "stage1_vitL.pth", state), write(tmp_path / "clip.pth", seen, key=None)]
     lavis.main(files, tmp_path / "out", tokenizer=str(tokenizers / "blip2"))
-    network = load.load_blip2(tmp_path / "out")
+    network = load.load("blip2", tmp_path / "out")
     vision = network.config.vision_config
     assert (vision.num_hidden_layers, vision.hidden_act, vision.layer_norm_eps) == (23, "quick_gelu", 1e-5)
     x = images(24)
@@ -331,7 +331,7 @@ def test_hps(tokenizers, tmp_path):
     assert {"transformer.resblocks.0.mlp.c_fc.weight", "ln_final.bias", "token_embedding.weight"} <= set(state)
     file = write(tmp_path / "HPS_v2_compressed.pt", state, key="state_dict")
     assert lavis.main([file], tmp_path / "out", tokenizer=str(tokenizers / "clip")) == "clip"
-    network = load.load_clip(tmp_path / "out")
+    network = load.load("clip", tmp_path / "out")
     assert exact(network, oracle) == set()
     tokenizer = load.load_tokenizer(tmp_path / "out")
     ids = tokenizer(["a red circle", "photo"], padding="max_length", return_tensors="np").input_ids
@@ -363,7 +363,7 @@ def test_half_precision_and_old_files(tokenizers, tmp_path):
     state = {name: x.bfloat16() if x.is_floating_point() else x for name, x in state.items()}
     torch.save({"model": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     lavis.main([str(tmp_path / "old.pth")], tmp_path / "out", tokenizer=str(tokenizers / "blip"))
-    made = convert.export(load.load_blip("itm", tmp_path / "out"))
+    made = convert.export(load.load("blip_itm", tmp_path / "out"))
     for name, x in oracle.state_dict().items():
         np.testing.assert_array_equal(made[name], x.bfloat16().float().numpy())
 
