@@ -20,12 +20,34 @@ _DOWN_HAS_ATTENTION = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP_HAS_ATTENTION = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 
+# What config.json may say without a field below: key -> the values that are implemented.
+REFUSED = {
+    "act_fn": ("silu", "swish"),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "mid_block_only_cross_attention": (None, False),
+    "attention_type": ("default",),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+}
+REFUSED |= dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor"), (1.0,))
+REFUSED |= {"downsample_padding": (1,), "conv_in_kernel": (3,), "conv_out_kernel": (3,)}
+REFUSED |= dict.fromkeys(
+    ("only_cross_attention", "dual_cross_attention", "class_embeddings_concat", "resnet_skip_time_act"), (False,)
+)
+REFUSED |= dict.fromkeys(
+    (
+        "reverse_transformer_layers_per_block", "num_attention_heads", "cross_attention_norm",
+        "encoder_hid_dim", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds",
+        "projection_class_embeddings_input_dim", "addition_embed_type", "addition_time_embed_dim",
+        "time_embedding_dim", "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim",
+    ),
+    (None,),
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """config.json of a `UNet2DConditionModel`; the defaults are Stable Diffusion 1.x's.
-
-    The second group of fields is there to be refused: they may only hold the values in `__post_init__`.
-    """
+    """config.json of a `UNet2DConditionModel`; the defaults are Stable Diffusion 1.x's."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -41,92 +63,23 @@ class Config:
     # The NUMBER of heads, of all levels or of each; the name is an old mistake of diffusers'.
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
-    upcast_attention: bool | None = False  # no effect: attention.attend has its logits in float32 always
+    upcast_attention: bool | None = False  # no effect: the softmax is in float32 always
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
 
-    act_fn: str = "silu"
-    mid_block_type: str = "UNetMidBlock2DCrossAttn"
-    mid_block_scale_factor: float = 1.0
-    mid_block_only_cross_attention: bool | None = None
-    downsample_padding: int = 1
-    only_cross_attention: bool = False
-    dual_cross_attention: bool = False
-    reverse_transformer_layers_per_block: tuple | None = None
-    num_attention_heads: int | None = None
-    attention_type: str = "default"
-    cross_attention_norm: str | None = None
-    encoder_hid_dim: int | None = None
-    encoder_hid_dim_type: str | None = None
-    class_embed_type: str | None = None
-    num_class_embeds: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
-    class_embeddings_concat: bool = False
-    addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None
-    resnet_time_scale_shift: str = "default"
-    resnet_skip_time_act: bool = False
-    resnet_out_scale_factor: float = 1.0
-    time_embedding_type: str = "positional"
-    time_embedding_dim: int | None = None
-    time_embedding_act_fn: str | None = None
-    timestep_post_act: str | None = None
-    time_cond_proj_dim: int | None = None
-    conv_in_kernel: int = 3
-    conv_out_kernel: int = 3
-
     def __post_init__(self):
-        none = (None,)
-        vae.freeze_and_check(
-            self,
-            {
-                "act_fn": ("silu", "swish"),
-                "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-                "mid_block_scale_factor": (1.0,),
-                "mid_block_only_cross_attention": (None, False),
-                "downsample_padding": (1,),
-                "only_cross_attention": (False,),
-                "dual_cross_attention": (False,),
-                "reverse_transformer_layers_per_block": none,
-                "num_attention_heads": none,
-                "attention_type": ("default",),
-                "cross_attention_norm": none,
-                "encoder_hid_dim": none,
-                "encoder_hid_dim_type": none,
-                "class_embed_type": none,
-                "num_class_embeds": none,
-                "projection_class_embeddings_input_dim": none,
-                "class_embeddings_concat": (False,),
-                "addition_embed_type": none,
-                "addition_time_embed_dim": none,
-                "resnet_time_scale_shift": ("default",),
-                "resnet_skip_time_act": (False,),
-                "resnet_out_scale_factor": (1.0,),
-                "time_embedding_type": ("positional",),
-                "time_embedding_dim": none,
-                "time_embedding_act_fn": none,
-                "timestep_post_act": none,
-                "time_cond_proj_dim": none,
-                "conv_in_kernel": (3,),
-                "conv_out_kernel": (3,),
-            },
-        )
-        for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim", "norm_num_groups"):
-            value = getattr(self, name)
-            if type(value) is not int:
-                raise ValueError(f"config.json: {name}={value!r} is not implemented; supported: one integer")
         widths = self.block_out_channels
         for name, kinds in (("down_block_types", _DOWN_HAS_ATTENTION), ("up_block_types", _UP_HAS_ATTENTION)):
             value = getattr(self, name)
             if len(value) != len(widths) or not set(value) <= set(kinds):
                 raise ValueError(
-                    f"config.json: {name}={value!r} is not implemented; supported: as many as block_out_channels, "
+                    f"{name}={value!r} is not implemented; supported: as many as block_out_channels, "
                     f"{len(widths)}, each one of {', '.join(kinds)}"
                 )
         heads = self.heads
         if len(heads) != len(widths) or any(width % n for width, n in zip(widths, heads, strict=True)):
             raise ValueError(
-                f"config.json: attention_head_dim={self.attention_head_dim!r} is a number of heads and must be one "
+                f"attention_head_dim={self.attention_head_dim!r} is a number of heads and must be one "
                 f"integer or {len(widths)}, dividing block_out_channels={widths}"
             )
 
@@ -242,6 +195,16 @@ class Level(nnx.Module):
         self.attentions = nnx.List([Transformer(width, heads, config, rngs=rngs) for _ in range(transformers)])
 
 
+class Downsample(nnx.Module):
+    """A convolution of stride 2."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(channels, channels, (3, 3), (2, 2), padding=1, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.conv(x)
+
+
 class DownBlock(Level):
     """One resolution on the way down: leaves a skip after every residual block and after the halving."""
 
@@ -249,7 +212,7 @@ class DownBlock(Level):
         self, inputs: list[int], width: int, config: Config, *, attends: bool, heads: int, is_last: bool, rngs: nnx.Rngs
     ):
         super().__init__(inputs, width, config, transformers=len(inputs) * attends, heads=heads, rngs=rngs)
-        self.downsamplers = nnx.List([] if is_last else [vae.Downsample(width, padding=(1, 1), rngs=rngs)])
+        self.downsamplers = nnx.List([] if is_last else [Downsample(width, rngs=rngs)])
 
     def __call__(self, x: Array, time: Array, context: Array) -> tuple[Array, list[Array]]:
         skips = []

@@ -24,44 +24,30 @@ RENAMES: tuple[tuple[str, str], ...] = (
 )
 
 
-def freeze_and_check(config, supported: dict[str, tuple]) -> None:
-    """Turns the lists that JSON gives into tuples (configs are hashable), and checks values against `supported`.
-
-    Raises ValueError, naming key, value and what is supported.
-    """
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, list):
-            object.__setattr__(config, field.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
-    for name, values in supported.items():
-        value = getattr(config, name)
-        # 0 == False and 1.0 == True in Python, but they are not the same config value.
-        if not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values):
-            raise ValueError(
-                f"config.json: {name}={value!r} is not implemented; supported: {', '.join(map(repr, values))}"
-            )
+# What config.json may say without a field below: key -> the values that are implemented.
+REFUSED = {
+    "act_fn": ("silu", "swish"),
+    "shift_factor": (None,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """config.json of an `AutoencoderKL`; the defaults are Stable Diffusion's."""
 
-    in_channels: int = 3
     out_channels: int = 3
     down_block_types: tuple[str, ...] | None = None  # None: as many as block_out_channels
     up_block_types: tuple[str, ...] | None = None
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
-    act_fn: str = "silu"
     latent_channels: int = 4
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    mid_block_add_attention: bool = True
 
     @property
     def downscale(self) -> int:
@@ -70,23 +56,10 @@ class Config:
 
     def __post_init__(self):
         for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            kinds = [kind] * len(self.block_out_channels)
-            given = getattr(self, name)
-            if given is not None and list(given) != kinds:
-                raise ValueError(f"config.json: {name}={given!r} is not implemented; supported here: {kinds}")
+            value, kinds = getattr(self, name), (kind,) * len(self.block_out_channels)
+            if value not in (None, kinds):
+                raise ValueError(f"{name}={value!r} is not implemented; supported here: {kinds}")
             object.__setattr__(self, name, kinds)
-        freeze_and_check(
-            self,
-            {
-                "act_fn": ("silu", "swish"),
-                "shift_factor": (None,),
-                "latents_mean": (None,),
-                "latents_std": (None,),
-                "use_quant_conv": (True,),
-                "use_post_quant_conv": (True,),
-                "mid_block_add_attention": (True,),
-            },
-        )
 
 
 class ResnetBlock(nnx.Module):
@@ -108,16 +81,6 @@ class ResnetBlock(nnx.Module):
             y = y + self.time_emb_proj(jax.nn.silu(time))[:, None, None]
         y = self.conv2(jax.nn.silu(self.norm2(y)))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class Downsample(nnx.Module):
-    """A convolution of stride 2; the autoencoder pads at the bottom and the right only, the U-Net on all sides."""
-
-    def __init__(self, channels: int, *, padding: tuple[int, int], rngs: nnx.Rngs):
-        self.conv = nnx.Conv(channels, channels, (3, 3), (2, 2), padding=(padding, padding), rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        return self.conv(x)
 
 
 class Upsample(nnx.Module):

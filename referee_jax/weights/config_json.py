@@ -106,8 +106,10 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     | _any("image_size hidden_dim num_hidden_layers batch_norm_momentum drop_connect_rate dropout_rate")
     | {"model_type": ("align_vision_model",), "num_channels": (3,), "pooling_type": ("mean",)},
     align.Config: _PRETRAINED | {"model_type": ("align",)},
-    unet.Config: _DIFFUSERS | {"_class_name": ("UNet2DConditionModel",), "addition_embed_type_num_heads": None},
-    vae.Config: _DIFFUSERS | {"_class_name": ("AutoencoderKL",)},
+    unet.Config: _DIFFUSERS
+    | unet.REFUSED
+    | {"_class_name": ("UNet2DConditionModel",), "addition_embed_type_num_heads": None},
+    vae.Config: _DIFFUSERS | vae.REFUSED | {"_class_name": ("AutoencoderKL",), "in_channels": None},
     Schedule: _any(
         "_class_name _diffusers_version algorithm_type clip_sample clip_sample_range dynamic_thresholding_ratio "
         "euler_at_final final_sigmas_type interpolation_type lambda_min_clipped lower_order_final sample_max_value "
@@ -132,7 +134,7 @@ def config_from_json(cls: type, values: Mapping, *, where: str = "config.json"):
             taken[key] = _typed(value, hints[key], key, where)
         elif key not in known:
             raise WeightsError(f"{where}: the key {key}={value!r} is not known to {cls.__module__}.{cls.__name__}")
-        elif known[key] is not None and value not in known[key]:
+        elif known[key] is not None and not any(_equal(value, allowed) for allowed in known[key]):
             allowed = ", ".join(map(repr, known[key]))
             raise WeightsError(f"{where}: {key}={value!r} is not implemented; supported: {allowed}")
     try:
@@ -140,7 +142,12 @@ def config_from_json(cls: type, values: Mapping, *, where: str = "config.json"):
     except WeightsError:
         raise
     except ValueError as error:
-        raise WeightsError(f"{where}: {str(error).removeprefix('config.json: ')}") from error
+        raise WeightsError(f"{where}: {error}") from error
+
+
+def _equal(a, b) -> bool:
+    """Equality of JSON values, where True is not 1."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 def _typed(value, hint, key: str, where: str):
