@@ -1,8 +1,9 @@
-"""ALIGN (Jia et al. 2021, arXiv 2102.05918): EfficientNet and BERT in one space, as transformers' `AlignModel` has them.
+"""ALIGN (Jia et al. 2021, arXiv 2102.05918): EfficientNet and BERT.
 
-The image tower is EfficientNet-B7 (Tan and Le 2019, arXiv 1905.11946; table 1 scaled by 2.0 in width and 3.1 in depth)
-without its last convolution, so that the width of its last stage is that of the common space. It is convolutional: images
-of any size go in. Batch norms are frozen, with the statistics of the training.
+Laid out as transformers' `AlignModel`. The image tower is EfficientNet-B7 (Tan and Le 2019, arXiv
+1905.11946; table 1 scaled by 2.0 in width and 3.1 in depth) without its last convolution, so that
+its last stage has the width of the common space. Images may have any size. Batch norms are frozen,
+with the statistics of the training.
 """
 
 import dataclasses
@@ -27,7 +28,10 @@ class TextConfig(bert.Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """`vision_config` of an ALIGN checkpoint; the defaults are transformers' (B7). Tuples have one entry for each stage."""
+    """`vision_config` of an ALIGN checkpoint; the defaults are transformers' (B7).
+
+    Tuples have one entry per stage.
+    """
 
     width_coefficient: float = 2.0
     depth_coefficient: float = 3.1
@@ -35,7 +39,7 @@ class VisionConfig:
     kernel_sizes: tuple[int, ...] = (3, 3, 5, 3, 5, 5, 3)
     in_channels: tuple[int, ...] = (32, 16, 24, 40, 80, 112, 192)
     out_channels: tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
-    depthwise_padding: tuple[int, ...] = ()  # numbers of the blocks that are padded equally on all sides
+    depthwise_padding: tuple[int, ...] = ()  # numbers of the blocks with equal padding on all sides
     strides: tuple[int, ...] = (1, 2, 2, 2, 1, 2, 1)
     num_block_repeats: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
     expand_ratios: tuple[int, ...] = (1, 6, 6, 6, 6, 6, 6)
@@ -62,13 +66,13 @@ class VisionConfig:
             raise ValueError(f"kernel_sizes={self.kernel_sizes} is not implemented; supported: odd sizes")
 
     def channels(self, base: int) -> int:
-        """A number of channels scaled by the width: a multiple of the divisor, at most a tenth smaller than asked for."""
-        wanted, divisor = base * self.width_coefficient, self.depth_divisor
-        rounded = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
-        return int(rounded + divisor if rounded < 0.9 * wanted else rounded)
+        """`base` times the width, rounded to a multiple of the divisor, at most 10 % down."""
+        scaled, divisor = base * self.width_coefficient, self.depth_divisor
+        rounded = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
+        return int(rounded + divisor if rounded < 0.9 * scaled else rounded)
 
     def depth(self, stage: int) -> int:
-        """Blocks of a stage, scaled by the depth."""
+        """Number of blocks of a stage, scaled by the depth."""
         return math.ceil(self.depth_coefficient * self.num_block_repeats[stage])
 
 
@@ -90,9 +94,10 @@ class Config:
 
 
 class BatchNorm(nnx.Module):
-    """Normalisation of channels by the statistics of the training (torch.nn.BatchNorm2d in eval mode).
+    """Normalisation by the statistics of training (torch.nn.BatchNorm2d in eval mode).
 
-    The result is float32 whatever the input: it is rounded after what follows, activation or residual.
+    The result is always float32; callers round it after the activation or the skip connection that
+    follows.
     """
 
     def __init__(self, features: int, *, epsilon: float, rngs: nnx.Rngs):
@@ -118,7 +123,10 @@ def _convolution(
     groups: int = 1,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """Without a bias; `padding` is (before, after) in both directions, and by default half the size."""
+    """A convolution without bias.
+
+    `padding` is (before, after) on both axes, by default half the size.
+    """
     padding = [padding or (size // 2, size // 2)] * 2
     return nnx.Conv(
         old, new, (size, size), stride, padding=padding, feature_group_count=groups, use_bias=False, rngs=rngs
@@ -126,7 +134,7 @@ def _convolution(
 
 
 class VisionEmbeddings(nnx.Module):
-    """The stem: half of height and width, padded below and on the right."""
+    """The stem: a convolution of stride 2, padded at the bottom and the right."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         width = config.channels(_STEM)
@@ -139,7 +147,7 @@ class VisionEmbeddings(nnx.Module):
 
 
 class ExpansionLayer(nnx.Module):
-    """More channels."""
+    """A 1 x 1 convolution to more channels."""
 
     def __init__(self, config: VisionConfig, old: int, new: int, *, rngs: nnx.Rngs):
         self.expand_conv = _convolution(old, new, 1, rngs=rngs)
@@ -151,7 +159,10 @@ class ExpansionLayer(nnx.Module):
 
 
 class DepthwiseLayer(nnx.Module):
-    """Each channel convolved alone; with stride 2, `is_square` padding is equal on all sides, else one less before."""
+    """A depthwise convolution.
+
+    With stride 2, padding is equal on all sides if `is_square`, else one less before.
+    """
 
     def __init__(self, config: VisionConfig, width: int, size: int, stride: int, is_square: bool, *, rngs: nnx.Rngs):
         padding = None if stride == 1 or is_square else (size // 2 - 1, size // 2)
@@ -164,7 +175,7 @@ class DepthwiseLayer(nnx.Module):
 
 
 class SqueezeExciteLayer(nnx.Module):
-    """Channels weighted by what is seen in the whole image (Hu et al. 2018, arXiv 1709.01507)."""
+    """Weights for the channels, computed from their means (Hu et al. 2018, arXiv 1709.01507)."""
 
     def __init__(self, config: VisionConfig, width: int, squeezed: int, *, rngs: nnx.Rngs):
         self.reduce = nnx.Conv(width, squeezed, (1, 1), rngs=rngs)
@@ -172,12 +183,12 @@ class SqueezeExciteLayer(nnx.Module):
         self.act = config.hidden_act
 
     def __call__(self, x: Array) -> Array:
-        seen = x.mean((1, 2), dtype=jnp.float32, keepdims=True).astype(x.dtype)
-        return x * jax.nn.sigmoid(self.expand(layers.ACTIVATIONS[self.act](self.reduce(seen))))
+        means = x.mean((1, 2), dtype=jnp.float32, keepdims=True).astype(x.dtype)
+        return x * jax.nn.sigmoid(self.expand(layers.ACTIVATIONS[self.act](self.reduce(means))))
 
 
 class FinalBlockLayer(nnx.Module):
-    """Fewer channels again, without an activation."""
+    """A 1 x 1 convolution to fewer channels, without an activation."""
 
     def __init__(self, config: VisionConfig, old: int, new: int, *, rngs: nnx.Rngs):
         self.project_conv = _convolution(old, new, 1, rngs=rngs)
@@ -188,9 +199,9 @@ class FinalBlockLayer(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Inverted bottleneck (MBConv) of a `stage`; all but the `first` of the stage keep size and width and have a residual.
+    """Inverted bottleneck (MBConv) of a `stage`; `number` counts the blocks of the whole tower.
 
-    `number` is the block's, of all in the tower.
+    All but the first of a stage keep size and width and have a skip connection.
     """
 
     def __init__(self, config: VisionConfig, stage: int, number: int, *, is_first: bool, rngs: nnx.Rngs):
@@ -212,10 +223,10 @@ class Block(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    """Stages: in each a first block of its own, then a stack of equal ones.
+    """Stages: in each a first block, then a stack of equal ones.
 
-    Stacks, because the gradient of B7 takes four times as long to compile block by block; the stacks are recomputed in the
-    backward pass, because the states inside of ten views' blocks are 7 GiB, those between them 1.
+    Block by block the gradient of B7 takes four times as long to compile. Stacks are recomputed in
+    the backward pass: for ten views the states within blocks are 7 GiB, those between them 1.
     """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
@@ -234,26 +245,26 @@ class VisionEncoder(nnx.Module):
 
 
 class VisionModel(nnx.Module):
-    """Images to a map of states and its mean."""
+    """Images to a map of states, and its mean."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.embeddings = VisionEmbeddings(config, rngs=rngs)
         self.encoder = VisionEncoder(config, rngs=rngs)
 
     def __call__(self, images: Array) -> tuple[Array, Array]:
-        """Images `[B, H, W, 3]` in [-1, 1] `-> (states [B, H / 32, W / 32, D], pooled [B, D])`, rounded up or down.
+        """Images `[B, H, W, 3]` in [-1, 1] `-> (states [B, H / 32, W / 32, D], means [B, D])`.
 
-        Raises ValueError for another number of axes or channels.
+        H / 32 and W / 32 are rounded. Raises ValueError for another number of axes or channels.
         """
         if images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images of shape {images.shape}, but ALIGN takes [B, H, W, 3]")
-        # Not float_dtype(self): batch norms are float32 whatever the rest is.
+        # Not float_dtype(self), as batch norms are always float32.
         states = self.encoder(self.embeddings(images.astype(layers.float_dtype(self.embeddings.convolution))))
         return states, states.mean((1, 2), dtype=jnp.float32)
 
 
 class ALIGN(nnx.Module):
-    """transformers' `AlignModel`: two towers that meet in one space."""
+    """transformers' `AlignModel`: two towers and a common space."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         text = config.text_config
@@ -266,7 +277,7 @@ class ALIGN(nnx.Module):
     def encode_text(self, input_ids: Array, mask: Array | None = None) -> Array:
         """`int32[B, T]`, and `bool[B, T]`, False on padding, `-> float32[B, D]` of unit length.
 
-        It is the first token's last state that is projected; the pooler is in the checkpoint but not in between.
+        The first token's last state is projected; the checkpoint's pooler is not used.
         """
         return layers.unit(self.text_projection(self.text_model(input_ids, mask)[:, 0]))
 
@@ -275,5 +286,5 @@ class ALIGN(nnx.Module):
         return layers.unit(self.vision_model(images)[1])
 
     def logits(self, cosines: Array) -> Array:
-        """Cosines to what the training's softmax was taken of (section 4.1), float32."""
+        """Cosines to the logits of the training's softmax (section 4.1), float32."""
         return cosines / self.temperature[...]

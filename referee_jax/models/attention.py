@@ -11,7 +11,7 @@ from jax import Array
 
 from referee_jax.hardware import chips
 
-LONG = 256  # queries and keys, from which on cuDNN is used: for 77 keys XLA's own products were faster
+LONG = 256  # queries and keys, at least, for cuDNN: with 77 keys XLA's products were faster
 
 
 def attend(
@@ -23,10 +23,17 @@ def attend(
     bias: Array | None = None,
     is_causal: bool = False,
 ) -> Array:
-    """Softmax attention with float32 probabilities: `[B, T, N, D], [B, S, N, D], [B, S, N, D] -> [B, T, N, D]`.
+    """Softmax attention with float32 probabilities, `[B, T, N, D]`.
 
-    `bias` is added to the logits and broadcast to `[B, N, T, S]`. Without bias and causality, cuDNN's kernel, which stores
-    no probabilities, is used where `hardware` has it and the inputs allow it; on a TPU long queries are processed in blocks.
+    Without `bias` and `is_causal`, cuDNN's kernel, which stores no probabilities, is used if
+    `hardware` has it and the inputs suit it; with `hardware.attention_block` long queries are
+    processed in blocks.
+
+    Args:
+        query, key, value: `[B, T, N, D], [B, S, N, D], [B, S, N, D]`, of the dtype of the result.
+        hardware: what is compiled for.
+        bias: is added to the logits, broadcast to `[B, N, T, S]`.
+        is_causal: whether a query attends only to itself and what is before it.
     """
     if bias is None and not is_causal:
         if hardware.cudnn and _suits_cudnn(query, key):
@@ -44,7 +51,8 @@ def _suits_cudnn(query: Array, key: Array) -> bool:
 def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
     """Unmasked attention by cuDNN; odd lengths are padded and masked.
 
-    cuDNN has no gradient for odd lengths with a bias, and JAX 0.10 mistakes the placeholder of a missing bias for one.
+    cuDNN has no gradient for odd lengths with a bias, and JAX 0.10 mistakes the placeholder of a
+    missing bias for one.
     """
     queries, keys = query.shape[1], key.shape[1]
     even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
@@ -58,26 +66,30 @@ def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
 
 
 def _block_count(query: Array, key: Array, limit: float | None) -> int:
-    """Number of blocks of queries, a power of two, such that a block's logits take at most `limit` MiB; 1: all at once."""
+    """Blocks of queries, a power of two, with at most `limit` MiB of logits each."""
     if limit is None:
         return 1
     batch, queries, heads, _ = query.shape
     size = 4 * batch * heads * queries * key.shape[1] / 2**20
     blocks = 2 ** math.ceil(math.log2(max(1.0, size / limit)))
-    # XLA keeps logits of up to twice the limit on the chip by itself, and their gradient is faster than that of blocks.
+    # XLA by itself keeps logits of up to twice the limit on the chip, with a faster gradient than
+    # blocks have.
     return blocks if blocks > 2 and queries % blocks == 0 else 1
 
 
 def _attention_in_blocks(query: Array, key: Array, value: Array, blocks: int) -> Array:
-    """Unmasked attention, one block of queries after the other; the backward pass recomputes the probabilities."""
+    """Unmasked attention, one block of queries after the other.
+
+    The backward pass recomputes the probabilities.
+    """
     split = query.reshape(query.shape[0], blocks, -1, *query.shape[2:])
     one_block = jax.checkpoint(lambda query: jax.nn.dot_product_attention(query, key, value))
     return jnp.moveaxis(jax.lax.map(one_block, jnp.moveaxis(split, 1, 0)), 0, 1).reshape(query.shape)
 
 
 def mask_bias(mask: Array) -> Array:
-    """The `bias` of a mask that is True where attention is allowed: float32, 0 there, elsewhere so low that the share is 0."""
-    # Finite, so that a row without any True has no NaN in its gradient.
+    """The `bias`, float32, for a mask that is True where attention is allowed."""
+    # Finite, so that a row that is False throughout has no NaN in its gradient.
     return jnp.where(mask, 0.0, -1e30)
 
 

@@ -1,8 +1,9 @@
-"""BERT (Devlin et al. 2018, arXiv 1810.04805) as transformers lays it out, where others build on it: BLIP, ALIGN.
+"""BERT (Devlin et al. 2018, arXiv 1810.04805), as in transformers.
 
-Layers may cross-attend to other states between their self-attention and their feed-forward (BLIP, arXiv 2201.12086,
-section 3.1); tokens see each other both ways, or causally before a language-modelling head. Which parts there are
-(token types, cross-attention, pooler) is for the caller to say: the configs that share this layout do not agree on it.
+A part of BLIP, BLIP-2 and ALIGN. Between self-attention and feed-forward, layers may cross-attend
+to other states (BLIP, arXiv 2201.12086, section 3.1). Attention is bidirectional, or causal for a
+language-modelling head. The caller chooses the parts (token types, cross-attention, pooler), on
+which the configs that share this layout differ.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from referee_jax.models import attention, layers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The sizes that every text_config of a BERT has; the defaults are BERT-base."""
+    """The sizes in every text_config of a BERT; the defaults are BERT-base."""
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -34,7 +35,10 @@ class Config:
 
 
 class Embeddings(nnx.Module):
-    """Words plus positions, plus token types where the checkpoint has them (all tokens are of the first), normalised."""
+    """The norm of words plus positions, and plus token types if the checkpoint has them.
+
+    All tokens are of the first type.
+    """
 
     def __init__(self, config: Config, *, token_types: int, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -44,7 +48,8 @@ class Embeddings(nnx.Module):
         self.LayerNorm = layers.LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs)
 
     def __call__(self, input_ids: Array) -> Array:
-        # Read from the tables: nnx.Embed computes in the dtype it was built in, not in that of the loaded weights.
+        # Indexed directly: nnx.Embed would compute in the dtype it was built with, not in that of
+        # the loaded weights.
         x = self.word_embeddings.embedding[...][input_ids]
         x = x + self.position_embeddings.embedding[...][: input_ids.shape[-1]]
         if self.token_type_embeddings is not None:
@@ -53,7 +58,7 @@ class Embeddings(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Queries of the text; keys and values of `states`, the text itself or, in cross-attention, something else."""
+    """Queries of the text; keys and values of `states`, which for self-attention are the text's."""
 
     def __init__(self, width: int, heads: int, states_width: int, *, rngs: nnx.Rngs):
         self.query = nnx.Linear(width, width, rngs=rngs)
@@ -67,7 +72,7 @@ class SelfAttention(nnx.Module):
 
 
 class Output(nnx.Module):
-    """Projection, residual, then the norm (post-norm)."""
+    """Projection, skip connection, then the norm (post-norm)."""
 
     def __init__(self, config: Config, features: int, *, rngs: nnx.Rngs):
         self.dense = nnx.Linear(features, config.hidden_size, rngs=rngs)
@@ -78,7 +83,7 @@ class Output(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Attention with its residual and norm."""
+    """Attention with its skip connection and norm."""
 
     def __init__(self, config: Config, states_width: int, *, rngs: nnx.Rngs):
         self.self = SelfAttention(config.hidden_size, config.num_attention_heads, states_width, rngs=rngs)
@@ -89,7 +94,7 @@ class Attention(nnx.Module):
 
 
 class Intermediate(nnx.Module):
-    """The wide half of the feed-forward."""
+    """The first half of the feed-forward: to the wider layer."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.dense = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
@@ -100,7 +105,7 @@ class Intermediate(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Post-norm transformer block; it cross-attends when it is given states to attend to."""
+    """Post-norm transformer block; it cross-attends if `states` are given."""
 
     def __init__(self, config: Config, *, cross_width: int, rngs: nnx.Rngs):
         self.attention = Attention(config, config.hidden_size, rngs=rngs)
@@ -118,7 +123,7 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """A stack of equal blocks, of which only the inputs are kept for the gradient."""
+    """A stack of equal blocks, recomputed in the backward pass from their inputs."""
 
     def __init__(self, config: Config, *, cross_width: int, rngs: nnx.Rngs):
         build = lambda rngs: Layer(config, cross_width=cross_width, rngs=rngs)
@@ -129,7 +134,7 @@ class Encoder(nnx.Module):
 
 
 class Pooler(nnx.Module):
-    """The first token's state through a layer of its own."""
+    """A layer for the first token's state."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.dense = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
@@ -141,8 +146,11 @@ class Pooler(nnx.Module):
 class Bert(nnx.Module):
     """Token ids to per-token states.
 
-    `token_types` is the size of that table (0: none), `cross_width` the width of the states that layers may cross-attend
-    to (0: they cannot), `pooler` whether the checkpoint has one: `self.pooler(states)` applies it.
+    Args:
+        config: the sizes.
+        token_types: size of the table of token types; 0: there is none.
+        cross_width: width of the states that layers may cross-attend to; 0: no cross-attention.
+        pooler: whether the checkpoint has one, which `self.pooler(states)` applies.
     """
 
     def __init__(
@@ -162,21 +170,24 @@ class Bert(nnx.Module):
         states_mask: Array | None = None,
         is_causal: bool = False,
     ) -> Array:
-        """`int32[B, T] -> [B, T, D]`; `mask bool[B, T]` and `states_mask bool[B, S]` are False on padding.
+        """`int32[B, T] -> [B, T, D]`. Raises ValueError if there are more tokens than positions.
 
-        `states [B, S, cross_width]` are cross-attended to. Raises ValueError if there are more tokens than positions.
+        Args:
+            input_ids: int32 `[B, T]`.
+            mask: bool `[B, T]`, False on padding.
+            states: `[B, S, cross_width]`, for cross-attention.
+            states_mask: bool `[B, S]`, False on padding.
+            is_causal: whether a token attends only to itself and those before it.
         """
         tokens, positions = input_ids.shape[-1], self.config.max_position_embeddings
         if tokens > positions:
             raise ValueError(f"{tokens} tokens, but this BERT has {positions} positions")
-        bias, states_bias = (
-            None if sees is None else attention.mask_bias(sees[:, None, None]) for sees in (mask, states_mask)
-        )
+        bias, states_bias = (None if x is None else attention.mask_bias(x[:, None, None]) for x in (mask, states_mask))
         return self.encoder(self.embeddings(input_ids), bias, is_causal, states, states_bias)
 
 
 class PredictionHeadTransform(nnx.Module):
-    """What lies between the last state and the vocabulary."""
+    """The layer between the last state and the vocabulary."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.dense = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
@@ -188,7 +199,7 @@ class PredictionHeadTransform(nnx.Module):
 
 
 class Predictions(nnx.Module):
-    """Logits over the vocabulary; the matrix is the table of word embeddings, only the bias is its own."""
+    """Logits over the vocabulary; the matrix is the table of word embeddings."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.transform = PredictionHeadTransform(config, rngs=rngs)
@@ -217,27 +228,28 @@ class LMHeadModel(nnx.Module):
     def __call__(
         self, input_ids: Array, mask: Array | None = None, *, states: Array, states_mask: Array | None = None
     ) -> Array:
-        """`int32[B, T] -> float32[B, T, V]`: logits of the token after each."""
+        """`int32[B, T] -> float32[B, T, V]`: logits of the next token."""
         x = self.bert(input_ids, mask, states=states, states_mask=states_mask, is_causal=True)
         return self.cls.predictions(x, self.bert.embeddings.word_embeddings.embedding[...])
 
 
 def token_losses(logits: Array, input_ids: Array, *, smoothing: float = 0.0) -> Array:
-    """`cross_entropy` of each token after the first: `[B, T, V], int32[B, T] -> float32[B, T - 1]`."""
+    """`cross_entropy` of tokens after the first: `[B, T, V], int32[B, T] -> float32[B, T - 1]`."""
     return cross_entropy(logits[:, :-1], input_ids[:, 1:], smoothing=smoothing)
 
 
-# Share of every target that is spread over the vocabulary, as BLIP (models/med.py of salesforce/BLIP) and BLIP-2 were trained.
+# Label smoothing with which BLIP (models/med.py of salesforce/BLIP) and BLIP-2 were trained.
 SMOOTHING = 0.1
 
 
 def cross_entropy(logits: Array, targets: Array, *, smoothing: float = 0.0) -> Array:
     """-log p of each target token: `[B, T, V], int32[B, T] -> float32[B, T]`.
 
-    With label `smoothing` s the target is (1 - s) of the token and s of the uniform distribution (arXiv 1512.00567).
+    With label `smoothing` s the target distribution is (1 - s) times the token plus s times the
+    uniform one (arXiv 1512.00567).
     """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    right = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    likelihoods = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
     if smoothing:
-        right = (1 - smoothing) * right + smoothing * log_probs.mean(-1)
-    return -right
+        likelihoods = (1 - smoothing) * likelihoods + smoothing * log_probs.mean(-1)
+    return -likelihoods

@@ -1,9 +1,9 @@
-"""BLIP (Li et al. 2022, arXiv 2201.12086): an image, and a BERT that cross-attends to it, as transformers lays it out.
+"""BLIP (Li et al. 2022, arXiv 2201.12086): a vision tower, and a BERT that reads the image.
 
-Three networks over the same vision tower: does a text match the image (`ImageTextRetrieval`), how likely is it as a
-caption (`ConditionalGeneration`), what does the answer to a question begin with (`QuestionAnswering`). One deviation from
-transformers, as the authors have it: what is padding in a question is hidden from the decoder too (transformers 5 drops
-that mask).
+Laid out as in transformers. Three networks: whether a text matches the image
+(`ImageTextRetrieval`), how likely it is as a caption (`ConditionalGeneration`), the first token of
+the answer to a question (`QuestionAnswering`). As in the authors' code, padding of a question is
+masked in the decoder, too; transformers 5 drops that mask.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class TextConfig(bert.Config):
 
     vocab_size: int = 30524
     num_attention_heads: int = 8
-    bos_token_id: int = 30522  # [DEC], which begins what the decoder reads; [ENC] is the next
+    bos_token_id: int = 30522  # [DEC], the decoder's first token; [ENC] is the next id
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,17 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """config.json of the three networks."""
+    """config.json of all three networks."""
 
     text_config: TextConfig = TextConfig()
     vision_config: VisionConfig = VisionConfig()
-    image_text_hidden_size: int = 256  # of the space where image and text meet
+    image_text_hidden_size: int = 256  # width of the common space of image and text
 
 
 class VisionEmbeddings(nnx.Module):
-    """Class token, patches and positions; the table of positions is resampled for images of another size.
+    """Class token, patches and positions; positions are resampled for images of another size.
 
-    `bias` is that of the patches.
+    `bias`: whether the patches have one.
     """
 
     def __init__(self, config: VisionConfig, *, bias: bool = True, rngs: nnx.Rngs):
@@ -76,7 +76,7 @@ class VisionEmbeddings(nnx.Module):
 
 
 class VisionAttention(nnx.Module):
-    """Multi-head self-attention with one matrix for queries, keys and values, and a `bias` for them or none."""
+    """Self-attention with one matrix, and a `bias` or none, for queries, keys, values."""
 
     def __init__(self, config: VisionConfig, *, bias: bool = True, rngs: nnx.Rngs):
         self.qkv = nnx.Linear(config.hidden_size, 3 * config.hidden_size, use_bias=bias, rngs=rngs)
@@ -104,9 +104,10 @@ class VisionLayer(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    """A stack of equal blocks; `bias` is that of their queries, keys and values.
+    """A stack of equal blocks; `bias`: whether queries, keys and values have one.
 
-    Only the blocks' inputs are kept for the gradient: the inner states of ten views would be gigabytes for every prompt.
+    Blocks are recomputed in the backward pass: the inner states of ten views are gigabytes per
+    prompt.
     """
 
     def __init__(self, config: VisionConfig, *, bias: bool = True, rngs: nnx.Rngs):
@@ -127,9 +128,9 @@ class VisionModel(nnx.Module):
         self.config = config
 
     def __call__(self, images: Array) -> Array:
-        """Images `[B, H, W, 3]`, normalised with the checkpoint's mean and std, `-> [B, S, D]`, S = 1 + patches.
+        """Normalised images `[B, H, W, 3] -> [B, S, D]`, S = 1 + patches.
 
-        Raises ValueError for sides that do not divide into patches.
+        Raises ValueError if the sides are no multiples of the patch size.
         """
         patch = self.config.patch_size
         if images.ndim != 4 or images.shape[1] % patch or images.shape[2] % patch or images.shape[3] != 3:
@@ -140,7 +141,7 @@ class VisionModel(nnx.Module):
 
 
 class ImageTextRetrieval(nnx.Module):
-    """transformers' `BlipForImageTextRetrieval`: matching (ITM) by a head, contrast (ITC) in a common space."""
+    """transformers' `BlipForImageTextRetrieval`: matching (ITM) and contrast (ITC)."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         text, vision = config.text_config.hidden_size, config.vision_config.hidden_size
@@ -152,16 +153,16 @@ class ImageTextRetrieval(nnx.Module):
         self.config = config
 
     def match(self, states: Array, input_ids: Array, mask: Array) -> Array:
-        """The vision tower's `[B, S, D]` and `int32[B, T], bool[B, T]` to logits of (no match, match), float32 `[B, 2]`."""
+        """`[B, S, D], int32[B, T], bool[B, T]` to logits of (no match, match), float32 `[B, 2]`."""
         x = self.text_encoder(input_ids, mask, states=states)
         return self.itm_head(x[:, 0].astype(jnp.float32))
 
     def image_features(self, states: Array) -> Array:
-        """The vision tower's `[B, S, D]` to float32 `[B, D']` of unit length."""
+        """The vision tower's states `[B, S, D]` to float32 `[B, D']` of unit length."""
         return layers.unit(self.vision_proj(states[:, 0].astype(jnp.float32)))
 
     def text_features(self, input_ids: Array, mask: Array) -> Array:
-        """`int32[B, T], bool[B, T]` to float32 `[B, D']` of unit length; the image is not looked at."""
+        """`int32[B, T], bool[B, T]` to float32 `[B, D']` of unit length, without the image."""
         return layers.unit(self.text_proj(self.text_encoder(input_ids, mask)[:, 0].astype(jnp.float32)))
 
 
@@ -178,7 +179,7 @@ class ConditionalGeneration(nnx.Module):
     def token_losses(
         self, states: Array, input_ids: Array, mask: Array | None = None, *, smoothing: float = 0.0
     ) -> Array:
-        """Cross-entropy of each token after the first, see `bert.token_losses`: float32 `[B, T - 1]`.
+        """Cross-entropy of each token after the first (`bert.token_losses`): float32 `[B, T - 1]`.
 
         `states [B, S, D]` are the vision tower's; the first of `input_ids [B, T]` should be [DEC].
         """
@@ -187,14 +188,17 @@ class ConditionalGeneration(nnx.Module):
 
 
 class QuestionAnswering(nnx.Module):
-    """transformers' `BlipForQuestionAnswering`: the question reads the image, the answer reads the question."""
+    """transformers' `BlipForQuestionAnswering`.
+
+    The question's encoder cross-attends to the image, the answer's decoder to the question.
+    """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         text, vision = config.text_config, config.vision_config
         self.vision_model = VisionModel(vision, rngs=rngs)
         self.text_encoder = bert.Bert(text, cross_width=vision.hidden_size, rngs=rngs)
-        # transformers gives the decoder's cross-attention the vision tower's width, though it reads the question: the
-        # two are equal in every published checkpoint.
+        # transformers gives the decoder's cross-attention the vision tower's width, though it
+        # attends to the question; the two widths are equal in every published checkpoint.
         if text.hidden_size != vision.hidden_size:
             raise ValueError(
                 f"text_config.hidden_size={text.hidden_size} is not implemented for questions; "
@@ -204,10 +208,10 @@ class QuestionAnswering(nnx.Module):
         self.config = config
 
     def answer_logits(self, states: Array, question: Array, mask: Array) -> Array:
-        """Logits of an answer's first token, float32 `[B, V]`, which the decoder gives when it has read [DEC] alone.
+        """Logits of the answer's first token, which follows [DEC]: float32 `[B, V]`.
 
         `states [B, S, D]` are the vision tower's; `int32[B, T], bool[B, T]` the questions.
         """
-        read = self.text_encoder(question, mask, states=states)
+        question_states = self.text_encoder(question, mask, states=states)
         start = jnp.full((len(states), 1), self.config.text_config.bos_token_id)
-        return self.text_decoder(start, states=read, states_mask=mask)[:, 0]
+        return self.text_decoder(start, states=question_states, states_mask=mask)[:, 0]

@@ -1,16 +1,18 @@
-"""BLIP-2's image-text judge (Li et al. 2023, arXiv 2301.12597), as transformers' `Blip2ForImageTextRetrieval` lays it out.
+"""BLIP-2's first stage (Li et al. 2023, arXiv 2301.12597): matching, contrast and captions.
 
-A vision transformer, and the Q-Former: a BERT whose first tokens are learned queries that read the image. It is asked in
-three ways (section 3.1), which differ in who sees whom:
+Laid out as transformers' `Blip2ForImageTextRetrieval`. A vision transformer, and the Q-Former: a
+BERT whose first tokens are learned queries that cross-attend to the image. It has three uses
+(section 3.1), which differ in the attention mask:
 
-    contrast   queries alone and text alone; they meet in one space                               (ITC)
-    match      queries and text together, everybody sees everybody                                (ITM)
-    caption    text sees the queries and its own past; the queries are those of `contrast`        (ITG)
+    contrast   queries alone and text alone; compared in a common space                       (ITC)
+    match      queries and text attend to each other                                          (ITM)
+    caption    text attends to the queries of `contrast` and to its earlier tokens            (ITG)
 
-Only stage-1 weights can caption (`Config.lm_head`). The smaller of them see with CLIP's ViT-L/14 without its last block, as
-LAVIS' clip_vit.py has it (`pre_layernorm`, `patch_bias`). `encode_image` computes once what the three share: each layer's keys
-and values of the image, and the pass of the queries alone with its own keys and values. `encode_text` computes what
-depends on the text alone. The vision transformer computes in the dtype of its weights, the rest in float32.
+Only stage-1 weights can caption (`Config.lm_head`). The smaller of them have CLIP's ViT-L/14
+without its last block, as in LAVIS' clip_vit.py (`pre_layernorm`, `patch_bias`). `encode_image`
+computes once what the three share: each layer's keys and values of the image and of the queries
+alone. `encode_text` computes what depends on the text alone. The vision transformer computes in the
+dtype of its weights, the rest in float32.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from jax import Array
 from referee_jax.hardware import chips
 from referee_jax.models import attention, bert, blip, layers
 
-KeysValues = tuple[Array, Array]  # each [B, T, N, D], of one layer; before it an axis of layers where there are more
+KeysValues = tuple[Array, Array]  # each [B, T, N, D]; of several layers: their axis comes first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +41,10 @@ class VisionConfig:
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
-    # The next three are ours: what LAVIS has and transformers has not.
-    post_layernorm_eps: float | None = None  # of the last norm, where it differs
-    pre_layernorm: bool = False  # CLIP's norm between positions and layers
-    patch_bias: bool = True  # CLIP's patches have none
+    # The next three are not transformers' but ours, for LAVIS' weights.
+    post_layernorm_eps: float | None = None  # of the last norm; None: layer_norm_eps
+    pre_layernorm: bool = False  # whether there is CLIP's norm before the layers
+    patch_bias: bool = True  # False for CLIP's
 
     def __post_init__(self):
         layers.check_config(self)
@@ -76,7 +78,10 @@ class QFormerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """config.json of a `Blip2ForImageTextRetrieval`; `lm_head` is ours: whether there is a `cls`."""
+    """config.json of a `Blip2ForImageTextRetrieval`.
+
+    `lm_head`, whether there is a `cls`, is ours.
+    """
 
     vision_config: VisionConfig = VisionConfig()
     qformer_config: QFormerConfig = QFormerConfig(vocab_size=30523, use_qformer_text_input=True)
@@ -93,16 +98,16 @@ class VisionModel(nnx.Module):
         last = eps if config.post_layernorm_eps is None else config.post_layernorm_eps
         self.embeddings = blip.VisionEmbeddings(config, bias=config.patch_bias, rngs=rngs)
         self.pre_layernorm = layers.LayerNorm(width, epsilon=eps, rngs=rngs) if config.pre_layernorm else None
-        # EVA's keys have no bias; transformers writes zeros in its place.
+        # EVA's keys have no bias; transformers stores zeros for it.
         self.encoder = blip.VisionEncoder(config, bias=config.qkv_bias, rngs=rngs)
         self.post_layernorm = layers.LayerNorm(width, epsilon=last, rngs=rngs)
         self.config = config
 
     def __call__(self, images: Array) -> Array:
-        """Normalised square images `[B, S, S, 3] -> [B, 1 + (S / patch)^2, D]`; another S than the checkpoint's
-        interpolates the positions.
+        """Normalised square images `[B, S, S, 3] -> [B, 1 + (S / patch)^2, D]`.
 
-        Raises ValueError for other shapes, and where S is neither the checkpoint's nor a multiple of the patch.
+        Positions are interpolated if S is not the checkpoint's. Raises ValueError for other shapes,
+        or if S is neither the checkpoint's nor a multiple of the patch.
         """
         size, patch = self.config.image_size, self.config.patch_size
         side = images.shape[1]
@@ -117,7 +122,7 @@ class VisionModel(nnx.Module):
 
 
 class Projections(nnx.Module):
-    """What attention asks with and what it finds; keys and values may come from states of another width."""
+    """Queries, keys and values; the last two may be of states of another width, `inputs`."""
 
     def __init__(self, config: QFormerConfig, inputs: int, *, rngs: nnx.Rngs):
         self.query = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
@@ -126,7 +131,7 @@ class Projections(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Post-norm multi-head attention to given keys and values."""
+    """Post-norm multi-head attention to keys and values that `keys_values` computed."""
 
     def __init__(self, config: QFormerConfig, inputs: int, *, rngs: nnx.Rngs):
         self.attention = Projections(config, inputs, rngs=rngs)
@@ -134,16 +139,19 @@ class Attention(nnx.Module):
         self.heads, self.hardware = config.num_attention_heads, chips.Hardware()
 
     def keys_values(self, x: Array) -> KeysValues:
-        """Of the states that are attended to."""
+        """Keys and values of the states `[B, T, D]` to attend to."""
         return tuple(attention.split_heads(p(x), self.heads) for p in (self.attention.key, self.attention.value))
 
-    def __call__(self, x: Array, found: KeysValues, bias: Array | None = None) -> Array:
+    def __call__(self, x: Array, keys_values: KeysValues, bias: Array | None = None) -> Array:
         query = attention.split_heads(self.attention.query(x), self.heads)
-        return self.output(attention.merge_heads(attention.attend(query, *found, self.hardware, bias=bias)), x)
+        return self.output(attention.merge_heads(attention.attend(query, *keys_values, self.hardware, bias=bias)), x)
 
 
 class QFormerLayer(nnx.Module):
-    """Self-attention of all tokens, cross-attention of the queries (some layers), a feed-forward network for each kind."""
+    """Self-attention of all tokens, then one feed-forward network for queries and one for text.
+
+    Queries cross-attend to the image in layers that have an `image_width`.
+    """
 
     def __init__(self, config: QFormerConfig, image_width: int | None, *, rngs: nnx.Rngs):
         self.attention = Attention(config, config.hidden_size, rngs=rngs)
@@ -156,19 +164,19 @@ class QFormerLayer(nnx.Module):
     def __call__(
         self, x: Array, queries: int, image: KeysValues | None, prefix: KeysValues | None, bias: Array | None
     ) -> tuple[Array, KeysValues]:
-        own = self.attention.keys_values(x)
-        found = own if prefix is None else jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=1), prefix, own)
-        x = self.attention(x, found, bias)
+        new = self.attention.keys_values(x)
+        every = new if prefix is None else jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=1), prefix, new)
+        x = self.attention(x, every, bias)
         query, text = x[:, :queries], x[:, queries:]
         if self.crossattention is not None and queries:
             query = self.crossattention(query, image)
         query = self.output_query(self.intermediate_query(query), query)
         text = self.output(self.intermediate(text), text)
-        return jnp.concatenate([query, text], axis=1), own
+        return jnp.concatenate([query, text], axis=1), new
 
 
 class QFormerEncoder(nnx.Module):
-    """Groups of layers of which the first reads the image, run by one scan over the groups."""
+    """Groups of layers, of which the first attends to the image, in one scan."""
 
     def __init__(self, config: QFormerConfig, image_width: int, *, rngs: nnx.Rngs):
         period = config.cross_attention_frequency
@@ -186,26 +194,26 @@ class QFormerEncoder(nnx.Module):
     ) -> tuple[Array, list[KeysValues]]:
         stacks = [stack.layer for stack in self.layer]
 
-        def group(x, weights_image_prefix):
-            members, seen, past = weights_image_prefix
-            kept = []
-            for n, layer in enumerate(members):
-                x, own = layer(x, queries, seen, past and past[n], bias)
-                kept.append(own)
-            return x, kept
+        def run_group(x, weights_image_prefix):
+            group, group_image, group_prefix = weights_image_prefix
+            keys_values = []
+            for n, layer in enumerate(group):
+                x, new = layer(x, queries, group_image, group_prefix and group_prefix[n], bias)
+                keys_values.append(new)
+            return x, keys_values
 
-        return jax.lax.scan(group, x, (stacks, image, prefix), unroll=layers.unrolls(self.layer[0].depth))
+        return jax.lax.scan(run_group, x, (stacks, image, prefix), unroll=layers.unrolls(self.layer[0].depth))
 
 
 class QFormer(nnx.Module):
-    """Normed embeddings of queries, text, or both, through the layers."""
+    """The layers, for normed embeddings of queries, text, or both."""
 
     def __init__(self, config: QFormerConfig, image_width: int, *, rngs: nnx.Rngs):
         self.layernorm = layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
         self.encoder = QFormerEncoder(config, image_width, rngs=rngs)
 
     def image_keys(self, image: Array) -> KeysValues:
-        """The image's `[B, T, D]` keys and values in the layers that read it, which are a leading axis."""
+        """Keys and values of the image `[B, T, D]` for all layers that attend to it."""
         return jax.vmap(lambda layer: layer.crossattention.keys_values(image))(self.encoder.layer[0].layer)
 
     def __call__(
@@ -217,10 +225,14 @@ class QFormer(nnx.Module):
         prefix: list[KeysValues] | None = None,
         bias: Array | None = None,
     ) -> tuple[Array, list[KeysValues]]:
-        """`[B, T, D]`, the first `queries` of T being queries, to the last states and all layers' keys and values of them.
+        """Returns the last states `[B, T, D]`, and all layers' keys and values of the tokens.
 
-        `image` is of `image_keys`; `prefix` are keys and values of another pass to attend to, before one's own; `bias` is
-        that of `attention.attend`.
+        Args:
+            x: `[B, T, D]`, embeddings.
+            queries: how many of the T tokens, the first, are queries.
+            image: the result of `image_keys`.
+            prefix: keys and values of another pass, to attend to before those of `x`.
+            bias: that of `attention.attend`.
         """
         return self.encoder(x, queries, image, prefix, bias)
 
@@ -237,12 +249,12 @@ class TextEmbeddings(nnx.Module):
 
 
 class Image(struct.PyTreeNode):
-    """What the three questions need of B images.
+    """What the three uses need of B images.
 
     Attributes:
         features: float32[B, Q, P], unit length; of the queries alone.
         prefix: all layers' keys and values of the queries alone.
-        keys: keys and values of the image, for all layers that read it.
+        keys: keys and values of the image, for all layers that attend to it.
     """
 
     features: Array
@@ -251,13 +263,16 @@ class Image(struct.PyTreeNode):
 
 
 class Text(struct.PyTreeNode):
-    """What the three questions need of texts; B is that of the images, or 1 for one text and all images.
+    """What the three uses need of texts.
+
+    B is that of the images, or 1 for one text with all images.
 
     Attributes:
         features: float32[B, P], unit length; of the first token.
         states: float32[B, T, D], normed embeddings.
-        decoder: float32[B, T - 1, D], those with [DEC] in the place of the first token, and without the last.
-        mask: bool[B, T], false where padded.
+        decoder: float32[B, T - 1, D], normed embeddings with [DEC] for the first token and without
+            the last.
+        mask: bool[B, T], False on padding.
     """
 
     features: Array
@@ -267,7 +282,7 @@ class Text(struct.PyTreeNode):
 
 
 class BLIP2(nnx.Module):
-    """transformers' `Blip2ForImageTextRetrieval`, with the language head of LAVIS' stage-1 weights where there is one."""
+    """transformers' `Blip2ForImageTextRetrieval`, and LAVIS' language head if there is one."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         qformer, width = config.qformer_config, config.qformer_config.hidden_size
@@ -283,27 +298,32 @@ class BLIP2(nnx.Module):
 
     @property
     def dec_token_id(self) -> int:
-        """Id of [DEC], which LAVIS adds behind BERT's own tokens, if the table of words is not padded."""
+        """Id of [DEC], which LAVIS adds after BERT's tokens.
+
+        Assumes that the table of words is not padded.
+        """
         return self.config.qformer_config.vocab_size - 1
 
     def encode_image(self, images: Array) -> Image:
-        """Square images `[B, S, S, 3]`, normalised with the checkpoint's mean and std; see `Image`."""
+        """Square images `[B, S, S, 3]`, normalised with the checkpoint's mean and std.
+
+        See `Image`.
+        """
         states = self.vision_model(images.astype(layers.float_dtype(self.vision_model)))
         return self.query_image(states)
 
     def query_image(self, states: Array) -> Image:
-        """`encode_image` from the vision transformer's states `[B, T, D]` on."""
+        """`encode_image` of the vision transformer's states `[B, T, D]`."""
         keys = self.qformer.image_keys(states.astype(jnp.float32))
         queries = self._queries(len(states))
         queries, prefix = self.qformer(queries, queries=queries.shape[1], image=keys)
         return Image(features=layers.unit(self.vision_projection(queries)), prefix=prefix, keys=keys)
 
     def encode_text(self, input_ids: Array, attention_mask: Array, *, dec_token_id: int | None = None) -> Text:
-        """`int32[B, T]` ids and a mask that is 1 where they are not padding; see `Text`.
+        """`int32[B, T]` ids and a mask that is 0 on padding; see `Text`.
 
-        `dec_token_id` is the tokenizer's id of [DEC], where it has one.
-
-        Raises ValueError if there are more tokens than positions.
+        `dec_token_id` is the tokenizer's id of [DEC]; None: `self.dec_token_id`. Raises ValueError
+        if there are more tokens than positions.
         """
         positions = self.config.qformer_config.max_position_embeddings
         if input_ids.shape[-1] > positions:
@@ -324,25 +344,25 @@ class BLIP2(nnx.Module):
         return jnp.einsum("bqp,bp->bq", image.features, layers.repeat(text.features, len(image.features))).max(-1)
 
     def match(self, image: Image, text: Text) -> Array:
-        """Logits `[B, (no, yes)]`, the mean of all queries'."""
+        """Logits of (no match, match), `[B, 2]`: the mean over all queries."""
         queries = self._queries(len(image.features))
         batch, count = queries.shape[:2]
-        sees = jnp.pad(layers.repeat(text.mask, batch), ((0, 0), (count, 0)), constant_values=True)
+        mask = jnp.pad(layers.repeat(text.mask, batch), ((0, 0), (count, 0)), constant_values=True)
         both = jnp.concatenate([queries, layers.repeat(text.states, batch)], axis=1)
-        states, _ = self.qformer(both, queries=count, image=image.keys, bias=attention.mask_bias(sees[:, None, None]))
+        states, _ = self.qformer(both, queries=count, image=image.keys, bias=attention.mask_bias(mask[:, None, None]))
         return self.itm_head(states[:, :count]).mean(1)
 
     def caption(self, image: Image, text: Text) -> Array:
-        """Logits `[B, T - 1, vocabulary]` of the second token, the third and so on, each from those before it."""
+        """Logits `[B, T - 1, vocabulary]` of each token after the first, given those before it."""
         tokens, queries = text.decoder.shape[1], image.features.shape[1]
-        # Padding comes last, so that no token that counts ever sees it: causality is all the mask there is.
-        sees = jnp.pad(jnp.tri(tokens, dtype=bool), ((0, 0), (queries, 0)), constant_values=True)
+        # Padding comes last, so a causal mask hides it from all other tokens.
+        mask = jnp.pad(jnp.tri(tokens, dtype=bool), ((0, 0), (queries, 0)), constant_values=True)
         decoder = layers.repeat(text.decoder, len(image.features))
-        states, _ = self.qformer(decoder, prefix=image.prefix, bias=attention.mask_bias(sees[None, None]))
+        states, _ = self.qformer(decoder, prefix=image.prefix, bias=attention.mask_bias(mask[None, None]))
         return self.cls.predictions(states, self.embeddings.word_embeddings.embedding[...])
 
     def _queries(self, batch: int) -> Array:
-        """The learned queries, normed: they have no positions, and no neighbour in the norm, which is over each token."""
+        """The learned queries, normed; they have no positions."""
         return layers.repeat(self.qformer.layernorm(self.query_tokens[...]), batch)
 
     def _embed(self, input_ids: Array) -> Array:

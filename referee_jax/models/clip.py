@@ -1,7 +1,6 @@
-"""CLIP's text and vision towers (Radford et al. 2021, arXiv 2103.00020), as transformers' `CLIPModel` lays them out.
+"""CLIP (Radford et al. 2021, arXiv 2103.00020): text and vision tower.
 
-Also Stable Diffusion's text encoder (`CLIPTextModel`). Configs are read from a checkpoint's config.json; a value that
-is not implemented here is an error that names it.
+Laid out as transformers' `CLIPModel`. Also Stable Diffusion's text encoder, `CLIPTextModel`.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ class TextConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
-    projection_dim: int | None = 512  # of the tower alone; `Config.projection_dim` is the one that counts
+    projection_dim: int | None = 512  # not used; `Config.projection_dim` is
 
     def __post_init__(self):
         layers.check_config(self)
@@ -64,7 +63,7 @@ class Config:
 
 
 class TowerConfig(Protocol):
-    """What a tower of equal blocks needs of a config, CLIP's or SigLIP's."""
+    """The config of a tower of equal blocks, CLIP's or SigLIP's."""
 
     hidden_size: int
     intermediate_size: int
@@ -140,7 +139,7 @@ class TextEmbeddings(nnx.Module):
 
 
 class TextTransformer(nnx.Module):
-    """Token ids to per-token states (what Stable Diffusion reads) and the pooled state of the end token."""
+    """Token ids to per-token states and the state of the end token."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         positions, width = config.max_position_embeddings, config.hidden_size
@@ -150,15 +149,16 @@ class TextTransformer(nnx.Module):
         self.config = config
 
     def __call__(self, input_ids: Array) -> tuple[Array, Array]:
-        """`int32[B, T] -> (states [B, T, D], pooled [B, D])`; no padding mask, as in CLIP: attention is causal.
+        """`int32[B, T] -> (states [B, T, D], pooled [B, D])`.
 
-        Raises ValueError if there are more tokens than positions.
+        No padding mask is needed: attention is causal. Raises ValueError if there are more tokens
+        than positions.
         """
         positions, end_token = self.config.max_position_embeddings, self.config.eos_token_id
         if input_ids.shape[-1] > positions:
             raise ValueError(f"{input_ids.shape[-1]} tokens, but CLIP has {positions} positions")
         states = self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
-        # Checkpoints saved before transformers 4.31 say eos_token_id 2 and mean the largest id.
+        # Checkpoints saved before transformers 4.31 have eos_token_id 2 and mean the largest id.
         is_end = input_ids == (input_ids.max(-1, keepdims=True) if end_token == 2 else end_token)
         end = jnp.argmax(is_end, -1)
         return states, jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]
@@ -200,20 +200,24 @@ class VisionTransformer(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         eps = config.layer_norm_eps
         self.embeddings = VisionEmbeddings(config, rngs=rngs)
-        self.pre_layrnorm = layers.LayerNorm(config.hidden_size, epsilon=eps, rngs=rngs)  # the checkpoint's spelling
+        # The checkpoint's spelling.
+        self.pre_layrnorm = layers.LayerNorm(config.hidden_size, epsilon=eps, rngs=rngs)
         self.encoder = Encoder(config, is_causal=False, rngs=rngs)
         self.post_layernorm = layers.LayerNorm(config.hidden_size, epsilon=eps, rngs=rngs)
         self.config = config
 
     def __call__(self, images: Array) -> Array:
-        """Normalised images `[B, H, W, 3] -> [B, D]`; raises ValueError for another size than the checkpoint's."""
+        """Normalised images `[B, H, W, 3] -> [B, D]`.
+
+        Raises ValueError if the size is not the checkpoint's.
+        """
         layers.check_images(images, self.config.image_size, "CLIP")
         x = self.encoder(self.pre_layrnorm(self.embeddings(images)))
         return self.post_layernorm(x[:, 0])
 
 
 class CLIP(nnx.Module):
-    """transformers' `CLIPModel`: two towers that meet in one space."""
+    """transformers' `CLIPModel`: two towers and a common space."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.text_model = TextTransformer(config.text_config, rngs=rngs)
@@ -229,10 +233,10 @@ class CLIP(nnx.Module):
         return layers.unit(self.text_projection(self.text_model(input_ids)[1]))
 
     def encode_image(self, images: Array) -> Array:
-        """Images `[B, H, W, 3]`, normalised with the checkpoint's mean and std, `-> float32[B, D]` of unit length."""
+        """Normalised images `[B, H, W, 3]` to float32 `[B, D]` of unit length."""
         images = images.astype(layers.float_dtype(self.vision_model))
         return layers.unit(self.visual_projection(self.vision_model(images)))
 
     def logits(self, cosines: Array) -> Array:
-        """What training took the softmax of: cosines divided by the learned temperature."""
+        """Logits of the training's softmax: cosines divided by the learned temperature."""
         return jnp.exp(self.logit_scale[...]) * cosines

@@ -1,8 +1,8 @@
-"""ImageReward (Xu et al. 2023, arXiv 2304.05977): how well people would like an image as an answer to a text.
+"""ImageReward (Xu et al. 2023, arXiv 2304.05977): how well people like an image for a text.
 
-BLIP's text encoder reads the image; the state of its first token, which here stays [CLS], goes through five linear layers.
-Between them the authors have only dropout: after training they are one affine map. The reward is in standard deviations
-of the rewards of the authors' data, from their mean.
+BLIP's text encoder cross-attends to the image. The state of its first token, which is [CLS] here,
+goes through five linear layers with nothing but dropout between them. The reward is normalised by
+mean and standard deviation of the rewards of the authors' data.
 """
 
 import dataclasses
@@ -17,7 +17,10 @@ from referee_jax.models import bert, blip
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """config.json as weights.lavis writes it; the defaults are those of ImageReward-v1.0: ViT-L/16, BERT-base."""
+    """config.json as weights.lavis writes it.
+
+    The defaults are those of ImageReward-v1.0: ViT-L/16, BERT-base.
+    """
 
     text_config: blip.TextConfig = blip.TextConfig(num_attention_heads=12)
     vision_config: blip.VisionConfig = blip.VisionConfig(
@@ -34,7 +37,7 @@ class Config:
 
 
 class MLP(nnx.Module):
-    """Linear layers of the given numbers of features, nothing between them."""
+    """Linear layers with nothing between them; `features` are their widths."""
 
     def __init__(self, features: tuple[int, ...], *, rngs: nnx.Rngs):
         self.layers = nnx.List(nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(features))
@@ -56,6 +59,6 @@ class ImageReward(nnx.Module):
         self.config = config
 
     def reward(self, states: Array, input_ids: Array, mask: Array) -> Array:
-        """The vision tower's `[B, S, D]` and `int32[B, T], bool[B, T]` to rewards, float32 `[B]`."""
+        """Image states `[B, S, D]`, a text `int32[B, T], bool[B, T]` to rewards, float32 `[B]`."""
         x = self.text_encoder(input_ids, mask, states=states)[:, 0]
         return (self.mlp(x.astype(jnp.float32))[:, 0] - self.config.reward_mean) / self.config.reward_std

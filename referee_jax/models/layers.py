@@ -1,10 +1,11 @@
-"""What the networks share: attention, activations, norms in float32, stacks of equal layers.
+"""What the networks share: activations, norms in float32, stacks of equal layers.
 
-Leaves are Flax NNX's own (`Linear`, `Conv`, `Embed`) plus the two norms below; a network's attributes carry the names
-of the checkpoint's parameters, so that weights.convert can fill any of them. Modules are plain JAX pytrees: pass them
-as arguments to jit, vmap, grad, scan and shard_map.
+Leaves are Flax NNX's `Linear`, `Conv` and `Embed`, and the two norms below. A network's attributes
+have the names of the checkpoint's parameters, so that weights.convert can fill any network. Modules
+are JAX pytrees: pass them as arguments to jit, vmap, grad, scan and shard_map.
 
-Axis letters: B batch (views, latents), H W C image rows, columns, channels, T tokens, N heads, D width.
+Axis letters: B batch (views, latents), H W C image rows, columns, channels, T tokens, N heads, D
+width.
 """
 
 import functools
@@ -22,7 +23,7 @@ from referee_jax.hardware import chips
 
 
 def exact_gelu(x: Array) -> Array:
-    """x Phi(x), computed in float32 by erf, as torch does (jax.nn.gelu's erfc takes a GPU twice the time)."""
+    """x Phi(x), in float32 by erf, as torch does (jax.nn.gelu's erfc takes a GPU twice as long)."""
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
@@ -38,7 +39,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def check_config(config) -> None:
-    """Raises ValueError, naming key and value, where a transformer's config says what is not implemented here."""
+    """Raises ValueError, naming key and value, if a transformer's config is not implemented."""
     check_activation(config)
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
@@ -47,7 +48,7 @@ def check_config(config) -> None:
 
 
 def check_images(images: Array, size: int, network: str) -> None:
-    """Raises ValueError, in the name of `network`, unless `images` are `[B, size, size, 3]`."""
+    """Raises ValueError, naming the `network`, unless `images` are `[B, size, size, 3]`."""
     if images.shape[1:] != (size, size, 3):
         raise ValueError(f"images of shape {images.shape}, but {network} takes [B, {size}, {size}, 3]")
 
@@ -65,16 +66,23 @@ def unit(x: Array) -> Array:
 
 
 def repeat(x: Array, batch: int) -> Array:
-    """`[B, ...]` or, the same for all, `[1, ...] -> [B, ...]`."""
+    """`[B, ...] -> [B, ...]`, or `[1, ...] -> [B, ...]` by repetition."""
     return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def normalise(means: Callable[[Array], Array], epsilon: float, x: Array, scale: Array, bias: Array) -> Array:
-    """`n * scale + bias` of `n`, which is `x` with mean 0 and variance 1; in float32, out in the dtype of `x`.
+    """`n * scale + bias`, where `n` is `x` with mean 0 and variance 1.
 
-    `means` are over what shares its statistics, of a shape that broadcasts to that of `x`. Going back, `x` is all that is kept in
-    full size, in its own dtype.
+    Float32 inside, the dtype of `x` outside. For the backward pass `x` alone is stored in full
+    size.
+
+    Args:
+        means: averages over the elements that share statistics; its result broadcasts to the shape
+            of `x`.
+        epsilon: is added to the variance.
+        x: `[..., D]`.
+        scale, bias: `[D]`.
     """
     return _normalise(means, epsilon, x, scale, bias)[0]
 
@@ -83,7 +91,7 @@ def _normalise(means, epsilon, x, scale, bias):
     y = x.astype(jnp.float32)
     mean = means(y)
     if x.dtype == jnp.bfloat16:
-        # Both sums in one pass. What cancels is less than what eight bits of a number far from 0 have lost.
+        # Both sums in one pass: the cancellation error is below the rounding error of bfloat16.
         variance = jnp.maximum(means(jnp.square(y)) - jnp.square(mean), 0)
     else:
         variance = means(jnp.square(y - mean))
@@ -92,8 +100,8 @@ def _normalise(means, epsilon, x, scale, bias):
     return out.astype(x.dtype), (x, mean, rate, scale, bias)
 
 
-def _denormalise(means, epsilon, kept, gradient):
-    x, mean, rate, scale, bias = kept
+def _normalise_backward(means, epsilon, residuals, gradient):
+    x, mean, rate, scale, bias = residuals
     n, gradient = (x.astype(jnp.float32) - mean) * rate, gradient.astype(jnp.float32)
     scaled = gradient * scale.astype(jnp.float32)
     dx = (scaled - means(scaled) - n * means(scaled * n)) * rate
@@ -101,7 +109,7 @@ def _denormalise(means, epsilon, kept, gradient):
     return dx.astype(x.dtype), (gradient * n).sum(others).astype(scale.dtype), gradient.sum(others).astype(bias.dtype)
 
 
-normalise.defvjp(_normalise, _denormalise)
+normalise.defvjp(_normalise, _normalise_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -136,9 +144,9 @@ class GroupNorm(nnx.Module):
 
 
 def _of_groups(groups: int, x: Array) -> Array:
-    """Means over the pixels and the channels of each group, for each of its channels: `[B, H, W, C] -> [B, 1, 1, C]`.
+    """Means over pixels and a group's channels: `[B, H, W, C] -> [B, 1, 1, C]`.
 
-    Over the pixels first, whose channels lie side by side: a reduction over part of the channels as well is slow.
+    Pixels first: one reduction over pixels and part of the channels is slow.
     """
     means = x.mean((-3, -2), keepdims=True)
     split = means.reshape(*means.shape[:-1], groups, -1)
@@ -146,9 +154,10 @@ def _of_groups(groups: int, x: Array) -> Array:
 
 
 def interpolate_positions(table: Array, height: int, width: int) -> Array:
-    """Learned positions `[1 + n * n, D]` of a class token and a square grid, for another grid: `[1 + height * width, D]`.
+    """Resamples learned positions for another grid: `[1 + n * n, D] -> [1 + height * width, D]`.
 
-    Bicubic as torch.nn.functional.interpolate: its kernel has a = -0.75 where jax.image.resize has -0.5.
+    The first is the class token's. Bicubic as in torch.nn.functional.interpolate, whose kernel has
+    a = -0.75; that of jax.image.resize has -0.5.
     """
     n = math.isqrt(len(table) - 1)
     if (height, width) == (n, n):
@@ -159,12 +168,15 @@ def interpolate_positions(table: Array, height: int, width: int) -> Array:
 
 
 def bicubic(old: int, new: int) -> np.ndarray:
-    """float32 `[new, old]`: a row's resampling about pixel centres, edges repeated, no antialiasing (Keys 1981, a = -0.75)."""
+    """The matrix that resamples a row of pixels, float32 `[new, old]` (Keys 1981, a = -0.75).
+
+    Coordinates are of pixel centres; edges are repeated; no antialiasing.
+    """
     a, weights = -0.75, np.zeros((new, old))
-    at = (np.arange(new) + 0.5) * old / new - 0.5
+    positions = (np.arange(new) + 0.5) * old / new - 0.5
     for step in (-1, 0, 1, 2):
-        pixel = np.floor(at).astype(int) + step
-        d = np.abs(at - pixel)
+        pixel = np.floor(positions).astype(int) + step
+        d = np.abs(positions - pixel)
         near = (a + 2) * d**3 - (a + 3) * d**2 + 1
         far = a * (d**3 - 5 * d**2 + 8 * d - 4)
         np.add.at(weights, (np.arange(new), np.clip(pixel, 0, old - 1)), np.where(d <= 1, near, far))
@@ -172,9 +184,10 @@ def bicubic(old: int, new: int) -> np.ndarray:
 
 
 class Stack(nnx.Module):
-    """Equal layers as one whose every weight has a leading axis of `depth`; a checkpoint numbers them from 0.
+    """Equal layers as one module whose weights have a leading axis of length `depth`.
 
-    `remat` is one of POLICIES, for layers that may be made again in the backward pass.
+    A checkpoint numbers them from 0. `remat`, one of POLICIES, is what `scan_layers` stores for the
+    backward pass.
     """
 
     def __init__(self, layer: nnx.Module, depth: int):
@@ -182,25 +195,28 @@ class Stack(nnx.Module):
 
 
 class Interleaved(nnx.List):
-    """Stacks of layers that take turns: of N, the checkpoint numbers the n-th's layers n, n + N, n + 2 N, ..."""
+    """N stacks whose layers alternate: those of the n-th are numbered n, n + N, n + 2 N, ..."""
 
 
 class Row(nnx.List):
-    """Layers and stacks of equal layers one after another; a checkpoint numbers them all, as single layers, from 0."""
+    """Layers and stacks one after another.
 
-    def first(self, at: int) -> int:
-        """The checkpoint's number of the first layer in the part `at`."""
-        return sum(part.depth if isinstance(part, Stack) else 1 for part in self[:at])
+    A checkpoint numbers their layers consecutively from 0.
+    """
+
+    def first(self, index: int) -> int:
+        """The checkpoint's number of the first layer in the part of this index."""
+        return sum(part.depth if isinstance(part, Stack) else 1 for part in self[:index])
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Stack:
-    """`depth` equal layers for `scan_layers`, each built with a key of its own."""
+    """`depth` equal layers for `scan_layers`, each initialised with another key."""
     keys = jax.random.split(rngs.params(), depth)
     return Stack(jax.vmap(lambda key: build(nnx.Rngs(key)))(keys), depth)
 
 
-# Name -> what is kept of each layer for the backward pass besides its input: nothing; the results of products with weights and
-# of cuDNN's attention, so that only what is cheap is made again; or all.
+# Name -> what is stored of each layer for the backward pass besides its input: nothing; products
+# with weights and cuDNN's attention, so that only cheap operations are recomputed; or everything.
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": lambda prim, *args, **params: (
@@ -209,11 +225,13 @@ POLICIES = {
     ),
     "none": jax.checkpoint_policies.everything_saveable,
 }
-UNROLLED = 8  # layers; where there are more, a loop compiles in the time of one
+UNROLLED = 8  # layers; from more of them a loop is made, which compiles in the time of one layer
 
 
 def configured(tree: Any, *, remat: str | None = None, hardware: chips.Hardware | None = None) -> Any:
-    """A copy of networks, or of a pytree that holds some, with static fields set; None leaves a field as it is.
+    """A copy of networks, or of a pytree that holds some, with static fields set.
+
+    None leaves a field as it is.
 
     Args:
         tree: the networks; weights are shared with the copy.
@@ -235,24 +253,28 @@ def _parts(tree: Any, is_part: Callable[[Any], bool]) -> list[Any]:
 
 
 def unrolls(depth: int) -> bool:
-    """Whether so many layers are written out one after the other: XLA:CPU works at half its speed within a loop."""
+    """Whether a loop over so many layers is unrolled: XLA:CPU is half as fast within a loop."""
     return depth <= UNROLLED
 
 
 def scan_layers(stack: Stack, x: Array, *args, remat: bool = False) -> Array:
-    """`layers[n](... layers[0](x, *args), *args)`; with `remat` the backward pass keeps what `stack.remat` says."""
+    """Applies the layers one after the other, each as `layer(x, *args)`.
+
+    With `remat` only what `stack.remat` names is stored for the backward pass.
+    """
 
     def body(x, layer):
         return layer(x, *args), None
 
     if not remat:
         return jax.lax.scan(body, x, stack.layer, unroll=unrolls(stack.depth))[0]
-    # Unrolled, XLA:CPU would keep what is to be made again, and a GPU's compiler takes minutes for a vision tower. In a loop
-    # nothing of the forward pass is there to be merged with.
+    # Not unrolled: XLA:CPU would store what should be recomputed, and compiling a vision tower for
+    # a GPU would take minutes. prevent_cse is not needed in a loop: no forward pass is there to be
+    # merged with.
     return jax.lax.scan(jax.checkpoint(body, policy=POLICIES[stack.remat], prevent_cse=False), x, stack.layer)[0]
 
 
 def float_dtype(module: nnx.Module) -> jnp.dtype:
-    """The dtype that a network's weights were loaded in, which is the one it computes in."""
-    # Scalars (logit scales) are float32 always.
+    """The dtype of a network's weights, in which it also computes."""
+    # Scalars (logit scales) are always float32.
     return next(x.dtype for x in jax.tree.leaves(module) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating))

@@ -1,9 +1,9 @@
-"""SigLIP and SigLIP 2 of fixed resolution (Zhai et al. 2023, arXiv 2303.15343; Tschannen et al. 2025, 2502.14786), as
-transformers' `SiglipModel` lays them out.
+"""SigLIP (Zhai et al. 2023, arXiv 2303.15343) and SigLIP 2 of fixed resolution.
 
-Two towers of CLIP's blocks. No class token: a learned query attends to the patches. The text is read in both directions
-and without a mask, so that padding is part of it, and its last token stands for it. There is a bias to the logits, as each
-pair is judged by itself.
+SigLIP 2 is Tschannen et al. 2025, arXiv 2502.14786. Laid out as transformers' `SiglipModel`. Two
+towers of CLIP's blocks. The vision tower has no class token: a learned query attends to the
+patches. Attention in the text is bidirectional and without a mask, so that padding is part of the
+text; its last token is projected. The logits have a bias, since each pair is classified by itself.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class Config:
 
 
 class TextTransformer(nnx.Module):
-    """Token ids to the feature of the last of them."""
+    """Token ids to the feature of the last token."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         width, positions = config.hidden_size, config.max_position_embeddings
@@ -80,7 +80,7 @@ class TextTransformer(nnx.Module):
         self.config = config
 
     def __call__(self, input_ids: Array) -> Array:
-        """`int32[B, T] -> [B, D]`; raises ValueError unless texts are padded to the length of the table of positions."""
+        """`int32[B, T] -> [B, D]`. Raises ValueError unless T is the number of positions."""
         tokens, positions = input_ids.shape[-1], self.config.max_position_embeddings
         if tokens != positions:
             raise ValueError(f"{tokens} tokens, but SigLIP reads texts padded to {positions}")
@@ -89,7 +89,10 @@ class TextTransformer(nnx.Module):
 
 
 class VisionEmbeddings(nnx.Module):
-    """Patches and positions; what is left over at the right and bottom of the image is not seen."""
+    """Patches and positions.
+
+    Pixels at the right and bottom that do not fill a patch are ignored.
+    """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         width, patch = config.hidden_size, config.patch_size
@@ -106,7 +109,7 @@ class PoolingAttention(nnx.Module):
     """Attention of a query to the tokens, with torch.nn.MultiheadAttention's parameters."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
-        # The projections to queries, keys and values, one below the other.
+        # The matrices for queries, keys and values, stacked along the first axis.
         self.in_proj_weight = nnx.Param(jax.random.normal(rngs.params(), (3 * width, width)) * width**-0.5)
         self.in_proj_bias = nnx.Param(jnp.zeros(3 * width))
         self.out_proj = nnx.Linear(width, width, rngs=rngs)
@@ -123,7 +126,7 @@ class PoolingAttention(nnx.Module):
 
 
 class PoolingHead(nnx.Module):
-    """A learned query reads the tokens ("MAP head")."""
+    """A learned query attends to the tokens ("MAP head")."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -150,30 +153,36 @@ class VisionTransformer(nnx.Module):
         self.config = config
 
     def __call__(self, images: Array) -> Array:
-        """Normalised images `[B, H, W, 3] -> [B, D]`; raises ValueError for another size than the checkpoint's."""
+        """Normalised images `[B, H, W, 3] -> [B, D]`.
+
+        Raises ValueError if the size is not the checkpoint's.
+        """
         layers.check_images(images, self.config.image_size, "SigLIP")
         return self.head(self.post_layernorm(self.encoder(self.embeddings(images))))
 
 
 class SigLIP(nnx.Module):
-    """transformers' `SiglipModel`: two towers that meet in one space."""
+    """transformers' `SiglipModel`: two towers and a common space."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.text_model = TextTransformer(config.text_config, rngs=rngs)
         self.vision_model = VisionTransformer(config.vision_config, rngs=rngs)
-        # Where training began (section 3.2 of the paper).
+        # Initial values of the training (section 3.2 of the paper).
         self.logit_scale = nnx.Param(jnp.log(jnp.full(1, 10.0)))
         self.logit_bias = nnx.Param(jnp.full(1, -10.0))
         self.config = config
 
     def encode_text(self, input_ids: Array) -> Array:
-        """`int32[B, T] -> float32[B, D]` of unit length; T is the checkpoint's number of positions."""
+        """`int32[B, T] -> float32[B, D]` of unit length.
+
+        T is the checkpoint's number of positions.
+        """
         return layers.unit(self.text_model(input_ids))
 
     def encode_image(self, images: Array) -> Array:
-        """Images `[B, H, W, 3]`, normalised with the checkpoint's mean and std, `-> float32[B, D]` of unit length."""
+        """Normalised images `[B, H, W, 3]` to float32 `[B, D]` of unit length."""
         return layers.unit(self.vision_model(images.astype(layers.float_dtype(self.vision_model))))
 
     def logits(self, cosines: Array) -> Array:
-        """What the sigmoid of is the probability that text and image belong together."""
+        """Logits of the probability that text and image belong together."""
         return jnp.exp(self.logit_scale[0]) * cosines + self.logit_bias[0]

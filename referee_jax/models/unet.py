@@ -1,7 +1,6 @@
-"""Stable Diffusion's U-Net (Rombach et al. 2022, arXiv 2112.10752), as diffusers' `UNet2DConditionModel` lays it out.
+"""Stable Diffusion's U-Net (Rombach et al. 2022, arXiv 2112.10752).
 
-Covers SD 1.x, 2.x (base and v) and sd-turbo. Configs are read from a checkpoint's config.json; a value that is not
-implemented is an error that names it.
+For SD 1.x, 2.x (base and v) and sd-turbo; laid out as diffusers' `UNet2DConditionModel`.
 """
 
 import dataclasses
@@ -91,9 +90,12 @@ class Config:
 
 
 def timestep_features(timesteps: Array, width: int, *, flip_sin_to_cos: bool, freq_shift: int) -> Array:
-    """Sinusoids of the timesteps, `[B] -> float32[B, width]`, `width` even; sines first unless flipped."""
+    """Sinusoids of the timesteps, `[B] -> float32[B, width]`, `width` even.
+
+    Sines first unless flipped.
+    """
     half = width // 2
-    # Rounded once, on the host: angles are up to 1000 times a frequency, and so is the error of a float32 exponential.
+    # In float64, then rounded once: timesteps of up to 1000 multiply a frequency's error.
     frequencies = np.exp(-math.log(10000) * np.arange(half) / (half - freq_shift)).astype(np.float32)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies
     parts = [jnp.sin(angles), jnp.cos(angles)]
@@ -112,7 +114,7 @@ class TimeEmbedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of tokens to a context, which for self-attention is the tokens."""
+    """Multi-head attention of tokens to a context; for self-attention the context is the tokens."""
 
     def __init__(self, width: int, context: int, heads: int, *, rngs: nnx.Rngs):
         self.to_q = nnx.Linear(width, width, use_bias=False, rngs=rngs)
@@ -138,7 +140,7 @@ class GEGLU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Gated layer and a linear one, numbered as in the checkpoint, where 1 is dropout."""
+    """A gated layer and a linear one, numbered as in the checkpoint, where 1 is dropout."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.net = nnx.List([GEGLU(width, 4 * width, rngs=rngs), None, nnx.Linear(4 * width, width, rngs=rngs)])
@@ -148,7 +150,7 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Pre-norm self-attention, cross-attention to the text and feed-forward, each beside a skip."""
+    """Pre-norm self-attention, cross-attention to the text, and feed-forward."""
 
     def __init__(self, width: int, context: int, heads: int, *, rngs: nnx.Rngs):
         self.norm1 = layers.LayerNorm(width, epsilon=1e-5, rngs=rngs)
@@ -166,7 +168,7 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Transformer blocks over the pixels of a feature map, beside a skip."""
+    """Transformer blocks over the pixels of a feature map, with a skip connection."""
 
     def __init__(self, width: int, heads: int, config: Config, *, rngs: nnx.Rngs):
         self.norm = layers.GroupNorm(config.norm_num_groups, width, epsilon=1e-6, rngs=rngs)
@@ -185,7 +187,7 @@ class Transformer(nnx.Module):
 
 
 class Level(nnx.Module):
-    """What every part of the network is made of: residual blocks, `inputs[i] -> width` each, and transformers."""
+    """Residual blocks, `inputs[i] -> width` channels each, and transformers."""
 
     def __init__(self, inputs: list[int], width: int, config: Config, *, transformers: int, heads: int, rngs: nnx.Rngs):
         groups, eps, time = config.norm_num_groups, config.norm_eps, 4 * config.block_out_channels[0]
@@ -206,7 +208,10 @@ class Downsample(nnx.Module):
 
 
 class DownBlock(Level):
-    """One resolution on the way down: leaves a skip after every residual block and after the halving."""
+    """One resolution on the way down.
+
+    Every residual block and the downsampling give a skip connection.
+    """
 
     def __init__(
         self, inputs: list[int], width: int, config: Config, *, attends: bool, heads: int, is_last: bool, rngs: nnx.Rngs
@@ -238,7 +243,7 @@ class MidBlock(Level):
 
 
 class UpBlock(Level):
-    """One resolution on the way up: takes a skip before every residual block."""
+    """One resolution on the way up; every residual block reads a skip connection."""
 
     def __init__(
         self, inputs: list[int], width: int, config: Config, *, attends: bool, heads: int, is_last: bool, rngs: nnx.Rngs
@@ -247,7 +252,10 @@ class UpBlock(Level):
         self.upsamplers = nnx.List([] if is_last else [vae.Upsample(width, rngs=rngs)])
 
     def __call__(self, x: Array, skips: list[Array], time: Array, context: Array, size: tuple | None) -> Array:
-        """`skips` in the order of their use; `size` is the next resolution's `(h, w)`, None after the last."""
+        """`skips` are in the order of use.
+
+        `size` is the next resolution's `(h, w)`, None after the last.
+        """
         for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
             x = resnet(jnp.concatenate([x, skip], axis=-1), time)
             if len(self.attentions):
@@ -258,7 +266,7 @@ class UpBlock(Level):
 
 
 class UNet(nnx.Module):
-    """diffusers' `UNet2DConditionModel`: predicts noise or v from noisy latents, the timestep and the text."""
+    """diffusers' `UNet2DConditionModel`: predicts noise or v from latents, timestep and text."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         widths, heads, last = config.block_out_channels, config.heads, len(config.block_out_channels) - 1
@@ -288,9 +296,12 @@ class UNet(nnx.Module):
         self.config = config
 
     def __call__(self, latents: Array, timesteps: Array, encoder_hidden_states: Array) -> Array:
-        """`[B, h, w, 4], [B], [B, T, D] -> float32[B, h, w, 4]`: scaled latents, timesteps in [0, 1000), text states.
+        """Predicts noise or v, whichever the checkpoint's scheduler names: float32 `[B, h, w, 4]`.
 
-        What the output means (noise or v) is the checkpoint's scheduler's to say.
+        Args:
+            latents: `[B, h, w, 4]`, scaled.
+            timesteps: `[B]`, in [0, 1000).
+            encoder_hidden_states: `[B, T, D]`, the text encoder's states.
         """
         config, dtype = self.config, layers.float_dtype(self)
         width, flip, shift = config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
@@ -301,10 +312,10 @@ class UNet(nnx.Module):
         x = self.conv_in((2 * latents - 1 if config.center_input_sample else latents).astype(dtype))
         skips = [x]
         for block in self.down_blocks:
-            x, more = block(x, time, context)
-            skips += more
+            x, block_skips = block(x, time, context)
+            skips += block_skips
         x = self.mid_block(x, time, context)
         for block in self.up_blocks:
-            skips, mine = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
-            x = block(x, mine[::-1], time, context, skips[-1].shape[1:3] if skips else None)
+            skips, block_skips = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
+            x = block(x, block_skips[::-1], time, context, skips[-1].shape[1:3] if skips else None)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)

@@ -1,7 +1,7 @@
-"""Stable Diffusion's autoencoder (Rombach et al. 2022, arXiv 2112.10752), as diffusers' `AutoencoderKL` lays it out.
+"""The decoder of Stable Diffusion's autoencoder (Rombach et al. 2022, arXiv 2112.10752).
 
-Only the decoder: nothing here encodes an image. The blocks that the U-Net shares with it (`ResnetBlock`, `Upsample`) live
-here, too. Configs are read from a checkpoint's config.json; a value that is not implemented is an error that names it.
+Laid out as diffusers' `AutoencoderKL`, without the encoder, which the method does not need. The
+U-Net shares `ResnetBlock` and `Upsample`.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from jax import Array
 from referee_jax.hardware import chips
 from referee_jax.models import attention, layers
 
-# Parameter names of checkpoints saved before diffusers 0.17 (SD 1.5, sd-vae-ft-mse), as weights.convert's `renames`.
+# Names in checkpoints saved before diffusers 0.17 (SD 1.5, sd-vae-ft-mse), as weights.convert's
+# `renames`.
 RENAMES: tuple[tuple[str, str], ...] = (
     (r"(mid_block\.attentions\.0)\.query\.", r"\1.to_q."),
     (r"(mid_block\.attentions\.0)\.key\.", r"\1.to_k."),
@@ -63,7 +64,10 @@ class Config:
 
 
 class ResnetBlock(nnx.Module):
-    """Two convolutions beside a skip; with `time_width`, a projection of the time embedding is added between them."""
+    """Two convolutions with a skip connection.
+
+    With `time_width`, a projection of the time embedding is added between them.
+    """
 
     def __init__(
         self, inputs: int, outputs: int, *, groups: int, epsilon: float, time_width: int | None = None, rngs: nnx.Rngs
@@ -84,14 +88,14 @@ class ResnetBlock(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest neighbours to twice the size, then a convolution."""
+    """Nearest-neighbour upsampling by 2, then a convolution."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = nnx.Conv(channels, channels, (3, 3), padding=1, rngs=rngs)
         self.hardware = chips.Hardware()
 
     def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
-        """`size` (twice the input's, or one less) is where an odd number of rows was halved on the way down."""
+        """`size`: rows and columns of the result, twice the input's or one less."""
         x = double(x, is_dense=self.hardware.dense)
         return self.conv(x if size is None else x[:, : size[0], : size[1]])
 
@@ -99,7 +103,8 @@ class Upsample(nnx.Module):
 def double(x: Array, *, is_dense: bool) -> Array:
     """Nearest-neighbour upsampling, `[B, H, W, C] -> [B, 2 H, 2 W, C]`.
 
-    With `is_dense` columns are copied by a product, which is exact: each row of the matrix holds a single 1.
+    With `is_dense` columns are copied by a product, which is exact: each row of the matrix holds a
+    single 1.
     """
     b, h, w, c = x.shape
     if is_dense:
@@ -110,7 +115,7 @@ def double(x: Array, *, is_dense: bool) -> Array:
 
 
 class Attention(nnx.Module):
-    """Self-attention of one head over all pixels, beside a skip."""
+    """Self-attention of one head over all pixels, with a skip connection."""
 
     def __init__(self, channels: int, *, groups: int, rngs: nnx.Rngs):
         self.group_norm = layers.GroupNorm(groups, channels, epsilon=1e-6, rngs=rngs)
@@ -140,7 +145,7 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """Residual blocks at one resolution, then (but for the last level) twice the resolution."""
+    """Residual blocks at one resolution, then (except in the last level) upsampling by 2."""
 
     def __init__(self, inputs: int, outputs: int, *, depth: int, groups: int, is_last: bool, rngs: nnx.Rngs):
         widths = [inputs] + [outputs] * (depth - 1)
@@ -187,6 +192,6 @@ class AutoencoderKL(nnx.Module):
         self.config = config
 
     def decode(self, latents: Array) -> Array:
-        """Scaled latents `[B, h, w, 4]` to images, float32 `[B, H, W, 3]`, in [0, 1] but not clamped to it."""
+        """Scaled latents `[B, h, w, 4]` to float32 images `[B, H, W, 3]`, not clamped to [0, 1]."""
         x = (latents / self.config.scaling_factor).astype(layers.float_dtype(self))
         return self.decoder(self.post_quant_conv(x)).astype(jnp.float32) / 2 + 0.5

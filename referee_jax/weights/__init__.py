@@ -1,1 +1,4 @@
-"""Weights of published checkpoints: `convert` puts tensors into networks, `load` finds and reads them, `lavis` converts files."""
+"""Weights of published checkpoints.
+
+`load` finds and reads them, `convert` puts tensors into networks, `lavis` converts authors' files.
+"""

@@ -1,7 +1,7 @@
-"""The config.json of a checkpoint as a typed config, or one sentence on what in it is not implemented.
+"""Reads config.json of a checkpoint into a typed config.
 
-A key is either a field of the network's config, or on the list of keys that do not change what the network computes
-(`HARMLESS`), or an error.
+What is not implemented is an error of one sentence. A key is a field of the network's config, or
+one of the keys that do not change what the network computes (`HARMLESS`), or an error.
 """
 
 import dataclasses
@@ -19,7 +19,10 @@ from referee_jax.weights.convert import WeightsError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What scheduler_config.json says of training; the defaults are diffusers'. The rest of it is about samplers."""
+    """The part of scheduler_config.json about training, not samplers.
+
+    The defaults are diffusers'.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -36,7 +39,7 @@ class Schedule:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not implemented; supported: {', '.join(values)}")
 
     def alphas_cumprod(self) -> np.ndarray:
-        """float32[num_train_timesteps]: the share of signal variance left at each step, from betas in float64."""
+        """float32[num_train_timesteps]: the remaining share of signal variance at each step."""
         power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
         betas = np.linspace(self.beta_start**power, self.beta_end**power, self.num_train_timesteps) ** (1 / power)
         return np.cumprod(1 - betas).astype(np.float32)
@@ -47,10 +50,10 @@ def _any(names: str) -> dict[str, None]:
 
 
 _PRETRAINED = _any(
-    # where the file comes from, and what only matters in training
+    # where the file comes from; settings of training
     "_name_or_path _commit_hash _attn_implementation_autoset architectures transformers_version torch_dtype dtype "
     "attention_dropout dropout initializer_range initializer_factor "
-    # what transformers once wrote into every config: token ids, text generation, classification heads
+    # keys that transformers once wrote into every config
     "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id forced_bos_token_id "
     "forced_eos_token_id tokenizer_class prefix max_length min_length do_sample early_stopping num_beams "
     "num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "
@@ -67,7 +70,7 @@ _PRETRAINED = _any(
 }
 _DIFFUSERS = _any("_class_name _diffusers_version _name_or_path _use_default_values sample_size force_upcast dropout")
 
-# Keys that a config need not have a field for: with any value (None), or with these values only.
+# Keys without a field in the config -> the values they may have; None: any.
 HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     clip.TextConfig: _PRETRAINED | {"model_type": ("clip_text_model",)},
     clip.VisionConfig: _PRETRAINED | {"model_type": ("clip_vision_model",), "num_channels": (3,)},
@@ -75,10 +78,10 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     siglip.TextConfig: _PRETRAINED | {"model_type": ("siglip_text_model",)},
     siglip.VisionConfig: _PRETRAINED
     | {"model_type": ("siglip_vision_model",), "num_channels": (3,), "vision_use_head": (True,)},
-    # The two that CLIP has were written by early versions of the port, and read by none.
+    # Early versions of the port wrote the two keys of CLIP; none read them.
     siglip.Config: _PRETRAINED | _any("projection_dim logit_scale_init_value") | {"model_type": ("siglip",)},
     blip.TextConfig: _PRETRAINED
-    # label_smoothing is of training; older files do not have it, though theirs was 0.1.
+    # label_smoothing is a setting of training.
     | _any("hidden_dropout_prob attention_probs_dropout_prob projection_dim encoder_hidden_size label_smoothing")
     | {"model_type": ("blip_text_model",), "is_decoder": (True,), "tie_word_embeddings": (True,)},
     blip.VisionConfig: _PRETRAINED
@@ -89,10 +92,10 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     blip2.VisionConfig: _PRETRAINED
     | {"model_type": ("blip_2_vision_model",), "num_channels": (3,), "projection_dim": None},
     blip2.QFormerConfig: _PRETRAINED
-    # transformers, too, takes the width of the images from vision_config.
+    # transformers also takes the width of the images from vision_config.
     | _any("encoder_hidden_size hidden_dropout_prob attention_probs_dropout_prob classifier_dropout")
     | {"model_type": ("blip_2_qformer",), "position_embedding_type": ("absolute",)},
-    # text_config is of a language model that this class does not have; nor does it feed its image tokens to one.
+    # Keys of a language model, which this class does not have.
     blip2.Config: _PRETRAINED
     | _any("text_config use_decoder_only_language_model is_encoder_decoder image_token_index image_token_id")
     | {"model_type": ("blip-2",)},
@@ -100,8 +103,7 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     align.TextConfig: _PRETRAINED
     | _any("hidden_dropout_prob attention_probs_dropout_prob")
     | {"model_type": ("align_text_model",), "position_embedding_type": ("absolute",)},
-    # The published one was made from google/efficientnet-b7's, keys of a classifier included. hidden_dim is the largest
-    # map of states that is pooled as a whole.
+    # Includes keys of the classifier google/efficientnet-b7.
     align.VisionConfig: _PRETRAINED
     | _any("image_size hidden_dim num_hidden_layers batch_norm_momentum drop_connect_rate dropout_rate")
     | {"model_type": ("align_vision_model",), "num_channels": (3,), "pooling_type": ("mean",)},
@@ -122,23 +124,23 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
 
 
 def config_from_json(cls: type, values: Mapping, *, where: str = "config.json"):
-    """Returns the config dataclass `cls` from the dictionary of a config.json; absent keys get the defaults.
+    """Returns the config dataclass `cls` from the dictionary of a config.json.
 
-    Raises WeightsError, which begins with `where` and names key and value, for an unknown key, a wrong type, or a value
-    that the network does not implement.
+    Absent keys get the defaults. Raises WeightsError, which begins with `where` and names key and
+    value, for an unknown key, a wrong type, or a value that is not implemented.
     """
     hints, known = typing.get_type_hints(cls), HARMLESS.get(cls, {})
-    taken = {}
+    fields = {}
     for key, value in values.items():
         if key in hints:
-            taken[key] = _typed(value, hints[key], key, where)
+            fields[key] = _typed(value, hints[key], key, where)
         elif key not in known:
             raise WeightsError(f"{where}: the key {key}={value!r} is not known to {cls.__module__}.{cls.__name__}")
         elif known[key] is not None and not any(_equal(value, allowed) for allowed in known[key]):
             allowed = ", ".join(map(repr, known[key]))
             raise WeightsError(f"{where}: {key}={value!r} is not implemented; supported: {allowed}")
     try:
-        return cls(**taken)
+        return cls(**fields)
     except WeightsError:
         raise
     except ValueError as error:
@@ -151,7 +153,7 @@ def _equal(a, b) -> bool:
 
 
 def _typed(value, hint, key: str, where: str):
-    """`value` of JSON as `hint` wants it: an integer for a float, a list for a tuple, a dictionary for a config."""
+    """A JSON value as the type `hint`; lists become tuples, dictionaries configs."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         kind = typing.get_origin(option) or option
@@ -168,7 +170,10 @@ def _typed(value, hint, key: str, where: str):
 
 
 def clip_config(values: Mapping, *, where: str) -> clip.Config:
-    """config.json of a CLIPModel; in old ones `text_config_dict` wins over `text_config`, its defaults included."""
+    """Reads config.json of a CLIPModel.
+
+    In old ones `text_config_dict` overrides `text_config`, even by defaults.
+    """
     values = dict(values)
     for key, cls in (("text_config", clip.TextConfig), ("vision_config", clip.VisionConfig)):
         legacy = values.pop(f"{key}_dict", None)
@@ -178,9 +183,10 @@ def clip_config(values: Mapping, *, where: str) -> clip.Config:
 
 
 def blip_config(values: Mapping, *, where: str) -> blip.Config:
-    """config.json of a BLIP; WeightsError where it gives BERT-base another number of heads than BERT-base has.
+    """Reads config.json of a BLIP.
 
-    No shape of a weight depends on that number, so that a wrong one would load and judge by noise.
+    Raises WeightsError if its BERT-base has a wrong number of heads. The shapes of the weights do
+    not depend on that number: a wrong one would load and give noise.
     """
     config = config_from_json(blip.Config, values, where=where)
     text = config.text_config
@@ -194,12 +200,12 @@ def blip_config(values: Mapping, *, where: str) -> blip.Config:
 
 
 def reader(cls: type) -> Callable:
-    """`config_from_json` for one class: `(values, where=...) -> config`."""
+    """`config_from_json` for a class: `(values, where=...) -> config`."""
     return lambda values, *, where: config_from_json(cls, values, where=where)
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file; raises WeightsError naming the file."""
+    """Returns the object in a JSON file. Raises WeightsError naming the file."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

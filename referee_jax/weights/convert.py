@@ -1,9 +1,9 @@
-"""The one engine between torch-layout tensors and the networks of referee_jax.models, both ways.
+"""Converts tensors in torch's layout to the networks of referee_jax.models, and back.
 
-A network's attributes are named as the checkpoint's parameters are, so a tensor's name is the attribute path and only
-the layout differs, by the kind of leaf: `KINDS`. Equal layers kept as one `layers.Stack` are gathered from, and written
-as, `<path>.0.…`, `<path>.1.…`; those of `layers.Interleaved` stacks in turns, those of a `layers.Row`
-one part after the other.
+A network's attributes have the names of the checkpoint's parameters, so a tensor's name is the
+attribute path; only the layout depends on the kind of leaf (`KINDS`). The layers of a
+`layers.Stack` are the checkpoint's `<path>.0.…`, `<path>.1.…`; `layers.Interleaved` and
+`layers.Row` number them otherwise.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from referee_jax.models import layers
 
 
 class WeightsError(ValueError):
-    """Weights or a config that do not fit the network; the message names the tensors, keys or files."""
+    """Weights or a config that do not fit the network. The message names tensors, keys or files."""
 
 
 def _same(ndim: int) -> tuple[int, ...]:
@@ -33,8 +33,8 @@ def _out_last(ndim: int) -> tuple[int, ...]:
     return (*range(2, ndim), 1, 0)
 
 
-# Owner of a leaf -> its attribute -> (the checkpoint's name, axes of the source tensor in our order).
-# A parameter that sits in any other module keeps its name and its axes.
+# Module -> attribute -> (the checkpoint's name, axes of its tensor in our order). Parameters of
+# other modules have the checkpoint's names and axes.
 KINDS: dict[type, dict[str, tuple[str, Callable[[int], tuple[int, ...]]]]] = {
     nnx.Linear: {"kernel": ("weight", _out_last), "bias": ("bias", _same)},
     nnx.Conv: {"kernel": ("weight", _out_last), "bias": ("bias", _same)},
@@ -46,9 +46,13 @@ KINDS: dict[type, dict[str, tuple[str, Callable[[int], tuple[int, ...]]]]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """One leaf of a network: the tensors it is made of, and how.
+    """One leaf of a network, and the checkpoint's tensors of which it consists.
 
-    `names` has one name per layer of the stacks around the leaf, whose depths are `depths` (empty outside of a stack).
+    Attributes:
+        names: of the tensors, one for each layer of the stacks around the leaf.
+        depths: of these stacks; empty outside of a stack.
+        shape: of one layer's part of the leaf.
+        axes: of a tensor, in the order of the leaf's.
     """
 
     names: tuple[str, ...]
@@ -63,31 +67,32 @@ class Target:
 
 
 def targets(module: nnx.Module) -> list[Target]:
-    """What every leaf of `module` (real or abstract) is made of, in the order of `jax.tree.leaves`."""
+    """The targets of a module, real or abstract, in the order of `jax.tree.leaves`."""
     return [_target(module, path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(module)[0]]
 
 
 def _target(module: nnx.Module, path: Sequence, leaf: jax.ShapeDtypeStruct | jax.Array) -> Target:
-    parts, numbers, turn, node, owner = [], [], (0, 1), module, module
+    # `numbering`: first layer's number and step of the stack that comes next.
+    parts, numbers, numbering, node, owner = [], [], (0, 1), module, module
     for key in path:
         if isinstance(node, nnx.Variable):  # the last step, from a parameter into its array
             break
-        owner, at = node, getattr(key, "name", getattr(key, "idx", None))
-        node = owner[at] if isinstance(key, jax.tree_util.SequenceKey) else getattr(owner, at)
+        owner, name = node, getattr(key, "name", getattr(key, "idx", None))
+        node = owner[name] if isinstance(key, jax.tree_util.SequenceKey) else getattr(owner, name)
         if isinstance(owner, layers.Interleaved):
-            turn = at, len(owner)
+            numbering = name, len(owner)
         elif isinstance(owner, layers.Row):
             if isinstance(node, layers.Stack):
-                turn = owner.first(at), 1
+                numbering = owner.first(name), 1
             else:
-                parts.append(str(owner.first(at)))
+                parts.append(str(owner.first(name)))
         elif isinstance(owner, layers.Stack):
-            first, step = turn
+            first, step = numbering
             numbers.append(range(first, first + owner.depth * step, step))
-            turn = 0, 1
+            numbering = 0, 1
             parts.append("{}")
         else:
-            parts.append(str(at))
+            parts.append(str(name))
     kinds = next((table for kind, table in KINDS.items() if isinstance(owner, kind)), None)
     name, axes = parts[-1], _same
     if kinds is not None:
@@ -110,61 +115,64 @@ def fill(
     ignore: Iterable[str] = (),
     float32: Iterable[str] = (),
 ) -> nnx.Module:
-    """Returns the abstract `module` (of `nnx.eval_shape`) with weights read from `tensors`, one at a time.
+    """Returns the abstract `module` (of `nnx.eval_shape`) with weights from `tensors`.
 
-    `tensors` may be lazy: each is asked for once, cast at once. All weights get `dtype`, but for scalars (logit
-    scales), which stay float32: an exponential of theirs is a factor of the result; so do those whose names match one
-    of the glob patterns `float32`. `renames` are (regular expression, replacement) pairs, applied in order to the
-    source's names; `ignore` are glob patterns of source names that are not weights.
+    Raises WeightsError, which names the tensors, in five cases: a tensor is not used, a parameter
+    is not filled, two tensors fill the same parameter, a shape differs, a weight is not a finite
+    float.
 
-    Raises WeightsError where a source tensor is left over, a parameter would stay empty, two tensors go to one
-    parameter, a shape differs, or what should be a weight is no finite number: five checks, each naming the tensors.
+    Args:
+        module: the network.
+        tensors: name -> tensor; may be lazy: each tensor is read once and cast at once.
+        dtype: of all weights but scalars (logit scales), which are float32, as their exponentials
+            are factors.
+        renames: pairs of regular expression and replacement, applied in order to the names of
+            `tensors`.
+        ignore: glob patterns of names of `tensors` that are not weights.
+        float32: glob patterns of further parameters that are float32.
     """
-    wanted = targets(module)
-    sources = _sources(tensors, {name for target in wanted for name in target.names}, renames, ignore)
-    kinds = _dtypes(wanted, dtype, float32)
-    filled = [_read(tensors, sources, target, kind) for target, kind in zip(wanted, kinds, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(module), filled)
+    parameters = targets(module)
+    sources = _sources(tensors, {name for target in parameters for name in target.names}, renames, ignore)
+    dtypes = _dtypes(parameters, dtype, float32)
+    leaves = [_read(tensors, sources, target, kind) for target, kind in zip(parameters, dtypes, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(module), leaves)
 
 
 def cast(module: nnx.Module, *, dtype: jax.typing.DTypeLike, float32: Iterable[str] = ()) -> nnx.Module:
-    """The abstract `module` as `fill` would leave it, but without weights: every leaf has the dtype it would get."""
-    leaves, kinds = jax.tree.leaves(module), _dtypes(targets(module), dtype, float32)
-    shapes = [jax.ShapeDtypeStruct(leaf.shape, kind) for leaf, kind in zip(leaves, kinds, strict=True)]
+    """The abstract `module` with the dtypes that `fill` would give its leaves."""
+    leaves, dtypes = jax.tree.leaves(module), _dtypes(targets(module), dtype, float32)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, kind) for leaf, kind in zip(leaves, dtypes, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(module), shapes)
 
 
-def _dtypes(wanted: Sequence[Target], dtype: jax.typing.DTypeLike, float32: Iterable[str]) -> list:
+def _dtypes(parameters: Sequence[Target], dtype: jax.typing.DTypeLike, float32: Iterable[str]) -> list:
     float32 = tuple(float32)
-    return [jnp.float32 if x.shape == () or _matches(x.names[0], float32) else dtype for x in wanted]
+    return [jnp.float32 if x.shape == () or _matches(x.names[0], float32) else dtype for x in parameters]
 
 
-def _sources(tensors: Mapping, wanted: set[str], renames: Iterable, ignore: Iterable) -> dict[str, str]:
-    """Name in the network -> name in the source; checks that each is used, filled, and once."""
+def _sources(tensors: Mapping, parameters: set[str], renames: Iterable, ignore: Iterable) -> dict[str, str]:
+    """Name in the network -> name in the source; checks that they match one to one."""
     renames, ignore = tuple(renames), tuple(ignore)
-    found: dict[str, list[str]] = {}
+    sources: dict[str, list[str]] = {}
     for source in tensors:
         if _matches(source, ignore):
             continue
         name = source
         for old, new in renames:
             name = re.sub(old, new, name)
-        found.setdefault(name, []).append(source)
-    twice = {name: sources for name, sources in found.items() if len(sources) > 1}
-    if twice:
+        sources.setdefault(name, []).append(source)
+    if twice := {name: several for name, several in sources.items() if len(several) > 1}:
         raise WeightsError(
             "parameters filled twice: " + "; ".join(f"{n} from {' and '.join(s)}" for n, s in twice.items())
         )
-    unused = [sources[0] for name, sources in found.items() if name not in wanted]
-    missing = sorted(wanted - set(found))
     problems = []
-    if missing:
+    if missing := sorted(parameters - set(sources)):
         problems.append(f"parameters without a tensor: {_listed(missing)}")
-    if unused:
+    if unused := [several[0] for name, several in sources.items() if name not in parameters]:
         problems.append(f"tensors that no parameter takes: {_listed(unused)}")
     if problems:
         raise WeightsError("; ".join(problems))
-    return {name: sources[0] for name, sources in found.items()}
+    return {name: several[0] for name, several in sources.items()}
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -177,7 +185,7 @@ def _listed(names: Sequence[str], limit: int = 20) -> str:
 
 
 def _read(tensors: Mapping, sources: Mapping[str, str], target: Target, dtype) -> jax.Array:
-    """One leaf: every tensor of it checked, turned, cast and, in a stack, put at its place."""
+    """One leaf: its tensors, checked, transposed, cast and stacked."""
     out = np.empty((len(target.names), *target.shape), dtype)
     for n, name in enumerate(target.names):
         source = sources[name]
@@ -187,7 +195,8 @@ def _read(tensors: Mapping, sources: Mapping[str, str], target: Target, dtype) -
                 f"{source} has shape {tensor.shape}, but {name} takes {target.source_shape} "
                 f"({target.shape} in the network)"
             )
-        # One bit of a damaged file turns floats into integers. NaN would be seen in every picture, but after its work.
+        # One flipped bit of a file may turn floats into integers, or make NaN, which only the
+        # finished image would show.
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise WeightsError(f"{source} holds {tensor.dtype}, which are no weights")
         if not _is_finite(tensor):
@@ -197,14 +206,17 @@ def _read(tensors: Mapping, sources: Mapping[str, str], target: Target, dtype) -
 
 
 def _is_finite(tensor: np.ndarray) -> bool:
-    """Whether all of a tensor of floats is finite; by its bits, since numpy is ten times slower at half precision."""
+    """Whether all floats of a tensor are finite.
+
+    By bits, as numpy is ten times slower in half precision.
+    """
     unsigned = np.dtype(f"u{tensor.itemsize}")
     magnitude = tensor.view(unsigned) & (np.iinfo(unsigned).max >> 1)
     return bool(np.max(magnitude, initial=0) < np.array(np.inf, tensor.dtype).view(unsigned))
 
 
 def export(module: nnx.Module) -> dict[str, np.ndarray]:
-    """The inverse of `fill`: every parameter under its checkpoint name, in torch's layout and its own dtype."""
+    """The inverse of `fill`: every parameter by its checkpoint name, in torch's layout."""
     tensors = {}
     for target, leaf in zip(targets(module), jax.tree.leaves(module), strict=True):
         inverse = tuple(target.axes.index(axis) for axis in range(len(target.axes)))

@@ -1,7 +1,8 @@
-"""Where a checkpoint's files are: a local directory, or the Hugging Face hub's cache, which is filled with patience.
+"""Finds a checkpoint's files: in a local directory, or by a download from the Hugging Face hub.
 
-Of the processes of a host one downloads, the others wait for it. A hub that fails, is silent or sends away for a while is
-asked again, a few times; then what is in the cache has to do, or the user is told what to run where there is a network.
+Of the processes that share a cache one downloads, the others wait. If the hub fails, is silent or
+limits the rate, the request is repeated a few times. After that a complete snapshot in the cache is
+used, or the error says which command to run on a machine with a network.
 """
 
 import contextlib
@@ -25,12 +26,12 @@ from referee_jax import console
 from referee_jax.weights.convert import WeightsError
 
 ASSETS = Path(__file__).parents[1] / "shapes" / "assets"
-EMBEDDED = "shapes/"  # checkpoints whose names begin so are part of the package
+EMBEDDED = "shapes/"  # the beginning of names of checkpoints in the package
 TRIES = 4
 CARD = "README.md"
 FIRST_WAIT = 2.0  # seconds, twice as long each time
-LONGEST_WAIT = 300.0  # the window of the hub's rate limits: whoever asks for more than that is not waited for
-_PASSING = (408, 429, 500, 502, 503, 504)
+LONGEST_WAIT = 300.0  # the window of the hub's rate limits; to be asked for more is an error
+_TRANSIENT = (408, 429, 500, 502, 503, 504)  # status codes after which a request is repeated
 
 
 def is_embedded(name: str) -> bool:
@@ -39,7 +40,10 @@ def is_embedded(name: str) -> bool:
 
 
 def local_path(name: str) -> Path:
-    """Where a checkpoint is if it is a directory: of an embedded one, within the package. WeightsError if there is no such."""
+    """The path of a checkpoint that is a directory.
+
+    Raises WeightsError for an unknown one of the package.
+    """
     if not is_embedded(name):
         return Path(name).expanduser()
     path = ASSETS / name.removeprefix(EMBEDDED)
@@ -50,10 +54,10 @@ def local_path(name: str) -> Path:
 
 
 def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Returns the local directory of a checkpoint: embedded, a directory, or the cache of the hub's files matching `patterns`.
+    """Returns the directory of a checkpoint: in the package, local, or the hub's cache.
 
-    The card (README.md) comes along, if it can be had. Respects HF_HUB_OFFLINE. Raises WeightsError with the command that would
-    get the files.
+    Only files that match `patterns`, and the card (README.md) if there is one, are downloaded.
+    Respects HF_HUB_OFFLINE. Raises WeightsError with the command that would download the files.
     """
     name, path = str(path_or_id), local_path(str(path_or_id))
     if name and path.is_dir():
@@ -75,35 +79,35 @@ def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str
 
 
 def is_id(name: str) -> bool:
-    """Whether it can be the id of a repository on the hub."""
+    """Whether a name can be the id of a repository on the hub."""
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name))
 
 
 def commit(name: str, revision: str | None) -> str | None:
-    """The commit of a repository that is in the cache; None where there is none, or for a directory."""
+    """The commit of a repository's cached snapshot; None if there is none, or for a directory."""
     if not is_id(name) or Path(name).is_dir():
         return None
     for file in ("config.json", "unet/config.json"):
-        found = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
-        if isinstance(found, str):
-            return Path(found[: -len(file)]).name
+        path = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(path, str):
+            return Path(path[: -len(file)]).name
     return None
 
 
 def license_of(name: str, revision: str | None) -> str | None:
-    """What the card of a checkpoint says of its license ("openrail++", say); None where it says nothing, or is not here."""
+    """The license in a checkpoint's card, e.g. "openrail++"; None if there is none, or no card."""
     path = Path(name).expanduser()
     is_cached = is_id(name) and not path.is_dir()
     card = huggingface_hub.try_to_load_from_cache(name, CARD, revision=revision) if is_cached else str(path / CARD)
-    said = {}
+    metadata = {}
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-        said = huggingface_hub.metadata_load(card) or {} if isinstance(card, str) else {}
-    found = said.get("license_name") or said.get("license")
-    return str(found) if found else None
+        metadata = huggingface_hub.metadata_load(card) or {} if isinstance(card, str) else {}
+    license = metadata.get("license_name") or metadata.get("license")
+    return str(license) if license else None
 
 
 def download_command(name: str, revision: str | None, patterns: Sequence[str], *options: str) -> str:
-    """The shell command that puts the files of `resolve` into the cache."""
+    """The shell command that downloads the files of `resolve` into the cache."""
     command = ["hf", "download", name, *(["--revision", revision] if revision else [])]
     for pattern in patterns:
         command += ["--include", pattern]
@@ -111,7 +115,10 @@ def download_command(name: str, revision: str | None, patterns: Sequence[str], *
 
 
 def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The snapshot in the cache. Where the hub cannot be asked, one that is cached and complete, but for the card, will do."""
+    """Returns the snapshot in the cache, after a download.
+
+    If the hub does not answer, a cached one is used that is complete, with or without the card.
+    """
     for tries in range(1, TRIES + 1):
         try:
             return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*patterns, CARD]))
@@ -127,7 +134,7 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
 
 def _cached(name: str, revision: str | None, patterns: Sequence[str]) -> Path | None:
-    """The snapshot in the cache, if all of it is there; asks nobody."""
+    """The snapshot in the cache if it is complete; without the network."""
     with contextlib.suppress(OSError, hub_errors.HFValidationError):
         how = {"revision": revision, "allow_patterns": list(patterns), "local_files_only": True}
         return Path(huggingface_hub.snapshot_download(name, **how))
@@ -135,24 +142,24 @@ def _cached(name: str, revision: str | None, patterns: Sequence[str]) -> Path | 
 
 
 def _is_refused(error: BaseException) -> bool:
-    """Whether the hub has answered, and will not answer otherwise."""
+    """Whether the hub has given an answer that a repeated request would not change."""
     answers = [e.response for e in _causes(error) if getattr(e, "response", None) is not None]
-    return any(answer.status_code not in _PASSING for answer in answers)
+    return any(answer.status_code not in _TRANSIENT for answer in answers)
 
 
 def _wait(error: BaseException, tries: int) -> float | None:
-    """Seconds after which it is worth to ask again; None where it is not.
+    """Seconds until a request should be repeated; None if it should not.
 
-    A part of it is by chance: those that were sent away together should not come back together.
+    A part of it is random, so that processes do not repeat their requests all at once.
     """
     causes = list(_causes(error))
     answers = [e.response for e in causes if getattr(e, "response", None) is not None]
     is_silent = any(isinstance(e, hub_errors.HTTPError) for e in causes)
-    if answers and answers[0].status_code not in _PASSING or not (answers or is_silent):
+    if answers and answers[0].status_code not in _TRANSIENT or not (answers or is_silent):
         return None
     wait = FIRST_WAIT * 2 ** (tries - 1)
-    asked = _asked_wait(answers[0].headers) if answers else 0.0
-    return None if asked > LONGEST_WAIT else max(asked, wait) + random.uniform(0, wait / 2)
+    requested = _requested_wait(answers[0].headers) if answers else 0.0
+    return None if requested > LONGEST_WAIT else max(requested, wait) + random.uniform(0, wait / 2)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -161,8 +168,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _asked_wait(headers: Mapping[str, str]) -> float:
-    """Seconds that the server asks to wait: Retry-After (seconds or a date), or the reset of the hub's RateLimit."""
+def _requested_wait(headers: Mapping[str, str]) -> float:
+    """Seconds to wait by a server's Retry-After (seconds or a date) or RateLimit."""
     after = headers.get("retry-after", "").strip()
     if after.isdigit():
         return float(after)
@@ -174,21 +181,21 @@ def _asked_wait(headers: Mapping[str, str]) -> float:
 
 @contextlib.contextmanager
 def _one_at_a_time(name: str) -> Iterator[None]:
-    """Of all processes that share the cache, only one is in here for a repository.
+    """A lock on a repository for all processes that share the cache.
 
-    Where no lock can be made there is none: a cache that cannot be written can still be read, and huggingface_hub takes
-    care that a file which two download at once is whole.
+    Without one if no lock can be made: a read-only cache can still be read, and huggingface_hub
+    keeps files whole that two processes download at once.
     """
     file = Path(constants.HF_HUB_CACHE, ".locks", f"referee_jax--{name.replace('/', '--')}.lock")
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(file, mode=0o664)
             try:
-                held.enter_context(lock.acquire(timeout=0))
+                stack.enter_context(lock.acquire(timeout=0))
             except filelock.Timeout:
                 logging.warning("another process is getting %s; waiting for it", name)
-                held.enter_context(lock.acquire())
+                stack.enter_context(lock.acquire())
         except (OSError, NotImplementedError) as error:
             logging.info("no lock on %s: %s", file, error)
         yield
@@ -196,7 +203,7 @@ def _one_at_a_time(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bounded_silence() -> Iterator[None]:
-    """Bounds how long a request waits for the hub to say something: huggingface_hub lists files without a limit."""
+    """Sets a timeout for requests to the hub: huggingface_hub lists files without one."""
 
     def bound(request: Any) -> None:
         limits = request.extensions.get("timeout", {})
@@ -214,7 +221,7 @@ def _bounded_silence() -> Iterator[None]:
 
 
 def _check_sizes(directory: Path, name: str, revision: str | None) -> None:
-    """Raises WeightsError for a cached file that is not as long as the hub says, where it has said so."""
+    """Raises WeightsError for a cached file of another size than on the hub."""
     try:
         files = huggingface_hub.get_cached_repo_tree(name, revision=directory.name)
     except hub_errors.CachedRepoTreeNotFoundError:
@@ -222,5 +229,5 @@ def _check_sizes(directory: Path, name: str, revision: str | None) -> None:
     for file in files:
         cached = directory / file.path
         if cached.exists() and (size := cached.stat().st_size) != file.size:
-            again = download_command(name, revision, [file.path], "--force-download")
-            raise WeightsError(f"{cached} is damaged: {size} bytes, on the hub {file.size}; run: {again}")
+            command = download_command(name, revision, [file.path], "--force-download")
+            raise WeightsError(f"{cached} is damaged: {size} bytes, on the hub {file.size}; run: {command}")

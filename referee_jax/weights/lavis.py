@@ -1,20 +1,20 @@
-"""The authors' own files as directories that weights.load reads, for checkpoints that Hugging Face does not have as such:
+"""Converts authors' files to directories that weights.load reads:
 
-    python -m referee_jax.weights.lavis IN.pth [VISION.pth] OUT_DIR [--kind=KIND] [--tokenizer=DIR_OR_HUB_ID]
+    python -m referee_jax.weights.lavis IN.pth [VISION.pth] OUT_DIR [--kind=KIND] [--tokenizer=DIR]
 
-    blip2         LAVIS' stage 1: blip2_pretrained.pth with eva_vit_g.pth, or blip2_pretrained_vitL.pth with clip_vit_L.pth;
-                  fine-tuned files that hold their vision transformer need no second one
+    blip2         LAVIS' stage 1: blip2_pretrained.pth with eva_vit_g.pth, or
+                  blip2_pretrained_vitL.pth with clip_vit_L.pth; fine-tuned files need no second one
     blip_itm      BLIP: model_base_retrieval_coco.pth and the like
     blip_caption  BLIP: model_base_caption_capfilt_large.pth and the like
     blip_vqa      BLIP: model_base_vqa_capfilt_large.pth and the like, at 480 pixels
     image_reward  ImageReward.pt
     clip          HPS_v2_compressed.pt, HPS_v2.1_compressed.pt: CLIP H/14 by the names of open_clip
 
-The kind is seen in the names of the tensors. A pickled file can run code: torch (the extra `train`) reads tensors and plain
-values only, and refuses the rest. Every tensor is moved by a row of `lavis_tables.KINDS`, or ignored by name; one that is
-unknown, missing or of another shape than the network's is an error that names it. Sizes are read from the shapes; what shapes
-do not say (the width of a head, epsilons, activations) is the authors' code's. The files hold no tokenizer: it is taken from
-`--tokenizer`.
+The names of the tensors tell the kind. A pickled file can run code: torch (the extra `train`) reads
+only tensors and plain values, and refuses the rest. Every tensor is renamed by a row of
+`lavis_tables.KINDS`, or ignored by name; one that is unknown, missing or of a wrong shape is an
+error that names it. Sizes come from the shapes; head widths, epsilons and activations from the
+authors' code. The files have no tokenizer: it is read from `--tokenizer`, a directory or hub id.
 """
 
 import argparse
@@ -34,19 +34,19 @@ from referee_jax.weights import convert, load
 from referee_jax.weights.convert import WeightsError
 from referee_jax.weights.lavis_tables import BERT, CLIP_H, CLIP_MEAN, CLIP_STD, KINDS, Row, ShapesByName
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names ---
 
 
 def _bind(pattern: str, name: str) -> tuple[str, ...] | None:
-    """What the stars of a pattern stand for in a name, or None."""
+    """The parts of a name that match the stars of a pattern; None if it does not match."""
     parts = re.split(r"(\*\*|\*)", pattern)
     regex = "".join({"*": r"([^.]+)", "**": "(.+)"}.get(part, re.escape(part)) for part in parts)
-    found = re.fullmatch(regex, name)
-    return found and found.groups()
+    match = re.fullmatch(regex, name)
+    return match and match.groups()
 
 
 def _fill(patterns: str, stars: Iterable[str]) -> list[str]:
-    """Names of patterns, the stars of each replaced by the same values."""
+    """Replaces the stars of each pattern by the same values."""
     names = []
     for pattern in patterns.split():
         values = iter(stars)
@@ -59,7 +59,7 @@ def _fits(patterns: Iterable[str], name: str) -> bool:
 
 
 def _kind(names: Iterable[str]) -> str:
-    """The first kind that a file of these tensors may be."""
+    """The first kind of file that may have tensors of these names."""
     some = lambda pattern: any(_bind(pattern, name) is not None for name in names)
     for kind, row in KINDS.items():
         if all(map(some, row.has)) and not any(map(some, row.lacks)):
@@ -67,17 +67,17 @@ def _kind(names: Iterable[str]) -> str:
     raise WeightsError(f"the names of the tensors do not say which kind this is; say --kind={'|'.join(KINDS)}")
 
 
-# --- the conversion ---------------------------------------------------------------------------------------------------
+# --- the conversion ---
 
 
 def read(file: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a file that torch.save wrote, without running any of it; they stay on the disk until they are used.
+    """The tensors of a file that torch.save wrote, memory-mapped, without running code of it.
 
-    Prints the file's SHA-256.
-    Raises WeightsError for a file that is missing, damaged, or holds more than tensors and plain values.
+    Prints the file's SHA-256. Raises WeightsError for a file that is missing, damaged, or holds
+    more than tensors and plain values.
     """
     try:
-        import torch  # only here: of the whole program, only this conversion and training know it
+        import torch  # needed by this conversion and training only
     except ImportError as error:
         raise WeightsError("torch is needed to read the authors' files: pip install 'referee_jax[train]'") from error
 
@@ -87,7 +87,7 @@ def read(file: str | Path) -> dict[str, np.ndarray]:
         print(f"SHA-256 {hashlib.file_digest(opened, 'sha256').hexdigest()}  {file}")
     try:
         values = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
-    except Exception as error:  # torch and pickle raise whatever the damage leads to
+    except Exception as error:  # torch and pickle raise errors of any type
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise WeightsError(
             f"{file} is damaged, or holds more than tensors; nothing in it was run ({reason})"
@@ -100,45 +100,45 @@ def read(file: str | Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{file} does not hold tensors by their names")
     if strange := [str(name) for name, x in values.items() if not isinstance(x, torch.Tensor)]:
         raise WeightsError(f"{file} should hold tensors by their names, but these are none: {_listed(strange)}")
-    exact = {torch.bfloat16: torch.float32}  # which numpy does not have
+    exact = {torch.bfloat16: torch.float32}  # numpy has no bfloat16
     return {name: x.detach().to(exact.get(x.dtype, x.dtype)).contiguous().numpy() for name, x in values.items()}
 
 
 def rename(kind: str, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors of a file of `KINDS[kind]` by our names, and our names to the authors'.
+    """Returns the tensors of a file by our names, and a map of our names to the authors'.
 
-    Raises WeightsError naming tensors that no row knows, and those without the others that a row puts them together with.
+    Raises WeightsError naming tensors that match no row, or lack others of their row.
     """
-    made: dict[str, np.ndarray] = {}
+    renamed: dict[str, np.ndarray] = {}
     origins: dict[str, str] = {}
     used, unknown = set(), []
     for name in tensors:
         if name in used or _fits(KINDS[kind].ignore, name):
             continue
-        found = next(_matches(kind, name, 0), None)
-        if found is None:
+        match = next(_matches(kind, name, 0), None)
+        if match is None:
             unknown.append(name)
             continue
-        (sources, targets, *transform), stars = found
-        together, new = _fill(sources, stars), _fill(targets, stars)
-        used |= set(together)
-        if missing := [source for source in together if source not in tensors]:
+        (old_patterns, new_patterns, *transform), stars = match
+        old, new = _fill(old_patterns, stars), _fill(new_patterns, stars)
+        used |= set(old)
+        if missing := [source for source in old if source not in tensors]:
             raise WeightsError(f"{name} is there, but {', '.join(missing)} is missing")
-        if twice := [target for target in new if target in made]:
+        if twice := [target for target in new if target in renamed]:
             raise WeightsError(f"{origins[twice[0]]} and {name} are the same part of the network")
-        parts, names = [tensors[source] for source in together], " and ".join(together)
+        parts, names = [tensors[source] for source in old], " and ".join(old)
         try:
-            made |= zip(new, transform[0](*parts) if transform else parts, strict=True)
+            renamed |= zip(new, transform[0](*parts) if transform else parts, strict=True)
         except ValueError as error:
             raise WeightsError(f"{names}: unexpected shape {' and '.join(str(x.shape) for x in parts)}") from error
         origins |= dict.fromkeys(new, names)
     if unknown:
         raise WeightsError(f"tensors that a {kind} does not have: {_listed(unknown)}")
-    return made, origins
+    return renamed, origins
 
 
 def _matches(kind: str, name: str, side: int) -> Iterator[tuple[Row, tuple[str, ...]]]:
-    """Rows that have `name` among their sources (`side` 0) or targets (1), and what their stars stand for."""
+    """Rows whose authors' names (`side` 0) or ours (1) match `name`, and their stars' parts."""
     for row in KINDS[kind].rows:
         for pattern in row[side].split():
             if (stars := _bind(pattern, name)) is not None:
@@ -151,39 +151,46 @@ def _listed(names: Iterable[str], limit: int = 20) -> str:
 
 
 def check(kind: str, tensors: Mapping[str, np.ndarray], origins: Mapping[str, str], config: Mapping) -> None:
-    """Raises WeightsError, with the authors' names, if these are not exactly the tensors of the network of `config`."""
+    """Raises WeightsError unless the tensors are exactly those of the network of `config`.
+
+    Args:
+        kind: of `KINDS`.
+        tensors: by our names.
+        origins: our names -> the authors', for messages.
+        config: the contents of config.json.
+    """
     could_be = lambda name: " or ".join(" and ".join(_fill(row[0], stars)) for row, stars in _matches(kind, name, 1))
     row = load.KINDS[kind]
     parsed = row.config(config, where="config.json")
     parsed = dataclasses.replace(parsed, **load.optional_parts(row, tensors))
     module = nnx.eval_shape(lambda: row.network(parsed, rngs=nnx.Rngs(0)))
-    wanted = {name: target.source_shape for target in convert.targets(module) for name in target.names}
-    found = {}
+    shapes = {name: target.source_shape for target in convert.targets(module) for name in target.names}
+    sources = {}
     for name, x in tensors.items():
         final = name
         for old, new in row.renames:
             final = re.sub(old, new, final)
         if name not in row.ties:
-            found[final] = name, x.shape
+            sources[final] = name, x.shape
     problems = []
-    if missing := [could_be(name) for name in wanted if name not in found]:
+    if missing := [could_be(name) for name in shapes if name not in sources]:
         problems.append(f"missing: {_listed(missing)}")
-    if unknown := [origins[found[name][0]] for name in found if name not in wanted]:
+    if unknown := [origins[sources[name][0]] for name in sources if name not in shapes]:
         problems.append(f"no part of the network: {_listed(unknown)}")
-    shapes = [
-        f"{origins[name]}, as {name} {shape} instead of {wanted[final]}"
-        for final, (name, shape) in found.items()
-        if shape != wanted.get(final, shape)
+    wrong = [
+        f"{origins[name]}, as {name} {shape} instead of {shapes[final]}"
+        for final, (name, shape) in sources.items()
+        if shape != shapes.get(final, shape)
     ]
-    if shapes:
-        problems.append(f"of another shape: {_listed(shapes)}")
+    if wrong:
+        problems.append(f"of another shape: {_listed(wrong)}")
     if problems:
         raise WeightsError(f"the tensors are not those of a {kind}: {'; '.join(problems)}")
     load.check_ties(row, tensors)
 
 
 def _tokenizer(kind: str, path_or_id: str):
-    """The tokenizer with the words that the authors add."""
+    """The tokenizer with the tokens that the authors add."""
     try:
         tokenizer = load.load_tokenizer(path_or_id)
     except WeightsError as error:
@@ -192,25 +199,25 @@ def _tokenizer(kind: str, path_or_id: str):
             f"{KINDS[kind].tokenizer} (tokenizer.json, or vocab.txt; tokenizer_config.json) into a directory, and say "
             "--tokenizer=DIRECTORY"
         ) from error
-    for words in KINDS[kind].special:
-        tokenizer.add_special_tokens(dict(words))
+    for tokens in KINDS[kind].special:
+        tokenizer.add_special_tokens(dict(tokens))
     return tokenizer
 
 
 def _preprocessing(kind: str, size: int) -> dict:
-    """preprocessor_config.json."""
+    """The contents of preprocessor_config.json."""
     square = {"height": size, "width": size}
     if KINDS[kind].crop:
-        own = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": size}, "crop_size": square}
+        values = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": size}, "crop_size": square}
     else:
-        own = {"image_processor_type": "BlipImageProcessor", "size": square}
-    return own | {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3, "do_convert_rgb": True}
+        values = {"image_processor_type": "BlipImageProcessor", "size": square}
+    return values | {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3, "do_convert_rgb": True}
 
 
 def main(files: list[str], out: str | Path, *, kind: str | None = None, tokenizer: str | None = None) -> str:
-    """Writes the directory `out` from the authors' one or two files (see the module's docstring), returns the kind.
+    """Writes the directory `out` from one or two files (see the module's docstring).
 
-    Raises WeightsError before anything is written.
+    Returns the kind. Raises WeightsError before anything is written.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -229,12 +236,12 @@ def main(files: list[str], out: str | Path, *, kind: str | None = None, tokenize
             raise WeightsError(
                 "its vision transformer is another file: eva_vit_g.pth, or clip_vit_L.pth of a ..._vitL.pth"
             )
-        made, origins = rename(kind, tensors)
-        values = KINDS[kind].config(ShapesByName({name: x.shape for name, x in made.items()}))
-        check(kind, made, origins, values)
+        renamed, origins = rename(kind, tensors)
+        values = KINDS[kind].config(ShapesByName({name: x.shape for name, x in renamed.items()}))
+        check(kind, renamed, origins, values)
     except WeightsError as error:
         raise WeightsError(f"{' and '.join(files)}: {error}") from error
-    made = {name: x for name, x in made.items() if name not in load.KINDS[kind].ties}
+    weights = {name: x for name, x in renamed.items() if name not in load.KINDS[kind].ties}
     source = tokenizer or KINDS[kind].tokenizer
     words, vocabulary = _tokenizer(kind, source), values.get("text_config", values.get("qformer_config"))
     if len(words) != vocabulary["vocab_size"]:
@@ -243,17 +250,17 @@ def main(files: list[str], out: str | Path, *, kind: str | None = None, tokenize
         )
     if kind.startswith("blip_") or kind == "image_reward":
         vocabulary["bos_token_id"] = words.bos_token_id
-    # asarray, as ascontiguousarray would make a vector of a scalar.
-    load.save_directory(out, {name: np.asarray(x, order="C") for name, x in made.items()}, values)
+    # Not ascontiguousarray, which turns a scalar into a vector.
+    load.save_directory(out, {name: np.asarray(x, order="C") for name, x in weights.items()}, values)
     preprocessing = json.dumps(_preprocessing(kind, values["vision_config"]["image_size"]), indent=2)
     (out / "preprocessor_config.json").write_text(preprocessing + "\n", encoding="utf-8")
     words.save_pretrained(out)
-    print(f"{out}: a {kind} of {len(made)} tensors")
+    print(f"{out}: a {kind} of {len(weights)} tensors")
     return kind
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m referee_jax.weights.lavis",
         description=__doc__,
@@ -268,9 +275,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    given = parse(sys.argv[1:])
-    inputs = [file for file in (given.input, given.vision) if file]
+    args = parse(sys.argv[1:])
+    inputs = [file for file in (args.input, args.vision) if file]
     try:
-        main(inputs, given.out, kind=given.kind, tokenizer=given.tokenizer)
+        main(inputs, args.out, kind=args.kind, tokenizer=args.tokenizer)
     except WeightsError as problem:
         sys.exit(f"error: {problem}")

@@ -1,6 +1,6 @@
-"""What the authors' own files call the tensors of their networks, and how large those networks are: the tables of lavis.py.
+"""The tables of lavis.py: names in the authors' files, and the networks' sizes from shapes.
 
-`KINDS` has a row for each kind of file. In names `*` is a part between two dots, `**` any number of them.
+`KINDS` has a row for each kind of file. In names `*` is one part between dots, `**` one or more.
 """
 
 import dataclasses
@@ -19,39 +19,42 @@ Row = tuple[str, str] | tuple[str, str, Callable[..., Iterable[np.ndarray]]]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-# --- what a row may do to its tensors ---------------------------------------------------------------------------------
+# --- transformations of tensors, for rows ---
 
 
 def with_leading_axes(x: np.ndarray) -> list[np.ndarray]:
-    """A class token `[D]` or a table `[T, D]` to `[1, T, D]`."""
+    """A class token `[D]` or table `[T, D]` to `[1, T, D]`."""
     return [x.reshape(1, -1, x.shape[-1])]
 
 
 def without_key_bias(query: np.ndarray, value: np.ndarray) -> list[np.ndarray]:
-    """Biases of queries and values to those of queries, keys and values: EVA's keys have none."""
+    """Biases of queries and values to those of queries, keys and values.
+
+    EVA's keys have none: zeros.
+    """
     return [np.concatenate([query, np.zeros_like(value), value])]
 
 
 def thirds(x: np.ndarray) -> list[np.ndarray]:
-    """What torch's MultiheadAttention keeps as one, to queries, keys and values."""
+    """One tensor of torch's MultiheadAttention to those of queries, keys and values."""
     return np.split(x, 3)
 
 
 def transposed(x: np.ndarray) -> list[np.ndarray]:
-    """A matrix that is multiplied from the right, to torch's Linear."""
+    """A matrix for multiplication from the right to that of torch's Linear."""
     return [x.T]
 
 
-# --- tables: the authors' names, ours, and how --------------------------------------------------------------------------
+# --- rows: the authors' names, ours, and a transformation, if any ---
 
 
 def _moved(rows: Iterable[Row], old: str, new: str) -> tuple[Row, ...]:
-    """The rows with `old` before each of their sources and `new` before each of their targets."""
+    """The rows with the prefix `old` for their sources and `new` for their targets."""
     before = lambda prefix, names: " ".join(prefix + name for name in names.split())
     return tuple((before(old, row[0]), before(new, row[1]), *row[2:]) for row in rows)
 
 
-# timm's vision transformer: BLIP's and, with a bias of its own kind, EVA's.
+# timm's vision transformer, BLIP's; and EVA's, whose bias differs.
 VIT = (
     ("cls_token", "embeddings.class_embedding"),
     ("pos_embed", "embeddings.position_embedding"),
@@ -64,14 +67,14 @@ VIT = (
     ("blocks.*.mlp.**", "encoder.layers.*.mlp.**"),
     ("norm.*", "post_layernorm.*"),
 )
-# A block of OpenAI's CLIP, but for its attention.
+# A block of OpenAI's CLIP without its attention.
 BLOCK = (
     ("resblocks.*.ln_1.*", "layers.*.layer_norm1.*"),
     ("resblocks.*.ln_2.*", "layers.*.layer_norm2.*"),
     ("resblocks.*.mlp.c_fc.*", "layers.*.mlp.fc1.*"),
     ("resblocks.*.mlp.c_proj.*", "layers.*.mlp.fc2.*"),
 )
-# The attention in BLIP-2's vision transformer, and in transformers' CLIP.
+# Its attention as BLIP-2's vision transformer has it, and as transformers' CLIP does.
 FUSED = (
     ("resblocks.*.attn.in_proj_*", "layers.*.self_attn.qkv.*"),
     ("resblocks.*.attn.out_proj.*", "layers.*.self_attn.projection.*"),
@@ -127,33 +130,37 @@ OPEN_CLIP = (
     ("logit_scale", "logit_scale"),
 )
 
-# What only training needs: buffers, momentum encoders, queues, the temperature of the contrastive loss.
+# Only for training: buffers, momentum encoders, queues, the temperature of the contrastive loss.
 TRAINING = ("**.position_ids", "visual_encoder_m.**", "text_encoder_m.**", "vision_proj_m.*", "text_proj_m.*")
 TRAINING += ("image_queue", "text_queue", "idx_queue", "ptr_queue", "queue_ptr", "temp")
-# What LAVIS leaves of its vision transformers: neither the last block of EVA's 40 and CLIP's 24, nor what follows.
+# Parts of the vision transformers that LAVIS does not use: the last block (of EVA's 40, CLIP's 24)
+# and after it.
 VISION_ENDS = ("blocks.39.**", "norm.*", "fc_norm.*", "head.*", "mask_token")
 VISION_ENDS += ("transformer.resblocks.23.**", "ln_post.*", "proj")
-# The bias from before LAVIS made room for [DEC]; that of the decoder is added.
+# The last is unused, of a vocabulary without [DEC]; the decoder's bias is read.
 BLIP2_IGNORED = (*TRAINING, *(f"visual_encoder.{name}" for name in VISION_ENDS), "Qformer.cls.predictions.bias")
 
 
-# --- configs, from the shapes of the tensors by our names -------------------------------------------------------------
+# --- configs, from the shapes of the tensors by our names ---
 
 
 class ShapesByName(dict):
-    """Shapes by name; a WeightsError for a tensor that there is not."""
+    """Shapes by name. Raises WeightsError for a tensor that is missing."""
 
     def __missing__(self, name: str):
         raise WeightsError(f"there is no {name}, which says how large the network is")
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
-    """Layers that are numbered behind `prefix`."""
+    """Number of layers, which are numbered after `prefix`."""
     return len({name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix)})
 
 
 def _sizes(shapes: Shapes, layers: str, wide: str, width: int, head_width: int) -> dict:
-    """What the configs of all transformers have; `layers` is before the number, `wide` a layer's wider matrix."""
+    """The keys of all transformers' configs.
+
+    `layers` is the prefix of the layers' numbers, `wide` the name of a layer's wider matrix.
+    """
     return {
         "hidden_size": width,
         "intermediate_size": shapes[f"{layers}0.{wide}.weight"][0],
@@ -162,29 +169,29 @@ def _sizes(shapes: Shapes, layers: str, wide: str, width: int, head_width: int) 
     }
 
 
-def _vision(shapes: Shapes, positions: str, head_width: int, **own) -> dict:
-    """`vision_config`; `positions` is the name of their table."""
+def _vision(shapes: Shapes, positions: str, head_width: int, **values) -> dict:
+    """`vision_config`; `positions` is the name of the table of positions."""
     *_, tokens, width = shapes[f"vision_model.embeddings.{positions}"]
     patch, side = shapes["vision_model.embeddings.patch_embedding.weight"][-1], math.isqrt(tokens - 1)
     if side * side != tokens - 1:
         raise WeightsError(f"{tokens} positions are not those of a class token and a square of patches")
     sizes = _sizes(shapes, "vision_model.encoder.layers.", "mlp.fc1", width, head_width)
-    return sizes | {"image_size": side * patch, "patch_size": patch} | own
+    return sizes | {"image_size": side * patch, "patch_size": patch} | values
 
 
-def _bert(shapes: Shapes, embeddings: str, layers: str, **own) -> dict:
-    """`text_config` or `qformer_config`; the prefixes are those of the tables and of the layers."""
+def _bert(shapes: Shapes, embeddings: str, layers: str, **values) -> dict:
+    """`text_config` or `qformer_config`; `embeddings` and `layers` are prefixes of names."""
     words, width = shapes[f"{embeddings}word_embeddings.weight"]
     positions = shapes[f"{embeddings}position_embeddings.weight"][0]
     sizes = _sizes(shapes, layers, "intermediate.dense", width, 64) | {"vocab_size": words}
-    return sizes | {"max_position_embeddings": positions, "hidden_act": "gelu", "layer_norm_eps": 1e-12} | own
+    return sizes | {"max_position_embeddings": positions, "hidden_act": "gelu", "layer_norm_eps": 1e-12} | values
 
 
 def _blip2(shapes: Shapes) -> dict:
     position, layers = "position_embedding", "qformer.encoder.layer."
     if "vision_model.pre_layernorm.weight" in shapes:
-        own = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "pre_layernorm": True, "patch_bias": False}
-        vision = _vision(shapes, position, 64, **own)
+        values = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "pre_layernorm": True, "patch_bias": False}
+        vision = _vision(shapes, position, 64, **values)
     else:
         vision = _vision(shapes, position, 88, hidden_act="gelu", layer_norm_eps=1e-6)
     depth = _count(shapes, layers)
@@ -204,25 +211,28 @@ def _blip2(shapes: Shapes) -> dict:
     }
 
 
-def _blip_parts(shapes: Shapes, text: str, **own) -> dict:
-    """`text_config` and `vision_config`; `text` is before the names of the BERT."""
+def _blip_parts(shapes: Shapes, text: str, **values) -> dict:
+    """`text_config`, with `values`, and `vision_config`.
+
+    `text` is the prefix of the BERT's names.
+    """
     return {
         "vision_config": _vision(shapes, "position_embedding", 64, hidden_act="gelu", layer_norm_eps=1e-6),
-        "text_config": _bert(shapes, f"{text}embeddings.", f"{text}encoder.layer.", **own),
+        "text_config": _bert(shapes, f"{text}embeddings.", f"{text}encoder.layer.", **values),
     }
 
 
-def _blip(shapes: Shapes, architecture: str, text: str, **own) -> dict:
+def _blip(shapes: Shapes, architecture: str, text: str, **values) -> dict:
     common = shapes.get("vision_proj.weight", (256,))[0]
     names = {"model_type": "blip", "architectures": [architecture], "image_text_hidden_size": common}
-    config = _blip_parts(shapes, text, **own)
+    config = _blip_parts(shapes, text, **values)
     config["text_config"]["encoder_hidden_size"] = config["vision_config"]["hidden_size"]
     return names | config
 
 
 def _image_reward(shapes: Shapes) -> dict:
     sizes = [shapes[f"mlp.layers.{n}.weight"][0] for n in range(_count(shapes, "mlp.layers."))]
-    # No model_type: transformers, which reads the tokenizer beside it, would warn of one that it does not know.
+    # No model_type: transformers, when it reads the tokenizer, would warn of an unknown one.
     return {"architectures": ["ImageReward"], "mlp_sizes": sizes} | _blip_parts(shapes, "text_encoder.")
 
 
@@ -231,7 +241,7 @@ def _clip(shapes: Shapes) -> dict:
     sizes = _sizes(shapes, "text_model.encoder.layers.", "mlp.fc1", width, 64)
     common = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "projection_dim": shapes["text_projection.weight"][0]}
     positions = shapes["text_model.embeddings.position_embedding.weight"][0]
-    ids = {"bos_token_id": words - 2, "eos_token_id": words - 1}  # as in all of CLIP's vocabularies
+    ids = {"bos_token_id": words - 2, "eos_token_id": words - 1}  # as in all vocabularies of CLIP
     return {
         "model_type": "clip",
         "architectures": ["HPS"],
@@ -241,20 +251,22 @@ def _clip(shapes: Shapes) -> dict:
     }
 
 
-# --- kinds ------------------------------------------------------------------------------------------------------------
+# --- kinds ---
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One kind of file, by the name of its network in `load.KINDS`.
+    """How one kind of file is converted; the keys of the table are those of `load.KINDS`.
 
     Attributes:
-        has, lacks: names by which a file is known to be of this kind: some tensor of each of the first, none of the second.
-        rows: what becomes of its tensors; the first row that fits counts.
-        ignore: tensors that are left out.
+        has, lacks: patterns that identify the kind: the file has a tensor of each of the first,
+            none of the second.
+        rows: names of its tensors and ours; the first row that matches is used.
+        ignore: patterns of tensors that are not converted.
         config: shapes by our names -> config.json.
-        tokenizer: where it is taken from unless said otherwise, and `special`, what the authors add to it.
-        crop: whether images are cropped to a square, not pressed into one.
+        tokenizer: directory or hub id of the default tokenizer.
+        special: special tokens that the authors add to it.
+        crop: whether images are cropped to a square; else they are resized to one.
     """
 
     has: tuple[str, ...]
@@ -273,10 +285,10 @@ KINDS = {
         has=("blip.**", "mlp.**"),
         rows=(
             *_moved((*BLIP_VIT, TEXT_ENCODER), "blip.", ""),
-            # The numbers between are dropout's.
+            # The numbers between are those of dropout layers.
             *((f"mlp.layers.{old}.*", f"mlp.layers.{new}.*") for new, old in enumerate((0, 2, 4, 6, 7))),
         ),
-        # BLIP's heads are there, but not asked.
+        # BLIP's heads are not used.
         ignore=tuple(f"blip.{name}" for name in (*TRAINING, *(name for name, _ in HEADS))),
         config=_image_reward,
         crop=True,
@@ -290,7 +302,8 @@ KINDS = {
         special=(),
         crop=True,
     ),
-    # Files of pre-training hold all of BLIP's tasks: there the kind must be said, and the other tasks' parts are left out.
+    # Files of pre-training hold all tasks of BLIP: they need --kind, and parts of other tasks are
+    # ignored.
     "blip_itm": Kind(
         has=("itm_head.*", "text_encoder.**"),
         lacks=("text_decoder.**",),
@@ -303,7 +316,7 @@ KINDS = {
         lacks=("text_encoder.**",),
         rows=(*BLIP_VIT, TEXT_DECODER),
         ignore=(*TRAINING, "text_encoder.**", *(name for name, _ in HEADS)),
-        # The authors train captions so; transformers' directories of the same weights say 0.
+        # The authors' training of captions; transformers' directories of the same weights have 0.
         config=lambda shapes: _blip(shapes, "BlipForConditionalGeneration", "text_decoder.bert.", label_smoothing=0.1),
     ),
     "blip_vqa": Kind(

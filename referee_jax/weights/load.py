@@ -1,7 +1,8 @@
-"""Networks from Hugging Face directories: config.json and safetensors, local or on the hub. Nothing pickled is opened.
+"""Loads networks from Hugging Face directories, local or on the hub.
 
-`KINDS` says for each kind of network which config (see configs.py), which module, which files. Tensors are read one at a
-time and cast at once, so that loading needs about the memory of the loaded network.
+Reads config.json and safetensors, no pickles. `KINDS` has the config, module and files of each kind
+of network. Tensors are read one at a time and cast at once, so that loading needs about the memory
+of the loaded network.
 """
 
 import dataclasses
@@ -23,10 +24,10 @@ from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, u
 from referee_jax.weights import config_json, convert, hub
 from referee_jax.weights.convert import WeightsError
 
-TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"  # what the two libraries call a file of weights
+TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"  # files of weights
 _PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5")
 _TOKENIZER = ("config.json", "*token*.json", "vocab.*", "merges.txt", "spiece.model")
-# As transformers has written it before and since 5.0; in the second it is one part among others.
+# As transformers writes it before and from 5.0; the second file has other parts, too.
 _IMAGE_PROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
@@ -37,17 +38,18 @@ class Kind:
     Attributes:
         config: `(dictionary of config.json, where=...) -> config`.
         network: `(config, rngs=...) -> module`.
-        architecture: what config.json calls it, where one that it calls otherwise is of another kind.
-        stem: what its files of weights are called.
+        architecture: its name in config.json, if that distinguishes it from other kinds.
+        stem: name of its files of weights, without ending.
         renames, ignore, float32: of `convert.fill`.
-        ties: names of tensors that repeat another one, which is all that is read: copy -> original.
-        optional: parts that some checkpoints have: the config's field that says so -> a glob pattern of their tensors.
+        ties: name of a tensor that is not read -> name of the tensor that it repeats.
+        optional: parts of some checkpoints: the config's field that has them -> a glob pattern of
+            their tensors.
     """
 
     config: Callable
     network: Callable[..., nnx.Module]
-    stem: str
     architecture: str = ""
+    stem: str = TRANSFORMERS
     renames: Sequence[tuple[str, str]] = ()
     ignore: Sequence[str] = ()
     float32: Sequence[str] = ()
@@ -60,7 +62,6 @@ def _blip(network: Callable[..., nnx.Module], architecture: str) -> Kind:
     return Kind(
         config=config_json.blip_config,
         network=network,
-        stem=TRANSFORMERS,
         architecture=architecture,
         ignore=("*.position_ids",),
         ties={f"{predictions}.decoder.weight": words, f"{predictions}.decoder.bias": f"{predictions}.bias"},
@@ -68,11 +69,10 @@ def _blip(network: Callable[..., nnx.Module], architecture: str) -> Kind:
 
 
 KINDS: dict[str, Kind] = {
-    # Buffers that transformers wrote before 4.31.
+    # transformers before 4.31 wrote buffers (position_ids).
     "clip": Kind(
         config=config_json.clip_config,
         network=clip.CLIP,
-        stem=TRANSFORMERS,
         architecture="CLIPModel",
         ignore=("*.position_ids",),
     ),
@@ -80,7 +80,6 @@ KINDS: dict[str, Kind] = {
     "clip_text": Kind(
         config=config_json.reader(clip.TextConfig),
         network=clip.TextModel,
-        stem=TRANSFORMERS,
         architecture="CLIPTextModel",
         renames=((r"^(?!text_model\.)", "text_model."),),
         ignore=("*.position_ids",),
@@ -88,7 +87,6 @@ KINDS: dict[str, Kind] = {
     "siglip": Kind(
         config=config_json.reader(siglip.Config),
         network=siglip.SigLIP,
-        stem=TRANSFORMERS,
         architecture="SiglipModel",
         ignore=("*.position_ids",),
         float32=("logit_scale", "logit_bias"),
@@ -99,30 +97,27 @@ KINDS: dict[str, Kind] = {
     "blip2": Kind(
         config=config_json.reader(blip2.Config),
         network=blip2.BLIP2,
-        stem=TRANSFORMERS,
         architecture="Blip2ForImageTextRetrieval",
-        # The second is a bias from before LAVIS made room for [DEC]; the one that is added is the decoder's.
+        # The second is unused, of a vocabulary without [DEC]; the decoder's bias gets its name.
         ignore=("*.position_ids", "cls.predictions.bias"),
         renames=((r"^cls\.predictions\.decoder\.bias$", "cls.predictions.bias"),),
         ties={"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight"},
         optional={"lm_head": "cls.predictions.*"},
-        # All but the vision transformer, as transformers and LAVIS have it.
+        # All but the vision transformer, as in transformers and LAVIS.
         float32=("query_tokens", "embeddings.*", "qformer.*", "*_projection.*", "itm_head.*", "cls.*"),
     ),
-    # As weights.lavis writes it: the authors' file is a pickle, and transformers has no class for it.
+    # Written by weights.lavis: the authors' file is a pickle, and transformers has no class for it.
     "image_reward": Kind(
         config=config_json.reader(image_reward.Config),
         network=image_reward.ImageReward,
-        stem=TRANSFORMERS,
         architecture="ImageReward",
         float32=("mlp.*",),
     ),
     "align": Kind(
         config=config_json.reader(align.Config),
         network=align.ALIGN,
-        stem=TRANSFORMERS,
         architecture="AlignModel",
-        # Buffers that transformers wrote before 4.31, and counters of the training.
+        # Buffers that transformers wrote before 4.31, and counters of training steps.
         ignore=("*.position_ids", "*.token_type_ids", "*.num_batches_tracked"),
         float32=("*.batchnorm.*", "*_bn.*", "*.depthwise_norm.*"),
     ),
@@ -145,10 +140,16 @@ def load(
     subfolder: str = "",
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> nnx.Module:
-    """Returns the network of `KINDS[kind]` with the weights of a local directory or a hub id, cast to `dtype`.
+    """Returns a network with the weights of a local directory or a hub id.
 
-    `revision` (a commit hash, best) is for hub ids; `subfolder` is where in the repository the files are. Raises
-    WeightsError naming the file, tensors or key that is wrong.
+    Raises WeightsError naming the file, tensors or key that is wrong.
+
+    Args:
+        kind: of `KINDS`.
+        path_or_id: the directory or hub id.
+        revision: for hub ids; a commit hash is best.
+        subfolder: of the directory or repository, where the files are.
+        dtype: of the weights; see `convert.fill` for the exceptions.
     """
     row = KINDS[kind]
     directory = hub.resolve(path_or_id, revision, _patterns(row.stem, subfolder)) / subfolder
@@ -169,46 +170,49 @@ def load(
 
 
 def _check_kind(kind: str, values: Mapping, file: Path) -> None:
-    """Raises WeightsError where config.json says that it is of another of `KINDS`; one of no known kind may still fit."""
+    """Raises WeightsError if config.json names another of `KINDS`.
+
+    An unknown name may still fit.
+    """
     for other, row in KINDS.items():
         if other != kind and row.architecture and values.get("architectures") == [row.architecture]:
             raise WeightsError(f"{file} is of another kind of network: {other} ({row.architecture}), not {kind}")
 
 
 def abstract(kind: str, config: object, *, dtype: jax.typing.DTypeLike = jnp.float32) -> nnx.Module:
-    """Returns the network of `KINDS[kind]` and a config, as `load` does, but each leaf is a jax.ShapeDtypeStruct."""
+    """Returns the network of `KINDS[kind]` with a config; each leaf is a jax.ShapeDtypeStruct."""
     row = KINDS[kind]
     module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
     return convert.cast(module, dtype=dtype, float32=row.float32)
 
 
 def optional_parts(row: Kind, names: Iterable[str]) -> dict[str, bool]:
-    """The fields of `row.optional` whose tensors are there."""
+    """The fields of `row.optional` whose tensors are among `names`."""
     names = list(names)
     return {field: True for field, pattern in row.optional.items() if fnmatch.filter(names, pattern)}
 
 
 def check_ties(row: Kind, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises WeightsError where one of `row.ties` does not repeat its original."""
+    """Raises WeightsError if a tensor of `row.ties` differs from its original."""
     for copy, original in row.ties.items():
         if copy in tensors and original in tensors and not np.array_equal(tensors[copy], tensors[original]):
             raise WeightsError(f"{copy} differs from {original}, which it should repeat")
 
 
 def fetch_referee(path_or_id: str | Path, *, revision: str | None = None) -> Path:
-    """Returns the local directory of a transformers checkpoint with all that is read of it: weights, tokenizer, image processor.
+    """Returns a directory with a referee's weights, tokenizer and image processor.
 
-    Raises WeightsError where it cannot be had, with one command for all of it.
+    Raises WeightsError if it cannot be downloaded, with one command for all files.
     """
     patterns = [*_patterns(TRANSFORMERS, ""), *_TOKENIZER[1:], _IMAGE_PROCESSOR, _PROCESSOR]
     return hub.resolve(path_or_id, revision, patterns)
 
 
 def read_preprocessing(directory: Path) -> dict:
-    """The settings of the image processor in a checkpoint's directory; where both files have some, those that transformers
-    takes: processor_config.json's.
+    """The settings of the image processor in a checkpoint's directory.
 
-    Raises WeightsError where neither has.
+    Raises WeightsError if there are none. As in transformers, processor_config.json takes
+    precedence over preprocessor_config.json.
     """
     file = directory / _PROCESSOR
     settings = config_json.read_json(file).get("image_processor") if file.exists() else None
@@ -223,27 +227,30 @@ def read_preprocessing(directory: Path) -> dict:
 
 
 def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, subfolder: str = ""):
-    """Returns the transformers tokenizer of a local directory or a hub id; no code of the checkpoint is run."""
-    import transformers  # slow to import, and not needed by those who bring their own token ids
+    """Returns transformers' tokenizer of a directory or hub id; runs no code from there."""
+    import transformers  # slow to import, and not needed with token ids
 
     patterns = [str(Path(subfolder, name)) for name in _TOKENIZER]
     directory = hub.resolve(path_or_id, revision, patterns) / subfolder
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing more special
+    except Exception as error:  # the tokenizers library raises Exception
         raise WeightsError(f"{directory}: no tokenizer can be read here ({console.first_line(error)})") from error
 
 
 def load_image_processor(path_or_id: str | Path, *, revision: str | None = None):
-    """Returns the transformers image processor (PIL's resizing) of a local directory or a hub id; runs no code of theirs."""
+    """Returns transformers' image processor (with PIL) of a directory or hub id.
+
+    See `load_tokenizer`.
+    """
     import transformers  # as above
 
     directory = hub.resolve(path_or_id, revision, [_IMAGE_PROCESSOR, _PROCESSOR])
-    read_preprocessing(directory)  # for its messages
+    read_preprocessing(directory)  # for its error messages
     options = dict(local_files_only=True, trust_remote_code=False, backend="pil")
     try:
         return transformers.AutoImageProcessor.from_pretrained(directory, **options)
-    except Exception as error:  # it raises whatever the configuration makes it
+    except Exception as error:  # transformers raises errors of any type
         raise WeightsError(f"{directory}: no image processor can be read here ({console.first_line(error)})") from error
 
 
@@ -252,9 +259,9 @@ class StableDiffusion:
     """The parts of a Stable Diffusion checkpoint.
 
     Attributes:
-        alphas_cumprod: float32[steps], of the noise schedule it was trained with.
+        alphas_cumprod: float32[steps], of the noise schedule of training.
         prediction_type: what the U-Net predicts, "epsilon" or "v_prediction".
-        tokenizer: transformers', whose `model_max_length` is the number of tokens to pad to.
+        tokenizer: transformers'; pad to its `model_max_length`.
     """
 
     text_encoder: clip.TextModel
@@ -268,9 +275,9 @@ class StableDiffusion:
 def load_stable_diffusion(
     path_or_id: str | Path, *, revision: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> StableDiffusion:
-    """Returns the parts of a checkpoint in diffusers' layout (local directory or hub id), weights cast to `dtype`.
+    """Returns the parts of a checkpoint in diffusers' layout, with weights cast to `dtype`.
 
-    Raises WeightsError as `load` does, and if the parts do not fit.
+    Raises WeightsError as `load` does, and if the parts do not fit together.
     """
     patterns = [
         "scheduler/scheduler_config.json",
@@ -290,7 +297,7 @@ def load_stable_diffusion(
         alphas_cumprod=jnp.asarray(schedule.alphas_cumprod()),
         prediction_type=schedule.prediction_type,
     )
-    for what, have, want in (
+    for name, width, expected in (
         ("unet: in_channels", parts.unet.config.in_channels, parts.vae.config.latent_channels),
         (
             "unet: cross_attention_dim",
@@ -298,8 +305,8 @@ def load_stable_diffusion(
             parts.text_encoder.text_model.config.hidden_size,
         ),
     ):
-        if have != want:
-            raise WeightsError(f"{directory}: {what}={have} does not fit the other parts, which have {want}")
+        if width != expected:
+            raise WeightsError(f"{directory}: {name}={width} does not fit the other parts, which have {expected}")
     return parts
 
 
@@ -309,12 +316,11 @@ def _patterns(stem: str, subfolder: str) -> list[str]:
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a directory's safetensors file or shards, each read when asked for.
+    """The tensors of a directory's safetensors file or shards, read on access.
 
-    A file is opened for each tensor anew: of one that stays open, all pages that were read stay in memory. `source` is the
-    file, or the index of the shards.
-
-    Raises WeightsError naming the file that is missing, damaged, or not what the index says.
+    The file is opened again for each tensor: as long as it is open, all pages that were read stay
+    in memory. `source` is the file, or the index of the shards. Raises WeightsError naming a file
+    that is missing, damaged or does not agree with the index.
     """
 
     def __init__(self, directory: Path, stem: str):
@@ -322,7 +328,7 @@ class Tensors(Mapping[str, np.ndarray]):
         shards = _shards(directory, stem)
         single = directory / f"{stem}.safetensors"
         self.source = single if single in shards else directory / f"{stem}.safetensors.index.json"
-        for file, promised in shards.items():
+        for file, indexed in shards.items():
             try:
                 with safetensors.safe_open(file, framework="numpy") as opened:
                     names = set(opened.keys())
@@ -330,8 +336,8 @@ class Tensors(Mapping[str, np.ndarray]):
                 raise WeightsError(f"{file} is missing") from error
             except (OSError, safetensors.SafetensorError) as error:
                 raise WeightsError(f"{file} is damaged or not a safetensors file ({error})") from error
-            if promised is not None and names != promised:
-                raise WeightsError(f"{file} does not hold what the index says: {', '.join(sorted(names ^ promised))}")
+            if indexed is not None and names != indexed:
+                raise WeightsError(f"{file} does not hold what the index says: {', '.join(sorted(names ^ indexed))}")
             self._files |= dict.fromkeys(sorted(names), file)
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -350,15 +356,18 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def _shards(directory: Path, stem: str) -> dict[Path, set[str] | None]:
-    """The files of weights in `directory`, and which tensors the index promises in each (None without an index)."""
+    """The files of weights in `directory` -> names of their tensors in the index.
+
+    None without an index.
+    """
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if single.exists():
         return {single: None}
     if not index.exists():
         pickled = sorted(f.name for f in directory.glob("*") if f.suffix in _PICKLED)
-        found = f" (there is {', '.join(pickled)})" if pickled else ""
+        others = f" (there is {', '.join(pickled)})" if pickled else ""
         raise WeightsError(
-            f"{single} is missing{found}; only safetensors are read, as pickled files can run code: convert a "
+            f"{single} is missing{others}; only safetensors are read, as pickled files can run code: convert a "
             "checkpoint that has no others once, with from_pretrained and save_pretrained of transformers or diffusers, or "
             "the authors' own file with referee_jax.weights.lavis"
         )
@@ -367,7 +376,7 @@ def _shards(directory: Path, stem: str) -> dict[Path, set[str] | None]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index} has no weight_map")
     for name, file in weight_map.items():
-        # An index is data from outside: it may name files beside it only.
+        # An index is untrusted: it may only name files beside it.
         if not isinstance(file, str) or not file or Path(file).name != file:
             raise WeightsError(f"{index} puts {name} into {file!r}, which is not the name of a file beside it")
         shards.setdefault(directory / file, set()).add(name)
@@ -381,10 +390,14 @@ def save_directory(
     *,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> None:
-    """Writes a network as Hugging Face lays it out: config.json and one file of safetensors.
+    """Writes a network as Hugging Face lays it out: config.json and a file of safetensors.
 
-    `dtype` (float16, say) is what floating-point tensors are cast to. `config` is written as it is given, with the keys
-    by which the library knows the class: `_class_name` (diffusers), or `model_type` and `architectures` (transformers).
+    Args:
+        path: the directory.
+        weights: a network, or its tensors by their names.
+        config: written unchanged; has the keys that name the class: `_class_name` (diffusers), or
+            `model_type` and `architectures` (transformers).
+        dtype: of floating-point tensors, if they are to be cast.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
