@@ -251,6 +251,7 @@ class VisionModel(nnx.Module):
         self.embeddings = VisionEmbeddings(config, rngs=rngs)
         self.encoder = VisionEncoder(config, rngs=rngs)
 
+    @jax.named_scope("vision_tower")
     def __call__(self, images: Array) -> tuple[Array, Array]:
         """Images `[B, H, W, 3]` in [-1, 1] `-> (states [B, H / 32, W / 32, D], means [B, D])`.
 

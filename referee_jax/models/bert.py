@@ -161,6 +161,7 @@ class Bert(nnx.Module):
         self.pooler = Pooler(config, rngs=rngs) if pooler else None
         self.config = config
 
+    @jax.named_scope("bert")
     def __call__(
         self,
         input_ids: Array,

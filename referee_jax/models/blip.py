@@ -127,6 +127,7 @@ class VisionModel(nnx.Module):
         self.post_layernorm = layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
         self.config = config
 
+    @jax.named_scope("vision_tower")
     def __call__(self, images: Array) -> Array:
         """Normalised images `[B, H, W, 3] -> [B, S, D]`, S = 1 + patches.
 

@@ -103,6 +103,7 @@ class VisionModel(nnx.Module):
         self.post_layernorm = layers.LayerNorm(width, epsilon=last, rngs=rngs)
         self.config = config
 
+    @jax.named_scope("vision_tower")
     def __call__(self, images: Array) -> Array:
         """Normalised square images `[B, S, S, 3] -> [B, 1 + (S / patch)^2, D]`.
 
@@ -216,6 +217,7 @@ class QFormer(nnx.Module):
         """Keys and values of the image `[B, T, D]` for all layers that attend to it."""
         return jax.vmap(lambda layer: layer.crossattention.keys_values(image))(self.encoder.layer[0].layer)
 
+    @jax.named_scope("qformer")
     def __call__(
         self,
         x: Array,

@@ -148,6 +148,7 @@ class TextTransformer(nnx.Module):
         self.final_layer_norm = layers.LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs)
         self.config = config
 
+    @jax.named_scope("text_encoder")
     def __call__(self, input_ids: Array) -> tuple[Array, Array]:
         """`int32[B, T] -> (states [B, T, D], pooled [B, D])`.
 
@@ -206,6 +207,7 @@ class VisionTransformer(nnx.Module):
         self.post_layernorm = layers.LayerNorm(config.hidden_size, epsilon=eps, rngs=rngs)
         self.config = config
 
+    @jax.named_scope("vision_tower")
     def __call__(self, images: Array) -> Array:
         """Normalised images `[B, H, W, 3] -> [B, D]`.
 

@@ -79,6 +79,7 @@ class TextTransformer(nnx.Module):
         self.head = nnx.Linear(width, config.projection_size or width, rngs=rngs)
         self.config = config
 
+    @jax.named_scope("text_encoder")
     def __call__(self, input_ids: Array) -> Array:
         """`int32[B, T] -> [B, D]`. Raises ValueError unless T is the number of positions."""
         tokens, positions = input_ids.shape[-1], self.config.max_position_embeddings
@@ -152,6 +153,7 @@ class VisionTransformer(nnx.Module):
         self.head = PoolingHead(config, rngs=rngs)
         self.config = config
 
+    @jax.named_scope("vision_tower")
     def __call__(self, images: Array) -> Array:
         """Normalised images `[B, H, W, 3] -> [B, D]`.
 

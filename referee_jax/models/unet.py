@@ -295,6 +295,7 @@ class UNet(nnx.Module):
         self.conv_out = nnx.Conv(widths[0], config.out_channels, (3, 3), padding=1, rngs=rngs)
         self.config = config
 
+    @jax.named_scope("unet")
     def __call__(self, latents: Array, timesteps: Array, encoder_hidden_states: Array) -> Array:
         """Predicts noise or v, whichever the checkpoint's scheduler names: float32 `[B, h, w, 4]`.
 

@@ -191,6 +191,7 @@ class AutoencoderKL(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
         self.config = config
 
+    @jax.named_scope("vae_decoder")
     def decode(self, latents: Array) -> Array:
         """Scaled latents `[B, h, w, 4]` to float32 images `[B, H, W, 3]`, not clamped to [0, 1]."""
         x = (latents / self.config.scaling_factor).astype(layers.float_dtype(self))
