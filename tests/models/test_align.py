@@ -93,10 +93,10 @@ def compare(oracle, network, x):
         "text": (text, theirs.text_embeds),
         "logits": (network.logits(image @ text.T), theirs.logits_per_image),
     }
-    errors = {name: relative_l2(made, wanted.detach()) for name, (made, wanted) in pairs.items()}
+    errors = {name: relative_l2(actual, expected.detach()) for name, (actual, expected) in pairs.items()}
     print({name: f"{error:.1e}" for name, error in errors.items()})
     assert max(errors.values()) < 1e-4
-    assert all(made.dtype == jnp.float32 for made, _ in pairs.values())
+    assert all(actual.dtype == jnp.float32 for actual, _ in pairs.values())
     # The oracle sees its inputs: otherwise agreeing with it means nothing.
     other = call(network, jnp.asarray(images(x.shape[1:3], seed=9, count=len(x))), jnp.asarray(cotangent))[0]
     print(relative_l2(other, image), relative_l2(text[:1], text[1:]))
@@ -146,12 +146,12 @@ def test_bfloat16_gradient_points_the_same_way():
 def test_weights_survive_the_way_back():
     """Blocks alone and in stacks have the numbers that the checkpoint gives them."""
     _, weights, config = build("odd")
-    made = convert.export(fill(config, weights))
-    wanted = {name: x for name, x in weights.items() if not name.endswith("num_batches_tracked")}
-    assert made.keys() == wanted.keys()
-    for name, x in wanted.items():
-        np.testing.assert_array_equal(made[name], x)
-    blocks = {name.split(".")[3] for name in wanted if "encoder.blocks" in name}
+    actual = convert.export(fill(config, weights))
+    expected = {name: x for name, x in weights.items() if not name.endswith("num_batches_tracked")}
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_array_equal(actual[name], x)
+    blocks = {name.split(".")[3] for name in expected if "encoder.blocks" in name}
     assert blocks == set("0123456")
 
 
@@ -221,15 +221,15 @@ def test_published_config(values):
     ):
         for field in dataclasses.fields(mine):
             if not field.name.endswith("_config"):
-                value, wanted = getattr(mine, field.name), getattr(other, field.name)
-                assert value == (tuple(wanted) if isinstance(wanted, list) else wanted), field.name
+                value, expected = getattr(mine, field.name), getattr(other, field.name)
+                assert value == (tuple(expected) if isinstance(expected, list) else expected), field.name
     with torch.device("meta"):
         oracle = transformers.AlignModel(theirs)
-    wanted = {name: tuple(x.shape) for name, x in oracle.state_dict().items() if "num_batches" not in name}
+    expected = {name: tuple(x.shape) for name, x in oracle.state_dict().items() if "num_batches" not in name}
     module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
-    made = {name: target.source_shape for target in convert.targets(module) for name in target.names}
-    assert made == wanted
-    assert len(made) > 1000
+    actual = {name: target.source_shape for target in convert.targets(module) for name in target.names}
+    assert actual == expected
+    assert len(actual) > 1000
     image = jax.ShapeDtypeStruct((1, 289, 289, 3), jnp.float32)
     states, pooled = jax.eval_shape(lambda n, x: n.vision_model(x), module, image)
     assert (states.shape, pooled.shape) == ((1, 9, 9, 640), (1, 640))

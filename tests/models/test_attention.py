@@ -45,7 +45,7 @@ def test_cudnn_attends(cuda, tokens):
     assert flops_lib.flops(jax.grad(loss), query, key) == forward * 7 / 2
 
 
-def test_kept_attention_is_not_made_again(cuda):
+def test_stored_attention_is_not_recomputed(cuda):
     fn = lambda x: (attention.attend(x, x, x, CUDNN).astype(jnp.float32) ** 2).sum()
     x = shaped(2, 256, 16, 88)
     flops = {name: flops_lib.flops(jax.grad(jax.checkpoint(fn, policy=p)), x) for name, p in layers.POLICIES.items()}
@@ -83,7 +83,7 @@ def test_xla_attends(cuda, query, how):
     ],
 )  # fmt: skip
 def test_a_tpu_attends_in_blocks(chip, query, blocks):
-    """Of a gibibyte of logits 32 MiB at a time; what is on the chip as it is, or does not divide, is left in one."""
+    """1 GiB of logits by 32 MiB; what fits on the chip, or does not divide, is one block."""
     hardware = chips.Hardware(attention_block=chip and chips.TPUS[chip].scores)
     text = str(jax.make_jaxpr(lambda x: attention.attend(x, x, x, hardware))(query))
     assert f"length={blocks}\n" in text if blocks > 1 else "scan[" not in text

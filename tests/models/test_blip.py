@@ -110,25 +110,25 @@ def theirs(task, oracle, pixels):
 def compare(task, oracle, network, x, **how):
     """Outputs and image gradients agree; the oracle sees both its image and its text."""
     pixels = to_torch(x)
-    wanted = theirs(task, oracle, pixels)
-    cotangents = {k: np.random.default_rng(1).normal(size=v.shape).astype(np.float32) for k, v in wanted.items()}
+    expected = theirs(task, oracle, pixels)
+    cotangents = {k: np.random.default_rng(1).normal(size=v.shape).astype(np.float32) for k, v in expected.items()}
 
     @jax.jit
     def both(network, x):
-        made, pullback = jax.vjp(lambda x: ours(task, **how)(network, x), x)
+        actual, pullback = jax.vjp(lambda x: ours(task, **how)(network, x), x)
         # One output's gradient at a time, so that a small one is not hidden behind a large one.
         alone = {k: {n: (n == k) * jnp.asarray(c) for n, c in cotangents.items()} for k in cotangents}
-        return made, {k: pullback(c)[0] for k, c in alone.items()}
+        return actual, {k: pullback(c)[0] for k, c in alone.items()}
 
-    made, gradients = both(network, jnp.asarray(x))
-    assert made.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert relative_l2(made[name], value.detach()) < 1e-4
-        assert made[name].dtype == jnp.float32
+    actual, gradients = both(network, jnp.asarray(x))
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_l2(actual[name], value.detach()) < 1e-4
+        assert actual[name].dtype == jnp.float32
         total = (value * torch.from_numpy(cotangents[name])).sum()
         gradient = torch.autograd.grad(total, pixels, retain_graph=True)[0].permute(0, 2, 3, 1)
         assert relative_l2(gradients[name], gradient) < 1e-4
-    return made, gradients
+    return actual, gradients
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 24)], ids=["native", "resampled"])
@@ -136,38 +136,38 @@ def compare(task, oracle, network, x, **how):
 def test_matches_transformers(task, size):
     oracle, tensors, config = build(task)
     network, x = fill(task, config, tensors), images(size)
-    made, _ = compare(task, oracle, network, x)
+    actual, _ = compare(task, oracle, network, x)
     # The oracle sees its inputs: otherwise agreeing with it means nothing.
     other = jax.jit(ours(task))(network, x[::-1] * 1.5)
-    for name, value in made.items():
+    for name, value in actual.items():
         assert (relative_l2(other[name], value) if name == "cosines" else np.abs(other[name] - value).max()) > 0.1
     if task == "itm":
         match = jax.jit(lambda n, ids: n.match(n.vision_model(x), ids, MASK))
-        assert np.abs(match(network, np.array(IDS[::-1])) - made["match"]).max() > 0.1
+        assert np.abs(match(network, np.array(IDS[::-1])) - actual["match"]).max() > 0.1
         text = jax.jit(lambda n: n.text_features(IDS, MASK))(network)
         assert relative_l2(text[:1], text[1:]) > 0.1
     if task == "vqa":
         answers = jax.jit(lambda n, ids: n.answer_logits(n.vision_model(x), ids, MASK))
-        assert relative_l2(answers(network, np.array(IDS[::-1])), made["answers"]) > 0.1
+        assert relative_l2(answers(network, np.array(IDS[::-1])), actual["answers"]) > 0.1
 
 
 def test_smoothed_caption():
     oracle, tensors, config = build("caption", label_smoothing=0.1)
     assert "label_smoothing" in oracle.config.text_config.to_dict()
     network, x = fill("caption", config, tensors), images()
-    made, _ = compare("caption", oracle, network, x, smoothing=0.1)
+    actual, _ = compare("caption", oracle, network, x, smoothing=0.1)
     without = jax.jit(ours("caption"))(network, x)
-    assert np.abs(made["loss"] - without["loss"]).max() > 0.01
+    assert np.abs(actual["loss"] - without["loss"]).max() > 0.01
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 6), (24, 14), (24, 32), (5, 3), (24, 24)])
 def test_bicubic_is_torchs(old, new):
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 3, old, old + 1)).astype(np.float32))
-    wanted = torch.nn.functional.interpolate(x, size=(new, new + 2), mode="bicubic", align_corners=False)
-    made = np.einsum("hi,wj,ncij->nchw", layers.bicubic(old, new), layers.bicubic(old + 1, new + 2), x.numpy())
-    assert relative_l2(made, wanted) < 1e-6
+    expected = torch.nn.functional.interpolate(x, size=(new, new + 2), mode="bicubic", align_corners=False)
+    actual = np.einsum("hi,wj,ncij->nchw", layers.bicubic(old, new), layers.bicubic(old + 1, new + 2), x.numpy())
+    assert relative_l2(actual, expected) < 1e-6
     keys = jax.image.resize(x.numpy(), (1, 3, new, new + 2), "bicubic", antialias=False)
-    assert old == new or relative_l2(keys, wanted) > 1e-2  # another kernel would not pass
+    assert old == new or relative_l2(keys, expected) > 1e-2  # another kernel would not pass
 
 
 @pytest.mark.parametrize("task", CLASSES)
@@ -312,11 +312,11 @@ def test_published_config(name):
                 assert getattr(mine, field.name) == getattr(other, field.name), field.name
     with torch.device("meta"):
         oracle = CLASSES[task](theirs)
-    wanted = {n: tuple(x.shape) for n, x in oracle.state_dict().items() if n not in row.ties}
+    expected = {n: tuple(x.shape) for n, x in oracle.state_dict().items() if n not in row.ties}
     module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
-    made = {n: target.source_shape for target in convert.targets(module) for n in target.names}
-    assert made == wanted
-    assert len(made) > 400
+    actual = {n: target.source_shape for target in convert.targets(module) for n in target.names}
+    assert actual == expected
+    assert len(actual) > 400
 
 
 @pytest.mark.slow

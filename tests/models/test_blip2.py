@@ -55,16 +55,16 @@ MASK = (IDS != 0).astype(np.int32)
 
 def build(branch, dtype=jnp.float32):
     """The oracle and our network with its weights."""
-    vision, qformer, own, seed = BRANCHES[branch]
+    vision, qformer, tower_changes, seed = BRANCHES[branch]
     oracle = networks.blip2(seed, vision, qformer)
     values = json.loads(oracle.config.to_json_string())
-    values["vision_config"] |= own
+    values["vision_config"] |= tower_changes
     tower = oracle.vision_model
-    if "post_layernorm_eps" in own:
-        tower.post_layernorm.eps = own["post_layernorm_eps"]
-    if not own.get("patch_bias", True):
+    if "post_layernorm_eps" in tower_changes:
+        tower.post_layernorm.eps = tower_changes["post_layernorm_eps"]
+    if not tower_changes.get("patch_bias", True):
         tower.embeddings.patch_embedding.bias.zero_()
-    if own.get("pre_layernorm"):
+    if tower_changes.get("pre_layernorm"):
         norm = PreNorm(tower.embeddings, tower.config.hidden_size, tower.config.layer_norm_eps)
         networks.redraw(norm.norm, seed + 1)
         tower.embeddings = norm
@@ -112,23 +112,23 @@ def ours(network, x, ids, mask):
 @jax.jit
 def ours_with_gradients(network, x, ids, mask, cotangents):
     """`ours`, and the gradient of each output that depends on the image along its cotangent."""
-    made, pullback = jax.vjp(lambda x: ours(network, x, ids, mask), x)
-    zeros = jax.tree.map(jnp.zeros_like, made)
+    actual, pullback = jax.vjp(lambda x: ours(network, x, ids, mask), x)
+    zeros = jax.tree.map(jnp.zeros_like, actual)
     one = [tuple(c if m == n else z for m, z in enumerate(zeros)) for n, c in enumerate(cotangents)]
     # One program for all of them, by vmap: compiling is what takes the time here.
-    return made, jax.vmap(pullback)(jax.tree.map(lambda *c: jnp.stack(c), *one))[0]
+    return actual, jax.vmap(pullback)(jax.tree.map(lambda *c: jnp.stack(c), *one))[0]
 
 
 def check_parity(oracle, network, x, ids=IDS, mask=MASK, moves=0.1):
     """Every output and its gradient; and that the oracle sees image and text, without which agreeing means nothing:
     another one moves each output by `moves`, relative to it."""
-    *wanted, pixels = theirs(oracle, x, ids, mask)
-    cotangents = [normal(y.shape) for y in wanted[:3]]  # texts' features, the fourth, see no image
-    made, gradients = ours_with_gradients(network, x, ids, mask, cotangents)
-    for a, b in zip(made, wanted, strict=True):
+    *expected, pixels = theirs(oracle, x, ids, mask)
+    cotangents = [normal(y.shape) for y in expected[:3]]  # texts' features, the fourth, see no image
+    actual, gradients = ours_with_gradients(network, x, ids, mask, cotangents)
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == jnp.float32
         assert conftest.relative_l2(a, b.detach()) < 1e-4
-    for a, b, cotangent in zip(gradients, wanted, cotangents, strict=False):
+    for a, b, cotangent in zip(gradients, expected, cotangents, strict=False):
         gradient = torch.autograd.grad((b * torch.from_numpy(cotangent)).sum(), pixels, retain_graph=True)[0]
         assert np.linalg.norm(gradient) > 1e-3
         assert conftest.relative_l2(a, gradient.permute(0, 2, 3, 1)) < 1e-4
@@ -136,9 +136,9 @@ def check_parity(oracle, network, x, ids=IDS, mask=MASK, moves=0.1):
         other_image = theirs(oracle, x[::-1].copy(), ids, mask)
         other_text = theirs(oracle, x, ids[::-1].copy(), mask[::-1].copy())
     for n in (0, 1, 2):
-        assert conftest.relative_l2(other_image[n], wanted[n].detach()) > moves
+        assert conftest.relative_l2(other_image[n], expected[n].detach()) > moves
     for n in (0, 1, 3):
-        assert conftest.relative_l2(other_text[n], wanted[n].detach()) > moves
+        assert conftest.relative_l2(other_text[n], expected[n].detach()) > moves
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
@@ -152,33 +152,33 @@ def test_other_image_sizes_match_transformers(size):
     oracle, network = build("EVA")
     x = images(size)
     pixels = to_torch(x)
-    wanted = oracle.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
-    cotangent = normal(wanted.shape)
-    made, ours = jax.jit(_states)(network.vision_model, x, cotangent)
-    gradient = torch.autograd.grad((wanted * torch.from_numpy(cotangent)).sum(), pixels)[0].permute(0, 2, 3, 1)
-    assert conftest.relative_l2(made, wanted.detach()) < 1e-4
+    expected = oracle.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
+    cotangent = normal(expected.shape)
+    actual, ours = jax.jit(_states)(network.vision_model, x, cotangent)
+    gradient = torch.autograd.grad((expected * torch.from_numpy(cotangent)).sum(), pixels)[0].permute(0, 2, 3, 1)
+    assert conftest.relative_l2(actual, expected.detach()) < 1e-4
     assert conftest.relative_l2(ours, gradient) < 1e-4
     with torch.no_grad():  # the positions matter here
         oracle.vision_model.embeddings.position_embedding.copy_(0 * oracle.vision_model.embeddings.position_embedding)
         assert (
-            conftest.relative_l2(oracle.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state, made)
+            conftest.relative_l2(oracle.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state, actual)
             > 0.1
         )
 
 
 def _states(vision_model, x, cotangent):
-    made, pullback = jax.vjp(vision_model, x)
-    return made, pullback(cotangent)[0]
+    actual, pullback = jax.vjp(vision_model, x)
+    return actual, pullback(cotangent)[0]
 
 
 @pytest.mark.parametrize("old, new", [(3, 5), (16, 26), (16, 7), (4, 4), (1, 3)])
 def test_interpolated_positions_match_torch(old, new):
     table = normal((1 + old * old, 6))
     grid = torch.from_numpy(table[1:].reshape(1, old, old, 6)).permute(0, 3, 1, 2)
-    wanted = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    made = layers.interpolate_positions(jnp.asarray(table), new, new)
-    np.testing.assert_array_equal(made[0], table[0])
-    assert conftest.relative_l2(made[1:], wanted.permute(0, 2, 3, 1).reshape(new * new, 6)) < 1e-5
+    expected = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    actual = layers.interpolate_positions(jnp.asarray(table), new, new)
+    np.testing.assert_array_equal(actual[0], table[0])
+    assert conftest.relative_l2(actual[1:], expected.permute(0, 2, 3, 1).reshape(new * new, 6)) < 1e-5
 
 
 def test_padding_is_not_seen():
@@ -291,17 +291,17 @@ def test_published_config(name):
     with torch.device("meta"):
         oracle = transformers.Blip2ForImageTextRetrieval(theirs)
     module = nnx.eval_shape(lambda: blip2.BLIP2(config, rngs=nnx.Rngs(0)))
-    made = {name: target.source_shape for target in convert.targets(module) for name in target.names}
-    wanted = {name: tuple(x.shape) for name, x in oracle.state_dict().items()}
+    actual = {name: target.source_shape for target in convert.targets(module) for name in target.names}
+    expected = {name: tuple(x.shape) for name, x in oracle.state_dict().items()}
     if vision.pre_layernorm:
-        wanted |= dict.fromkeys(("vision_model.pre_layernorm.weight", "vision_model.pre_layernorm.bias"), (1024,))
-        del wanted["vision_model.embeddings.patch_embedding.bias"]
+        expected |= dict.fromkeys(("vision_model.pre_layernorm.weight", "vision_model.pre_layernorm.bias"), (1024,))
+        del expected["vision_model.embeddings.patch_embedding.bias"]
     if config.lm_head:
         transform = "cls.predictions.transform"
-        wanted |= {f"{transform}.dense.weight": (768, 768), "cls.predictions.bias": (30523,)}
+        expected |= {f"{transform}.dense.weight": (768, 768), "cls.predictions.bias": (30523,)}
         names = (f"{transform}.dense.bias", f"{transform}.LayerNorm.weight", f"{transform}.LayerNorm.bias")
-        wanted |= dict.fromkeys(names, (768,))
-    assert made == wanted
+        expected |= dict.fromkeys(names, (768,))
+    assert actual == expected
     assert module.dec_token_id == 30522
     size = vision.image_size
     shapes = jax.eval_shape(

@@ -45,20 +45,20 @@ def test_matches_transformers(tmp_path):
     oracle, mlp = networks.save_image_reward(tmp_path)
     network, x = load.load("image_reward", tmp_path), images()
     pixels = to_torch(x)
-    wanted = theirs(oracle, mlp, pixels)
-    made, pullback = jax.vjp(lambda x: ours(network, x, IDS, MASK), jnp.asarray(x))
-    assert made.dtype == jnp.float32
-    assert relative_l2(made, wanted.detach()) < 1e-4
+    expected = theirs(oracle, mlp, pixels)
+    actual, pullback = jax.vjp(lambda x: ours(network, x, IDS, MASK), jnp.asarray(x))
+    assert actual.dtype == jnp.float32
+    assert relative_l2(actual, expected.detach()) < 1e-4
     for n in range(2):
-        gradient = torch.autograd.grad(wanted[n], pixels, retain_graph=True)[0].permute(0, 2, 3, 1)
+        gradient = torch.autograd.grad(expected[n], pixels, retain_graph=True)[0].permute(0, 2, 3, 1)
         assert np.linalg.norm(gradient) > 1e-2
         (mine,) = pullback(jnp.eye(2)[n])
         assert relative_l2(mine, gradient) < 1e-4
-        print(relative_l2(made[n], wanted[n].detach()), relative_l2(mine, gradient))
+        print(relative_l2(actual[n], expected[n].detach()), relative_l2(mine, gradient))
     # Image, text and padding count.
-    assert np.abs(ours(network, x[::-1], IDS, MASK) - made).max() > 0.1
-    assert np.abs(ours(network, x, IDS[::-1], MASK[::-1]) - made).max() > 0.1
-    np.testing.assert_allclose(ours(network, x, np.where(MASK, IDS, 9), MASK), made, rtol=1e-5, atol=1e-5)
+    assert np.abs(ours(network, x[::-1], IDS, MASK) - actual).max() > 0.1
+    assert np.abs(ours(network, x, IDS[::-1], MASK[::-1]) - actual).max() > 0.1
+    np.testing.assert_allclose(ours(network, x, np.where(MASK, IDS, 9), MASK), actual, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_gradient_points_the_same_way(tmp_path):
@@ -79,14 +79,14 @@ def test_published_sizes():
     config = load.KINDS["image_reward"].config({}, where="config.json")
     assert config == image_reward.Config()
     oracle = networks.blip_trunk(config)
-    wanted = {name: tuple(x.shape) for name, x in oracle.state_dict().items()}
-    wanted = {name: shape for name, shape in wanted.items() if name.startswith(("vision_model.", "text_encoder."))}
+    expected = {name: tuple(x.shape) for name, x in oracle.state_dict().items()}
+    expected = {name: shape for name, shape in expected.items() if name.startswith(("vision_model.", "text_encoder."))}
     sizes = (768, 1024, 128, 64, 16, 1)
-    wanted |= {f"mlp.layers.{n}.weight": (sizes[n + 1], sizes[n]) for n in range(5)}
-    wanted |= {f"mlp.layers.{n}.bias": (sizes[n + 1],) for n in range(5)}
+    expected |= {f"mlp.layers.{n}.weight": (sizes[n + 1], sizes[n]) for n in range(5)}
+    expected |= {f"mlp.layers.{n}.bias": (sizes[n + 1],) for n in range(5)}
     module = nnx.eval_shape(lambda: image_reward.ImageReward(config, rngs=nnx.Rngs(0)))
-    assert {name: target.source_shape for target in convert.targets(module) for name in target.names} == wanted
-    assert wanted["vision_model.embeddings.position_embedding"] == (1, 197, 1024)
+    assert {name: target.source_shape for target in convert.targets(module) for name in target.names} == expected
+    assert expected["vision_model.embeddings.position_embedding"] == (1, 197, 1024)
     ids = jnp.zeros((2, 35), jnp.int32)
     assert jax.eval_shape(ours, module, jnp.zeros((2, 224, 224, 3)), ids, ids > 0).shape == (2,)
 
@@ -110,10 +110,10 @@ def test_full_size_matches_transformers():
     x = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(np.float32)
     ids = np.random.default_rng(1).integers(5, 30522, (2, 35)).astype(np.int32)
     pixels = to_torch(x)
-    wanted = theirs(oracle, [tuple(map(torch.from_numpy, pair)) for pair in mlp], pixels, ids, ids > 0)
-    made, pullback = jax.vjp(lambda x: ours(network, x, ids, ids > 0), jnp.asarray(x))
-    assert relative_l2(made, wanted.detach()) < 1e-4
-    gradient = torch.autograd.grad(wanted.sum(), pixels)[0].permute(0, 2, 3, 1)
+    expected = theirs(oracle, [tuple(map(torch.from_numpy, pair)) for pair in mlp], pixels, ids, ids > 0)
+    actual, pullback = jax.vjp(lambda x: ours(network, x, ids, ids > 0), jnp.asarray(x))
+    assert relative_l2(actual, expected.detach()) < 1e-4
+    gradient = torch.autograd.grad(expected.sum(), pixels)[0].permute(0, 2, 3, 1)
     assert relative_l2(pullback(jnp.ones(2))[0], gradient) < 1e-4
 
 

@@ -55,25 +55,25 @@ def test_norms(kind, dtype):
     scale, bias, weights = (rng.standard_normal(shape).astype(np.float32) for shape in (8, 8, x.shape))
     norm, oracle = build(), oracle.double()
     norm.scale[...], norm.bias[...] = scale, bias
-    for own, given in ((oracle.weight, scale), (oracle.bias, bias)):
-        own.data = torch.from_numpy(given).double()
+    for parameter, array in ((oracle.weight, scale), (oracle.bias, bias)):
+        parameter.data = torch.from_numpy(array).double()
     graph, params = nnx.split(norm)
 
     def loss(params, x):
         y = nnx.merge(graph, params)(x)
         return (y.astype(jnp.float32) * weights).sum(), y
 
-    (found, dx), y = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    (gradients, dx), y = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
     theirs = torch.from_numpy(np.asarray(x, np.float64)).requires_grad_()
-    made = oracle(theirs.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if kind == "group" else oracle(theirs)
+    oracle_y = oracle(theirs.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if kind == "group" else oracle(theirs)
     oracle.zero_grad()
-    (made * torch.from_numpy(weights)).sum().backward()
+    (oracle_y * torch.from_numpy(weights)).sum().backward()
     assert y.dtype == dx.dtype == dtype
     pairs = [
-        (y, made),
+        (y, oracle_y),
         (dx, theirs.grad),
-        (found["scale"][...], oracle.weight.grad),
-        (found["bias"][...], oracle.bias.grad),
+        (gradients["scale"][...], oracle.weight.grad),
+        (gradients["bias"][...], oracle.bias.grad),
     ]
     for ours, expected in pairs:
         expected = expected.detach().numpy()
@@ -95,8 +95,8 @@ def passes(stack, policy):
     return flops_lib.flops(jax.grad(forward), X) / flops_lib.flops(forward, X)
 
 
-def test_what_is_made_again(stack):
-    """Forward and backward are two; who keeps inputs alone makes the first of the two products again. Gradients are equal."""
+def test_what_is_recomputed(stack):
+    """Of a forward pass's products "full", which stores inputs alone, repeats half; gradients are equal."""
     assert {policy: passes(stack, policy) for policy in layers.POLICIES} == {"full": 2.5, "dots": 2, "none": 2}
     gradients = []
     for policy in layers.POLICIES:
@@ -114,7 +114,7 @@ def test_configured_is_a_copy(stack):
 
 
 def test_hardware_is_set_in_every_attention():
-    """Within stacks of layers, too, and a default is left where none is given."""
+    """Also within stacks of layers; without an argument it stays as it is."""
     build = lambda rngs: clip.Attention(8, 2, rngs=rngs)
     tree = {"one": build(nnx.Rngs(0)), "stack": layers.stack(build, 2, nnx.Rngs(0))}
     hardware = chips.Hardware(cudnn=True)
@@ -125,7 +125,7 @@ def test_hardware_is_set_in_every_attention():
     assert (again["stack"].layer.hardware, again["stack"].remat, changed["stack"].remat) == (hardware, "none", "full")
 
 
-def test_what_is_made_again_is_within_a_loop(stack):
-    """XLA:CPU keeps it, if there is no loop around it."""
+def test_recomputed_layers_are_in_a_loop(stack):
+    """Without a loop XLA:CPU would store their states."""
     fn = lambda x: layers.scan_layers(stack, x, remat=True)
     assert "stablehlo.while" in jax.jit(fn).lower(X).as_text()

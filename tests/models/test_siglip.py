@@ -68,32 +68,32 @@ def compare(oracle, network, x, ids):
     """Outputs and image gradients agree; the oracle sees both image and text."""
     pixels = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().requires_grad_()
     theirs = oracle(input_ids=torch.from_numpy(ids), pixel_values=pixels)
-    wanted = {"image": theirs.image_embeds, "text": theirs.text_embeds, "logits": theirs.logits_per_image}
+    expected = {"image": theirs.image_embeds, "text": theirs.text_embeds, "logits": theirs.logits_per_image}
     rng = np.random.default_rng(1)
-    cotangents = tuple(rng.normal(size=wanted[k].shape).astype(np.float32) for k in ("image", "logits"))
-    made, gradients = ours(network, x, ids, cotangents)
-    for name, value in wanted.items():
-        print(name, relative_l2(made[name], value.detach()))
-        assert relative_l2(made[name], value.detach()) < 1e-4
-        assert made[name].dtype == jnp.float32
+    cotangents = tuple(rng.normal(size=expected[k].shape).astype(np.float32) for k in ("image", "logits"))
+    actual, gradients = ours(network, x, ids, cotangents)
+    for name, value in expected.items():
+        print(name, relative_l2(actual[name], value.detach()))
+        assert relative_l2(actual[name], value.detach()) < 1e-4
+        assert actual[name].dtype == jnp.float32
     for name, cotangent, gradient in zip(("image", "logits"), cotangents, gradients, strict=True):
-        total = (wanted[name] * torch.from_numpy(cotangent)).sum()
+        total = (expected[name] * torch.from_numpy(cotangent)).sum()
         exact = torch.autograd.grad(total, pixels, retain_graph=True)[0].permute(0, 2, 3, 1)
         print("gradient of", name, relative_l2(gradient, exact))
         assert relative_l2(gradient, exact) < 1e-4
         assert exact.abs().max() > 1e-4
     for name in ("image", "text"):
-        assert relative_l2(made[name][:1], made[name][1:2]) > 0.1
-    assert np.ptp(made["logits"], axis=0).max() > 0.1 and np.ptp(made["logits"], axis=1).max() > 0.1
-    return made, gradients
+        assert relative_l2(actual[name][:1], actual[name][1:2]) > 0.1
+    assert np.ptp(actual["logits"], axis=0).max() > 0.1 and np.ptp(actual["logits"], axis=1).max() > 0.1
+    return actual, gradients
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_matches_transformers(branch):
     oracle, tensors, config = build(branch)
     network, x = fill(config, tensors), images(config)
-    made, gradients = compare(oracle, network, x, IDS)
-    np.testing.assert_allclose(np.linalg.norm(made["image"], axis=-1), 1, rtol=1e-5)
+    actual, gradients = compare(oracle, network, x, IDS)
+    np.testing.assert_allclose(np.linalg.norm(actual["image"], axis=-1), 1, rtol=1e-5)
     # Only what is left over beside the patches is not seen.
     left = config.vision_config.image_size % 8
     assert (left == 0) == (branch == "no remainder")
@@ -204,9 +204,9 @@ def test_published_config(name, saved_again):
     with torch.device("meta"):
         oracle = transformers.SiglipModel(theirs)
     module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
-    made = {n: target.source_shape for target in convert.targets(module) for n in target.names}
-    assert made == {n: tuple(x.shape) for n, x in oracle.state_dict().items()}
-    assert len(made) > 400
+    actual = {n: target.source_shape for target in convert.targets(module) for n in target.names}
+    assert actual == {n: tuple(x.shape) for n, x in oracle.state_dict().items()}
+    assert len(actual) > 400
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is done to directories of checkpoints, and what is asked then."""
+"""Edits of checkpoint directories, and assertions about the result."""
 
 import json
 

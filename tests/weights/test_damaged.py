@@ -1,4 +1,4 @@
-"""What is said of checkpoints that cannot be loaded."""
+"""Error messages for checkpoints that cannot be loaded."""
 
 import json
 import re
@@ -51,10 +51,12 @@ def test_dropped_tensor(family):
         name = min((n for n in names if n.startswith(part) and n.endswith("bias")), default=None)
         if name is None:
             continue
-        kept = {}
-        edit_tensors(path / "model.safetensors", lambda t, name=name, kept=kept: kept.update({name: t.pop(name)}))
+        removed = {}
+        edit_tensors(
+            path / "model.safetensors", lambda t, name=name, removed=removed: removed.update({name: t.pop(name)})
+        )
         fails(path, rf"{kind}/model\.safetensors: parameters without a tensor: {re.escape(name)}$", kind)
-        edit_tensors(path / "model.safetensors", lambda t, kept=kept: t.update(kept))
+        edit_tensors(path / "model.safetensors", lambda t, removed=removed: t.update(removed))
     load.load(kind, path)
 
 
@@ -86,18 +88,18 @@ def test_pickle_by_the_name_of_another_kind_of_file(family):
     fails(path, r"model\.safetensors is damaged or not a safetensors file", kind)
 
 
-@pytest.mark.parametrize("said", FAMILIES)
-def test_checkpoint_of_another_kind(family, said):
+@pytest.mark.parametrize("other", FAMILIES)
+def test_checkpoint_of_another_kind(family, other):
     """One sentence that names both; BLIPs, too, whose model_type is the same."""
     kind, path = family
-    if said == kind:
+    if other == kind:
         load.load(kind, path)
         return
-    fails(path, rf"{kind}/config\.json is of another kind of network: {kind} \(\w+\), not {said}$", said)
+    fails(path, rf"{kind}/config\.json is of another kind of network: {kind} \(\w+\), not {other}$", other)
 
 
 def test_checkpoint_that_does_not_say_its_kind(saved, tmp_path):
-    """It is what it is taken for, if its tensors are; so is one of an architecture that is not known."""
+    """It loads as a kind if its tensors fit; so does one of an unknown architecture."""
     path = shutil.copytree(saved["blip_itm"], tmp_path / "blip")
     for architectures in (None, [], ["BlipModel"], "BlipForQuestionAnswering", {"a": 1}):
         edit_json(path / "config.json", architectures=architectures)
@@ -156,11 +158,11 @@ def test_file_of_another_kind(directory, kind):
 
 
 def test_flipped_bits_of_the_header(directory, published):
-    """Each is told, or changes nothing (a blank between two entries)."""
+    """Each is reported, or changes nothing (a space between two entries)."""
     file, rng = directory / "model.safetensors", np.random.default_rng(0)
     whole, exact = file.read_bytes(), load.load("clip", published[1])
     length = 8 + int.from_bytes(whole[:8], "little")
-    told = 0
+    reported = 0
     for at in (*range(8), *rng.integers(8, length, 60)):
         spoilt = bytearray(whole)
         spoilt[at] ^= 1 << int(rng.integers(8))
@@ -168,11 +170,11 @@ def test_flipped_bits_of_the_header(directory, published):
         try:
             network = load.load("clip", directory)
         except load.WeightsError as error:
-            told += str(file) in str(error) and "\n" not in str(error)
+            reported += str(file) in str(error) and "\n" not in str(error)
         else:
             same(network, exact)
-            told += 1
-    assert told == 68
+            reported += 1
+    assert reported == 68
 
 
 def test_floats_that_became_integers(directory):

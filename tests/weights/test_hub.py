@@ -1,4 +1,7 @@
-"""The hub on its bad days: a server of our own that speaks as much of its protocol as a download needs, and fails on order."""
+"""Failures of the hub.
+
+A local server implements as much of its protocol as a download needs, and fails as it is told.
+"""
 
 import contextlib
 import email.utils
@@ -26,7 +29,7 @@ FILES["README.md"] = b"---\nlicense: openrail++\ntags: [x]\n---\n# A model\n"
 
 
 class FakeHub(http.server.ThreadingHTTPServer):
-    """`failures` are taken one by one by the requests (`GET /path`) that have their word: `(word, status, headers)`."""
+    """A request (`GET /path`) that has the word of one of `failures`, `(word, status, headers)`, uses it up."""
 
     daemon_threads = True
 
@@ -141,8 +144,8 @@ def resolve(revision=None):
 
 
 def environment(server, cache):
-    own = {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}
-    return os.environ | own | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    variables = {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}
+    return os.environ | variables | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def run_command(command, server, cache):
@@ -158,7 +161,7 @@ def holds_the_files(directory):
 
 
 @pytest.mark.parametrize(
-    ("failures", "revision", "told"),
+    ("failures", "revision", "retries"),
     [
         ([("/api/models/", 503, {}), ("/api/models/", 500, {})], None, 2),
         ([("/api/models/", "silence", {})], None, 1),
@@ -167,13 +170,13 @@ def holds_the_files(directory):
     ],
     ids=["5xx", "silence", "silent listing", "5xx of two files at once"],
 )
-def test_a_passing_failure_is_waited_for(failures, revision, told, client, caplog):
+def test_a_passing_failure_is_waited_for(failures, revision, retries, client, caplog):
     with serve(*failures) as server:
         client(server)
         directory = resolve(revision)
     holds_the_files(directory)
     assert not server.failures and directory.name == COMMIT
-    assert caplog.text.count("of 4); again in") == told
+    assert caplog.text.count("of 4); again in") == retries
 
 
 def test_retry_after_is_honoured(client):

@@ -29,12 +29,12 @@ BLIPS = {
 
 def renamed(state, *pairs):
     """The state with the first text of each pair replaced by the second in all names, in order."""
-    made = {}
+    actual = {}
     for name, x in state.items():
         for old, new in pairs:
             name = re.sub(old, new, name)
-        made[name] = x.clone()
-    return made
+        actual[name] = x.clone()
+    return actual
 
 
 # The vision transformer of timm, as BLIP's code names it.
@@ -189,12 +189,12 @@ def pixels(x):
 
 def exact(network, oracle):
     """Every tensor of the oracle is the network's; the names of those that only the network has."""
-    made = convert.export(network)
+    actual = convert.export(network)
     state = {name: x.numpy() for name, x in oracle.state_dict().items() if ".decoder." not in name}
     assert len(state) > 60
     for name, x in state.items():
-        np.testing.assert_array_equal(made[name], x, err_msg=name)
-    return set(made) - set(state)
+        np.testing.assert_array_equal(actual[name], x, err_msg=name)
+    return set(actual) - set(state)
 
 
 @pytest.mark.parametrize("kind", BLIPS)
@@ -224,13 +224,13 @@ def test_blip(kind, tokenizers, tmp_path, capsys):
     # What is not in the tensors (heads, epsilon, activation) shows in what the network says.
     x, ids = images(), torch.from_numpy(IDS).long()
     if kind == "blip_itm":
-        wanted = oracle(ids, pixels(x), attention_mask=torch.from_numpy(MASK)).itm_score
-        made = jax.jit(lambda n: n.match(n.vision_model(x), IDS, MASK))(network)
+        expected = oracle(ids, pixels(x), attention_mask=torch.from_numpy(MASK)).itm_score
+        actual = jax.jit(lambda n: n.match(n.vision_model(x), IDS, MASK))(network)
     elif kind == "blip_caption":
-        wanted = torch.stack(
+        expected = torch.stack(
             [oracle(p[None], i[None], labels=i[None]).loss for p, i in zip(pixels(x), ids, strict=True)]
         )
-        made = jax.jit(lambda n: n.token_losses(n.vision_model(x), IDS, smoothing=0.1).mean(-1))(network)
+        actual = jax.jit(lambda n: n.token_losses(n.vision_model(x), IDS, smoothing=0.1).mean(-1))(network)
     else:
         # Question by question, without padding: transformers' decoder does not mask it.
         seen, start = oracle.vision_model(pixels(x))[0], torch.tensor([[dec]])
@@ -238,9 +238,9 @@ def test_blip(kind, tokenizers, tmp_path, capsys):
             oracle.text_encoder(i[None, :n], encoder_hidden_states=v[None])[0]
             for i, n, v in zip(ids, MASK.sum(1), seen, strict=True)
         ]
-        wanted = torch.cat([oracle.text_decoder(start, encoder_hidden_states=r).logits[:, 0] for r in read])
-        made = jax.jit(lambda n: n.answer_logits(n.vision_model(x), IDS, MASK))(network)
-    assert relative_l2(made, wanted.detach()) < 1e-4
+        expected = torch.cat([oracle.text_decoder(start, encoder_hidden_states=r).logits[:, 0] for r in read])
+        actual = jax.jit(lambda n: n.answer_logits(n.vision_model(x), IDS, MASK))(network)
+    assert relative_l2(actual, expected.detach()) < 1e-4
     again, info = BLIPS[kind].from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert again.config.vision_config.num_attention_heads == 2
@@ -269,9 +269,9 @@ def test_blip2(tokenizers, tmp_path):
 
     x, ids = images(24), np.array([[2, 7, 9, 12, 3, 0, 0], [2, 20, 8, 15, 21, 6, 3]])
     mask = (ids != 0).astype(np.int32)
-    wanted = oracle(pixels(x), torch.from_numpy(ids), torch.from_numpy(mask), use_image_text_matching_head=True)
+    expected = oracle(pixels(x), torch.from_numpy(ids), torch.from_numpy(mask), use_image_text_matching_head=True)
     match = jax.jit(lambda n, ids: n.match(n.encode_image(x), n.encode_text(ids, mask)))(network, ids)
-    assert relative_l2(match, wanted.logits_per_image) < 1e-4
+    assert relative_l2(match, expected.logits_per_image) < 1e-4
 
     # A fine-tuned file holds its vision transformer: then no second one is read, nor wanted.
     whole = write(tmp_path / "finetuned.pth", state | {f"visual_encoder.{name}": x for name, x in seen.items()})
@@ -303,10 +303,10 @@ def test_blip2_with_clip(whole, tokenizers, tmp_path):
     assert (vision.num_hidden_layers, vision.hidden_act, vision.layer_norm_eps) == (23, "quick_gelu", 1e-5)
     x = images(24)
     states = tower(pixels(x), output_hidden_states=True).hidden_states
-    made = jax.jit(lambda n: n.vision_model(x))(network)
+    actual = jax.jit(lambda n: n.vision_model(x))(network)
     norm = oracle.vision_model.post_layernorm
-    assert relative_l2(made, norm(states[-2])) < 1e-4
-    assert relative_l2(made, norm(states[-1])) > 1e-2 and relative_l2(made, norm(states[-3])) > 1e-2
+    assert relative_l2(actual, norm(states[-2])) < 1e-4
+    assert relative_l2(actual, norm(states[-1])) > 1e-2 and relative_l2(actual, norm(states[-3])) > 1e-2
 
 
 def test_image_reward(tokenizers, tmp_path):
@@ -320,9 +320,9 @@ def test_image_reward(tokenizers, tmp_path):
     seen = oracle.vision_model(pixels(x)).last_hidden_state
     ids, mask = torch.from_numpy(IDS).long(), torch.from_numpy(MASK)
     text = oracle.text_encoder(ids, attention_mask=mask, encoder_hidden_states=seen, return_dict=True)
-    wanted = (mlp(text.last_hidden_state[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
-    made = jax.jit(lambda n: n.reward(n.vision_model(x), IDS, MASK))(network)
-    assert relative_l2(made, wanted) < 1e-4
+    expected = (mlp(text.last_hidden_state[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
+    actual = jax.jit(lambda n: n.reward(n.vision_model(x), IDS, MASK))(network)
+    assert relative_l2(actual, expected) < 1e-4
 
 
 def test_hps(tokenizers, tmp_path):
@@ -336,9 +336,9 @@ def test_hps(tokenizers, tmp_path):
     tokenizer = load.load_tokenizer(tmp_path / "out")
     ids = tokenizer(["a red circle", "photo"], padding="max_length", return_tensors="np").input_ids
     x = images()
-    wanted = oracle(torch.from_numpy(ids), pixels(x))
-    made = jax.jit(lambda n: n.encode_image(x) @ n.encode_text(ids).T)(network)
-    assert relative_l2(made, wanted.image_embeds @ wanted.text_embeds.T) < 1e-4
+    expected = oracle(torch.from_numpy(ids), pixels(x))
+    actual = jax.jit(lambda n: n.encode_image(x) @ n.encode_text(ids).T)(network)
+    assert relative_l2(actual, expected.image_embeds @ expected.text_embeds.T) < 1e-4
     again, info = transformers.CLIPModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["crop_size"] == {
@@ -363,9 +363,9 @@ def test_half_precision_and_old_files(tokenizers, tmp_path):
     state = {name: x.bfloat16() if x.is_floating_point() else x for name, x in state.items()}
     torch.save({"model": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     lavis.main([str(tmp_path / "old.pth")], tmp_path / "out", tokenizer=str(tokenizers / "blip"))
-    made = convert.export(load.load("blip_itm", tmp_path / "out"))
+    actual = convert.export(load.load("blip_itm", tmp_path / "out"))
     for name, x in oracle.state_dict().items():
-        np.testing.assert_array_equal(made[name], x.bfloat16().float().numpy())
+        np.testing.assert_array_equal(actual[name], x.bfloat16().float().numpy())
 
 
 # What is refused.
@@ -505,9 +505,9 @@ def test_directory_that_is_there_is_not_overwritten(itm, tokenizers, tmp_path):
 
 
 def test_command_line():
-    given = lavis.parse(["in.pth", "out"])
-    assert (given.input, given.vision, given.out, given.kind) == ("in.pth", None, "out", None)
-    given = lavis.parse(["in.pth", "vision.pth", "out", "--kind=blip2", "--tokenizer=words"])
-    assert (given.input, given.vision, given.out, given.kind) == ("in.pth", "vision.pth", "out", "blip2")
-    assert given.tokenizer == "words"
+    args = lavis.parse(["in.pth", "out"])
+    assert (args.input, args.vision, args.out, args.kind) == ("in.pth", None, "out", None)
+    args = lavis.parse(["in.pth", "vision.pth", "out", "--kind=blip2", "--tokenizer=words"])
+    assert (args.input, args.vision, args.out, args.kind) == ("in.pth", "vision.pth", "out", "blip2")
+    assert args.tokenizer == "words"
     assert set(lavis.KINDS) <= set(load.KINDS)

@@ -231,18 +231,18 @@ def test_file_for_a_directory(directory):
 
 
 def test_hub_is_asked_for_the_needed_files_at_the_revision(published, monkeypatch):
-    asked = []
+    requests = []
 
     def download(name, **kwargs):
-        asked.append((name, kwargs))
+        requests.append((name, kwargs))
         return str(published[0])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load.load_stable_diffusion("someone/some-model", revision="abc")
-    ((name, kwargs),) = asked
+    ((name, kwargs),) = requests
     assert name == "someone/some-model" and kwargs["revision"] == "abc"
     patterns = kwargs["allow_patterns"]
-    wanted = [
+    needed = [
         "unet/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors",
         "vae/config.json",
@@ -250,29 +250,31 @@ def test_hub_is_asked_for_the_needed_files_at_the_revision(published, monkeypatc
         "scheduler/scheduler_config.json",
         "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
     ]
-    unwanted = [
+    others = [
         "v1-5-pruned.safetensors",
         "unet/diffusion_pytorch_model.bin",
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "safety_checker/model.safetensors",
         "feature_extractor/preprocessor_config.json",
     ]
-    filtered = list(huggingface_hub.utils.filter_repo_objects([*wanted, *unwanted], allow_patterns=patterns))
-    assert filtered == wanted
+    filtered = list(huggingface_hub.utils.filter_repo_objects([*needed, *others], allow_patterns=patterns))
+    assert filtered == needed
 
 
 def test_either_file_of_preprocessing_is_fetched(monkeypatch, tmp_path):
-    asked = []
+    requests = []
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, **how: asked.append(how["allow_patterns"]) or str(tmp_path)
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **how: requests.append(how["allow_patterns"]) or str(tmp_path),
     )
     networks.save_blip_processor(tmp_path, 32)
     load.fetch_referee("someone/some-model")
     load.load_image_processor("someone/some-model")
     files = ["preprocessor_config.json", "processor_config.json"]
-    for patterns in asked:
+    for patterns in requests:
         assert list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=patterns)) == files
-    assert len(asked) == 2
+    assert len(requests) == 2
 
 
 LOAD = """
