@@ -20,8 +20,9 @@ from tests.oracles import networks
 IDS = np.array([[2, 6, 8, 10, 3, 0, 0], [2, 5, 9, 9, 11, 7, 3]], np.int32)
 MASK = IDS > 0
 
-# Each branch: what differs in text_config, in vision_config, and height and width of the images. The three stages have
-# blocks without an expansion (stride 1), with one and stride 2, and, behind the first of a stage, with residuals.
+# Each branch: what differs in text_config, in vision_config, and height and width of the images.
+# The three stages have blocks without an expansion (stride 1), with one and stride 2, and, behind
+# the first of a stage, with residuals.
 BRANCHES = {
     "odd": ({}, {}, (33, 33)),
     "even": ({}, {}, (32, 38)),
@@ -172,8 +173,8 @@ def test_what_is_not_an_image_is_refused():
         fill(config, weights).encode_image(jnp.zeros((33, 33, 3)))
 
 
-# The published config.json, without most of the keys that transformers 4.27 wrote into all of them. Its vision_config was
-# made from google/efficientnet-b7's.
+# The published config.json, without most of the keys that transformers 4.27 wrote into all of them.
+# Its vision_config was made from google/efficientnet-b7's.
 OLD = {"_name_or_path": "", "add_cross_attention": False, "architectures": None, "bad_words_ids": None, "top_k": 50}
 OLD |= {"chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "exponential_decay_length_penalty": None}
 OLD |= {"is_decoder": False, "is_encoder_decoder": False, "output_attentions": False, "pruned_heads": {}, "top_p": 1.0}
@@ -264,8 +265,8 @@ def test_configs_that_are_refused(where, change, message):
 def test_full_size_matches_transformers():
     """align-base at 289 px, one image.
 
-    Measured against torch in float64: image 6.9e-6, its gradient 4.1e-5, text 1.2e-6. torch's own gradient in float32 is
-    4.2e-5 away.
+    Measured against torch in float64: image 6.9e-6, its gradient 4.1e-5, text 1.2e-6. torch's own
+    gradient in float32 is 4.2e-5 away.
     """
     config = transformers.AlignConfig.from_dict(published())
     oracle = networks.redraw_align(transformers.AlignModel(config), seed=0)

@@ -40,7 +40,8 @@ def text_model():
 def test_states(is_causal, is_crossed):
     oracle, network = text_model()
     states = torch.from_numpy(STATES).requires_grad_()
-    # transformers 5 drops the mask of cross-attention, so the oracle is not shown what it should not see.
+    # transformers 5 drops the mask of cross-attention, so the oracle is not shown what it should
+    # not see.
     rows = [
         oracle(
             input_ids=torch.from_numpy(IDS[n : n + 1]).long(),

@@ -98,7 +98,8 @@ def theirs(task, oracle, pixels):
         attention_mask=mask,
         encoder_hidden_states=oracle.vision_model(pixels, interpolate_pos_encoding=True)[0],
     )[0]
-    # One at a time and without padding, which the decoder's cross-attention of transformers 5 would read.
+    # One at a time and without padding, which the decoder's cross-attention of transformers 5 would
+    # read.
     start = torch.tensor([[DEC]])
     rows = [
         oracle.text_decoder(input_ids=start, encoder_hidden_states=r[m > 0][None]).logits[:, 0]
@@ -250,7 +251,8 @@ def test_configs_that_are_refused(where, change, message):
         load.KINDS["blip_itm"].config(values, where="config.json")
 
 
-# The published config.json files, without most of the keys that transformers 4.26 wrote into all of them.
+# The published config.json files, without most of the keys that transformers 4.26 wrote into all of
+# them.
 OLD = {"_name_or_path": "", "add_cross_attention": False, "architectures": None, "bad_words_ids": None, "top_k": 50}
 OLD |= {"chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "exponential_decay_length_penalty": None}
 OLD |= {"initializer_factor": 1.0, "initializer_range": 0.02, "is_encoder_decoder": False, "pruned_heads": {}}
@@ -322,7 +324,10 @@ def test_published_config(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", CLASSES)
 def test_full_size_matches_transformers(task):
-    """ViT-B/16 at 384 px and BERT-base; all three were run in November 2026, seven minutes on one core."""
+    """ViT-B/16 at 384 px and BERT-base.
+
+    All three take seven minutes on one core.
+    """
     config = transformers.BlipConfig.from_dict(published(768))
     oracle = networks.redraw(CLASSES[task](config), seed=0)
     network = fill(

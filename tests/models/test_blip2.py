@@ -27,7 +27,8 @@ class PreNorm(torch.nn.Module):
         return self.norm(self.embeddings(*args, **kwargs))
 
 
-# Each branch: what differs in vision_config and in qformer_config; what only our config says; the seed of the weights.
+# Each branch: what differs in vision_config and in qformer_config; what only our config says; the
+# seed of the weights.
 BRANCHES = {
     "EVA": ({}, {}, {}, 0),
     "other sizes": (
@@ -120,8 +121,11 @@ def ours_with_gradients(network, x, ids, mask, cotangents):
 
 
 def check_parity(oracle, network, x, ids=IDS, mask=MASK, moves=0.1):
-    """Every output and its gradient; and that the oracle sees image and text, without which agreeing means nothing:
-    another one moves each output by `moves`, relative to it."""
+    """Every output and its gradient.
+
+    And that the oracle sees image and text, without which agreeing means nothing:
+    another one moves each output by `moves`, relative to it.
+    """
     *expected, pixels = theirs(oracle, x, ids, mask)
     cotangents = [normal(y.shape) for y in expected[:3]]  # texts' features, the fourth, see no image
     actual, gradients = ours_with_gradients(network, x, ids, mask, cotangents)

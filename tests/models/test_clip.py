@@ -22,8 +22,8 @@ VISION = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_att
 VISION |= dict(image_size=24, patch_size=8)
 END = 40
 
-# Each branch: what differs in text_config, in vision_config, and the token ids.
-# Ids larger than the end token's stand before and after it: taking the largest, or the last, gives another state.
+# Each branch: what differs in text_config, in vision_config, and the token ids. Ids larger than the
+# end token's stand before and after it: taking the largest, or the last, gives another state.
 IDS = np.array([[38, 3, 45, END, END, 49], [38, END, 5, 44, 44, 1]])
 BRANCHES = {
     "OpenAI": ({"eos_token_id": 2}, {}, IDS),
@@ -141,7 +141,8 @@ def test_too_many_tokens_and_wrong_image_size_are_refused():
         network.encode_image(jnp.zeros((1, 25, 24, 3)))
 
 
-# The published config.json files, without the keys that transformers 4.16 wrote into all of them, which are in OLD.
+# The published config.json files, without the keys that transformers 4.16 wrote into all of them,
+# which are in OLD.
 OLD = {"_name_or_path": "", "add_cross_attention": False, "architectures": None, "attention_dropout": 0.0}
 OLD |= {"bad_words_ids": None, "bos_token_id": 0, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None}
 OLD |= {"decoder_start_token_id": None, "diversity_penalty": 0.0, "do_sample": False, "dropout": 0.0, "eos_token_id": 2}

@@ -96,7 +96,10 @@ def passes(stack, policy):
 
 
 def test_what_is_recomputed(stack):
-    """Of a forward pass's products "full", which stores inputs alone, repeats half; gradients are equal."""
+    """Of a forward pass's products "full", which stores inputs alone, repeats half.
+
+    Gradients are equal.
+    """
     assert {policy: passes(stack, policy) for policy in layers.POLICIES} == {"full": 2.5, "dots": 2, "none": 2}
     gradients = []
     for policy in layers.POLICIES:

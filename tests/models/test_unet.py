@@ -48,7 +48,8 @@ BRANCHES = {
     },
 }
 
-# config.json of the published checkpoints, what differs from diffusers' own defaults, and their numbers of parameters.
+# config.json of the published checkpoints, what differs from diffusers' own defaults, and their
+# numbers of parameters.
 PUBLISHED = {
     "stable-diffusion-v1-5": ({"cross_attention_dim": 768, "attention_head_dim": 8}, 859_520_964),
     "stable-diffusion-2-1": (
@@ -116,7 +117,8 @@ def draw(seed, *shape):
 def exact(oracle):
     """The oracle in float64, its sinusoids included, which diffusers computes in float32 whatever the network's dtype.
 
-    float32 angles near 1000 are off by 3e-5, torch's as much as ours, and a random network's gradient makes that 1e-4.
+    float32 angles near 1000 are off by 3e-5, torch's as much as ours, and a random network's
+    gradient makes that 1e-4.
     """
 
     def features(timesteps, time=oracle.time_proj):
@@ -221,7 +223,8 @@ def test_published_network_runs_abstractly():
 def test_full_size_matches_torch(name):
     """The published networks at 32x32 latents, output and gradients.
 
-    Measured in November 2026, output and gradients by latents and text: 1.5 1.4e-5, 6.1e-5, 5.6e-5; 2.1 1.5e-5, 8.2e-5, 8.3e-5.
+    Measured: output and gradients by latents and text: 1.5 1.4e-5, 6.1e-5, 5.6e-5;
+    2.1 1.5e-5, 8.2e-5, 8.3e-5.
     """
     changes, _ = PUBLISHED[name]
     oracle = networks.redraw(diffusers.UNet2DConditionModel(**changes), seed=0)

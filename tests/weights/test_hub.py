@@ -188,7 +188,10 @@ def test_retry_after_is_honoured(client):
 
 
 def test_a_hub_that_stays_away(client, tmp_path, caplog):
-    """One line after a few tries; the command that it names gets what is then found without the hub."""
+    """One line after a few tries.
+
+    The command that it names gets what is then found without the hub.
+    """
     with serve(always=("", 500, {})) as server:
         client(server)
         with pytest.raises(load.WeightsError) as caught:

@@ -358,7 +358,10 @@ def test_files_of_pretraining_need_the_kind(tokenizers, tmp_path):
 
 
 def test_half_precision_and_old_files(tokenizers, tmp_path):
-    """bfloat16, which numpy does not have, becomes float32; torch's format before 1.6 is no zip file."""
+    """bfloat16, which numpy does not have, becomes float32.
+
+    Torch's format before 1.6 is no zip file.
+    """
     oracle, state = blip("blip_itm")
     state = {name: x.bfloat16() if x.is_floating_point() else x for name, x in state.items()}
     torch.save({"model": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)

@@ -152,7 +152,10 @@ def test_preprocessing_of_a_processor_saved_today(tmp_path):
 
 
 def test_preprocessing_in_a_file_of_its_own(tmp_path):
-    """As published checkpoints have it; beside it, their processor_config.json says other things, or nothing is there."""
+    """As published checkpoints have it.
+
+    Beside it, their processor_config.json says other things, or nothing is there.
+    """
     path = blip_directory(tmp_path / "blip")
     older_file(path, size={"height": 40, "width": 40})
     (path / "processor_config.json").write_text('{"num_query_tokens": 32, "processor_class": "Blip2Processor"}')
