@@ -111,9 +111,7 @@ class Inverter:
         networks = builders.make_networks(prior, self.judges, self.held_out, remat=settings.remat, hardware=hardware)
         self.networks = parallel.place(networks, self.mesh, batched=False)
         self.text_encoder = prior.text_encoder
-        chip = chips.of(self.mesh.devices.flat[0].device_kind)
-        dense = chip is not None and chip.dense
-        self.plan = builders.make_plan(settings, prior, self.judges, self.held_out, dense=dense)
+        self.plan = builders.make_plan(settings, prior, self.judges, self.held_out, dense=hardware.dense)
         self.hyper = builders.make_hyper(settings)
         self.compiled, self._programs, self._tokens = False, {}, {}
         self._encode = self._jit(jax.vmap(builders.encode, in_axes=(None, None, 0)))

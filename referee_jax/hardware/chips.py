@@ -118,21 +118,6 @@ def compiler_options(platform: str) -> dict[str, str]:
     return {name: value for name, value in OPTIONS.get(platform, {}).items() if f"--{name}=" not in flags}
 
 
-def chip() -> Chip | None:
-    """The chip of the current trace: that of the mesh, or of JAX's device; None if unknown.
-
-    The devices of a mesh need not exist (ahead_of_time.py).
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
-    return of(device.device_kind)
-
-
-def is_dense() -> bool:
-    """Whether `chip()` prefers matrix products to gathers and interleaving."""
-    current = chip()
-    return current is not None and current.dense
-
-
 def memory_limit(device: jax.Device) -> int | None:
     """Bytes of an accelerator's memory that JAX may use; None for CPUs and absent devices."""
     try:

@@ -203,11 +203,3 @@ def test_options_of_xla(monkeypatch):
         jax.jit(lambda x: x + 1, compiler_options={"xla_no_such": "1"})(1.0)
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
     assert chips.compiler_options("cpu") == {}
-
-
-def test_the_chip_that_is_traced_for():
-    """That of a mesh with absent devices; else JAX's device, a CPU, which the table lacks."""
-    assert chips.chip() is None
-    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("prompt",), abstract_device=tpu)):
-        assert chips.chip() == chips.TPUS["v5e"]
