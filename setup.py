@@ -47,7 +47,7 @@ setuptools.setup(
         "gs": ["gcsfs>=2025.3"],  # run directories in buckets
         "s3": ["s3fs>=2025.3"],
         "siglip": ["sentencepiece>=0.2", "protobuf>=4"],  # the tokenizer of SigLIP 1; that of SigLIP 2 needs neither
-        # Figures, and noun phrases as papers count them (besides: python -m spacy download en_core_web_sm).
+        # Figures, and noun phrases of one's own prompts (besides: python -m spacy download en_core_web_sm).
         "eval": ["matplotlib>=3.9", "spacy>=3.8"],
         "train": ["torch>=2.13", "diffusers>=0.35"],
         "test": [

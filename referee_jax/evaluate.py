@@ -115,19 +115,25 @@ def plan(
     wanted = []
     if benchmark == "shapes":
         wanted.append((measures.ground_truth(), entries))
-        wanted += [(measures.blip_vqa(vqa, rule=rule), entries)] if vqa else []
+        if vqa:
+            wanted.append((measures.blip_vqa(vqa, [entry.prompt for entry in entries], rule=rule), entries))
     elif benchmark == "t2i_compbench":
         vqa, clip = VQA if vqa is None else vqa, CLIP if clip is None else clip
-        known = [measures.blip_vqa(vqa, rule=rule)] if vqa else []
-        known += [measures.clip_score(clip, adjectives=adjectives) for adjectives in (True, False)] if clip else []
-        for measure in known:
-            own = [
+        builders = {}
+        if vqa:
+            builders["blip_vqa"] = lambda prompts: measures.blip_vqa(vqa, prompts, rule=rule)
+        if clip:
+            builders["clip"] = lambda prompts: measures.clip_score(clip)
+            builders["clip_without_adjectives"] = lambda prompts: measures.clip_without_adjectives(clip, prompts)
+        for name, build in builders.items():
+            unscored = [
                 entry
                 for entry in entries
-                if t2i_compbench.is_measured(evaluation.parts[entry.prompt], measure.name)
-                and measure.name not in evaluation.scores[str(entry.file)]
+                if t2i_compbench.is_measured(evaluation.parts[entry.prompt], name)
+                and name not in evaluation.scores[str(entry.file)]
             ]
-            wanted += [(measure, own)] if own else []
+            if unscored:
+                wanted.append((build([entry.prompt for entry in unscored]), unscored))
     return wanted + [(measure, entries) for measure in measures.by_referees(judges)]
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,31 @@ def _labelled(label: str, scores: Scores) -> Scores:
     return {f"{label}_{name}": value for name, value in scores.items()}
 
 
-def clip_score(checkpoint: str, *, adjectives: bool = True, batch_size: int = 16) -> Measure:
-    """T2I-CompBench's CLIPScore: the cosine, of the prompt or of what is left of it without its adjectives."""
-    name = "clip" if adjectives else "clip_without_adjectives"
-    label, read = ("all", str) if adjectives else noun_phrases.default_stripper()
-    build = functools.partial(_prompted, checkpoint, "clip", read, batch_size, lambda scores: {name: scores["cosine"]})
+def clip_score(checkpoint: str, *, batch_size: int = 16) -> Measure:
+    """T2I-CompBench's CLIPScore: the cosine of the whole prompt."""
+    build = functools.partial(_prompted, checkpoint, "clip", str, batch_size, lambda x: {"clip": x["cosine"]})
+    return Measure("clip", {"checkpoint": checkpoint, "words": "all"}, build)
+
+
+def clip_without_adjectives(checkpoint: str, prompts: Iterable[str], *, batch_size: int = 16) -> Measure:
+    """CLIPScore of complex prompts: the cosine of their words that are no adjectives.
+
+    Raises ValueError where one of `prompts` needs spaCy and it is not installed.
+    """
+    name = "clip_without_adjectives"
+    label, words = noun_phrases.find(prompts, noun_phrases.WORDS)
+    read = lambda prompt: " ".join(words[prompt])
+    build = functools.partial(_prompted, checkpoint, "clip", read, batch_size, lambda x: {name: x["cosine"]})
     return Measure(name, {"checkpoint": checkpoint, "words": label}, build)
 
 
-def blip_vqa(checkpoint: str, *, rule: str = noun_phrases.NEW, batch_size: int = 4) -> Measure:
-    """T2I-CompBench's BLIP-VQA, of the noun phrases by one of noun_phrases.RULES."""
-    label, source = noun_phrases.default_source()
+def blip_vqa(checkpoint: str, prompts: Iterable[str], *, rule: str = noun_phrases.NEW, batch_size: int = 4) -> Measure:
+    """T2I-CompBench's BLIP-VQA of the prompts' noun phrases, by one of noun_phrases.RULES.
+
+    Raises ValueError where one of `prompts` needs spaCy and it is not installed.
+    """
+    label, phrases = noun_phrases.find(prompts, noun_phrases.PHRASES)
+    questions = {prompt: noun_phrases.RULES[rule].select(found) for prompt, found in phrases.items()}
 
     def build():
         judge = _judge(checkpoint, "blip_vqa")
@@ -93,8 +107,7 @@ def blip_vqa(checkpoint: str, *, rule: str = noun_phrases.NEW, batch_size: int =
         )
 
         def score(images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> list[Scores]:
-            phrases = [noun_phrases.phrases(prompt, rule=rule, source=source) for prompt in prompts]
-            return t2i_compbench.blip_vqa(scorer, images, phrases)
+            return t2i_compbench.blip_vqa(scorer, images, [questions[prompt] for prompt in prompts])
 
         return scorer.batch_size, score
 

@@ -71,8 +71,8 @@ def test_blip_vqa(vqa, images, monkeypatch):
     """Every question's probability, and which are asked and multiplied, by a tokenizer that is not ours."""
     module, path = vqa
     tokenizer = transformers.BertTokenizer.from_pretrained(path)
-    monkeypatch.setattr(noun_phrases, "default_source", lambda: ("by hand", lambda prompt: PHRASES[prompt][0]))
-    _, score = measures.blip_vqa(str(path), batch_size=1).build()
+    monkeypatch.setattr(noun_phrases, "find", lambda prompts, kind: ("by hand", {x: PHRASES[x][0] for x in prompts}))
+    _, score = measures.blip_vqa(str(path), PHRASES, batch_size=1).build()
     products = {}
     for prompt, (_, asked) in PHRASES.items():
         made = score(images, [prompt] * len(images))
@@ -115,7 +115,8 @@ PROMPTS = {
 def test_clip_score(tmp_path, images, monkeypatch):
     """The cosine of the whole prompt, and of the words that are no adjectives, against torch."""
     networks.save_clip(tmp_path)
-    monkeypatch.setattr(noun_phrases, "_spacy", lambda: None)
+    words = {prompt: bare.split() for prompt, bare in PROMPTS.items()}
+    monkeypatch.setattr(noun_phrases, "find", lambda prompts, kind: ("by hand", {x: words[x] for x in prompts}))
     images = images[:5]  # of the last one transformers crops another row than torchvision, with as many above as below
     module = transformers.CLIPModel.from_pretrained(tmp_path).eval()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path)
@@ -134,11 +135,12 @@ def test_clip_score(tmp_path, images, monkeypatch):
         return torch.cosine_similarity(found.image_embeds, found.text_embeds).item()
 
     found = {}
-    for name, adjectives in (("clip", True), ("clip_without_adjectives", False)):
-        _, score = measures.clip_score(str(tmp_path), adjectives=adjectives, batch_size=1).build()
+    whole = measures.clip_score(str(tmp_path), batch_size=1)
+    for measure in (whole, measures.clip_without_adjectives(str(tmp_path), PROMPTS, batch_size=1)):
+        name, (_, score) = measure.name, measure.build()
         for prompt, bare in PROMPTS.items():
             made = [own[name] for own in score(images, [prompt] * len(images))]
-            wanted = [cosine(image, prompt if adjectives else bare) for image in images]
+            wanted = [cosine(image, prompt if measure is whole else bare) for image in images]
             assert made == pytest.approx(wanted, abs=1e-5) and np.ptp(wanted) > 0.02
             found[name, prompt] = np.array(made)
     first, _, last = PROMPTS

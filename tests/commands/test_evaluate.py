@@ -1,6 +1,7 @@
 """Whole evaluations of small run directories, by the command's own function."""
 
 import json
+import re
 import types
 
 import numpy as np
@@ -67,9 +68,9 @@ def test_shapes(run, monkeypatch):
     assert [(line["prompt"], line["sample"]) for line in lines] == [(p, s) for p in PROMPTS for s in (0, 1)]
     # Again: nothing is measured twice, but what has changed.
     asked = []
-    score = measures.shapes.score
+    score = measures.benchmark.score
     monkeypatch.setattr(
-        measures.shapes, "score", lambda images, texts: asked.append(len(texts)) or score(images, texts)
+        measures.benchmark, "score", lambda images, texts: asked.append(len(texts)) or score(images, texts)
     )
     assert command(run, benchmark="shapes") == printed and asked == []
     drawn(PROMPTS[1], right=True).save(run / "images" / "1-1.png")
@@ -138,7 +139,7 @@ def test_t2i_compbench_there_and_back(run, tmp_path_factory):
     found = json.loads((root / "out" / "evaluation" / "scores.json").read_text())
     assert found["scores"]["complex, spatial"]["3_in_1"]["images"] == 4
     assert found["measures"]["blip_vqa"]["noun_phrases"] == "new"
-    assert found["measures"]["blip_vqa"]["chunker"] == noun_phrases.default_source()[0]
+    assert found["measures"]["blip_vqa"]["chunker"] == noun_phrases.SHAPES
 
 
 def written(root, **lists):
@@ -267,10 +268,14 @@ def test_what_is_imported_is_measured_if_asked_for(run, tmp_path_factory, warned
 
 def test_the_number_of_noun_phrases_is_said(tmp_path, monkeypatch):
     """The old one asks about two, places among them, and is kept apart from the new one."""
-    monkeypatch.setattr(noun_phrases, "spacy_source", lambda: None)
     networks.save_blip(networks.blip(transformers.BlipForQuestionAnswering), tmp_path / "vqa")
     (tmp_path / "samples").mkdir()
     prompt = "a red circle on the left of a blue square and a photo"
+    spans = [
+        [match.start(), match.end()] for match in re.finditer("a red circle|the left|a blue square|a photo", prompt)
+    ]
+    known = {"model": "by hand", "prompts": {noun_phrases.key(prompt): {"phrases": spans}}}
+    monkeypatch.setattr(noun_phrases, "official", lambda: known)
     drawn(PROMPTS[0], right=True).save(tmp_path / "samples" / f"{prompt}_000000.png")
     asked = {"new": ["a red circle", "a blue square", "a photo"], "old": ["a red circle", "the left"]}
     for rule, phrases in asked.items():
@@ -278,11 +283,20 @@ def test_the_number_of_noun_phrases_is_said(tmp_path, monkeypatch):
         printed = command(tmp_path, benchmark="t2i_compbench", **given)
         assert printed.startswith(f"|  | images | blip_vqa ({rule} noun phrases) |\n")
         found = json.loads((tmp_path / "evaluation" / "scores.json").read_text())
-        assert found["measures"]["blip_vqa"]["noun_phrases"] == rule
+        measured = found["measures"]["blip_vqa"]
+        assert (measured["noun_phrases"], measured["chunker"]) == (rule, "by hand")
         (line,) = files.read_lines(tmp_path / "evaluation" / "images.jsonl")
         assert list(line["questions"]) == phrases
         assert line["blip_vqa"] == pytest.approx(np.prod(list(line["questions"].values())))
     assert len(list((tmp_path / "evaluation").glob("blip_vqa-*.jsonl"))) == 2
+
+
+def test_a_prompt_that_needs_spacy_is_refused_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(noun_phrases, "load_spacy", lambda: None)
+    monkeypatch.setattr(measures, "collect", lambda *of: pytest.fail("measured"))
+    files.append(run / "metadata.jsonl", {"file_name": "images/0-0.png", "text": "a dog on a mat", "sample": 0})
+    with pytest.raises(ValueError, match=r"1 prompts, 'a dog on a mat' for one.*referee_jax\[eval\]"):
+        command(run, benchmark="t2i_compbench", category="color")
 
 
 def test_lists_and_category(run, warned):
@@ -316,7 +330,7 @@ def test_an_evaluation_goes_on_in_the_middle_of_a_measure(run, tmp_path_factory,
             asked.append(len(images))
             if len(asked) == 3 and stops.pop():
                 raise KeyboardInterrupt
-            right, quality = measures.shapes.score([np.asarray(x, np.float32) / 255 for x in images], prompts)
+            right, quality = measures.benchmark.score([np.asarray(x, np.float32) / 255 for x in images], prompts)
             return [{"right": float(r), "quality": float(q)} for r, q in zip(right, quality, strict=True)]
 
         return measures.Measure("shapes", {}, lambda: (2, score))
