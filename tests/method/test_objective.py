@@ -8,7 +8,7 @@ import pytest
 from referee_jax import config
 from referee_jax.engine import builders, peak_memory
 from referee_jax.method import objective, views
-from referee_jax.performance import hlo
+from tests.tools import hlo_surprises
 
 SIZE, NAMES = 16, ("Ji", "Er")
 
@@ -74,7 +74,7 @@ def test_where_products_are_quicker_nothing_is_gathered(is_dense):
         return pullback(shown)[0]
 
     lowered = jax.jit(pulled).lower(jax.ShapeDtypeStruct((512, 512, 3), "float32"), jax.random.key(0))
-    found = {x.kind for x in hlo.surprises(lowered.as_text("hlo"))}
+    found = {x.kind for x in hlo_surprises.surprises(lowered.as_text("hlo"))}
     assert ({"gather", "scatter"} & found == set()) == is_dense
 
 

@@ -51,10 +51,7 @@ class Compiled:
         return type("Stats", (), {f"{name}_size_in_bytes": n * ahead_of_time.GIB for name, n in sizes.items()})
 
     def as_text(self):
-        return (
-            'ENTRY %main (a: f32[]) -> f32[] {\n  %c = f32[] copy(%a), backend_config={"estimated_cycles":"3000000000"}\n'
-            "  %g = f32[10000,2]{1,0} gather(%b, %i), offset_dims={1}\n}\n"
-        )
+        return 'ENTRY %main (a: f32[]) -> f32[] {\n  %c = f32[] copy(%a), backend_config={"estimated_cycles":"3000000000"}\n}\n'
 
 
 def test_a_measured_program():
@@ -66,27 +63,25 @@ def test_a_measured_program():
     assert "10.00 GiB of the 16 GiB of a chip, weights 1.00 GiB: fits" in text
     assert "at most 3 images a chip fit, by the estimate of cost.py (remat=full)" in text
     assert "295.5 for an image without what remat makes again, at least 1.5 s of the chip" in text
-    assert "not of a fast program: 1 x gather, 2e+04 elements, most of it f32[10000,2]" in text
-    assert json.loads(json.dumps(found.to_dict()))["surprises"][0]["kind"] == "gather"
     assert "collectives: none" in text and "5 s an image on each chip, 720 images an hour and chip, 5760 in all" in text
     assert json.loads(json.dumps(found.to_dict()))["seconds"] == found.seconds
 
 
 def test_a_program_that_does_not_fit():
     refusal = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
-    assert ahead_of_time._asked(refusal) == int(20.5 * ahead_of_time.GIB)
-    assert ahead_of_time._asked("something else") is None
+    assert ahead_of_time._needed(refusal) == int(20.5 * ahead_of_time.GIB)
+    assert ahead_of_time._needed("something else") is None
     later = "Ran out of memory on HBM, the total memory required for HLO temporaries (23.01G) exceeds available HBM (15.75G)."
-    assert ahead_of_time._asked(later) == int(23.01 * ahead_of_time.GIB)
-    text = "\n".join(dataclasses.replace(REPORT, needed=ahead_of_time._asked(refusal)).lines())
+    assert ahead_of_time._needed(later) == int(23.01 * ahead_of_time.GIB)
+    text = "\n".join(dataclasses.replace(REPORT, needed=ahead_of_time._needed(refusal)).lines())
     assert "at least 20.50 GiB of the 16 GiB of a chip" in text and "does not fit" in text and "cycles" not in text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra [tpu]) is not installed")
 def test_a_slice_of_v5e(tmp_path):
-    """In a process of its own: eight chips and a program that is spread over them without a word between them.
+    """In a process of its own: a program spread over eight chips, without communication.
 
-    And chips.OPTIONS does what it is for: no weight is fetched long before it is needed.
+    And chips.OPTIONS has its effect: no weight is fetched long before it is needed.
     """
     script = tmp_path / "compile.py"
     script.write_text(
