@@ -1,7 +1,7 @@
-"""The networks of a config from their sizes alone: without weights, or with random ones; nothing is downloaded.
+"""The networks of a config from their sizes: without weights, or with random ones. Nothing is downloaded.
 
-Sizes are those of a checkpoint's config.json where it is a directory here, else of the table of published ones. Nor is there
-a tokenizer: of a text only its length in tokens matters for what a program costs, and that is the same for all.
+Sizes come from config.json where a checkpoint is a local directory, else from PUBLISHED. A stand-in
+replaces the tokenizer: what a program costs depends on the length of its texts, which is fixed.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _SD = {
     "unet": unet.Config(),
     "vae_decoder": vae.Config(),
 }
-DRAWN = 4_194_301  # a prime, so that no two rows or layers are equal
+DRAWN = 4_194_301  # random numbers; a prime, so that no two rows or layers are equal
 _FOLDERS = {"clip_text": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
 
 
@@ -54,7 +54,7 @@ def _blip(width: int = 768, layers: int = 12, heads: int = 12) -> blip.Config:
 
 _BLIP_L = _blip(1024, 24, 16)
 _SIGLIP_2 = siglip.TextConfig(vocab_size=256000)
-# Published checkpoint -> its sizes, as its own config.json or the paper says.
+# Published checkpoint -> its sizes, of its config.json or its paper.
 PUBLISHED: dict[str, Any] = {
     "openai/clip-vit-base-patch32": clip.Config(),
     "openai/clip-vit-large-patch14": _CLIP_L(224),
@@ -81,7 +81,7 @@ PUBLISHED: dict[str, Any] = {
     "THUDM/ImageReward": image_reward.Config(),
     "kakaobrain/align-base": align.Config(),
 }
-# What is read of a preprocessor_config.json, where there is none; only ALIGN's tells a size.
+# In place of a preprocessor_config.json; the sizes are ALIGN's, no other family reads them.
 _PREPROCESSING = {
     "image_mean": [0.5] * 3,
     "image_std": [0.5] * 3,
@@ -92,7 +92,7 @@ _PREPROCESSING = {
 
 
 class Words:
-    """In a tokenizer's place: each word is one token, and they are all the same."""
+    """A stand-in tokenizer: one token per word, all with the same id."""
 
     pad_token_id, unk_token_id, bos_token_id = 0, None, None
 
@@ -100,7 +100,7 @@ class Words:
         self.model_max_length = length
 
     def get_vocab(self) -> dict[str, int]:
-        """No words of its own."""
+        """An empty vocabulary."""
         return {}
 
     def __call__(
@@ -115,7 +115,10 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Sized:
-    """What a config asks for, by its sizes: networks as `load` would give them, and what was taken from where."""
+    """The networks of a config, as `weights.load` returns them.
+
+    `assumed` has a sentence for each checkpoint whose sizes were taken from another one.
+    """
 
     prior: load.StableDiffusion
     judges: tuple[referees.Judge, ...]
@@ -123,10 +126,9 @@ class Sized:
 
 
 def abstract(settings: config.Settings) -> Sized:
-    """The networks of a config, each weight a jax.ShapeDtypeStruct of the dtype that it would have.
+    """The networks of a config, each weight a jax.ShapeDtypeStruct of its dtype.
 
-    `assumed` says, a sentence each, where a checkpoint is neither here nor in the table, and what was taken instead. Raises
-    ConfigError or WeightsError for a directory that does not fit.
+    Raises ConfigError, or WeightsError for a directory whose config.json does not fit.
     """
     dtype, assumed = builders.DTYPES[settings.precision], []
     prior = _prior(settings.generator.checkpoint, dtype, assumed)
@@ -135,9 +137,9 @@ def abstract(settings: config.Settings) -> Sized:
 
 
 def at_random(sized: Sized) -> Sized:
-    """The same with weights drawn from a seed: norms at one, all others normal with standard deviation 0.02.
+    """The same with random weights, always the same: norms 1, all others normal with standard deviation 0.02.
 
-    A few million draws serve all, each weight from a place of its own on: billions would take a minute.
+    All weights share DRAWN numbers, each from its own offset: drawing billions would take a minute.
     """
     rng, prior = np.random.default_rng(0), sized.prior
     parts = {name: _drawn(rng, getattr(prior, name)) for name in ("text_encoder", "unet", "vae")}
@@ -149,7 +151,7 @@ def _drawn(rng: np.random.Generator, tree: Any) -> Any:
     drawn = 0.02 * rng.standard_normal(DRAWN, np.float32)
 
     def draw(path: Sequence, x: jax.ShapeDtypeStruct) -> jax.Array:
-        # Names of norms' factors, and the variances of batch norms.
+        # scales of norms, variances of batch norms
         if any(word in str(path) for word in ("scale", "running_var")):
             return jnp.ones(x.shape, x.dtype)
         return jnp.asarray(np.resize(np.roll(drawn, -rng.integers(DRAWN)), x.shape), x.dtype)
@@ -189,10 +191,10 @@ def _judge(spec: config.RefereeSpec, dtype: Any, assumed: list[str]) -> referees
         sizes = _read(family.kind, directory)
         preprocessing = load.read_preprocessing(directory)
     else:
-        taken = spec.checkpoint if spec.checkpoint in family.published else family.published[0]
-        if taken != spec.checkpoint:
-            assumed.append(f"{spec.checkpoint} is not here: sizes are those of {taken}")
-        sizes = PUBLISHED[taken]
+        stand_in = spec.checkpoint if spec.checkpoint in family.published else family.published[0]
+        if stand_in != spec.checkpoint:
+            assumed.append(f"{spec.checkpoint} is not here: sizes are those of {stand_in}")
+        sizes = PUBLISHED[stand_in]
     if family.kind == "blip2":
         sizes = dataclasses.replace(sizes, lm_head="itg" in spec.losses)
     network = load.abstract(family.kind, sizes, dtype=dtype)

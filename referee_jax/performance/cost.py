@@ -1,9 +1,9 @@
-"""What a config costs: operations, bytes and the least time on some chips, from the sizes of its networks alone.
+"""What a config costs: FLOPs, bytes and the least time on some chips, from the sizes of its networks.
 
     print(cost.table(cost.estimate(config.load("configs/paper.py"))))
 
-Operations are counted from the program of an iteration (program.py), what is computed twice to save memory twice; live memory
-is estimated from the same program (memory.py). No weights, no device, no compilation.
+FLOPs are counted in the program of an iteration (flops.py), rematerialised ones included; live memory
+is estimated from the same program (engine/peak_memory.py). No weights, no device, no compilation.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from referee_jax.performance import abstract_networks, flops
 
 
 class Part(NamedTuple):
-    """A piece of an iteration of one image: `fn(networks, prompt, hyper, x, key)`, with `x` float32 of that `shape`."""
+    """Part of an iteration of one image: `fn(networks, prompt, hyper, x, key)`, `x` float32 of `shape`."""
 
     name: str
     fn: Callable[..., Any]
@@ -31,21 +31,24 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a config costs; operations are of one image, bytes are bytes.
+    """What a config costs: FLOPs of one image, and bytes.
 
     Attributes:
-        parts: operations of each part of an iteration; a referee's "forward" is within its "forward + backward".
-        step: of an iteration with all parts; `tail` of one without referees, `look` of a look of the held-out referees.
-        image: of a whole image, with its start and its end.
-        weights: bytes of each network; `fixed` is what an iteration needs besides them whatever the batch, and `live` for each
-            image of a batch.
-        assumed: sentences on sizes that were taken from elsewhere.
+        parts: FLOPs of each part of an iteration; "forward + backward" includes "forward".
+        step: FLOPs of an iteration with all parts.
+        tail: FLOPs of an iteration without referees.
+        evaluation: FLOPs of an evaluation of the held-out referees.
+        image: FLOPs of a whole image, its start and its end included.
+        weights: bytes of each network.
+        fixed: further bytes of an iteration, for any batch.
+        live: further bytes for each image of a batch.
+        assumed: sentences on sizes that were taken from another checkpoint.
     """
 
     parts: dict[str, float]
     step: float
     tail: float
-    look: float
+    evaluation: float
     image: float
     weights: dict[str, int]
     fixed: int
@@ -53,29 +56,33 @@ class Estimate:
     assumed: tuple[str, ...] = ()
 
     def seconds(self, chip: chips.Chip) -> float:
-        """The least that an image takes, if the chip did nothing but multiply."""
+        """The least time of an image: its FLOPs at the chip's peak."""
         return self.image / (chip.rate * 1e12)
 
     def fits(self, chip: chips.Chip) -> int:
-        """Images of a batch on one chip."""
+        """The largest batch on one chip; 0 if the weights alone do not fit."""
         free = capacity.USABLE * chip.bytes - sum(self.weights.values()) - self.fixed
         return max(0, int(free // self.live))
 
 
 class Work(NamedTuple):
-    """Operations of one image, as Estimate has them."""
+    """FLOPs of one image, as in Estimate."""
 
     step: float
     tail: float
-    look: float
+    evaluation: float
     image: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Running:
-    """What an engine's program costs: operations of an `image`, bytes on each device of `weights` and of a batch besides them.
+    """What an engine's program costs.
 
-    `chip` is the kind of device, None where it is not in the table.
+    Attributes:
+        image: FLOPs of a whole image.
+        weights: bytes of the networks on each device.
+        batch: further bytes on each device for a batch.
+        chip: the kind of device, None where it is not in the table.
     """
 
     image: float
@@ -84,7 +91,7 @@ class Running:
     chip: chips.Chip | None
 
     def line(self, images: int) -> str:
-        """For reading, of so many images that are to be made."""
+        """One line for people, for a run of so many `images`."""
         each, total = (_amount(n * self.image, "FLOP") for n in (1, images))
         weights, batch = (_amount(n, "B") for n in (self.weights, self.batch))
         least = (
@@ -94,10 +101,10 @@ class Running:
 
 
 def parts(step: capacity.Step) -> list[Part]:
-    """The pieces of an iteration."""
+    """The parts of an iteration."""
     plan = step.plan
     side = step.settings.image_size
-    found = [
+    pieces = [
         Part("U-Net", _unet, plan.latent),
         Part("decoder", lambda networks, prompt, hyper, z, key: inversion.decode(networks, z, plan), plan.latent),
         Part("decoder + pullback", _decoder(plan), plan.latent),
@@ -105,14 +112,14 @@ def parts(step: capacity.Step) -> list[Part]:
     specs = [spec for spec in step.settings.referees if spec.role == "optimise"]
     for n, (spec, looks, referee) in enumerate(zip(specs, plan.views, step.networks.referees, strict=True)):
         name, size = spec.name if len(specs) == 1 else f"{spec.name} {n}", referee.image_size
-        found += [
+        pieces += [
             Part(f"{name}: views + pullback", _views(looks, size, plan.shared_erase), (side, side, 3)),
             Part(f"{name}: forward", _forward(n, looks), (looks.keep, size, size, 3)),
             Part(f"{name}: forward + backward", _backward(n, looks), (looks.keep, size, size, 3)),
         ]
         if looks.keep < looks.count:
-            found.append(Part(f"{name}: choice of views", _forward(n, looks), (looks.count, size, size, 3)))
-    return found
+            pieces.append(Part(f"{name}: choice of views", _forward(n, looks), (looks.count, size, size, 3)))
+    return pieces
 
 
 def _unet(networks, prompt, hyper, z: Array, key: Array) -> Array:
@@ -130,41 +137,39 @@ def _decoder(plan: inversion.Plan) -> Callable:
 
 
 def _views(looks: Any, size: int, shared_erase: bool) -> Callable:
-    def look(networks, prompt, hyper, image: Array, key: Array) -> Array:
+    def view(networks, prompt, hyper, image: Array, key: Array) -> Array:
         names = looks.augmentations
-        drawn = views.sample(key, hyper.views, names=names, count=looks.keep, size=size, shared_erase=shared_erase)
-        shown, pullback = jax.vjp(
-            lambda image: views.apply(image, drawn, size=size, names=names, dense=looks.dense), image
-        )
-        return pullback(shown)[0]
+        params = views.sample(key, hyper.views, names=names, count=looks.keep, size=size, shared_erase=shared_erase)
+        cutouts, pullback = jax.vjp(lambda image: views.apply(image, params, size=size, names=names, dense=looks.dense), image)
+        return pullback(cutouts)[0]
 
-    return look
+    return view
 
 
 def _forward(n: int, looks: Any) -> Callable:
-    def forward(networks, prompt, hyper, shown: Array, key: Array) -> Array:
-        losses = networks.referees[n].views_losses(shown, prompt.texts[n])
+    def forward(networks, prompt, hyper, cutouts: Array, key: Array) -> Array:
+        losses = networks.referees[n].views_losses(cutouts, prompt.texts[n])
         return hyper.weights[n].total(looks.losses, losses).mean()
 
     return forward
 
 
 def _backward(n: int, looks: Any) -> Callable:
-    return lambda networks, prompt, hyper, shown, key: jax.value_and_grad(
-        lambda shown: _forward(n, looks)(networks, prompt, hyper, shown, key)
-    )(shown)
+    return lambda networks, prompt, hyper, cutouts, key: jax.value_and_grad(
+        lambda cutouts: _forward(n, looks)(networks, prompt, hyper, cutouts, key)
+    )(cutouts)
 
 
 def estimate(settings: config.Settings) -> Estimate:
-    """What a config costs. Raises ConfigError, or WeightsError for a directory whose config.json is not understood."""
+    """What a config costs. Raises ConfigError, or WeightsError for a config.json that does not fit."""
     sized = abstract_networks.abstract(settings)
     step = capacity.make_step(settings, sized.prior, sized.judges)
-    found = {part.name: _asked(step, part.fn, part.shape) for part in parts(step)}
+    counts = {part.name: _flops(step, part.fn, part.shape) for part in parts(step)}
     one, two = (capacity.traced(step, batch) for batch in (1, 2))
     least, most = peak_memory.peak(one), peak_memory.peak(two)
     return Estimate(
-        parts=found,
-        **_work(step, flops.count(one), found["U-Net"])._asdict(),
+        parts=counts,
+        **_work(step, flops.count(one), counts["U-Net"])._asdict(),
         weights=capacity.weights(step),
         fixed=max(0, 2 * least - most),
         live=most - least,
@@ -178,11 +183,11 @@ def step_flops(engine: inverter.Inverter, batch: inverter.Batch) -> float:
 
 
 def running(engine: inverter.Inverter, batch: inverter.Batch) -> Running:
-    """What an inverter's program of a batch costs; what is not of that program is traced besides, nothing is compiled."""
+    """What an inverter costs for a batch; parts outside its program are traced too, nothing is compiled."""
     traced, device = engine.trace(batch).jaxpr.jaxpr, engine.mesh.devices.flat[0]
     prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.prompt)
     step = capacity.Step(engine.settings, engine.networks, engine.text_encoder, prompt, engine.hyper, engine.plan)
-    whole, unet = flops.count(traced) / engine.settings.batch_size, _asked(step, _unet, step.plan.latent)
+    whole, unet = flops.count(traced) / engine.settings.batch_size, _flops(step, _unet, step.plan.latent)
     return Running(
         image=_work(step, whole, unet).image,
         weights=sum(capacity.weights(step).values()),
@@ -192,71 +197,56 @@ def running(engine: inverter.Inverter, batch: inverter.Batch) -> Running:
 
 
 def _work(step: capacity.Step, whole: float, unet: float) -> Work:
-    """What an image takes, where an iteration takes `whole` and the U-Net within `unet`."""
+    """FLOPs of an image, where an iteration takes `whole`, and the U-Net in it `unet`."""
     settings, plan = step.settings, step.plan
-    look = _asked(step, _looked(plan, ("held_out",)), plan.latent) if plan.held_out else 0.0
-    start, end = _ends(step, unet)
-    on = max(0, min(settings.referee.stop, settings.steps) - settings.referee.start) if plan.views else 0
+    judged = _flops(step, _judged(plan), plan.latent)
+    start = settings.init_steps * unet if settings.init == "sample" else 0.0
+    if settings.init_candidates > 1 or plan.held_out:
+        start += judged
+    active = max(0, min(settings.referee.stop, settings.steps) - settings.referee.start) if plan.views else 0
     tail = unet if plan.use_sds else 0.0
-    image = start + on * whole + (settings.steps - on) * tail + settings.steps // plan.evaluate_every * look + end
-    return Work(whole, tail, look, image)
+    evaluation = judged if plan.held_out else 0.0
+    # At the end the result is scored, and where there are held-out referees judged as at the start.
+    image = settings.init_candidates * start + active * whole + (settings.steps - active) * tail
+    image += settings.steps // plan.evaluate_every * evaluation + judged + evaluation
+    return Work(whole, tail, evaluation, image)
 
 
-def _asked(step: capacity.Step, fn: Callable, shape: Sequence[int]) -> float:
-    """Operations of a part's function, of one image."""
+def _flops(step: capacity.Step, fn: Callable, shape: Sequence[int]) -> float:
+    """FLOPs of a part's function, of one image."""
     fn, args = capacity.batched(fn, step, shape, 1)
     return flops.flops(fn, *args)
 
 
-def _looked(plan: inversion.Plan, who: Sequence[str]) -> Callable:
-    """A decoded image judged as it is by `referees` or `held_out` ones."""
-    fields = {"referees": "views", "held_out": "held_out"}
-    kept = plan.replace(**{fields[name]: () for name in fields if name not in who})
+def _judged(plan: inversion.Plan) -> Callable:
+    """Latents decoded, and the clean losses of all referees on the image."""
 
-    def look(networks, prompt, hyper, z: Array, key: Array) -> Array:
-        networks = networks.replace(**{name: () for name in fields if name not in who})
-        prompt = prompt.replace(**{text: () for name, text in _TEXTS.items() if name not in who})
-        hyper = hyper.replace(**{weights: () for name, weights in _WEIGHTS.items() if name not in who})
-        return inversion.clean_losses(networks, prompt, hyper, kept, inversion.decode(networks, z, kept))
+    def judge(networks, prompt, hyper, z: Array, key: Array) -> Array:
+        return inversion.clean_losses(networks, prompt, hyper, plan, inversion.decode(networks, z, plan))
 
-    return look
+    return judge
 
 
-_TEXTS = {"referees": "texts", "held_out": "held_out"}
-_WEIGHTS = {"referees": "weights", "held_out": "held_out"}
-
-
-def _ends(step: capacity.Step, unet: float) -> tuple[float, float]:
-    """Operations of an image's start, the choice among candidates included, and of its last decoding and scoring."""
-    settings, plan = step.settings, step.plan
-    judged = _asked(step, _looked(plan, ("referees", "held_out")), plan.latent)
-    start = settings.init_steps * unet if settings.init == "sample" else 0.0
-    if settings.init_candidates > 1 or plan.held_out:
-        start += judged
-    # All judges score the result; where some are held out, all look at it once more.
-    return settings.init_candidates * start, judged
-
-
-def table(found: Estimate, *, precision: str = "") -> str:
+def table(costs: Estimate, *, precision: str = "") -> str:
     """An estimate as Markdown, which a terminal shows as well."""
-    work = {name: x for name, x in found.parts.items() if x}
-    work |= {"**iteration**": found.step, "iteration without referees": found.tail}
-    work |= {"look of the held-out referees": found.look} if found.look else {}
-    work["**image**"] = found.image
-    kept = found.weights | {"**weights**": sum(found.weights.values()), "program": found.fixed}
-    kept["**each image at once**"] = found.live
-    shown = {
-        f"{chip.name} ({chip.rate:g}, {chip.memory:g})": [f"{found.seconds(chip):.3g}", str(found.fits(chip))]
+    work = {name: x for name, x in costs.parts.items() if x}
+    work |= {"**iteration**": costs.step, "iteration without referees": costs.tail}
+    work |= {"evaluation of the held-out referees": costs.evaluation} if costs.evaluation else {}
+    work["**image**"] = costs.image
+    memory = costs.weights | {"**weights**": sum(costs.weights.values()), "program": costs.fixed}
+    memory["**each image at once**"] = costs.live
+    rows = {
+        f"{chip.name} ({chip.rate:g}, {chip.memory:g})": [f"{costs.seconds(chip):.3g}", str(costs.fits(chip))]
         for chip in chips.CHIPS
     }
     return "\n".join(
         [
-            *(f"({sentence})" for sentence in found.assumed),
+            *(f"({sentence})" for sentence in costs.assumed),
             _scaled("operations", "FLOP", work),
-            "A decoder or a forward pass alone is within the row that goes back as well.\n",
-            _scaled(f"memory, {precision}" if precision else "memory", "B", kept),
+            "Forward-only rows are included in the rows with a backward pass.\n",
+            _scaled(f"memory, {precision}" if precision else "memory", "B", memory),
             "Memory is estimated: of the paper's sizes an H200 and the compiler for v5e take 0.7 to 0.8; a CPU takes more.\n",
-            console.markdown(["chip (bfloat16 TFLOP/s, GB, of TPUs GiB)", "least s/image", "images at once"], shown),
+            console.markdown(["chip (bfloat16 TFLOP/s, GB, of TPUs GiB)", "least s/image", "images at once"], rows),
         ]
     )
 

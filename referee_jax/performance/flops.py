@@ -1,9 +1,10 @@
-"""What a function works, counted from its program: no weights, no device, no compilation.
+"""FLOPs of a function, counted in its jaxpr: no weights, no device, no compilation.
 
-    program.flops(lambda z: vae.decode(z), jax.ShapeDtypeStruct((1, 64, 64, 4), "float32"))
+    flops.flops(lambda z: vae.decode(z), jax.ShapeDtypeStruct((1, 64, 64, 4), "float32"))
 
-Products of matrices and convolutions are counted, a multiplication with its addition as two; the rest of a network is some
-per cent. Weights may be abstract (`nnx.eval_shape`). What a loop repeats counts as often, of a branch the dearer side.
+Counts products of matrices and convolutions, a multiply-add as two; the rest of a network is a few
+per cent. Weights may be abstract (`nnx.eval_shape`). A loop counts as often as it runs, of a branch the
+costlier side.
 """
 
 import math
@@ -17,14 +18,14 @@ from referee_jax.hardware import chips
 
 
 def flops(fn: Callable, *args: Any) -> float:
-    """Floating-point operations of `fn(*args)`; arguments are arrays or jax.ShapeDtypeStructs, in any pytrees."""
+    """FLOPs of `fn(*args)`; arguments are pytrees of arrays or jax.ShapeDtypeStructs."""
     return count(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 def count(jaxpr: core.Jaxpr) -> float:
-    """Floating-point operations of a program; of one that is spread over devices, those of each.
+    """FLOPs of a jaxpr; of one that runs on several devices, those of each.
 
-    Raises ValueError for a loop whose trips the program does not say.
+    Raises ValueError for a loop without a fixed number of trips.
     """
     return sum(map(_equation, jaxpr.eqns))
 
@@ -46,13 +47,13 @@ def _equation(eqn: core.JaxprEqn) -> float:
 
 
 def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
-    """The programs within an equation: of a call, a loop, the sides of a branch."""
+    """The jaxprs within an equation: of a call, a loop, the sides of a branch."""
     for value in params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(one, core.ClosedJaxpr):
-                yield one.jaxpr
-            elif isinstance(one, core.Jaxpr):
-                yield one
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
 
 
 def _dot(eqn: core.JaxprEqn) -> float:
@@ -65,14 +66,14 @@ _ATTENTION = {chips.CUDNN_FORWARD: 2, chips.CUDNN_BACKWARD: 5}
 
 
 def _attention(eqn: core.JaxprEqn) -> float:
-    """Of queries `[B, T, N, D]` and keys `[B, S, N, D]`."""
+    """Attention of queries `[B, T, N, D]` and keys `[B, S, N, D]`."""
     query, key = (var.aval.shape for var in eqn.invars[:2])
     return 2.0 * _ATTENTION[eqn.primitive.name] * math.prod(query) * key[-3]
 
 
 def _convolution(eqn: core.JaxprEqn) -> float:
-    """Zeros that dilate the input, as those of a gradient through a stride, are not worked on."""
+    """Zeros that dilate the input, as in a gradient through a stride, do not count."""
     kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
     spec = eqn.params["dimension_numbers"].rhs_spec  # (out channels, in channels of a group, places ...)
-    each = math.prod(kernel[axis] for axis in spec[1:]) / math.prod(eqn.params["lhs_dilation"])
-    return 2.0 * math.prod(out) * each
+    taps = math.prod(kernel[axis] for axis in spec[1:]) / math.prod(eqn.params["lhs_dilation"])
+    return 2.0 * math.prod(out) * taps

@@ -105,7 +105,7 @@ def test_the_paper(paper):
     again = 10 * (0.521 - blocks)
     assert tera["blip2: forward + backward"] == pytest.approx(10 * (0.521 + 0.535) + 0.77 + again, rel=0.02)
     assert paper.step / 1e12 == pytest.approx(18.0 + again, rel=0.02)
-    assert paper.tail == paper.parts["U-Net"] and paper.look == 0
+    assert paper.tail == paper.parts["U-Net"] and paper.evaluation == 0
     assert paper.image == pytest.approx(150 * paper.step + 10 * paper.tail + 2.514e12, rel=0.01)
     assert paper.seconds(chips.CHIPS[0]) == pytest.approx(paper.image / 790e12)
 
@@ -163,9 +163,9 @@ def test_an_iteration_is_its_parts(checkpoints, tiny):
 
 
 def test_an_image_is_its_iterations_start_and_end(checkpoints, tiny):
-    """Four iterations with referees, three without, two looks; all candidates are sampled and judged."""
-    judged = tiny.look + tiny.parts["clip: forward"] / 2  # by both, of one view
-    body = 4 * tiny.step + 3 * tiny.tail + 2 * tiny.look
+    """Four iterations with referees, three without, two evaluations; all candidates are sampled and judged."""
+    judged = tiny.evaluation + tiny.parts["clip: forward"] / 2  # by both, of one view
+    body = 4 * tiny.step + 3 * tiny.tail + 2 * tiny.evaluation
     assert tiny.image == pytest.approx(body + 2 * judged, rel=1e-3)  # at the start and at the end
     chosen = cost.estimate(dataclasses.replace(small(checkpoints), init="sample", init_steps=5, init_candidates=4))
     start = 4 * (5 * tiny.parts["U-Net"] + judged)
@@ -173,7 +173,7 @@ def test_an_image_is_its_iterations_start_and_end(checkpoints, tiny):
 
 
 def test_a_run_the_doctor_and_the_estimate_tell_one_number(checkpoints):
-    """With all that is easily forgotten: the start and its candidates, looks, iterations without referees, the end."""
+    """With all that is easily forgotten: the start and its candidates, evaluations, iterations without referees, the end."""
     settings = dataclasses.replace(small(checkpoints), init="sample", init_steps=5, init_candidates=3, remat="full")
     estimated = cost.estimate(settings)
     engine = inverter.Inverter.from_config(settings, jax.devices()[:2])
