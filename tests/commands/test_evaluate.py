@@ -12,7 +12,7 @@ import transformers
 from absl import flags
 
 from referee_jax import evaluate
-from referee_jax.benchmarks import layouts, measures, noun_phrases
+from referee_jax.benchmarks import evaluation, layouts, measures, noun_phrases
 from referee_jax.cli import tell
 from referee_jax.shapes import world
 from referee_jax.storage import files
@@ -300,7 +300,7 @@ def test_a_prompt_that_needs_spacy_is_refused_before_any_work(run, tmp_path, mon
 
 
 def test_lists_and_category(run, warned):
-    entries = evaluate.read(run)
+    entries = evaluation.read(run)
     lists = written(
         run / "lists",
         color_val=PROMPTS[:2],
@@ -308,14 +308,14 @@ def test_lists_and_category(run, warned):
         shape_val=PROMPTS[1:],
         shape_val_unseen=PROMPTS[1:],
     )
-    parts = lambda category: evaluate.parts("t2i_compbench", entries, lists, category)
+    parts = lambda category: evaluation.parts("t2i_compbench", entries, lists, category)
     seen, unseen = ["color", "color, seen"], ["shape", "shape, unseen"]
     assert parts(None) == {PROMPTS[0]: seen, PROMPTS[1]: ["color", *unseen], PROMPTS[2]: unseen}
     with pytest.raises(ValueError, match=f"1 prompts are not in the list of shape of .*, '{PROMPTS[0]}' for one"):
         parts("shape")
     entries = entries[2:]
     assert parts("shape") == {PROMPTS[1]: unseen, PROMPTS[2]: unseen}
-    assert evaluate.parts("t2i_compbench", entries, None, "shape") == {text: ["shape"] for text in PROMPTS[1:]}
+    assert evaluation.parts("t2i_compbench", entries, None, "shape") == {text: ["shape"] for text in PROMPTS[1:]}
     with pytest.raises(ValueError, match="nothing to measure by"):
         command(run, benchmark="t2i_compbench", category="complex", vqa="", clip="")
     assert warned == ["there is no 3_in_1 by --category=complex alone: --lists says of what kind a complex prompt is"]
