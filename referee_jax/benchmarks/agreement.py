@@ -1,4 +1,4 @@
-"""How far scores of pictures agree with the ground truth, and by which pictures they are fooled."""
+"""Agreement of scores with the ground truth, and the wrong pictures with the highest scores."""
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -11,12 +11,15 @@ from referee_jax.benchmarks import statistics
 
 
 class Agreement(NamedTuple):
-    """Of one score, over pictures some of which are right.
+    """How well one score tells right pictures from wrong ones.
 
     Attributes:
-        rank_correlation: Spearman's, between the score and whether the picture is right, with its 95 % interval.
-        auroc: the share of pairs of a right and a wrong picture that the score puts in that order; ties count half.
-        same_prompt: the same of pairs made for one prompt, where there are some, which is what a choice among samples asks.
+        rank_correlation: Spearman's, of the score with whether the picture is right.
+        low: lower end of its 95 % interval.
+        high: upper end of its 95 % interval.
+        auroc: area under the ROC curve; ties count half.
+        same_prompt: AUROC within prompts, as in a choice among samples of one prompt.
+        pictures: how many were scored.
     """
 
     rank_correlation: float
@@ -28,28 +31,28 @@ class Agreement(NamedTuple):
 
 
 def measure(prompts: Sequence[Hashable], scores: Sequence[float], right: Sequence[bool]) -> Agreement:
-    """The agreement of `scores` (higher is better) with `right`, `[picture]` each; the interval is a bootstrap over prompts.
+    """The agreement of `scores` (higher is better) with `right`, `[picture]` each.
 
-    Not a number where all pictures are right, or none is.
+    The interval is a bootstrap over prompts. All numbers are NaN where all pictures are right, or none is.
     """
     scores, right = np.asarray(scores, float), np.asarray(right, bool)
     rows: dict[Hashable, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)
-    own = [np.array(x) for x in rows.values()]
-    drawn = []
-    for numbers in statistics.resamples(len(own)):
-        picked = np.concatenate([own[i] for i in numbers])
-        drawn.append(_correlation(scores[picked], right[picked]))
-    low, high = np.nanpercentile(drawn, [2.5, 97.5]) if np.isfinite(drawn).any() else (np.nan, np.nan)
-    within = np.array([_pairs(scores[x], right[x]) for x in own]).sum(0)
-    first = _pairs(scores, right)
-    share = lambda won, of: float(won / of) if of else np.nan
-    return Agreement(_correlation(scores, right), float(low), float(high), share(*first), share(*within), len(scores))
+    groups = [np.array(x) for x in rows.values()]
+    correlations = []
+    for numbers in statistics.resamples(len(groups)):
+        sample = np.concatenate([groups[i] for i in numbers])
+        correlations.append(_correlation(scores[sample], right[sample]))
+    low, high = np.nanpercentile(correlations, [2.5, 97.5]) if np.isfinite(correlations).any() else (np.nan, np.nan)
+    within = np.array([_pairs(scores[x], right[x]) for x in groups]).sum(0)
+    overall = _pairs(scores, right)
+    ratio = lambda wins, pairs: float(wins / pairs) if pairs else np.nan
+    return Agreement(_correlation(scores, right), float(low), float(high), ratio(*overall), ratio(*within), len(scores))
 
 
 def fooled(scores: Sequence[float], right: Sequence[bool], count: int) -> list[int]:
-    """The numbers of the `count` wrong pictures with the highest scores, the highest first."""
+    """Indices of the `count` wrong pictures with the highest scores, highest first."""
     return sorted(np.flatnonzero(~np.asarray(right, bool)).tolist(), key=lambda row: -scores[row])[:count]
 
 
@@ -57,24 +60,24 @@ def _correlation(scores: np.ndarray, right: np.ndarray) -> float:
     if right.all() or not right.any() or np.ptp(scores) == 0:
         return np.nan
     ranks = scipy.stats.rankdata(scores)
-    return float(np.corrcoef(ranks, right)[0, 1])  # ranks of what is 0 or 1 are a line of it
+    return float(np.corrcoef(ranks, right)[0, 1])  # ranks of zeros and ones are a linear function of them
 
 
 def _pairs(scores: np.ndarray, right: np.ndarray) -> tuple[float, int]:
-    """Pairs of a right and a wrong picture in their order, and all such pairs."""
+    """Pairs of a right and a wrong picture in the right order, ties half; and all such pairs."""
     wins = (scores[right][:, None] > scores[~right]) + 0.5 * (scores[right][:, None] == scores[~right])
     return float(wins.sum()), wins.size
 
 
-def table(found: dict[str, Agreement]) -> str:
-    """A row for each score, as Markdown."""
+def table(agreements: dict[str, Agreement]) -> str:
+    """A row per score, as Markdown."""
     cell = lambda x: "-" if np.isnan(x) else f"{x:.3f}"
     rows = {
         name: [
             f"{cell(x.rank_correlation)} ({cell(x.low)}..{cell(x.high)})",
             cell(x.auroc), cell(x.same_prompt), x.pictures,
         ]
-        for name, x in found.items()
+        for name, x in agreements.items()
     }  # fmt: skip
-    columns = ["score", "rank correlation with right", "right before wrong", "of one prompt", "images"]
+    columns = ["score", "rank correlation with right", "AUROC", "AUROC of one prompt", "images"]
     return console.markdown(columns, rows)

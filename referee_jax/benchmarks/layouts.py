@@ -1,11 +1,11 @@
-"""Folders of images as external benchmarks want them, and the result files that their official scorers leave: both ways.
+"""Reads and writes folders of images as external benchmarks want them, and reads their scorers' result files.
 
     T2I-CompBench   samples/<prompt>_<6-digit running number>.png; several scorers, each with its vqa_result.json
     GenEval         <5-digit place of the prompt>/metadata.jsonl and .../samples/<5-digit sample>.png; one results.jsonl
 
-A scorer has nothing but these names to know prompts and order from, so a name that it would misread is refused. Layouts and
-results as in Karine-Huang/T2I-CompBench (GORS_finetune/inference_eval.py and the *_eval folders) and djghosh13/geneval
-(generation/diffusers_generate.py, evaluation/evaluate_images.py).
+Scorers know prompts and order from these names alone, so names that they would misread are refused. Layouts and
+results as in Karine-Huang/T2I-CompBench (GORS_finetune/inference_eval.py and the *_eval folders) and
+djghosh13/geneval (generation/diffusers_generate.py, evaluation/evaluate_images.py).
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from referee_jax.storage import images as images_lib
 LONGEST_NAME = 255  # bytes, of the usual file systems
 SHOWN = 5  # names in an error
 
-# Measure, where its vqa_result.json lies, and what a question_id is: the number in the file name, or the place among all
-# images in the order of these numbers. They differ where numbers are left out.
+# Measure, the folder of its vqa_result.json, and what a question_id is: the number in the file name,
+# or the place among all images in the order of these numbers. They differ if numbers are missing.
 RESULTS = (
     ("blip_vqa", "annotation_blip", "place"),
     ("clip", "annotation_clip", "place"),
@@ -39,7 +39,7 @@ RESULTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One image: sample number `sample` (0, 1, ...) of a prompt. The file may be in a shard (shards.py)."""
+    """One image: sample number `sample` (0, 1, ...) of a prompt. The file may be in a shard (storage/shards.py)."""
 
     file: Path
     prompt: str
@@ -47,9 +47,9 @@ class Entry:
 
 
 def read_run(directory: str | os.PathLike) -> list[Entry]:
-    """The images of a run directory (outputs.py) that are there, in the journal's order and whatever their status.
+    """The images of a run directory (storage/run_directory.py) in the journal's order, whatever their status.
 
-    RunError, a ValueError, if it is no run directory.
+    Raises RunError, a ValueError, if it is no run directory.
     """
     path = Path(directory)
     if not (path / "config.json").is_file():
@@ -66,12 +66,12 @@ def read_run(directory: str | os.PathLike) -> list[Entry]:
 
 
 def t2i_compbench_name(prompt: str, number: int) -> str:
-    """The file name of an image; ValueError for a prompt that its scorers, or a file system, could not get back from it."""
+    """The file name of an image. Raises ValueError for a prompt that cannot be read back from it."""
     name = f"{prompt}_{number:06d}.png"
     reason = None
     # The numeracy scorer looks for the number before the first ".png", the others anywhere after the first "_".
-    if held := [x for x in ("_", "/", "\0", ".png") if x in prompt]:
-        reason = f"it holds {held[0]!r}"
+    if forbidden := [x for x in ("_", "/", "\0", ".png") if x in prompt]:
+        reason = f"it holds {forbidden[0]!r}"
     elif any("\ud800" <= x <= "\udfff" for x in prompt):
         reason = "it holds half a character"
     elif (size := len(name.encode())) > LONGEST_NAME:
@@ -84,9 +84,9 @@ def t2i_compbench_name(prompt: str, number: int) -> str:
 
 
 def parse_t2i_compbench_name(name: str) -> tuple[str, int]:
-    """Prompt and running number of a file name, split as the scorers split it; ValueError where they would stumble.
+    """Prompt and running number of a file name, split as the scorers do. Raises ValueError for other names.
 
-    Of a name with several "_", the prompt is what is before the first one, the number what is after the last.
+    The prompt ends at the first "_", the number begins after the last.
     """
     prompt, _, rest = name.partition("_")
     number = rest.rpartition("_")[2].partition(".")[0]
@@ -102,17 +102,18 @@ def export_t2i_compbench(
     prompts: Sequence[str] | None = None,
     per_prompt: int | None = 10,
 ) -> int:
-    """Copies images to `out`/samples under names for the scorers; returns how many there are. What is there stays.
+    """Copies images to `out`/samples under names for the scorers; returns their number. Existing files stay.
 
-    Numbers run through prompt by prompt, sample by sample, so number = prompt's place * per_prompt + sample. Prompts are in
-    the order of `prompts`, or of their first image. The 3-in-1 scorer has no other sign of the prompt than the number: give
-    it the lines of complex_val.txt as `prompts`, since runs of several processes have images in any order.
+    The number of an image is its prompt's place * per_prompt + sample. Prompts are in the order of
+    `prompts`, or of their first image. The 3-in-1 scorer knows a prompt by this number alone, and runs
+    of several processes have images in any order: give it the lines of complex_val.txt as `prompts`.
 
-    Raises ValueError, and nothing is written, where a prompt has not just the samples 0 to `per_prompt` - 1 (None: any), is
-    none of `prompts` or cannot be in a name, or where `out` holds other images; OSError as from the system.
+    Raises ValueError and writes nothing if a prompt does not have exactly the samples 0 to
+    `per_prompt` - 1 (None: any), is none of `prompts` or cannot be in a name, or if `out` holds other
+    images; OSError as from the system.
     """
     groups = _by_prompt(entries, prompts, per_prompt)
-    ordered = [entry for own in groups.values() for entry in own]
+    ordered = [entry for group in groups.values() for entry in group]
     plan = {f"samples/{t2i_compbench_name(entry.prompt, n)}": entry.file for n, entry in enumerate(ordered)}
     samples = Path(out) / "samples"
     _write(Path(out), plan, [f"samples/{name}" for name in os.listdir(samples)] if samples.exists() else [])
@@ -120,46 +121,46 @@ def export_t2i_compbench(
 
 
 def read_t2i_compbench(directory: str | os.PathLike) -> list[Entry]:
-    """The images below `directory`/samples in the order of their numbers; a prompt's samples are counted in this order.
+    """The images below `directory`/samples in the order of their numbers, in which samples are counted.
 
-    ValueError if there is no such folder, or something in it that the scorers would not get over.
+    Raises ValueError if there is no such folder, or a file in it on which the scorers would fail.
     """
-    entries, seen = [], Counter()
+    entries, counts = [], Counter()
     for _, prompt, file in _numbered(Path(directory)):
-        entries.append(Entry(file, prompt, seen[prompt]))
-        seen[prompt] += 1
+        entries.append(Entry(file, prompt, counts[prompt]))
+        counts[prompt] += 1
     return entries
 
 
 def import_t2i_compbench(directory: str | os.PathLike) -> dict[str, dict[str, float]]:
     """The scores that the official scorers left in an exported folder: measure (of `RESULTS`) -> file name -> score.
 
-    BLIP-VQA and the UniDet measures are in [0, 1], clip is a cosine, for the complex set of the words without adjectives.
-    Measures without a result file are left out.
-    Raises ValueError for a file that is damaged, or is not about just the images that are there.
+    BLIP-VQA and the UniDet measures are in [0, 1]; clip is a cosine, in the complex set of the words without
+    adjectives. Measures without a result file are left out. Raises ValueError for a damaged file, or one
+    that is not about exactly these images.
     """
-    path, found = Path(directory), {}
+    path, results = Path(directory), {}
     images = [(number, file.name) for number, _, file in _numbered(path)]
-    for measure, folder, said in RESULTS:
+    for measure, folder, kind in RESULTS:
         file = path / folder / "vqa_result.json"
         if not file.exists():
             continue
-        if measure in found:
+        if measure in results:
             raise ValueError(f"{file} is a second result of {measure}; remove the older one")
-        names = {number if said == "number" else place: name for place, (number, name) in enumerate(images)}
+        names = {number if kind == "number" else place: name for place, (number, name) in enumerate(images)}
         scores = _read_answers(file)
         if scores.keys() != names.keys():
             differing = sorted(scores.keys() ^ names.keys())
             raise ValueError(
                 f"{file} does not belong to these images: {len(scores)} scores for {len(names)} images;"
-                f" on one side only: {said} {_list(differing)}"
+                f" on one side only: {kind} {_list(differing)}"
             )
-        found[measure] = {name: scores[question] for question, name in names.items()}
-    return found
+        results[measure] = {name: scores[question] for question, name in names.items()}
+    return results
 
 
 def _numbered(directory: Path) -> list[tuple[int, str, Path]]:
-    """Number, prompt and file of all that is in samples/, by number."""
+    """Number, prompt and file of everything in samples/, by number."""
     samples = directory / "samples"
     if not samples.is_dir():
         raise ValueError(f"{directory} is no folder of T2I-CompBench: it has no folder samples")
@@ -167,7 +168,7 @@ def _numbered(directory: Path) -> list[tuple[int, str, Path]]:
     for name in os.listdir(samples):
         prompt, number = parse_t2i_compbench_name(name)
         images.append((number, prompt, samples / name))
-    # Which of two would come first is for the file system to say, so nobody knows whose score is whose.
+    # The file system decides which of two comes first, so their scores could not be told apart.
     if twice := [number for number, times in Counter(number for number, _, _ in images).items() if times > 1]:
         raise ValueError(f"{samples}: several images have the same number: {_list(sorted(twice))}")
     return sorted(images)
@@ -181,8 +182,8 @@ def _read_answers(file: Path) -> dict[int, float]:
     scores: dict[int, float] = {}
     for answer in answers:
         match answer:
-            case {"question_id": int(question), "answer": int() | float() | str() as said} if _is_number(said):
-                score = float(said)
+            case {"question_id": int(question), "answer": int() | float() | str() as value} if _is_number(value):
+                score = float(value)
             case _:
                 raise ValueError(f"{file} is damaged: {str(answer)[:80]} is no answer")
         if question in scores:
@@ -191,9 +192,9 @@ def _read_answers(file: Path) -> dict[int, float]:
     return scores
 
 
-def _is_number(said: int | float | str) -> bool:
+def _is_number(value: int | float | str) -> bool:
     try:
-        return not isinstance(said, bool) and math.isfinite(float(said))
+        return not isinstance(value, bool) and math.isfinite(float(value))
     except (ValueError, OverflowError):
         return False
 
@@ -204,28 +205,29 @@ def _is_number(said: int | float | str) -> bool:
 def export_geneval(
     entries: Sequence[Entry], out: str | os.PathLike, metadata_file: str | os.PathLike, *, per_prompt: int | None = 4
 ) -> int:
-    """Copies images to `out`, a folder for each line of GenEval's evaluation_metadata.jsonl; returns how many there are.
+    """Copies images to `out`, a folder for each line of evaluation_metadata.jsonl; returns their number.
 
-    What is there stays. A prompt that several lines name goes to each of their folders. Lines without images are left out
-    if `per_prompt` is None.
+    Existing files stay. A prompt of several lines goes to each of their folders. Lines without images
+    are left out if `per_prompt` is None.
 
-    Raises ValueError, and nothing is written, where the file is damaged or does not name a prompt, where a prompt of it has
-    not just the samples 0 to `per_prompt` - 1 (None: any), or where `out` holds other images; OSError as from the system.
+    Raises ValueError and writes nothing if the file is damaged or lacks a prompt, if one of its prompts does
+    not have exactly the samples 0 to `per_prompt` - 1 (None: any), or if `out` holds other images; OSError
+    as from the system.
     """
     lines = _read_metadata(Path(metadata_file))
     groups = _by_prompt(entries, [prompt for prompt, _ in lines], per_prompt)
     plan: dict[str, Path | bytes] = {}
     for place, (prompt, line) in enumerate(lines):
-        if own := groups[prompt]:
+        if group := groups[prompt]:
             plan[f"{place:05d}/metadata.jsonl"] = line + b"\n"
-            plan |= {f"{place:05d}/samples/{entry.sample:05d}.png": entry.file for entry in own}
-    there = [file for folder in _places(Path(out)) for file in (folder / "metadata.jsonl", *folder.glob("samples/*"))]
-    _write(Path(out), plan, [file.relative_to(out).as_posix() for file in there if file.exists()])
+            plan |= {f"{place:05d}/samples/{entry.sample:05d}.png": entry.file for entry in group}
+    present = [file for folder in _places(Path(out)) for file in (folder / "metadata.jsonl", *folder.glob("samples/*"))]
+    _write(Path(out), plan, [file.relative_to(out).as_posix() for file in present if file.exists()])
     return sum(not isinstance(source, bytes) for source in plan.values())
 
 
 def read_geneval(directory: str | os.PathLike) -> list[Entry]:
-    """The images of a folder of GenEval, by prompt's place and sample; ValueError if it is none, or damaged."""
+    """The images of a folder of GenEval, by place of the prompt and sample. Raises ValueError for any other folder."""
     entries = []
     for folder in _places(Path(directory)):
         file = folder / "metadata.jsonl"
@@ -243,26 +245,26 @@ def read_geneval(directory: str | os.PathLike) -> list[Entry]:
 def import_geneval(results: str | os.PathLike) -> dict[str, dict[str, float]]:
     """GenEval's results.jsonl: tag (the category) -> file -> 1 where it is correct, else 0.
 
-    Files are named from the exported folder on, as in 00000/samples/00000.png. GenEval's overall score is the mean of the
-    tags' means. ValueError where the file is damaged.
+    Files are relative to the exported folder, as in 00000/samples/00000.png. GenEval's overall score is
+    the mean of the tags' means. Raises ValueError for a damaged file.
     """
-    path, found, seen = Path(results), {}, set()
+    path, by_tag, names = Path(results), {}, set()
     for number, line in enumerate(_lines(path), 1):
         match _json(line, f"line {number} of {path}"):
-            case {"filename": str(said), "tag": str(tag), "correct": bool(correct)}:
-                # The path is of the machine where the scorer ran; this class takes either kind of slash.
-                name = "/".join(PureWindowsPath(said).parts[-3:])
+            case {"filename": str(file_name), "tag": str(tag), "correct": bool(correct)}:
+                # The path is of the machine where the scorer ran; this class splits at either kind of slash.
+                name = "/".join(PureWindowsPath(file_name).parts[-3:])
             case _:
                 name = ""
         if not re.fullmatch(r"[0-9]+/samples/[0-9]+\.png", name):
             raise ValueError(f"line {number} of {path} is no result of GenEval: {line[:80].decode(errors='replace')}")
-        if name in seen:
+        if name in names:
             raise ValueError(f"line {number} of {path}: {name} has a result already")
-        seen.add(name)
-        found.setdefault(tag, {})[name] = float(correct)
-    if not found:
+        names.add(name)
+        by_tag.setdefault(tag, {})[name] = float(correct)
+    if not by_tag:
         raise ValueError(f"{path} has no results")
-    return found
+    return by_tag
 
 
 def _places(directory: Path) -> list[Path]:
@@ -296,26 +298,26 @@ def _by_prompt(
     if prompts is not None and (unknown := list(groups)[len(set(prompts)) :]):
         raise ValueError(f"there are images of prompts that the benchmark does not have: {_list(unknown)}")
     wrong = []
-    for prompt, own in groups.items():
-        own.sort(key=lambda entry: entry.sample)
-        samples = [entry.sample for entry in own]
+    for prompt, group in groups.items():
+        group.sort(key=lambda entry: entry.sample)
+        samples = [entry.sample for entry in group]
         if samples != (sorted(set(samples)) if per_prompt is None else list(range(per_prompt))):
             wrong.append(prompt)
     if wrong:
-        wanted = "each sample once" if per_prompt is None else f"samples 0 to {per_prompt - 1}, each once"
-        raise ValueError(f"{len(wrong)} of {len(groups)} prompts do not have {wanted}: {_list(wrong)}")
+        rule = "each sample once" if per_prompt is None else f"samples 0 to {per_prompt - 1}, each once"
+        raise ValueError(f"{len(wrong)} of {len(groups)} prompts do not have {rule}: {_list(wrong)}")
     return groups
 
 
-def _write(out: Path, plan: Mapping[str, Path | bytes], there: Sequence[str]) -> None:
-    """Makes the files of `plan` (name -> the file to copy, or its content); `there` are those that a scorer sees now."""
-    if other := [name for name in there if name not in plan or (out / name).read_bytes() != _content(plan[name])]:
+def _write(out: Path, plan: Mapping[str, Path | bytes], present: Sequence[str]) -> None:
+    """Writes the files of `plan` (name -> file to copy, or content); `present` are those that a scorer sees now."""
+    if other := [name for name in present if name not in plan or (out / name).read_bytes() != _content(plan[name])]:
         raise ValueError(f"{out} holds other files already, choose another folder: {_list(other)}")
     out.mkdir(parents=True, exist_ok=True)
     staged = out / ".copy"
-    for name in sorted(plan.keys() - set(there)):
+    for name in sorted(plan.keys() - set(present)):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        # Not beside its end: there a scorer takes all files for images, and a long name leaves no room for a longer one.
+        # Not in the same folder: a scorer takes all its files for images, and long names cannot get longer.
         files.write_atomic(staged, _content(plan[name]))
         os.replace(staged, out / name)
 
@@ -332,11 +334,11 @@ def _json(data: bytes, where: str) -> Any:
 
 
 def _lines(file: Path) -> list[bytes]:
-    """Without the empty one after the last line end."""
+    """The lines of a file, without an empty last one."""
     lines = [line.removesuffix(b"\r") for line in file.read_bytes().split(b"\n")]
     return lines if lines[-1] else lines[:-1]
 
 
 def _list(names: Sequence[object]) -> str:
-    shown = ", ".join(map(repr, names[:SHOWN]))
-    return f"{shown} and {len(names) - SHOWN} more" if len(names) > SHOWN else shown
+    text = ", ".join(map(repr, names[:SHOWN]))
+    return f"{text} and {len(names) - SHOWN} more" if len(names) > SHOWN else text

@@ -1,7 +1,7 @@
-"""What an image of a prompt is measured by: a `Measure` is a name, the settings that its numbers depend on, and a function.
+"""Measures of images: a `Measure` is a name, the settings that its numbers depend on, and a function.
 
-`collect` runs one over many images, resumably: each image's scores are one line of a file, and what has a line is not
-measured again.
+`collect` runs one over many images. It can be interrupted: each image's scores are one line of a file,
+and images with a line are not measured again.
 """
 
 import dataclasses
@@ -31,8 +31,9 @@ class Measure:
     """One measure.
 
     Attributes:
+        name: of its file of scores.
         settings: all that its numbers depend on besides image and prompt.
-        build: loads what it needs; gives how many images it takes at once, and the function of images and their prompts.
+        build: loads networks; returns the batch size and the function of images and their prompts.
     """
 
     name: str
@@ -41,13 +42,13 @@ class Measure:
 
     @property
     def file_name(self) -> str:
-        """Of its scores; other settings have another."""
-        said = json.dumps(self.settings, sort_keys=True)
-        return f"{self.name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}.jsonl"
+        """The file of its scores, with a hash of its settings."""
+        settings = json.dumps(self.settings, sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.jsonl"
 
 
 def ground_truth() -> Measure:
-    """`right` (0 or 1) and `quality` in dB of pictures of the shapes world, by its detector."""
+    """The shapes world's detector: `right` (0 or 1) and `quality` in dB."""
 
     def score(images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> list[Scores]:
         pixels = [np.asarray(image, np.float32) / 255 for image in images]
@@ -58,13 +59,13 @@ def ground_truth() -> Measure:
 
 
 def by_referees(checkpoints: Sequence[str], *, batch_size: int = 16) -> list[Measure]:
-    """All scores that referees give the whole prompt, named after the referee, or the checkpoint if several are of a kind."""
-    kinds, made = [referees.name_of(checkpoint) for checkpoint in checkpoints], []
+    """All scores of referees for the whole prompt, named by referee, or by checkpoint if several are of a kind."""
+    kinds, result = [referees.name_of(checkpoint) for checkpoint in checkpoints], []
     for kind, checkpoint in zip(kinds, checkpoints, strict=True):
         label = kind if kinds.count(kind) == 1 else checkpoint
         build = functools.partial(_prompted, checkpoint, kind, str, batch_size, functools.partial(_labelled, label))
-        made.append(Measure(kind, {"checkpoint": checkpoint, "label": label}, build))
-    return made
+        result.append(Measure(kind, {"checkpoint": checkpoint, "label": label}, build))
+    return result
 
 
 def _labelled(label: str, scores: Scores) -> Scores:
@@ -119,21 +120,21 @@ def _judge(checkpoint: str, name: str) -> referees.Judge:
 
 
 def _prompted(
-    checkpoint: str, name: str, read: Callable[[str], str], batch_size: int, kept: Callable[[Scores], Scores]
+    checkpoint: str, name: str, read: Callable[[str], str], batch_size: int, select: Callable[[Scores], Scores]
 ):
-    """A measure's function that asks a referee for one text made of the prompt."""
+    """What `Measure.build` returns, for a referee that scores one text made of the prompt by `read`."""
     scorer = scorer_lib.Scorer(_judge(checkpoint, name), batch_size=batch_size)
 
     def score(images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> list[Scores]:
-        return [kept(own[0]) for own in scorer(images, [(read(prompt),) for prompt in prompts])]
+        return [select(scores) for (scores,) in scorer(images, [(read(prompt),) for prompt in prompts])]
 
     return scorer.batch_size, score
 
 
 def collect(measure: Measure, entries: Sequence[layouts.Entry], out: Path) -> dict[str, Scores]:
-    """The scores of every entry, by the path of its file; `out` is the directory of the files of scores.
+    """The scores of each entry, by the path of its file; `out` is the directory of the files of scores.
 
-    An image that was changed since is measured again.
+    An image that has changed since is measured again.
     """
     file = out / measure.file_name
     files.mend(file)
@@ -144,11 +145,11 @@ def collect(measure: Measure, entries: Sequence[layouts.Entry], out: Path) -> di
         size, score = measure.build()
         with tqdm.tqdm(total=len(todo), desc=measure.name, unit="image", dynamic_ncols=True) as bar:
             for start in range(0, len(todo), size):
-                share = todo[start : start + size]
-                images = [images_lib.read_image(entry.file) for entry in share]
-                for entry, scores in zip(share, score(images, [entry.prompt for entry in share]), strict=True):
+                batch = todo[start : start + size]
+                images = [images_lib.read_image(entry.file) for entry in batch]
+                for entry, scores in zip(batch, score(images, [entry.prompt for entry in batch]), strict=True):
                     path, modified = stamps[entry]
                     known[path, modified] = scores
                     files.append(file, {"file": path, "modified": modified, "prompt": entry.prompt, "scores": scores})
-                bar.update(len(share))
+                bar.update(len(batch))
     return {str(entry.file): known[stamps[entry]] for entry in entries}

@@ -1,14 +1,15 @@
-"""The method against its parts, judged by ground truth in the shapes world.
+"""The method beside its parts, scored by ground truth in the shapes world.
 
     python -m referee_jax.benchmarks.methods --config=configs/shapes.py --samples=2 --out=runs/methods
     python -m referee_jax.benchmarks.methods --config=configs/shapes.py --samples=2 --out=runs/categories --category=all \
         --rows="DDIM sampling" --rows="referee + SDS"
 
-Rows: score distillation alone (from noise, guidance 7.5), plain DDIM sampling of the prior (guidance 7.5, 50 steps), the
-samples that the config begins with (the referees' favourites, if it has several candidates), the config begun from one sample
-without a choice, and the config as it is; over the fixed prompts of a category (two-object colour prompts, unless others are
-asked for), seen and unseen. Prints a Markdown table with 95 % intervals (bootstrap over prompts) and writes table.md, table.csv,
-figure.png (with the extra `[eval]`), the images, and one JSON line per image, from which an interrupted run continues.
+Rows: score distillation alone (from noise, guidance 7.5); DDIM sampling of the prior (guidance 7.5, 50 steps); the
+samples that the config begins with (the referees' choice, if it has several candidates); the config from
+one sample without a choice; the config itself. Prompts are the fixed ones of a category (by default
+two-object colour prompts), seen and unseen. Prints a Markdown table with 95 % intervals (bootstrap over
+prompts) and writes table.md, table.csv, figure.png (with the extra `[eval]`), the images, and one JSON
+line per image, with which an interrupted run continues.
 """
 
 import dataclasses
@@ -27,12 +28,12 @@ from referee_jax.storage import files, images
 
 GUIDANCE = 7.5
 
-# Row -> (what is changed in the settings, how pictures of prompts are made).
+# Makes pictures of prompts: engine, prompts, samples per prompt, seed.
 Make = Callable[[inverter.Inverter, Sequence[str], int, int], inverter.Result]
 
 
 def _alone(settings: config.Settings) -> config.Settings:
-    """Score distillation from noise, with the guidance of the sampler, twice the steps and a weight that gets somewhere."""
+    """Score distillation from noise: guidance of the sampler, twice the steps, and a weight large enough alone."""
     steps = 2 * settings.steps
     prior = dataclasses.replace(
         settings.sds,
@@ -49,17 +50,17 @@ def _alone(settings: config.Settings) -> config.Settings:
     )  # fmt: skip
 
 
-def _sampled(made: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
-    return made.sample(prompts, samples=samples, seed=seed, steps=50, guidance=GUIDANCE)
+def _sampled(engine: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
+    return engine.sample(prompts, samples=samples, seed=seed, steps=50, guidance=GUIDANCE)
 
 
-def _begun(made: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
-    start = {name: getattr(made.settings, f"init_{name}") for name in ("steps", "guidance", "candidates")}
-    return made.sample(prompts, samples=samples, seed=seed, **start)
+def _begun(engine: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
+    start = {name: getattr(engine.settings, f"init_{name}") for name in ("steps", "guidance", "candidates")}
+    return engine.sample(prompts, samples=samples, seed=seed, **start)
 
 
-def _inverted(made: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
-    return made(prompts, samples=samples, seed=seed)
+def _inverted(engine: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
+    return engine(prompts, samples=samples, seed=seed)
 
 
 def _as_it_is(settings: config.Settings) -> config.Settings:
@@ -70,6 +71,7 @@ def _unchosen(settings: config.Settings) -> config.Settings:
     return dataclasses.replace(settings, init_candidates=1)
 
 
+# Row -> the change of the settings, and how pictures are made.
 ROWS: dict[str, tuple[Callable[[config.Settings], config.Settings], Make]] = {
     "SDS alone": (_alone, _inverted),
     "DDIM sampling": (_as_it_is, _sampled),
@@ -81,15 +83,15 @@ OF_SAMPLES = ("its start", "one sample, referee + SDS")  # rows of a config that
 
 
 class Engines:
-    """Inverters, built when they are asked for; the last one is kept, so that rows that share settings share programs."""
+    """Builds inverters and keeps the last one, so that rows with equal settings share compiled programs."""
 
     def __init__(self):
         self.last: tuple[config.Settings, inverter.Inverter] | None = None
 
     def __call__(self, settings: config.Settings) -> inverter.Inverter:
-        """The one for these settings."""
+        """The engine of these settings."""
         if self.last is None or self.last[0] != settings:
-            self.last = None  # its networks make room
+            self.last = None  # frees its networks
             self.last = settings, inverter.Inverter.from_config(settings)
         return self.last[1]
 
@@ -105,19 +107,33 @@ def measure(
     *,
     limit: int | None = None,
 ) -> list[dict]:
-    """The records of one row, category and split, {prompt, sample, right, quality}; what `out` has already is not made again."""
-    wanted = items.expand(benchmark.prompts(category, split)[:limit], settings.samples)
+    """The records of one row, category and split; those that are in `out` are not made again.
+
+    Args:
+        row: its name, of the files in `out`.
+        category: of world.CATEGORIES.
+        split: "seen" or "unseen".
+        settings: of the row.
+        make: makes the pictures.
+        out: directory of records and pictures.
+        engines: builds the engine of the settings.
+        limit: only so many prompts, the first ones.
+
+    Returns:
+        A record per image: `prompt`, `sample`, `right`, `quality` (dB), `scores` and `file`.
+    """
+    expected = items.expand(benchmark.prompts(category, split)[:limit], settings.samples)
     name = f"{row.replace(' ', '_')}-{category}-{split}"
     file = out / f"{name}.jsonl"
     files.mend(file)
     done = {(record["prompt"], record["sample"]): record for record in files.read_lines(file)}
-    todo = [item for item in wanted if (item.prompt, item.sample) not in done]
+    todo = [item for item in expected if (item.prompt, item.sample) not in done]
     engine = engines(settings) if todo else None
-    # Whole prompts at a time: all samples of as many as fill a batch.
+    # Whole prompts at a time, so many that their samples fill a batch.
     texts = list(dict.fromkeys(item.prompt for item in todo))
-    share = max(1, engine.batch_size // settings.samples) if engine else 1
-    for start in range(0, len(texts), share):
-        result = make(engine, texts[start : start + share], settings.samples, settings.seed)
+    count = max(1, engine.batch_size // settings.samples) if engine else 1
+    for start in range(0, len(texts), count):
+        result = make(engine, texts[start : start + count], settings.samples, settings.seed)
         right, quality = benchmark.score(result.images, [item.prompt for item in result.items])
         for n, item in enumerate(result.items):
             record = {
@@ -134,27 +150,27 @@ def measure(
                 record["file"] = str(path.relative_to(out))
                 files.append(file, record)
                 done[item.prompt, item.sample] = record
-        logging.info("%s, %s %s: %d of %d prompts", row, category, split, min(start + share, len(texts)), len(texts))
-    return [done[item.prompt, item.sample] for item in wanted]
+        logging.info("%s, %s %s: %d of %d prompts", row, category, split, min(start + count, len(texts)), len(texts))
+    return [done[item.prompt, item.sample] for item in expected]
 
 
 def keep(settings: config.Settings, out: pathlib.Path) -> None:
-    """Writes of what settings the results are, or compares; ConfigError for others than what `out` has."""
-    file, said = out / "settings.json", config.image_settings(settings)
+    """Writes the settings, or compares them with those in `out`. Raises ConfigError for other ones."""
+    file, values = out / "settings.json", config.image_settings(settings)
     if not file.exists() and any(out.glob("*.jsonl")):
         raise config.ConfigError(f"{out} has results of unknown settings; choose another --out")
-    if file.exists() and (difference := config.diff(json.loads(file.read_text()), said)):
+    if file.exists() and (difference := config.diff(json.loads(file.read_text()), values)):
         raise config.ConfigError(f"{out} has results of other settings; choose another --out\n{difference}")
-    files.write_atomic(file, json.dumps(said, indent=2).encode() + b"\n")
+    files.write_atomic(file, json.dumps(values, indent=2).encode() + b"\n")
 
 
 def summary(measured: dict[tuple[str, str, str], list[dict]]) -> dict[str, dict[str, statistics.Mean]]:
-    """Row -> score -> mean, of records by row, category and split; category by category where there are several.
+    """Row -> score -> mean, of records by row, category and split; rows are by category if there are several.
 
-    Scores are the share of right pictures, seen, unseen (if the category has such prompts) and both, their quality in dB, and
-    the probability that the first held-out referee gives the prompt.
+    Scores are the share of right pictures of seen prompts, of unseen ones (if the category has any) and
+    of both, the quality in dB, and the probability that the first held-out referee gives the prompt.
     """
-    found, categories = {}, {category for _, category, _ in measured}
+    means, categories = {}, {category for _, category, _ in measured}
     for category, row in sorted(
         dict.fromkeys((c, r) for r, c, _ in measured), key=lambda x: world.CATEGORIES.index(x[0])
     ):
@@ -162,18 +178,18 @@ def summary(measured: dict[tuple[str, str, str], list[dict]]) -> dict[str, dict[
             split: measured[row, category, split] for split in benchmark.SPLITS if (row, category, split) in measured
         }
         both = [record for records in parts.values() for record in records]
-        own = {split: statistics.mean((r["prompt"], r["right"]) for r in records) for split, records in parts.items()}
-        own["both"] = statistics.mean((r["prompt"], r["right"]) for r in both)
-        own["quality, dB"] = statistics.mean((r["prompt"], r["quality"]) for r in both)
+        scores = {x: statistics.mean((r["prompt"], r["right"]) for r in records) for x, records in parts.items()}
+        scores["both"] = statistics.mean((r["prompt"], r["right"]) for r in both)
+        scores["quality, dB"] = statistics.mean((r["prompt"], r["quality"]) for r in both)
         name = "held_out_0/probability"
-        if sure := [(r["prompt"], r["scores"][name]) for r in both if r["scores"].get(name) is not None]:
-            own["held-out referee"] = statistics.mean(sure)
-        found[row if len(categories) == 1 else f"{category}: {row}"] = own
-    return found
+        if values := [(r["prompt"], r["scores"][name]) for r in both if r["scores"].get(name) is not None]:
+            scores["held-out referee"] = statistics.mean(values)
+        means[row if len(categories) == 1 else f"{category}: {row}"] = scores
+    return means
 
 
 def compare(args: flags.FlagValues) -> str:
-    """Measures what the flags ask for; the table, which is written, too."""
+    """Measures what the flags select; writes and returns the table."""
     settings = dataclasses.replace(config.from_config(args.config), samples=args.samples)
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -184,11 +200,11 @@ def compare(args: flags.FlagValues) -> str:
     for row in rows:
         change, make = ROWS[row]
         for category, split in ((c, s) for c in categories for s in benchmark.splits(c)):
-            done = measure(row, category, split, change(settings), make, out, engines, limit=args.limit)
-            measured[row, category, split] = done
-    found = summary(measured)
-    names = list(dict.fromkeys([*benchmark.SPLITS, *(name for own in found.values() for name in own)]))
-    return report.write(found, "method", names, [*benchmark.SPLITS, "quality, dB"], out)
+            records = measure(row, category, split, change(settings), make, out, engines, limit=args.limit)
+            measured[row, category, split] = records
+    means = summary(measured)
+    names = list(dict.fromkeys([*benchmark.SPLITS, *(name for scores in means.values() for name in scores)]))
+    return report.write(means, "method", names, [*benchmark.SPLITS, "quality, dB"], out)
 
 
 def main(args: flags.FlagValues) -> str:

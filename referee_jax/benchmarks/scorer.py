@@ -1,4 +1,4 @@
-"""A referee's scores of many images, each with texts of its own, batch by batch over the devices of this process."""
+"""A referee's scores of images, each with its own texts, in batches over the devices of this process."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,9 +11,14 @@ from referee_jax.engine import parallel
 
 
 class Scorer:
-    """Asks one referee. Each image has at most `texts` texts; `batch_size` images per device are judged at once.
+    """One referee as a function of images and texts.
 
-    `tokenize` is the judge's, unless a benchmark has its own.
+    Args:
+        judge: the referee.
+        texts: the most texts that an image may have.
+        batch_size: images at once on each device.
+        tokenize: text -> tokens; the judge's, unless a benchmark has its own.
+        devices: by default all of this process.
     """
 
     def __init__(
@@ -27,7 +32,7 @@ class Scorer:
     ):
         self.tokenize, self.texts, self.mesh = tokenize or judge.tokenize, texts, parallel.prompt_mesh(devices)
         self.batch_size = batch_size * self.mesh.shape[parallel.AXIS]
-        self.look = judge.preprocessing()
+        self.preprocess = judge.preprocessing()
         self.referee = parallel.place(judge.referee, self.mesh, batched=False)
         batched = parallel.across_devices(jax.vmap(_scores, in_axes=(None, 0, 0)), self.mesh, (False, True, True))
         self.program = jax.jit(batched)
@@ -41,18 +46,18 @@ class Scorer:
         """
         if not 0 < len(images) == len(texts) <= self.batch_size:
             raise ValueError(f"{len(images)} images and {len(texts)} lists of texts, at most {self.batch_size} at once")
-        if wrong := [len(own) for own in texts if not 0 < len(own) <= self.texts]:
+        if wrong := [len(group) for group in texts if not 0 < len(group) <= self.texts]:
             raise ValueError(f"{wrong[0]} texts for an image, 1 to {self.texts} are possible")
-        # Shapes are fixed: the last image, and each image's last text, are judged again where there are fewer.
+        # Shapes are fixed: the last image, and each image's last text, fill up what is missing.
         padding = [len(images) - 1] * (self.batch_size - len(images))
         rows = [*range(len(images)), *padding]
-        views = np.stack([self.look(image) for image in images])[rows]
-        tokens = [self._tokens([*own, *[own[-1]] * (self.texts - len(own))]) for own in texts]
+        views = np.stack([self.preprocess(image) for image in images])[rows]
+        tokens = [self._tokens([*group, *[group[-1]] * (self.texts - len(group))]) for group in texts]
         stacked = jax.tree.map(lambda *x: np.stack(x)[rows], *tokens)
         scores = jax.tree.map(np.asarray, self.program(self.referee, views, stacked))
         return [
-            [{name: float(x[n, m]) for name, x in scores.items()} for m in range(len(own))]
-            for n, own in enumerate(texts)
+            [{name: float(x[n, m]) for name, x in scores.items()} for m in range(len(group))]
+            for n, group in enumerate(texts)
         ]
 
     def _tokens(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -60,5 +65,5 @@ class Scorer:
 
 
 def _scores(referee, view: jax.Array, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """One view `[S, S, 3]` with its texts `[text, ...]`: what depends on the view alone is computed once."""
+    """Scores of one view `[S, S, 3]` with texts `[text, ...]`; the view is encoded once."""
     return jax.vmap(lambda text: referee.scores(view, referee.encode(text)))(tokens)
