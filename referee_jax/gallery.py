@@ -1,12 +1,12 @@
-"""gallery.html: a run's images on a page to sort, filter and compare them, with their trajectories.
+"""Writes gallery.html: a page to sort, filter and compare a run's images, with their trajectories.
 
     python -m referee_jax.gallery RUN
 
-writes it for a run in progress; at the end of a run it is written anyway. The page is one file that asks no network for
-anything. Up to EMBEDDED pictures are part of it, so that it can be sent to somebody by itself; of more than these a page
-would grow too large to open, and it shows the files beside it; of images in shards, which no page can show, the first EMBEDDED.
-Prompts are other people's words: they are in the page as data (JSON), become text there and never markup, and the page's
-policy runs no script but its own.
+is for a run in progress; at its end a run writes the page itself. The page is one file that loads nothing
+from a network. It contains up to `gallery_page.EMBEDDED` pictures, so that the file can be sent alone; with
+more it would be too large to open and refers to the image files beside it. Images in shards cannot be
+referred to, so only the first EMBEDDED are shown. Prompts are untrusted: the page holds them as data
+(JSON), shows them as text, never as markup, and its policy allows no script but its own.
 
 Exit codes: 0 done, 2 there is no such run directory, or nothing in it yet.
 """
@@ -21,7 +21,7 @@ from referee_jax.storage import run_directory as run_directory_lib
 
 
 def read(path: Path) -> run_directory_lib.RunDirectory:
-    """A run directory as it is, in which nothing is begun. RunError or ConfigError where it is none, or not of this version."""
+    """Opens a run directory for reading. Raises RunError if it is none, ConfigError if its settings do not fit."""
     try:
         settings = json.loads((path / "config.json").read_bytes())["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -3,14 +3,14 @@
     python -m referee_jax.sweep --sweep=configs/ablation.py --samples=4 --workdir=runs/ablation
     python -m referee_jax.sweep --sweep=configs/shapes.py --vary=sds.guidance=1.5,3,7.5 --workdir=runs/guidance
 
-A sweep file is a config file, and may have `get_variants()` besides: name -> {setting: value}, settings named as on the command
-line ("sds.guidance"). `--vary` adds variants with other values of one setting. Variants that differ in numbers alone are rows
-of the same batches of one compiled program, each row with numbers of its own; others (another referee, other augmentations)
-have engines of their own, one after the other.
+A sweep file is a config file that may also have `get_variants()`: name -> {setting: value}, with settings named
+as on the command line ("sds.guidance"). `--vary` adds variants with other values of one setting. Variants that
+differ in numbers alone share one compiled program and its batches, each row with its own numbers; the others
+(another referee, other augmentations) have their own engines, one after the other.
 
-Every picture's scores are a line of scores.jsonl, from which an interrupted sweep continues: what the referees say of it and, in
-the shapes world, whether it is right. Writes table.md, table.csv, figure.png (with the extra `[eval]`) and the images. Exit
-codes: 0 done, 2 the command cannot be carried out.
+Each picture's scores are a line of scores.jsonl, with which an interrupted sweep continues: those of the
+referees and, in the shapes world, whether it is right. Writes table.md, table.csv, figure.png (with the
+extra `[eval]`) and the images. Exit codes: 0 done, 2 the command cannot be carried out.
 """
 
 import ast
@@ -32,25 +32,22 @@ from referee_jax.items import Item
 from referee_jax.shapes import benchmark
 from referee_jax.storage import bucket, files, images
 
-Row = tuple[str, Item]  # name of the variant, what is made
-GAINS = {
-    "right": "right, gain",
-    "quality": "quality, gain",
-}  # score -> what it is called as a gain on the first variant
+Row = tuple[str, Item]  # name of the variant, item
+GAINS = {"right": "right, gain", "quality": "quality, gain"}  # score -> name of its gain on the first variant
 
 
 def read(file: str, vary: Sequence[str] = ()) -> dict[str, config.Settings]:
     """The settings of each variant of a sweep file, and of `vary`: "setting=value,value". Raises ConfigError."""
     base = config.load(file)
-    made = runpy.run_path(file).get("get_variants", lambda: {"as it is": {}})()
-    for said in vary:
-        key, _, values = said.partition("=")
+    changes_of = runpy.run_path(file).get("get_variants", lambda: {"as it is": {}})()
+    for argument in vary:
+        key, _, values = argument.partition("=")
         try:
-            made |= {f"{key} = {value}": {key: ast.literal_eval(value)} for value in values.split(",")}
+            changes_of |= {f"{key} = {value}": {key: ast.literal_eval(value)} for value in values.split(",")}
         except (ValueError, SyntaxError) as error:
-            raise config.ConfigError(f"--vary={said}: it should be setting=number,number") from error
+            raise config.ConfigError(f"--vary={argument}: it should be setting=number,number") from error
     variants = {}
-    for name, changes in made.items():
+    for name, changes in changes_of.items():
         try:
             variants[name] = config.override(base, changes)
         except config.ConfigError as error:
@@ -61,7 +58,7 @@ def read(file: str, vary: Sequence[str] = ()) -> dict[str, config.Settings]:
 
 
 def programs(variants: Mapping[str, config.Settings]) -> list[list[str]]:
-    """The names of the variants, those together that one compiled program serves."""
+    """The names of the variants, grouped by compiled program."""
     groups: dict[str, list[str]] = {}
     for name, settings in variants.items():
         groups.setdefault(config.to_json(builders.structure(settings)), []).append(name)
@@ -69,10 +66,9 @@ def programs(variants: Mapping[str, config.Settings]) -> list[list[str]]:
 
 
 def run(variants: Mapping[str, config.Settings], out: Path) -> list[dict[str, Any]]:
-    """The records of all variants; what `out` has already is not made again.
+    """The records of all variants: `variant`, `prompt`, `sample`, `file`, `scores`. Those in `out` are not made again.
 
-    A record has `variant`, `prompt`, `sample`, `file` and `scores`. Raises ConfigError where variants have other prompts or
-    another number of samples than the first, and where `out` is of other variants.
+    Raises ConfigError if variants differ in prompts, samples or seed, or if `out` has results of other settings.
     """
     first = next(iter(variants.values()))
     if any((s.prompts, s.samples, s.seed) != (first.prompts, first.samples, first.seed) for s in variants.values()):
@@ -86,41 +82,41 @@ def run(variants: Mapping[str, config.Settings], out: Path) -> list[dict[str, An
     todo = [(name, item) for name in variants for item in items if (name, item.prompt, item.sample) not in done]
     with tqdm.tqdm(total=len(todo), unit="image", dynamic_ncols=True) as bar:
         for names in programs(variants):
-            engine = None  # its networks make room for the next one's
-            own = [row for row in todo if row[0] in names]
-            engine = inverter.Inverter.from_config(variants[names[0]]) if own else None
-            for share in items_lib.batches(own, engine.batch_size) if engine else ():
-                bar.set_description(share[0][0])
-                for record in _made(engine, share, variants, out):
+            engine = None  # frees its networks before the next ones are loaded
+            rows = [row for row in todo if row[0] in names]
+            engine = inverter.Inverter.from_config(variants[names[0]]) if rows else None
+            for batch in items_lib.batches(rows, engine.batch_size) if engine else ():
+                bar.set_description(batch[0][0])
+                for record in _make(engine, batch, variants, out):
                     files.append(journal, record)
                     records.append(record)
-                bar.update(len(share))
+                bar.update(len(batch))
     return records
 
 
 def _keep(variants: Mapping[str, config.Settings], out: Path) -> None:
-    """Writes what is swept, or compares it with what is there."""
-    file, said = out / "variants.json", {name: config.image_settings(s) for name, s in variants.items()}
+    """Writes the variants' settings, or compares them with those in `out`. Raises ConfigError for other ones."""
+    file, values = out / "variants.json", {name: config.image_settings(s) for name, s in variants.items()}
     if file.exists():
         before = json.loads(file.read_text())
-        for name in filter(before.__contains__, said):
-            if difference := config.diff(before[name], said[name]):
+        for name in filter(before.__contains__, values):
+            if difference := config.diff(before[name], values[name]):
                 raise config.ConfigError(f"{out} has other results of {name!r}; choose another --workdir\n{difference}")
-        said = before | said
+        values = before | values
     (out / "images").mkdir(parents=True, exist_ok=True)
-    files.write_atomic(file, json.dumps(said, indent=2).encode() + b"\n")
+    files.write_atomic(file, json.dumps(values, indent=2).encode() + b"\n")
 
 
-def _made(
-    engine: inverter.Inverter, share: Sequence[Row], variants: Mapping[str, config.Settings], out: Path
+def _make(
+    engine: inverter.Inverter, rows: Sequence[Row], variants: Mapping[str, config.Settings], out: Path
 ) -> list[dict[str, Any]]:
-    """One batch, its images written."""
-    hypers = [builders.make_hyper(variants[name]) for name, _ in share]
-    batch = engine.begin([item for _, item in share], engine.settings.seed, hypers)
+    """Makes one batch and writes its images; returns their records."""
+    hypers = [builders.make_hyper(variants[name]) for name, _ in rows]
+    batch = engine.begin([item for _, item in rows], engine.settings.seed, hypers)
     while batch.step < engine.steps:
         batch, _ = engine.advance(batch)
     records = []
-    for (name, item), picture in zip(share, engine.finish(batch), strict=True):
+    for (name, item), picture in zip(rows, engine.finish(batch), strict=True):
         file = out / "images" / slug(name) / f"{item.id}.png"
         record = {"variant": name, "prompt": item.prompt, "sample": item.sample, "file": str(file.relative_to(out))}
         record["scores"] = files.finite(picture.scores | truth(picture.image, item.prompt))
@@ -131,7 +127,7 @@ def _made(
 
 
 def truth(image, prompt: str) -> dict[str, float]:
-    """`right` and `quality` of a picture of the shapes world; nothing of another."""
+    """`right` and `quality` of a picture of the shapes world; empty for other prompts."""
     try:
         right, quality = benchmark.score([image], [prompt])
     except ValueError:
@@ -140,40 +136,41 @@ def truth(image, prompt: str) -> dict[str, float]:
 
 
 def slug(name: str) -> str:
-    """A name of a directory."""
+    """The name of a variant's directory."""
     return re.sub(r"[^A-Za-z0-9.=-]+", "_", name).strip("._") or "variant"
 
 
 def means(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, statistics.Mean]]:
     """Variant -> score -> mean.
 
-    `right` is also told of seen and of unseen prompts, and `right` and `quality` as the `GAINS` on the first variant, picture by
-    picture of the same prompts and samples: what prompts have in common does not widen their intervals.
+    Besides the records' scores there are `right` of seen and of unseen prompts, and GAINS on the first
+    variant. These are paired by prompt and sample, so that differences among prompts do not widen their
+    intervals.
     """
-    found: dict[str, dict[str, list[tuple[str, float]]]] = {}
+    values: dict[str, dict[str, list[tuple[str, float]]]] = {}
     first: dict[tuple[str, int], Mapping[str, float]] = {}
     for record in records:
-        prompt, scores, place = record["prompt"], record["scores"], (record["prompt"], record["sample"])
-        own = found.setdefault(record["variant"], {})
-        if len(found) == 1:
-            first[place] = scores
-        told = {name: value for name, value in scores.items() if value is not None}
-        if "right" in told:
+        prompt, sample = record["prompt"], record["sample"]
+        lists = values.setdefault(record["variant"], {})
+        scores = {name: value for name, value in record["scores"].items() if value is not None}
+        if "right" in scores:
             split = benchmark.parts(prompt)[-1].rpartition(", ")[2]
-            told[f"right, {split}"] = told["right"]
-        if len(found) > 1:
-            before = first.get(place, {})
-            told |= {gain: told[x] - before[x] for x, gain in GAINS.items() if None not in (told.get(x), before.get(x))}
-        for name, value in told.items():
-            own.setdefault(name, []).append((prompt, value))
-    return {variant: {name: statistics.mean(x) for name, x in own.items()} for variant, own in found.items()}
+            scores[f"right, {split}"] = scores["right"]
+        if len(values) == 1:
+            first[prompt, sample] = scores
+        else:
+            before = first.get((prompt, sample), {})
+            scores |= {gain: scores[x] - before[x] for x, gain in GAINS.items() if x in scores and x in before}
+        for name, value in scores.items():
+            lists.setdefault(name, []).append((prompt, value))
+    return {variant: {name: statistics.mean(x) for name, x in lists.items()} for variant, lists in values.items()}
 
 
-def columns(found: report.Rows) -> list[str]:
-    """The scores in the table's order: what is known, then what referees say."""
-    names = {name for own in found.values() for name in own}
-    known = ["right", "right, seen", "right, unseen", GAINS["right"], "quality", GAINS["quality"]]
-    return [name for name in known if name in names] + sorted(names - set(known))
+def columns(rows: report.Rows) -> list[str]:
+    """The scores in the table's order: ground truth, then those of referees."""
+    names = {name for scores in rows.values() for name in scores}
+    truth = ["right", "right, seen", "right, unseen", GAINS["right"], "quality", GAINS["quality"]]
+    return [name for name in truth if name in names] + sorted(names - set(truth))
 
 
 def sweep(
@@ -184,18 +181,25 @@ def sweep(
     names: Sequence[str] = (),
     changes: Mapping[str, Any] | None = None,
 ) -> str:
-    """Runs the variants of a sweep file, or those of `names`, all with `changes`; returns the table."""
+    """Runs a sweep and returns its table.
+
+    Args:
+        file: the sweep file.
+        workdir: directory of scores, table, figure and images.
+        vary: further variants, "setting=value,value" each.
+        names: only these variants.
+        changes: settings of all variants.
+    """
     variants = {name: config.override(settings, changes or {}) for name, settings in read(file, vary).items()}
     if unknown := [name for name in names if name not in variants]:
         raise config.ConfigError(f"there is no variant {unknown[0]!r}; there are {', '.join(variants)}")
     workdir.mkdir(parents=True, exist_ok=True)
-    asked = {name: variants[name] for name in names or variants}
-    records = run(asked, workdir)
+    records = run({name: variants[name] for name in names or variants}, workdir)
     order = {name: place for place, name in enumerate(variants)}  # also those of an earlier command
-    found = means(sorted((x for x in records if x["variant"] in order), key=lambda x: order[x["variant"]]))
-    shown = columns(found)
-    drawn = [name for name in ("right", *GAINS.values()) if name in shown]
-    return report.write(found, "variant", shown, drawn or shown[:1], workdir)
+    rows = means(sorted((x for x in records if x["variant"] in order), key=lambda x: order[x["variant"]]))
+    scores = columns(rows)
+    drawn = [name for name in ("right", *GAINS.values()) if name in scores]
+    return report.write(rows, "variant", scores, drawn or scores[:1], workdir)
 
 
 def main(args: flags.FlagValues) -> str:

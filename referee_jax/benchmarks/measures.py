@@ -96,7 +96,7 @@ def blip_vqa(checkpoint: str, prompts: Iterable[str], *, rule: str = noun_phrase
     Raises ValueError where one of `prompts` needs spaCy and it is not installed.
     """
     label, phrases = noun_phrases.find(prompts, noun_phrases.PHRASES)
-    questions = {prompt: noun_phrases.RULES[rule].select(found) for prompt, found in phrases.items()}
+    questions = {prompt: noun_phrases.RULES[rule].select(texts) for prompt, texts in phrases.items()}
 
     def build():
         judge = _judge(checkpoint, "blip_vqa")
