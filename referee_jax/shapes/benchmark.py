@@ -1,9 +1,9 @@
-"""The fixed test prompts of the shapes world, in the categories of T2I-CompBench, and their score by ground truth.
+"""The fixed test prompts of the shapes world, in T2I-CompBench's categories, and their score by ground truth.
 
-`seen` prompts name no attribute pair of `world.UNSEEN`, nor does any training caption; `unseen` prompts name at least one. No two
-prompts of a list mean the same. A list holds `COUNT` prompts, or all there are: 15 pairs of shapes, 21 + 9 pairs of a striped and
-a dotted shape, 12 unseen numbers of things. The shape category names no pair of attributes and so has no unseen list.
-The lists are the file benchmark_prompts.json; `make_lists` is how they were made.
+`seen` prompts name no attribute pair of `world.UNSEEN`, nor does any training caption; `unseen` prompts name at
+least one. No two prompts of a list mean the same. A list has `COUNT` prompts, or all that exist: 15 pairs of
+shapes, 21 + 9 pairs of a striped and a dotted shape, 12 unseen counts. The shape category names no pair of
+attributes and so has no unseen list. The lists are in benchmark_prompts.json; `make_lists` made them.
 """
 
 import functools
@@ -21,39 +21,39 @@ FILE = pathlib.Path(__file__).with_name("benchmark_prompts.json")
 
 
 def prompts(category: str, split: str) -> list[str]:
-    """The fixed prompts of a category (of `world.CATEGORIES`) and split ("seen" or "unseen"); ValueError if there are none."""
+    """The prompts of a category (of `world.CATEGORIES`) and split. Raises ValueError if there are none."""
     lists = _lists()
     if split not in lists.get(category, ()):
-        there = ", ".join(f"{name} {part}" for name, parts in lists.items() for part in parts)
-        raise ValueError(f"no prompts {category!r} {split!r}; there are {there}")
+        names = ", ".join(f"{name} {part}" for name, parts in lists.items() for part in parts)
+        raise ValueError(f"no prompts {category!r} {split!r}; there are {names}")
     return list(lists[category][split])
 
 
 def splits(category: str) -> tuple[str, ...]:
-    """Those of SPLITS in which a category has prompts."""
+    """The splits in which a category has prompts."""
     return tuple(split for split in SPLITS if split in _lists()[category])
 
 
 def every_prompt() -> tuple[str, ...]:
-    """Those of all categories and splits, each once."""
+    """The prompts of all categories and splits, each once."""
     return tuple(dict.fromkeys(text for parts in _lists().values() for texts in parts.values() for text in texts))
 
 
 def score(images: Sequence[np.ndarray], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each image `[64, 64, 3]` shows just what its prompt says, bool `[n]`, and its quality in dB, float32 `[n]`.
+    """Whether images `[64, 64, 3]` show exactly what their texts say, bool `[n]`; their quality in dB, float32 `[n]`.
 
-    ValueError where a text is no caption of the world, or there are not as many texts as images.
+    Raises ValueError for a text that is no caption of the world, or another number of texts than images.
     """
     if len(images) != len(texts):
         raise ValueError(f"{len(images)} images for {len(texts)} prompts")
-    said = [world.parse(text) for text in texts]
-    read = [detect.detect(image) for image in images]
-    right = [world.matches(prompt, found.scene) for prompt, found in zip(said, read, strict=True)]
-    return np.array(right, bool), np.array([found.quality for found in read], np.float32)
+    captions = [world.parse(text) for text in texts]
+    detections = [detect.detect(image) for image in images]
+    right = [world.matches(prompt, x.scene) for prompt, x in zip(captions, detections, strict=True)]
+    return np.array(right, bool), np.array([x.quality for x in detections], np.float32)
 
 
 def parts(text: str) -> list[str]:
-    """What a prompt counts in: its category, and that with "seen" or "unseen". ValueError where it is no caption of the world."""
+    """The parts of a prompt: its category, and "category, seen" or "category, unseen". Raises ValueError as `parse`."""
     prompt = world.parse(text)
     textured = any(thing.texture for thing in prompt.things)
     if prompt.count > 1:
@@ -68,28 +68,28 @@ def parts(text: str) -> list[str]:
 
 
 def is_unseen(prompt: world.Prompt) -> bool:
-    """Whether the prompt names an attribute pair that no training caption does."""
+    """Whether the prompt names a pair of world.UNSEEN."""
     return any(thing.is_unseen() for thing in prompt.things)
 
 
 def make_lists(count: int = COUNT, *, seed: int = 0, patience: int = 1000) -> dict[str, dict[str, list[str]]]:
-    """Category -> split -> prompts: captions of random scenes, distinct in meaning.
+    """Category -> split -> prompts: captions of random scenes, all different in meaning.
 
-    A list ends with `count` prompts, or after `patience` scenes without a new one.
+    A list ends at `count` prompts, or after `patience` scenes without a new one.
     """
     lists = {}
     for index, category in enumerate(world.CATEGORIES):
         lists[category] = {}
         for split in SPLITS[: 1 if category == "shape" else 2]:
             rng = np.random.default_rng([seed, index, SPLITS.index(split)])
-            found, tries = {}, 0
-            while len(found) < count and tries < patience:
+            captions, tries = {}, 0
+            while len(captions) < count and tries < patience:
                 scene = world.sample_scene(rng, category, unseen=split == "unseen")
                 prompt = world.describe(rng, scene, category)
                 tries += 1
-                if is_unseen(prompt) == (split == "unseen") and (meant := world.meaning(prompt)) not in found:
-                    found[meant], tries = prompt.text, 0
-            lists[category][split] = list(found.values())
+                if is_unseen(prompt) == (split == "unseen") and (meaning := world.meaning(prompt)) not in captions:
+                    captions[meaning], tries = prompt.text, 0
+            lists[category][split] = list(captions.values())
     return lists
 
 

@@ -1,15 +1,16 @@
 """Reads a picture of the shapes world back into a scene, with classical vision only: the world's ground truth.
 
-1. Background: the median of the bright, grey pixels. Ink: what lies further from it than `INK`.
-2. Colour: seeds (pixels not paler than their neighbourhood, so never an edge) take the nearest palette colour; all other ink
-   follows its nearest seed. Things of different colours that touch come apart here.
-3. Grouping: per colour, ink that is at most four pixels apart is one thing, because textures leave white gaps; where one thing
-   fits badly, its pieces are tried on their own.
-4. Template matching: the ink of a group is compared with drawings of every shape, texture, phase of the texture, radius and
-   place (a bank made once by the drawing functions of `world`); the best few are refined below a pixel.
+1. Background: the median of the bright, grey pixels. Ink: pixels further from it than `INK`.
+2. Colour: seeds (pixels not paler than their neighbourhood, so never an edge) take the nearest palette colour; all
+   other ink takes that of its nearest seed. This separates touching objects of different colours.
+3. Grouping: per colour, ink at most four pixels apart is one object, since textures leave white gaps; where the
+   object fits badly, its pieces are tried separately.
+4. Template matching: the ink of a group is compared with drawings of every shape, texture, phase of the texture,
+   radius and place (a bank drawn once by `world`); the best few are refined to less than a pixel.
 
-Pictures of a generator have soft edges, slightly wrong colours, textures whose phase is off, and debris; so phases are free,
-ink under `DEBRIS` pixels is ignored, and all else that fits no shape is an object of shape "unknown", which no caption names.
+Pictures of a generator have soft edges, slightly wrong colours, shifted textures and debris. So phases are free,
+ink under `DEBRIS` pixels is ignored, and other ink that fits no shape is an object of shape "unknown", which no
+caption names.
 """
 
 import dataclasses
@@ -21,9 +22,9 @@ from scipy import ndimage
 from referee_jax.shapes import world
 
 INK = 0.25  # RGB distance from the background, 0..sqrt 3; white on the darkest background has 0.14, full pink 0.5
-DEBRIS = 12  # pixels; less is ignored, more is an object. The smallest thing of the world (a star) has 55.
+DEBRIS = 12  # pixels; less is ignored, more is an object. The smallest object of the world (a star) has 55.
 OVERLAP = 0.7  # soft intersection over union of ink and drawing; below, the shape is unknown
-SURE = 0.8  # above, a thing is taken as one without trying its pieces
+SURE = 0.8  # above, an object is not tried in pieces
 UNKNOWN = "unknown"
 
 _RADII = np.arange(5, 20.25, 0.5)
@@ -33,7 +34,8 @@ _PHASES = {
     "dotted": [(p, q) for p in (0.0, -2.0, 2.0) for q in (0.0, -2.0, 2.0)],
 }
 _KINDS = [(texture, phase) for texture, phases in _PHASES.items() for phase in phases]
-# Kinds among which the best is taken: solid, striped and dotted as the world has them, then striped and dotted with any phase.
+# Groups of kinds, of each of which the best is a candidate: solid, striped, dotted, as the world draws them; then
+# striped and dotted with any phase.
 _CHOICES = (slice(0, 1), slice(1, 2), slice(6, 7), slice(1, 6), slice(6, 15))
 _SHIFTS = np.arange(-2, 3)
 _BLUR = 0.08  # of the bank: between a clean drawing and a soft picture
@@ -41,17 +43,18 @@ _BLUR = 0.08  # of the bank: between a clean drawing and a soft picture
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """What `detect` read: the scene, and `quality`, the PSNR in dB of the picture against the drawing of that scene."""
+    """A scene, and `quality`, the PSNR in dB of the picture against a drawing of that scene."""
 
     scene: world.Scene
     quality: float
 
 
 def detect(image: np.ndarray) -> Detection:
-    """The scene that a picture shows, and how clean a picture of it it is.
+    """The scene that a picture shows, and the picture's quality.
 
-    `image` is `[64, 64, 3]`, float in [0, 1] or uint8; ValueError for other shapes. Objects come colour by colour; their shape
-    is "unknown" where no drawing fits. A picture that is mostly ink, or without a light background, is one unknown object.
+    `image` is `[64, 64, 3]`, float in [0, 1] or uint8; raises ValueError for other shapes. Objects are ordered by
+    colour; their shape is "unknown" if no drawing fits. A picture that is mostly ink, or without a light
+    background, is one unknown object.
     """
     image = np.asarray(image)
     if image.shape != (world.SIZE, world.SIZE, 3):
@@ -71,7 +74,7 @@ def detect(image: np.ndarray) -> Detection:
 
 
 def judge(image: np.ndarray, text: str) -> bool:
-    """Whether a picture shows just what the caption says (`world.matches`); ValueError where it is no caption of the world."""
+    """Whether a picture shows exactly what a caption says. Raises ValueError for a text that is no caption."""
     return world.matches(world.parse(text), detect(image).scene)
 
 
@@ -93,9 +96,9 @@ def _nearest(colour: np.ndarray) -> str:
 
 
 def _paint(pixels: np.ndarray, ground: np.ndarray) -> np.ndarray:
-    """Index of the palette colour that `[n, 3]` pixels show, perhaps mixed with the background (thin things are pale).
+    """Index of the palette colour of pixels `[n, 3]`, which may be mixed with the background (thin parts are pale).
 
-    A mixture costs: pink itself is near to pale red.
+    Mixtures have a penalty, since pink is near to pale red.
     """
     toward = _palette() - ground
     share = np.clip((pixels - ground) @ toward.T / (toward**2).sum(-1), 0.3, 1)
@@ -104,37 +107,37 @@ def _paint(pixels: np.ndarray, ground: np.ndarray) -> np.ndarray:
 
 
 def _by_colour(image: np.ndarray, ground: np.ndarray, ink: np.ndarray) -> list[np.ndarray]:
-    """Masks of all ink, one per palette colour that is there in earnest."""
+    """Masks of all ink, one per palette colour, fringes aside."""
     inked = ink > INK
     seeds = inked & (ink >= 0.9 * ndimage.maximum_filter(ink, 5))
     if not seeds.any():
         return []
     kinds = np.full(ink.shape, -1)
     kinds[seeds] = _paint(image[seeds], ground)
-    kinds = _follow(_earnest(kinds, inked), inked)
+    kinds = _follow(_without_fringes(kinds, inked), inked)
     return [kinds == k for k in range(len(world.COLOURS)) if np.any(kinds == k)]
 
 
 def _follow(kinds: np.ndarray, inked: np.ndarray) -> np.ndarray:
-    """The kind of the nearest seed, where there is ink; -1 elsewhere."""
+    """The kind of the nearest seed at each pixel of ink; -1 elsewhere."""
     rows, columns = ndimage.distance_transform_edt(kinds < 0, return_distances=False, return_indices=True)
     return np.where(inked, kinds[rows, columns], -1)
 
 
-def _earnest(kinds: np.ndarray, inked: np.ndarray) -> np.ndarray:
-    """The seeds without those that are but the discoloured fringe of a thing of another colour.
+def _without_fringes(kinds: np.ndarray, inked: np.ndarray) -> np.ndarray:
+    """The seeds without those of discoloured fringes of an object of another colour.
 
-    A fringe has less than 30 % of the seeds of that thing, is part of the same ink, and is thin.
+    A fringe has less than 30 % of the seeds of that object, is part of the same ink, and is thin.
     """
     whole, _ = ndimage.label(ndimage.binary_dilation(inked, iterations=2), np.ones((3, 3)))
-    near, kept = _follow(kinds, inked), kinds.copy()
+    nearest, cleaned = _follow(kinds, inked), kinds.copy()
     for i in np.unique(whole[kinds >= 0]):
         counts = np.bincount(kinds[(whole == i) & (kinds >= 0)], minlength=len(world.COLOURS))
         for k in np.flatnonzero((counts > 0) & (counts < 0.3 * counts.max())):
-            of = (whole == i) & (near == k)
-            if ndimage.binary_opening(of, np.ones((3, 3))).sum() < DEBRIS:
-                kept[of] = -1
-    return kept
+            fringe = (whole == i) & (nearest == k)
+            if ndimage.binary_opening(fringe, np.ones((3, 3))).sum() < DEBRIS:
+                cleaned[fringe] = -1
+    return cleaned
 
 
 def _read(image: np.ndarray, ground: np.ndarray, mask: np.ndarray) -> list[world.Object]:
@@ -146,7 +149,7 @@ def _read(image: np.ndarray, ground: np.ndarray, mask: np.ndarray) -> list[world
     share = np.clip((ground - image) @ toward / (toward @ toward), 0, 1).astype(np.float32)
     share *= ndimage.binary_dilation(mask, iterations=2) & (mask | (share < 0.5))
     full = mask & (share > 0.5)
-    # Three ways to take ink together, from generous to strict: the gaps bridged are of four pixels, of two, of none.
+    # Three ways to group ink, from generous to strict: across gaps of four pixels, of two, of none.
     levels = []
     for gap, least in ((2, 0.25), (1, 0.5), (0, 0.5)):
         bridged = mask & (share > least)
@@ -164,9 +167,9 @@ def _parts(group: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
 def _take(
     image: np.ndarray, ground: np.ndarray, share: np.ndarray, group: np.ndarray, levels: list[np.ndarray]
 ) -> list[tuple[world.Object, float]]:
-    """A group read as one object, or as its parts where all of them fit better: (object, overlap) of each."""
+    """A group as one object, or as its parts if all of them fit better: (object, overlap) of each."""
     item, overlap = _match(image, ground, share, group)
-    found = [(item, overlap)]
+    pairs = [(item, overlap)]
     if overlap < SURE:
         for level, labels in enumerate(levels):
             parts = _parts(group, labels)
@@ -180,16 +183,16 @@ def _take(
             ticks + 0.5 - at
             for ticks, at in zip(np.meshgrid(*[np.arange(world.SIZE)] * 2), (item.x, item.y), strict=True)
         )
-        left = group & ~ndimage.binary_dilation(
+        rest = group & ~ndimage.binary_dilation(
             world._inside(item.shape, x / item.radius, y / item.radius), iterations=2
         )
-        for part in _parts(left, ndimage.label(left)[0]):
+        for part in _parts(rest, ndimage.label(rest)[0]):
             rows, columns = np.nonzero(part)
             radius = float(np.sqrt(len(rows) / np.pi))
-            found.append(
+            pairs.append(
                 (world.Object(UNKNOWN, item.colour, "solid", columns.mean() + 0.5, rows.mean() + 0.5, radius), 0.0)
             )
-    return found
+    return pairs
 
 
 # --- template matching -------------------------------------------------------------------------------------------------
@@ -198,25 +201,34 @@ def _take(
 def _drawing(
     half: int, shape: str, texture: str, x: float, y: float, radius: float, p: float, q: float, blur: float
 ) -> np.ndarray:
-    """The share of colour in each pixel of a window of side 2 half, of one object at (x, y) from the window's middle.
+    """The share of colour in each pixel of a window, float32 `[2 half, 2 half]`.
 
-    The texture is moved by (p, q); `blur` is the weight of either neighbour in a row and in a column, 0 sharp.
+    Args:
+        half: half the window's side in pixels.
+        shape: of the object.
+        texture: of the object.
+        x: offset of the object from the window's middle, to the right.
+        y: the same, down.
+        radius: in pixels.
+        p: shift of the texture to the right.
+        q: the same, down.
+        blur: weight of either neighbour in a row and in a column; 0 is sharp.
     """
     ticks = ((np.arange(4 * half) + 0.5) / 2 - half).astype(np.float32)
     u, v = ticks[None] - np.float32(x), ticks[:, None] - np.float32(y)
-    drawn = world._inside(shape, u / radius, v / radius)
+    ink = world._inside(shape, u / radius, v / radius)
     if texture != "solid":
-        drawn &= ~world._is_white(texture, u - p, v - q)
-    drawn = drawn.view(np.int8)
-    drawn = (drawn[::2, ::2] + drawn[1::2, ::2] + drawn[::2, 1::2] + drawn[1::2, 1::2]) * np.float32(0.25)
-    for image in (drawn, drawn.T):
+        ink &= ~world._is_white(texture, u - p, v - q)
+    ink = ink.view(np.int8)
+    ink = (ink[::2, ::2] + ink[1::2, ::2] + ink[::2, 1::2] + ink[1::2, 1::2]) * np.float32(0.25)
+    for image in (ink, ink.T):
         image[1:-1] += blur * (image[:-2] - 2 * image[1:-1] + image[2:])
-    return drawn
+    return ink
 
 
 @functools.cache
 def _span(shape: str) -> tuple[float, float, float, float]:
-    """What a shape of radius 1 spans: left, right, top, bottom."""
+    """The extent of a shape of radius 1: left, right, top, bottom."""
     ticks = np.linspace(-1.2, 1.2, 481)
     inside = world._inside(shape, ticks[None], ticks[:, None])
     across, down = ticks[inside.any(0)], ticks[inside.any(1)]
@@ -225,7 +237,7 @@ def _span(shape: str) -> tuple[float, float, float, float]:
 
 @functools.cache
 def _bank(shape: str, radius: float) -> tuple[int, np.ndarray, np.ndarray]:
-    """Drawings `[kind, pixel]` of a shape in the middle of a window that just holds it; half its side, their squares."""
+    """Half the side of a window that just holds a shape, its drawings `[kind, pixel]`, and their squared norms."""
     half = int(np.ceil(radius)) + 2
     drawings = [_drawing(half, shape, texture, 0, 0, radius, *phase, _BLUR).ravel() for texture, phase in _KINDS]
     drawings = np.array(drawings)
@@ -233,19 +245,19 @@ def _bank(shape: str, radius: float) -> tuple[int, np.ndarray, np.ndarray]:
 
 
 def _match(image: np.ndarray, ground: np.ndarray, share: np.ndarray, group: np.ndarray) -> tuple[world.Object, float]:
-    """The object that fits the ink of a group best, and the soft intersection over union of the fit."""
-    mine = share * ndimage.binary_dilation(group, iterations=2)
+    """The object that fits the ink of a group best, and its soft intersection over union with the ink."""
+    ink = share * ndimage.binary_dilation(group, iterations=2)
     rows, columns = np.nonzero(group)
     left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
     row, column = (top + bottom) // 2, (left + right) // 2
     margin = int(_RADII[-1]) + 8
-    padded = np.pad(mine, margin)
+    padded = np.pad(ink, margin)
 
     def window(half: int, row: int, column: int) -> np.ndarray:
         return padded[row + margin - half : row + margin + half, column + margin - half : column + margin + half]
 
-    energy = float((mine**2).sum())
-    found = []
+    energy = float((ink**2).sum())
+    candidates = []
     for shape in world.SHAPES:
         x0, x1, y0, y1 = _span(shape)
         guess = ((right - left) / (x1 - x0) + (bottom - top) / (y1 - y0)) / 2
@@ -263,16 +275,18 @@ def _match(image: np.ndarray, ground: np.ndarray, share: np.ndarray, group: np.n
             down, across = (int(_SHIFTS[n]) for n in divmod(int(s), len(_SHIFTS)))
             place = (float(across), float(middle + down - row), float(radii[r]))
             kind = _KINDS[choice.start + k]
-            found.append((float(error[choice][k, r, s]) + energy, shape, *kind, place, choice.stop - choice.start > 1))
-    found.sort(key=lambda item: item[0])
-    limit = 2 * found[0][0] + 4  # the half steps of the bank can double the error of the right drawing
-    found = [item for item in found[:5] if item[0] <= limit]
-    half = min(margin - 1, int(np.ceil(max(item[4][2] for item in found))) + 5)
+            candidates.append(
+                (float(error[choice][k, r, s]) + energy, shape, *kind, place, choice.stop - choice.start > 1)
+            )
+    candidates.sort(key=lambda item: item[0])
+    limit = 2 * candidates[0][0] + 4  # the bank's half steps can double the error of the right drawing
+    candidates = [item for item in candidates[:5] if item[0] <= limit]
+    half = min(margin - 1, int(np.ceil(max(item[4][2] for item in candidates))) + 5)
     target = window(half, row, column)
-    refined = [_refine(target, *item[1:]) for item in found]
+    refined = [_refine(target, *item[1:]) for item in candidates]
     error, shape, texture, (x, y, radius), drawing = min(refined, key=lambda item: item[0])
     overlap = float(np.minimum(drawing, target).sum() / np.maximum(drawing, target).sum())
-    # The colour that, mixed with the background by the drawing, comes nearest to the picture.
+    # The colour that, mixed with the background as in the drawing, is nearest to the picture.
     box = np.pad(image, ((half, half), (half, half), (0, 0)))[row : row + 2 * half, column : column + 2 * half]
     weight = drawing * target
     colour = ground - (weight[..., None] * (ground - box)).sum((0, 1)) / max(float((weight * drawing).sum()), 1e-6)
@@ -281,14 +295,23 @@ def _match(image: np.ndarray, ground: np.ndarray, share: np.ndarray, group: np.n
 
 
 def _refine(target: np.ndarray, shape: str, texture: str, phase: tuple, place: tuple, free: bool) -> tuple:
-    """Centre, radius, phase and blur to fractions of a pixel, by pattern search: (cost, shape, texture, place, drawing)."""
+    """Refines centre, radius, phase and blur by pattern search: (cost, shape, texture, place, drawing).
 
-    def drawn(values: np.ndarray) -> tuple[float, np.ndarray]:
+    Args:
+        target: the ink, `[2 half, 2 half]`.
+        shape: of the object.
+        texture: of the object.
+        phase: shift of the texture.
+        place: centre and radius.
+        free: whether the phase may change.
+    """
+
+    def compare(values: np.ndarray) -> tuple[float, np.ndarray]:
         drawing = _drawing(len(target) // 2, shape, texture, *values)
         return float(((drawing - target) ** 2).sum()), drawing
 
     best = np.array([*place, *phase, _BLUR])
-    error, drawing = drawn(best)
+    error, drawing = compare(best)
     phases = {"solid": (), "striped": (3,), "dotted": (3, 4)}[texture] if free else ()
     for step in (0.5, 0.25, 0.125):
         for axis in (0, 1, 2, *phases, 5):
@@ -296,9 +319,9 @@ def _refine(target: np.ndarray, shape: str, texture: str, phase: tuple, place: t
                 trial = best.copy()
                 trial[axis] += sign * step * (0.16 if axis == 5 else 1)
                 trial[5] = np.clip(trial[5], 0, 0.24)
-                new, other = drawn(trial)
+                new, other = compare(trial)
                 if new < error:
                     best, error, drawing = trial, new, other
                     break
-    # A free phase has to earn its freedom: clean pictures have none.
+    # A free phase has a penalty, since in clean pictures it is fixed.
     return error * (1.5 if free else 1) + free, shape, texture, tuple(best[:3]), drawing

@@ -1,6 +1,6 @@
 """The vocabulary of the shapes world, as a tokenizer of CLIP and as one of BERT.
 
-Every word of the world is one token, every other word is spelled by its letters.
+Each word of the world is one token, all others are spelled letter by letter.
 """
 
 import functools
@@ -22,7 +22,7 @@ WORDS = (
 def _merges() -> list[tuple[str, str]]:
     """Byte-pair merges that join each of WORDS letter by letter from its end.
 
-    From the end, because every piece then carries the end-of-word mark: no merge of one word ever happens inside another.
+    From the end, so that every piece carries the end-of-word mark and no merge applies inside another word.
     """
     merges = {}
     for word in WORDS:
@@ -58,7 +58,7 @@ def _words(text: str) -> tuple[int, ...]:
 
 
 def encode(texts: list[str]) -> np.ndarray:
-    """Captions of this world's words to int32 `[text, LENGTH]`: start, words, end, padded with end. As the saved tokenizer."""
+    """Token ids of captions, int32 `[text, LENGTH]`: start, words, end, padded with end, as the saved tokenizer's."""
     ids = np.full((len(texts), LENGTH), END, np.int32)
     for row, text in zip(ids, texts, strict=True):
         words = _words(text)
@@ -68,7 +68,7 @@ def encode(texts: list[str]) -> np.ndarray:
 
 # --- BERT --------------------------------------------------------------------------------------------------------------
 
-BEGINNING = "a picture of"  # of every caption that BLIP is taught
+BEGINNING = "a picture of"  # of every caption in BLIP's training
 _PIECES_OF_BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "yes", "no", *LETTERS]
 _PIECES_OF_BERT += [f"##{letter}" for letter in LETTERS] + ["[DEC]", "[ENC]"]
 WORDPIECES = {piece: i for i, piece in enumerate(dict.fromkeys(_PIECES_OF_BERT))}
@@ -76,14 +76,14 @@ WORDPIECES = {piece: i for i, piece in enumerate(dict.fromkeys(_PIECES_OF_BERT))
 
 def save_wordpieces(directory: pathlib.Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json, as `transformers.BertTokenizer` reads them; [DEC] begins captions."""
-    import transformers  # slow to import, and only training saves
+    import transformers  # slow to import, and only training needs it
 
     tokenizer = transformers.BertTokenizer(vocab=WORDPIECES, bos_token="[DEC]", model_max_length=LENGTH)
     tokenizer.save_pretrained(directory)
 
 
 def wordpieces(texts: list[str], first: str = "[CLS]") -> np.ndarray:
-    """Texts of this world's words to int32 `[text, LENGTH]`: `first`, words, [SEP], padded. As the saved tokenizer."""
+    """Token ids of texts, int32 `[text, LENGTH]`: `first`, words, [SEP], padded, as the saved tokenizer's."""
     ids = np.full((len(texts), LENGTH), WORDPIECES["[PAD]"], np.int32)
     for row, text in zip(ids, texts, strict=True):
         words = [WORDPIECES[word] for word in text.split()]

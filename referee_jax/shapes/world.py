@@ -1,8 +1,11 @@
 """The shapes world: scenes of coloured shapes on 64x64 canvases, their captions, and the drawing of both.
 
-A scene is one to three objects, each a shape with a colour, a texture, a centre and a radius. A `Prompt` is what a caption says
-of a scene; `Prompt.text` is the caption. The grammar goes both ways: `parse(text)` gives the Prompt back, so that any
-caption of the world can be judged (shapes.detect). All is NumPy; what is random takes one `Generator`.
+A scene is one to three objects, each a shape with a colour, a texture, a centre and a radius. A `Prompt` is the
+meaning of a caption, `Prompt.text` the caption. The grammar works both ways: `parse(text)` returns the Prompt,
+so that any caption of the world can be judged (shapes.detect). Everything is NumPy; random functions take a `Generator`.
+
+For the next training: the star stands on its head and should have one point up. Circles that the method makes
+are often a little bent, at the edge of what the detector passes. Neither changes without training anew.
 """
 
 import dataclasses
@@ -47,7 +50,7 @@ UNSEEN = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One drawn thing: centre (x right, y down) and radius in pixels."""
+    """A drawn object: centre (x right, y down) and radius in pixels."""
 
     shape: str
     colour: str
@@ -57,7 +60,7 @@ class Object:
     radius: float = 12.0
 
     def is_unseen(self) -> bool:
-        """Whether the object shows an attribute pair that no training caption names."""
+        """Whether it shows a pair of UNSEEN."""
         return (self.colour, self.shape) in UNSEEN or (self.texture, self.shape) in UNSEEN
 
 
@@ -71,7 +74,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """What a caption says of one object; None is unsaid."""
+    """What a caption names of one object; None is not named."""
 
     shape: str
     colour: str | None = None
@@ -79,26 +82,26 @@ class Thing:
 
     @property
     def text(self) -> str:
-        """Texture, colour, shape: "striped red circle"."""
+        """Its words: "striped red circle"."""
         return " ".join(word for word in (self.texture, self.colour, self.shape) if word)
 
     def fits(self, item: Object) -> bool:
-        """Whether the object is all that is said."""
-        return all(said is None or said == getattr(item, kind) for kind, said in dataclasses.asdict(self).items())
+        """Whether the object has all named attributes."""
+        return all(word is None or word == getattr(item, kind) for kind, word in dataclasses.asdict(self).items())
 
     def is_unseen(self) -> bool:
-        """Whether it names an attribute pair that no training caption does."""
+        """Whether it names a pair of UNSEEN."""
         return (self.colour, self.shape) in UNSEEN or (self.texture, self.shape) in UNSEEN
 
     def unsaid(self) -> "Thing":
-        """The same without the attributes that would make it name a pair of UNSEEN."""
-        said = {"colour": self.colour, "texture": self.texture}
-        return Thing(self.shape, **{kind: word for kind, word in said.items() if (word, self.shape) not in UNSEEN})
+        """The same without the attributes that make pairs of UNSEEN."""
+        words = {"colour": self.colour, "texture": self.texture}
+        return Thing(self.shape, **{kind: word for kind, word in words.items() if (word, self.shape) not in UNSEEN})
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a caption says of a scene: its things, the relation of the first to the second, or how many of the one."""
+    """The meaning of a caption: its things, the relation of the first to the second, or the count of a single one."""
 
     things: tuple[Thing, ...]
     relation: str | None = None
@@ -115,30 +118,30 @@ class Prompt:
         return joint.join(f"{'an' if thing.text[0] in 'aeiou' else 'a'} {thing.text}" for thing in self.things)
 
     def swapped(self) -> "Prompt":
-        """The same of two things with their shapes exchanged, and so all their attributes."""
+        """The prompt with the shapes of its two things swapped, which swaps all attributes."""
         a, b = self.things
         things = (dataclasses.replace(a, shape=b.shape), dataclasses.replace(b, shape=a.shape))
         return dataclasses.replace(self, things=things)
 
 
 def _thing(words: str) -> Thing:
-    said = {"shape": None, "colour": None, "texture": None}
+    attributes = {"shape": None, "colour": None, "texture": None}
     singular = {plural: shape for shape, plural in PLURALS.items()}
     for word in words.split():
         word = singular.get(word, word)
         kind = (
             "shape" if word in SHAPES else "colour" if word in COLOURS else "texture" if word in TEXTURES[1:] else None
         )
-        if kind is None or said[kind] is not None:
+        if kind is None or attributes[kind] is not None:
             raise ValueError(f"not a thing of the shapes world: {words!r}")
-        said[kind] = word
-    if said["shape"] is None:
+        attributes[kind] = word
+    if attributes["shape"] is None:
         raise ValueError(f"no shape in {words!r}; there are {', '.join(SHAPES)}")
-    return Thing(**said)
+    return Thing(**attributes)
 
 
 def parse(text: str) -> Prompt:
-    """The Prompt whose caption `text` is; ValueError where it is none of this world's."""
+    """The Prompt of a caption. Raises ValueError for a text that is no caption of the world."""
     words = " ".join(text.lower().replace(".", " ").split())
     if match := re.fullmatch(rf"({'|'.join(NUMBERS)}) (.+)", words):
         return Prompt(things=(_thing(match[2]),), count=NUMBERS[match[1]])
@@ -152,7 +155,7 @@ def parse(text: str) -> Prompt:
 
 
 def holds(relation: str, first: Object, second: Object) -> bool:
-    """Whether `first` stands in `relation` to `second`: the larger of the two centre offsets decides the axis."""
+    """Whether `first` is in `relation` to `second`; the larger offset of the centres decides the axis."""
     dx, dy = first.x - second.x, first.y - second.y
     if abs(dx) >= abs(dy):
         return relation == ("on the left of" if dx < 0 else "on the right of")
@@ -160,7 +163,7 @@ def holds(relation: str, first: Object, second: Object) -> bool:
 
 
 def matches(prompt: Prompt, scene: Scene) -> bool:
-    """Whether the scene shows every named object with its attributes, relation and count, and nothing else."""
+    """Whether the scene shows the named objects, attributes, relation and count, and nothing else."""
     if prompt.count > 1:
         return len(scene.objects) == prompt.count and all(map(prompt.things[0].fits, scene.objects))
     if len(scene.objects) != len(prompt.things):
@@ -177,7 +180,7 @@ def matches(prompt: Prompt, scene: Scene) -> bool:
 
 
 def pick(rng: np.random.Generator, values: Sequence) -> object:
-    """One of `values`; many times faster than `rng.choice`, and the values stay what they are."""
+    """One of `values`; many times faster than `rng.choice`, and keeps the value's type."""
     return values[int(rng.integers(len(values)))]
 
 
@@ -187,19 +190,19 @@ def pick_distinct(rng: np.random.Generator, values: Sequence, count: int) -> lis
 
 
 def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """Centres and radii of `count` objects in pixels: side by side or one above the other, not touching."""
+    """Centres and radii of `count` objects in pixels: in a row or a column, not touching."""
     if count == 1:
         radius = rng.uniform(10, 17)
         return [(*rng.uniform(radius + 1, SIZE - radius - 1, 2), radius)]
     low, high = (8, 12) if count == 2 else (7, 8.5)
     radii = rng.uniform(low, high, count)
     slack = SIZE - 2 - 2 * radii.sum() - 3 * (count - 1)
-    share = rng.dirichlet(np.ones(count + 1)) * slack
+    gaps = rng.dirichlet(np.ones(count + 1)) * slack
     along, edge = [], 1.0
-    for radius, gap in zip(radii, share[:count], strict=True):
+    for radius, gap in zip(radii, gaps[:count], strict=True):
         along.append(edge + gap + radius)
         edge = along[-1] + radius + 3
-    # Less offset across than along, so that the relation of two objects is never in doubt.
+    # Less offset across than along, so that the relation of two objects is clear.
     across = SIZE / 2 + rng.uniform(-7, 7, count)
     pairs = zip(along, across, strict=True) if rng.random() < 0.5 else zip(across, along, strict=True)
     placed = [(x, y, radius) for (x, y), radius in zip(pairs, radii, strict=True)]
@@ -216,9 +219,9 @@ def _objects(rng: np.random.Generator, count: int, *, textured: bool, equal: boo
 
 
 def sample_scene(rng: np.random.Generator, category: str, *, unseen: bool | None = False) -> Scene:
-    """A scene fit for a caption of `category` ('single' or one of CATEGORIES).
+    """A scene for a caption of `category` ('single' or one of CATEGORIES).
 
-    No object shows an attribute pair of UNSEEN; with `unseen=True` at least one does, with None it may.
+    `unseen`: True, at least one object shows a pair of UNSEEN; False, none does; None, any scene.
     """
     count = {"single": 1, "numeracy": int(rng.integers(2, 4))}.get(category, 2)
     textured = category in ("texture", "complex") or (category == "single" and rng.random() < 0.3)
@@ -234,7 +237,7 @@ def sample_scene(rng: np.random.Generator, category: str, *, unseen: bool | None
 
 
 def describe(rng: np.random.Generator, scene: Scene, category: str) -> Prompt:
-    """A true caption of the scene in the manner of `category`; objects are named in either order."""
+    """A true caption of the scene, of `category`; objects are named in random order."""
     objects = list(scene.objects)
     if category != "numeracy":
         rng.shuffle(objects)
@@ -253,9 +256,9 @@ def describe(rng: np.random.Generator, scene: Scene, category: str) -> Prompt:
 
 
 def edit(rng: np.random.Generator, scene: Scene, *, unseen: bool = False) -> Scene:
-    """A scene like the given one but for one thing: attributes swapped, one changed, places exchanged, one more or less.
+    """The scene with one change: attributes swapped, an attribute changed, places swapped or an object dropped.
 
-    No object of it shows an attribute pair of UNSEEN, but with `unseen`.
+    Only with `unseen` may an object show a pair of UNSEEN. Returns the scene itself if no edit succeeds.
     """
     a, *rest = scene.objects
     equal = len(rest) > 0 and all((i.shape, i.colour, i.texture) == (a.shape, a.colour, a.texture) for i in rest)
@@ -270,8 +273,8 @@ def edit(rng: np.random.Generator, scene: Scene, *, unseen: bool = False) -> Sce
         kind = pick(rng, kinds)
         edited = scene
         if kind == "drop":
-            keep = rng.permutation(len(scene.objects))[1:]
-            edited = dataclasses.replace(scene, objects=tuple(scene.objects[i] for i in sorted(keep)))
+            remaining = rng.permutation(len(scene.objects))[1:]
+            edited = dataclasses.replace(scene, objects=tuple(scene.objects[i] for i in sorted(remaining)))
         elif kind == "places":
             b = rest[0]
             moved = (dataclasses.replace(a, x=b.x, y=b.y), dataclasses.replace(b, x=a.x, y=a.y))
@@ -299,7 +302,7 @@ def edit(rng: np.random.Generator, scene: Scene, *, unseen: bool = False) -> Sce
 
 
 def crowd(rng: np.random.Generator, scene: Scene) -> Scene:
-    """The scene with an object too many, mostly one more of its own, somewhere free."""
+    """The scene with an extra object in a free place, mostly a copy of one of its own."""
     while True:
         radius = rng.uniform(5, 9)
         x, y = map(float, rng.uniform(radius + 1, SIZE - radius - 1, 2))
@@ -313,15 +316,15 @@ def crowd(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def distractors(rng: np.random.Generator, prompt: Prompt, count: int, *, seen: bool = False) -> list[Prompt]:
-    """Captions near to `prompt` that say something else: swapped or exchanged attributes, relation, number, one thing less.
+    """Hard negatives of `prompt`: other or swapped attributes, another relation or count, or one thing less.
 
-    At most `count`, all different from `prompt` and from each other in meaning; with `seen` none names a pair of UNSEEN (a
-    referee that met those as false captions alone would learn that they are never true).
+    At most `count`, all different in meaning from `prompt` and from each other. With `seen` none names a pair
+    of UNSEEN: a referee that met those only in false captions would learn that they are never true.
     """
-    found: dict[str, Prompt] = {}
+    negatives: dict[str, Prompt] = {}
     things = prompt.things
     for _ in range(20 * count):
-        if len(found) == count:
+        if len(negatives) == count:
             break
         moves = ["colour", "shape", "colour"]
         if len(things) == 2:
@@ -350,12 +353,12 @@ def distractors(rng: np.random.Generator, prompt: Prompt, count: int, *, seen: b
         elif move == "count":
             near = dataclasses.replace(prompt, count=5 - prompt.count)
         if meaning(near) != meaning(prompt) and not (seen and any(thing.is_unseen() for thing in near.things)):
-            found.setdefault(meaning(near), near)
-    return list(found.values())
+            negatives.setdefault(meaning(near), near)
+    return list(negatives.values())
 
 
 def meaning(prompt: Prompt) -> str:
-    """A text that is equal for captions that say the same ("a X and a Y", "a Y and a X"; left and right turned round)."""
+    """A canonical caption: equal for captions that mean the same, such as "a X and a Y" and "a Y and a X"."""
     if prompt.relation in ("on the right of", "below"):
         turned = {"on the right of": "on the left of", "below": "above"}[prompt.relation]
         return Prompt(things=prompt.things[::-1], relation=turned).text
@@ -377,7 +380,7 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         case "triangle":
             return (v <= 0.8) & (np.abs(u) <= (v + 1) * 0.56)
         case "star":
-            # A point is in the pentagram when it is within four or more of the five lines that join every second tip.
+            # In the pentagram is what lies within at least four of the five lines that join every second tip.
             turns = np.pi * (2 * np.arange(5) + 1) / 5
             return sum((u * np.sin(a) - v * np.cos(a) <= np.cos(2 * np.pi / 5)).astype(int) for a in turns) >= 4
         case "cross":
@@ -390,7 +393,7 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _is_white(texture: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Whether the texture paints the pixel at offset (x, y) from the object's centre white."""
+    """Whether the texture is white at offset (x, y) from the object's centre."""
     if texture == "striped":
         return (x + y) % 7 < 2.8
     if texture == "dotted":
@@ -401,9 +404,9 @@ def _is_white(texture: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def draw(scene: Scene, *, view: np.ndarray | None = None, supersampling: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Draws a scene, antialiased by supersampling.
 
-    `view` float `[2, 3]` takes canvas pixels (x, y, 1), measured from the middle, to world pixels; what lies outside of the
-    world is black, as in the views that a referee is shown. Returns the image, float32 `[64, 64, 3]` in [0, 1], and the
-    share of each pixel that each object covers, float32 `[64, 64, MAX_OBJECTS]`.
+    `view` float `[2, 3]` maps canvas pixels (x, y, 1), measured from the middle, to world pixels; outside of the
+    world it is black, as in a referee's views. Returns the image, float32 `[64, 64, 3]` in [0, 1], and the share
+    of each pixel that each object covers, float32 `[64, 64, MAX_OBJECTS]`.
     """
     n, middle = SIZE * supersampling, SIZE / 2
     canvas = np.full((n, n, 3), scene.background / 255, np.float32)
