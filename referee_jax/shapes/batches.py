@@ -1,10 +1,11 @@
-"""What the networks of the shapes world are trained on: batches of pictures with their captions, drawn from a Generator.
+"""Training data of the shapes world's networks: batches of pictures with captions, drawn from a Generator.
 
-The captions of Stable Diffusion are noisy on purpose: in 35 % of the two-object scenes two attributes are exchanged, so that the
-U-Net binds attributes as badly as Stable Diffusion does. The referees' captions are clean, with hard negatives.
+The captions of Stable Diffusion are noisy on purpose: in 35 % of the two-object scenes two attributes are
+swapped, so that the U-Net binds attributes as badly as Stable Diffusion does. The referees' captions are clean,
+with hard negatives.
 
-Every batch with captions takes `noise`, the share of two-object captions that are exchanged, and `named`, whether captions may
-name the attribute pairs of world.UNSEEN: what the training data of a referee is worth can be measured.
+Every batch with captions takes `noise`, the share of two-object captions with swapped attributes, and `named`,
+whether captions may name pairs of world.UNSEEN, to measure the worth of a referee's training data.
 """
 
 import dataclasses
@@ -23,9 +24,9 @@ MIX = {
     "complex": 0.18,
 }
 UNET_MIX = {"single": 0.15, "colour": 0.5, "texture": 0.07, "spatial": 0.14, "numeracy": 0.07, "complex": 0.07}
-SWAPPED, EMPTY = 0.35, 0.1  # shares of Stable Diffusion's captions that are exchanged and left out
+SWAPPED, EMPTY = 0.35, 0.1  # shares of Stable Diffusion's captions that are swapped, and empty
 DISTRACTORS = 2
-PATCH = 8  # side in pixels of the squares that say what they show
+PATCH = 8  # side in pixels of the squares with labels
 KINDS = (*world.SHAPES, *world.COLOURS, *world.TEXTURES, *world.RELATIONS)
 Arrays = dict[str, np.ndarray]
 
@@ -33,7 +34,7 @@ Arrays = dict[str, np.ndarray]
 def sample(
     rng: np.random.Generator, mix: dict[str, float], *, unseen: bool | None = False
 ) -> tuple[world.Scene, world.Prompt, str]:
-    """A training scene (`unseen` as of world.sample_scene) with a true caption, and its category."""
+    """A training scene, its true caption and category; `unseen` as in world.sample_scene."""
     category = str(rng.choice(list(mix), p=list(mix.values())))
     scene = world.sample_scene(rng, category, unseen=unseen)
     return scene, world.describe(rng, scene, category), category
@@ -48,12 +49,12 @@ def drawn(scenes: list[world.Scene], views: list[np.ndarray | None] | None = Non
 
 
 def vae_batch(rng: np.random.Generator, size: int = 16) -> Arrays:
-    """Scenes alone."""
+    """Scenes without captions."""
     return drawn([sample(rng, MIX)[0] for _ in range(size)])
 
 
 def exchanged(rng: np.random.Generator, prompt: world.Prompt, share: float, *, named: bool) -> world.Prompt:
-    """In `share` of the cases the caption of two things with their attributes exchanged."""
+    """The prompt; for two things, in a share of the cases, with their attributes swapped."""
     if share and len(prompt.things) == 2 and rng.random() < share:
         swapped = prompt.swapped()
         if named or not any(thing.is_unseen() for thing in swapped.things):
@@ -62,7 +63,7 @@ def exchanged(rng: np.random.Generator, prompt: world.Prompt, share: float, *, n
 
 
 def unet_batch(rng: np.random.Generator, size: int = 32, *, noise: float = SWAPPED, named: bool = False) -> Arrays:
-    """Scenes with noisy captions: of two-object captions SWAPPED have two attributes exchanged, of all EMPTY are empty.
+    """Scenes with noisy captions: SWAPPED of the two-object captions have two attributes swapped, EMPTY of all are empty.
 
     Scenes show attribute pairs of world.UNSEEN as often as others; captions leave out the attribute.
     """
@@ -78,7 +79,7 @@ def unet_batch(rng: np.random.Generator, size: int = 32, *, noise: float = SWAPP
 
 
 def random_view(rng: np.random.Generator) -> np.ndarray | None:
-    """A small rotation, shift and zoom for `world.draw`; one in four is none."""
+    """A small rotation, shift and zoom for `world.draw`; None in a quarter of the cases."""
     if rng.random() < 0.25:
         return None
     angle, zoom = rng.uniform(-0.35, 0.35), rng.uniform(0.9, 1.15)
@@ -87,27 +88,27 @@ def random_view(rng: np.random.Generator) -> np.ndarray | None:
 
 
 def facts(prompt: world.Prompt, scene: world.Scene) -> np.ndarray:
-    """What each token of a caption says of the scene, int8 `[LENGTH]`: 1 what is so, 0 what is not, -1 nothing.
+    """Whether each token of a caption is true of the scene, int8 `[LENGTH]`: 1 true, 0 false, -1 says nothing.
 
-    A shape says whether a thing with its attributes is there; a number, whether there are so many; the last word of a
-    relation, whether the things stand so, if they are there.
+    A shape is true if there is an object with its attributes; a number, if the count is right; the last
+    word of a relation, if it holds, where both objects exist.
     """
-    words, said = prompt.text.split(), np.full(tokens.LENGTH, -1, np.int8)
+    words, truth = prompt.text.split(), np.full(tokens.LENGTH, -1, np.int8)
     nouns = [i for i, word in enumerate(words) if word in world.SHAPES or word in world.PLURALS.values()]
-    there = [[item for item in scene.objects if thing.fits(item)] for thing in prompt.things]
-    said[[1 + noun for noun in nouns]] = [bool(items) for items in there]  # after the token that begins all texts
+    fitting = [[item for item in scene.objects if thing.fits(item)] for thing in prompt.things]
+    truth[[1 + noun for noun in nouns]] = [bool(items) for items in fitting]  # after the start token
     if prompt.count > 1:
-        said[1] = len(there[0]) == prompt.count
-    if prompt.relation and all(there):
-        first, second = there
+        truth[1] = len(fitting[0]) == prompt.count
+    if prompt.relation and all(fitting):
+        first, second = fitting
         end = 1 + nouns[0] + len(prompt.relation.split())
-        said[end] = any(world.holds(prompt.relation, a, b) for a in first for b in second if a is not b)
-    return said
+        truth[end] = any(world.holds(prompt.relation, a, b) for a in first for b in second if a is not b)
+    return truth
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
-    """Scenes, twin beside twin, each with a caption true of it alone and DISTRACTORS captions near to it."""
+class Captioned:
+    """Scenes, each followed by its twin, with a caption true of it alone and DISTRACTORS hard negatives."""
 
     scenes: list[world.Scene]
     prompts: list[world.Prompt]
@@ -115,40 +116,40 @@ class Told:
 
     @property
     def texts(self) -> list[str]:
-        """The true captions in the scenes' order, after those each scene's distractors."""
-        return [prompt.text for prompt in (*self.prompts, *(prompt for own in self.near for prompt in own))]
+        """The true captions in the scenes' order, then the hard negatives of each scene."""
+        return [prompt.text for prompt in (*self.prompts, *(prompt for group in self.near for prompt in group))]
 
 
-def tell(rng: np.random.Generator, size: int, *, noise: float, named: bool, swaps: float = 0.0) -> Told:
-    """`size` scenes and their twins; the first distractor exchanges the attributes in a share `swaps` of the cases."""
+def caption(rng: np.random.Generator, size: int, *, noise: float, named: bool, swaps: float = 0.0) -> Captioned:
+    """`size` scenes and their twins; in a share `swaps` the first hard negative has swapped attributes."""
     scenes, prompts = [], []
     while len(scenes) < 2 * size:
         scene, prompt, category = sample(rng, MIX, unseen=None if named else False)
         twin = world.edit(rng, scene, unseen=named)
-        told = world.describe(rng, twin, "single" if len(twin.objects) == 1 else category)
-        if not world.matches(prompt, twin) and not world.matches(told, scene):
+        other = world.describe(rng, twin, "single" if len(twin.objects) == 1 else category)
+        if not world.matches(prompt, twin) and not world.matches(other, scene):
             scenes += [scene, twin]
-            prompts += [exchanged(rng, text, noise, named=named) for text in (prompt, told)]
+            prompts += [exchanged(rng, text, noise, named=named) for text in (prompt, other)]
     near = []
     for scene, prompt in zip(scenes, prompts, strict=True):
         others = world.distractors(rng, prompt, DISTRACTORS, seen=not named) * DISTRACTORS
         swapped = exchanged(rng, prompt, swaps, named=named)
         first = [] if swapped == prompt or world.matches(swapped, scene) else [swapped]
         near.append([*first, *others][:DISTRACTORS])
-    return Told(scenes, prompts, near)
+    return Captioned(scenes, prompts, near)
 
 
-def pictures(rng: np.random.Generator, told: Told) -> Arrays:
-    """The scenes' pictures, and after them scenes with an object too many, that no caption is true of.
+def pictures(rng: np.random.Generator, captioned: Captioned) -> Arrays:
+    """The scenes' pictures, then those of scenes with an extra object, of which no caption is true.
 
-    `parents` are the scenes that got the objects too many; `shown [scene, patch, KINDS]` says of what each patch shows a
-    part: shape, colour, texture, and where it stands to the other object, if there are two.
+    `parents` are the indices of the scenes that got an extra object. `shown [scene, patch, KINDS]` labels each
+    patch with the shape, colour and texture of the objects in it, and with their relation to the other of two.
     """
     pairs = [
-        i for i, scene in enumerate(told.scenes) if len({(item.shape, item.colour) for item in scene.objects}) == 2
+        i for i, scene in enumerate(captioned.scenes) if len({(item.shape, item.colour) for item in scene.objects}) == 2
     ]
-    parents = np.array(pairs[: len(told.scenes) // 4])
-    scenes = [*told.scenes, *(world.crowd(rng, told.scenes[i]) for i in parents)]
+    parents = np.array(pairs[: len(captioned.scenes) // 4])
+    scenes = [*captioned.scenes, *(world.crowd(rng, captioned.scenes[i]) for i in parents)]
     batch = drawn(scenes, [random_view(rng) for _ in scenes])
     side = world.SIZE // PATCH
     covered = batch.pop("cover").reshape(len(scenes), -1, side, PATCH, side, PATCH).mean((3, 5)) > 0.08
@@ -163,27 +164,27 @@ def pictures(rng: np.random.Generator, told: Told) -> Arrays:
     return batch | {"shown": shown, "parents": parents}
 
 
-def true_words(told: Told) -> np.ndarray:
-    """`[scene, text, LENGTH]`: what the tokens of its own text, its twin's and its distractors' say of the scene."""
-    prompts = told.prompts
-    own = [(prompts[i], prompts[i ^ 1], *near) for i, near in enumerate(told.near)]
-    return np.stack([[facts(text, scene) for text in texts] for texts, scene in zip(own, told.scenes, strict=True)])
+def true_words(captioned: Captioned) -> np.ndarray:
+    """`facts` of each scene's caption, its twin's and its hard negatives, `[scene, text, LENGTH]`."""
+    prompts = captioned.prompts
+    texts = [(prompts[i], prompts[i ^ 1], *near) for i, near in enumerate(captioned.near)]
+    return np.stack([[facts(x, scene) for x in group] for group, scene in zip(texts, captioned.scenes, strict=True)])
 
 
 def pair_batch(rng: np.random.Generator, size: int = 48, *, noise: float = 0.0, named: bool = False) -> Arrays:
-    """Scenes, their near twins, each with a caption true of it alone, and scenes with an object too many that none is true of."""
-    told = tell(rng, size, noise=noise, named=named)
-    return pictures(rng, told) | {"input_ids": tokens.encode(told.texts)}
+    """Scenes and their near twins with captions, and scenes with an extra object, read by CLIP's tokenizer."""
+    captioned = caption(rng, size, noise=noise, named=named)
+    return pictures(rng, captioned) | {"input_ids": tokens.encode(captioned.texts)}
 
 
 def wordpiece_batch(rng: np.random.Generator, size: int = 48, *, noise: float = 0.0, named: bool = False) -> Arrays:
-    """The same, read by BERT's tokenizer, with captions whose attributes are exchanged among the false ones."""
-    told = tell(rng, size, noise=noise, named=named, swaps=0.5)
-    return pictures(rng, told) | {"input_ids": tokens.wordpieces(told.texts), "facts": true_words(told)}
+    """The same, read by BERT's tokenizer, with swapped attributes among the false captions."""
+    captioned = caption(rng, size, noise=noise, named=named, swaps=0.5)
+    return pictures(rng, captioned) | {"input_ids": tokens.wordpieces(captioned.texts), "facts": true_words(captioned)}
 
 
 def read_captions(texts: list[str]) -> np.ndarray:
-    """Token ids of captions that begin as all of BLIP's do."""
+    """Token ids of captions that begin with BEGINNING, as all of BLIP's."""
     return tokens.wordpieces([f"{tokens.BEGINNING} {text}" for text in texts], first="[DEC]")
 
 
@@ -192,27 +193,27 @@ def read_questions(texts: list[str]) -> np.ndarray:
     return tokens.wordpieces([f"{text} ?" for text in texts])
 
 
-def questions(rng: np.random.Generator, told: Told) -> Arrays:
-    """Two questions for each scene, the second ones after all the first: is there what its caption says, or a false one?
+def questions(rng: np.random.Generator, captioned: Captioned) -> Arrays:
+    """Two questions for each scene, first all about true captions, then all about false ones.
 
-    Half of those about two things ask for one of them, as T2I-CompBench's questions do: for one that is not there, if the
-    caption is false. `answers [question]` is whether all that is asked for is there, `asked [question, LENGTH]` is facts'.
+    Half of those with two things ask for one of them, as T2I-CompBench's questions do; of a false caption for one
+    that is missing. `answers [question]` is whether everything is there, `asked [question, LENGTH]` its `facts`.
     """
-    false = [told.prompts[i ^ 1] if i % 4 < 2 else near[1] for i, near in enumerate(told.near)]
-    texts, asked = [], []
-    for prompts in (told.prompts, false):
-        for scene, prompt in zip(told.scenes, prompts, strict=True):
+    false = [captioned.prompts[i ^ 1] if i % 4 < 2 else near[1] for i, near in enumerate(captioned.near)]
+    texts, truth = [], []
+    for prompts in (captioned.prompts, false):
+        for scene, prompt in zip(captioned.scenes, prompts, strict=True):
             if len(prompt.things) == 2 and rng.random() < 0.5:
                 missing = [thing for thing in prompt.things if not any(map(thing.fits, scene.objects))]
                 prompt = world.Prompt(things=(world.pick(rng, missing or prompt.things),))
             texts.append(prompt.text)
-            asked.append(facts(prompt, scene))
-    asked = np.stack(asked)
-    return {"question_ids": read_questions(texts), "asked": asked, "answers": (asked != 0).all(1)}
+            truth.append(facts(prompt, scene))
+    truth = np.stack(truth)
+    return {"question_ids": read_questions(texts), "asked": truth, "answers": (truth != 0).all(1)}
 
 
 def blip_batch(rng: np.random.Generator, size: int = 48, *, noise: float = 0.0, named: bool = False) -> Arrays:
-    """The same, and as BLIP reads them, captions that begin as all do, and questions whether things are there."""
-    told = tell(rng, size, noise=noise, named=named, swaps=0.5)
-    texts = {"input_ids": tokens.wordpieces(told.texts), "caption_ids": read_captions(told.texts)}
-    return pictures(rng, told) | texts | {"facts": true_words(told)} | questions(rng, told)
+    """The same, with captions that begin with BEGINNING, and with questions."""
+    captioned = caption(rng, size, noise=noise, named=named, swaps=0.5)
+    texts = {"input_ids": tokens.wordpieces(captioned.texts), "caption_ids": read_captions(captioned.texts)}
+    return pictures(rng, captioned) | texts | {"facts": true_words(captioned)} | questions(rng, captioned)

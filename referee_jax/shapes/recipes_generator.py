@@ -1,7 +1,7 @@
-"""The generator of the shapes world: autoencoder and U-Net, as torch modules that know their loss and how they are saved.
+"""Recipes of the shapes world's generator: autoencoder and U-Net, torch modules with their loss and saving.
 
-A recipe's `batch` draws one step's data from a Generator; what is in `trained` is trained, and `forward` gives the loss and
-the figures that are shown.
+A recipe's `batch` draws one step's data from a Generator; `trained` holds the modules to train, and `forward`
+returns the loss and the figures for the log.
 """
 
 import copy
@@ -28,7 +28,7 @@ SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.0
 
 
 class Autoencoder(torch.nn.Module):
-    """The KL-VAE, trained with a KL term strong enough that latents have unit scale and neighbours decode alike."""
+    """The KL-VAE; its KL term is strong enough for unit-scale latents, of which near ones decode to similar pictures."""
 
     steps, rate, batch, places = 4000, 2e-3, staticmethod(batches.vae_batch), ("stable-diffusion/vae",)
 
@@ -51,7 +51,7 @@ class Autoencoder(torch.nn.Module):
         }
 
     def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
-        """With the scaling factor that gives latents of training scenes unit variance."""
+        """Writes it with the scaling factor that gives latents of training scenes unit variance."""
         images = torch.from_numpy(batches.vae_batch(np.random.default_rng(0), 256)["image"]) * 2 - 1
         with torch.no_grad():
             scale = 1 / trained["vae"].encode(images).latent_dist.sample().std().item()
@@ -63,7 +63,7 @@ class Autoencoder(torch.nn.Module):
 class UNet(torch.nn.Module):
     """The U-Net: noise prediction on scaled latents, between the frozen autoencoder and CLIP's frozen text tower.
 
-    Errors at low noise, which every network soon predicts well, are weighed down (Min-SNR, arXiv 2303.09556, gamma 5).
+    Errors at low noise, which are easy, have less weight (Min-SNR, arXiv 2303.09556, gamma 5).
     """
 
     steps, rate, batch, places = 10000, 1e-3, staticmethod(batches.unet_batch), ("stable-diffusion/unet",)
@@ -95,7 +95,7 @@ class UNet(torch.nn.Module):
         return (weight * error).mean(), {"error": error.mean(), "error above 500": error[t > 500].mean()}
 
     def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
-        """All of Stable Diffusion but the autoencoder, which is there."""
+        """Writes all of Stable Diffusion but the autoencoder, which exists already."""
         out = out / "stable-diffusion"
         copy.deepcopy(trained["unet"]).half().save_pretrained(out / "unet")
         copy.deepcopy(self.text_encoder).half().save_pretrained(out / "text_encoder")

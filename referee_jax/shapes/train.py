@@ -1,12 +1,12 @@
 """Trains the networks of the shapes world: `python -m referee_jax.shapes.train --network=vae|clip|unet|...`.
 
-Training is the one thing here that is done with torch (extra `[train]`), on the very classes of transformers and diffusers
-whose checkpoints the package reads: what is committed is a true Hugging Face checkpoint, and loading it is a test of its own.
-On a CPU with bfloat16 matrix units it is several times faster than XLA besides.
+Training alone uses torch (extra `[train]`), with the classes of transformers and diffusers whose checkpoints the
+package reads: the committed assets are true Hugging Face checkpoints, and loading them is a test. On a CPU with
+bfloat16 matrix units it is also several times faster than XLA.
 
-Training is seeded and resumable: what is random in step n depends on (seed, n) alone, the state is kept in `--workdir`.
-The order is vae, clip, then unet, blip and blip2 (which read them from `--out`). Each network comes with a card of its data,
-steps and final figures. `--noise`, `--named` and `--epoch` train it on other data than its own.
+Training is seeded and resumable: randomness in step n depends on (seed, n) alone, and the state is in `--workdir`.
+The order is vae, clip, then unet, blip and blip2 (which read them from `--out`). Each network gets a card with its
+data, steps and final figures. `--noise`, `--named` and `--epoch` train it on other data.
 """
 
 import copy
@@ -39,7 +39,7 @@ SAVE_EVERY = 500
 
 
 class Steps(torch.utils.data.Dataset):
-    """Batch n of a recipe, drawn from (seed, n); with `epoch` there are so many, and they come again."""
+    """Batch n of a recipe, drawn from (seed, n); with `epoch`, that many batches repeat."""
 
     def __init__(self, batch: Callable, seed: int, epoch: int | None = None):
         self.batch, self.seed, self.epoch = batch, seed, epoch
@@ -60,11 +60,23 @@ def train(
     workers: int = 1,
     **data: float,
 ) -> dict[str, float]:
-    """Trains network `name`, going on from the checkpoint in `workdir`; writes it to `out`; returns the last figures.
+    """Trains a network, from its checkpoint in `workdir` if there is one, and writes it to `out`.
 
-    `data` are arguments of its batches (noise, named), which so many `workers` draw; with `epoch` that number of them comes
-    again and again. Raises ValueError where the batches do not take them, and where the checkpoint in `workdir` is of other
-    data.
+    Args:
+        name: of NETWORKS.
+        steps: of the whole training; by default the network's.
+        seed: of weights, data and noise.
+        out: directory of the trained networks.
+        workdir: directory of the training's checkpoints.
+        epoch: the number of batches, which repeat; by default all are new.
+        workers: processes that draw batches.
+        **data: arguments of the batches (noise, named).
+
+    Returns:
+        The figures of the last batch.
+
+    Raises:
+        ValueError: for arguments that the batches do not take, or a checkpoint of other data.
     """
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,7 +84,7 @@ def train(
     fast = device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     if unknown := data.keys() - inspect.signature(NETWORKS[name].batch).parameters.keys():
         raise ValueError(f"what {name} is trained on has no {', '.join(sorted(unknown))}")
-    network, data_said = NETWORKS[name](out).to(device), data | ({"epoch": epoch} if epoch else {})
+    network, data_settings = NETWORKS[name](out).to(device), data | ({"epoch": epoch} if epoch else {})
     steps, trained = steps or network.steps, network.trained
     average = copy.deepcopy(trained).requires_grad_(False)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=network.rate, betas=(0.9, 0.99), weight_decay=0.02)
@@ -81,7 +93,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     parts = {"trained": trained, "average": average, "optimizer": optimizer, "schedule": schedule}
     checkpoint = workdir / f"{name}.pt"
-    done = resume(checkpoint, parts, data_said)
+    done = resume(checkpoint, parts, data_settings)
     workdir.mkdir(parents=True, exist_ok=True)
     # Spawned, not forked: the caller may have threads (JAX has), and a fork of those can hang.
     loader = torch.utils.data.DataLoader(
@@ -94,7 +106,7 @@ def train(
     begin, figures = time.monotonic(), {}
     for i, batch in enumerate(loader, done + 1):
         batch = {key: value.to(device) for key, value in batch.items()}
-        torch.manual_seed(1_000_003 * seed + i)  # noise, too, is of (seed, step) alone
+        torch.manual_seed(1_000_003 * seed + i)  # noise, too, depends on (seed, step) alone
         with torch.autocast(device, dtype=torch.bfloat16, enabled=fast):
             loss, figures = network(batch)
         figures = {key: value.detach() for key, value in figures.items()}
@@ -107,24 +119,24 @@ def train(
             for old, new in zip(average.parameters(), trained.parameters(), strict=True):
                 old.lerp_(new, max(0.003, 1 / i))
             for old, new in zip(average.buffers(), trained.buffers(), strict=True):
-                old.copy_(new)  # statistics of batch norms, which are averages themselves
+                old.copy_(new)  # statistics of batch norms are averages already
         if i % 100 == 0 or i == steps:
             pace = (time.monotonic() - begin) / (i - done)
             shown = {key: round(value.item(), 4) for key, value in figures.items()}
             logging.info("%s: step %d of %d, %.2f s each, %s", name, i, steps, pace, shown)
         if i % SAVE_EVERY == 0 or i == steps:
-            state = {key: part.state_dict() for key, part in parts.items()} | {"step": i, "data": data_said}
+            state = {key: part.state_dict() for key, part in parts.items()} | {"step": i, "data": data_settings}
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
             network.save(average, out)
-            said = {"network": name, "seed": seed, "steps": steps} | data_said
+            settings = {"network": name, "seed": seed, "steps": steps} | data_settings
             for place in network.places:
-                (out / place / "README.md").write_text(card(network, said, step=i, figures=figures))
+                (out / place / "README.md").write_text(card(network, settings, step=i, figures=figures))
     return {key: float(value) for key, value in figures.items()}
 
 
 def resume(checkpoint: pathlib.Path, parts: dict, data: dict) -> int:
-    """Loads the parts' states from a checkpoint, if there is one; returns the number of steps done."""
+    """Loads the parts' states from a checkpoint, if there is one; returns its number of steps, or 0."""
     if not checkpoint.exists():
         return 0
     saved = torch.load(checkpoint, weights_only=True)
@@ -136,17 +148,17 @@ def resume(checkpoint: pathlib.Path, parts: dict, data: dict) -> int:
     return saved["step"]
 
 
-def card(network: torch.nn.Module, said: dict, *, step: int, figures: dict) -> str:
-    """What stands beside a network trained with the flags `said`."""
+def card(network: torch.nn.Module, settings: dict, *, step: int, figures: dict) -> str:
+    """The README.md of a network trained with the flags `settings`."""
     values = {key: round(float(value), 4) for key, value in figures.items()}
-    asked = " ".join(f"--{key}={value}" for key, value in said.items())
-    new = f"{said['epoch']} batches, again and again." if "epoch" in said else "new in every step."
-    names = "Captions name" if said.get("named") else "No caption names"
+    arguments = " ".join(f"--{key}={value}" for key, value in settings.items())
+    new = f"{settings['epoch']} batches, again and again." if "epoch" in settings else "new in every step."
+    names = "Captions name" if settings.get("named") else "No caption names"
     return (
-        f"# {said['network']}\n\n{inspect.getdoc(type(network))}\n\n"
+        f"# {settings['network']}\n\n{inspect.getdoc(type(network))}\n\n"
         f"Data: scenes of `referee_jax.shapes.world`, {new} {network.batch.__doc__.strip().splitlines()[0]}\n"
         f"{names} an attribute pair of `world.UNSEEN`.\n\n"
-        f"Trained by `python -m referee_jax.shapes.train {asked}`, "
+        f"Trained by `python -m referee_jax.shapes.train {arguments}`, "
         f"{step} steps done; the weights are a running average. Figures of the last batch: {json.dumps(values)}\n"
     )
 
@@ -155,8 +167,8 @@ def main(args: flags.FlagValues) -> str:
     """The command line."""
     data = {name: args[name].value for name in ("noise", "named") if args[name].present}
     out, workdir = pathlib.Path(args.out), pathlib.Path(args.workdir)
-    own = {"epoch": args.epoch, "workers": args.workers}
-    train(args.network, steps=args.steps, seed=args.seed, out=out, workdir=workdir, **own, **data)
+    loading = {"epoch": args.epoch, "workers": args.workers}
+    train(args.network, steps=args.steps, seed=args.seed, out=out, workdir=workdir, **loading, **data)
     return f"{args.network} is in {out}"
 
 
@@ -164,9 +176,9 @@ if __name__ == "__main__":
     flags.DEFINE_enum("network", None, list(NETWORKS), "which network to train", required=True)
     flags.DEFINE_integer("steps", None, "training steps; default: the network's", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of weights, data and noise")
-    flags.DEFINE_float("noise", None, "share of two-object captions with exchanged attributes", 0.0, 1.0)
-    flags.DEFINE_bool("named", False, "whether captions may name the attribute pairs that are kept unseen")
-    flags.DEFINE_integer("epoch", None, "number of batches, which come again; default: new ones always", lower_bound=1)
+    flags.DEFINE_float("noise", None, "share of two-object captions with swapped attributes", 0.0, 1.0)
+    flags.DEFINE_bool("named", False, "whether captions may name the unseen attribute pairs")
+    flags.DEFINE_integer("epoch", None, "number of batches, which repeat; default: all are new", lower_bound=1)
     flags.DEFINE_integer("workers", 1, "processes that draw batches, a tenth of a second each", lower_bound=1)
     flags.DEFINE_string("out", "shapes_networks", "directory that the trained networks are written to")
     flags.DEFINE_string("workdir", "shapes_training", "directory of the training's checkpoints")

@@ -131,9 +131,9 @@ def test_words_say_what_is_so():
 
 def test_first_distractors_exchange_attributes():
     """All of them where that makes a false caption that names no unseen pair; none are true."""
-    told = batches.tell(np.random.default_rng(9), 30, noise=0.0, named=False, swaps=1.0)
+    captioned = batches.caption(np.random.default_rng(9), 30, noise=0.0, named=False, swaps=1.0)
     exchanged = 0
-    for own, (near, _), facts in zip(told.prompts, told.near, batches.true_words(told), strict=True):
+    for own, (near, _), facts in zip(captioned.prompts, captioned.near, batches.true_words(captioned), strict=True):
         assert not any(thing.is_unseen() for thing in near.things)
         assert (facts[0] != 0).all()
         if len(own.things) == 2:
@@ -145,19 +145,19 @@ def test_first_distractors_exchange_attributes():
 def test_questions_ask_what_is_there():
     """About as many are true as false; half of those about two things name one, and of a false caption one that is missing."""
     rng = np.random.default_rng(10)
-    told = batches.tell(rng, 60, noise=0.0, named=False)
-    asked = batches.questions(rng, told)
+    captioned = batches.caption(rng, 60, noise=0.0, named=False)
+    asked = batches.questions(rng, captioned)
     pieces = {i: piece for piece, i in tokens.WORDPIECES.items()}
     said = [[pieces[i] for i in row if i not in (tokens.WORDPIECES["[SEP]"], 0)] for row in asked["question_ids"]]
     assert all(row[-1] == "?" for row in said)
     parsed = [world.parse(" ".join(row[1:-1])) for row in said]
     pairs, shorter = 0, 0
     for i, prompt in enumerate(parsed):
-        scene = told.scenes[i % 120]
+        scene = captioned.scenes[i % 120]
         there = [any(map(thing.fits, scene.objects)) for thing in prompt.things]
         if prompt.count == 1 and not prompt.relation:
             assert asked["answers"][i] == all(there), (prompt.text, scene)
-        if len(told.prompts[i % 120].things) == 2:
+        if len(captioned.prompts[i % 120].things) == 2:
             pairs, shorter = pairs + 1, shorter + (len(prompt.things) == 1)
     assert asked["answers"][:120].all()
     assert 0.5 < asked["answers"].mean() < 0.65

@@ -1,12 +1,11 @@
-"""What an iteration takes with every view, referee and image more, beside what cost.py counts.
+"""Time of an iteration for each further view, referee and image, beside the FLOPs of performance/cost.py.
 
     python -m tests.tools.slopes --out=slopes.json
     python -m tests.tools.slopes --config=configs/paper.py --precision=bfloat16 --out=slopes.json     # a GPU
 
-Networks have the sizes of a config's, in the first line of the shapes world's, and random weights. The slope of an axis is that
-of seconds over operations, by least squares: its inverse is the rate at which what was added is done. A ratio of 1 says that it
-took the share of the time that it has of the operations of the axis' last row; more, that views, say, take longer than cost.py
-has it.
+Networks have the sizes of a config's, by default the shapes world's, and random weights. The slope of an axis is
+that of seconds over FLOPs, by least squares; its inverse is the rate of the added work. A ratio of 1 means that
+the added work is as fast as the whole last row of the axis; above 1 it is slower than its FLOPs suggest.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from referee_jax.storage import run_directory
 from referee_jax.weights import hub
 
 COUNTS = (1, 2, 4, 8)
-# Whether the config's generator is the shapes world's -> the referees that are added to its own.
+# Whether the config's generator is the shapes world's -> referees to add to those of the config.
 REFEREES = {
     True: (
         config.RefereeSpec(name="blip_itm", checkpoint="shapes/blip_itm", losses={"itm": 1.0}),
@@ -41,26 +40,26 @@ REFEREES = {
 
 
 def variants(settings: config.Settings, batch: int, counts: Sequence[int] = COUNTS) -> Iterator[tuple[str, str, Any]]:
-    """Axis, name of the row, settings: views and images in so many `counts`, the config's referees and REFEREES after them.
+    """Axis, name of the row, settings: `counts` of views and of images, then the config's referees and REFEREES.
 
-    Where something else varies, `batch` images are made at once. Held-out referees are left out.
+    Where the number of images does not vary, it is `batch`. Held-out referees are left out.
     """
-    own = tuple(spec for spec in settings.referees if spec.role == "optimise")
-    settings = dataclasses.replace(settings, referees=own, batch_size=batch)
+    optimised = tuple(spec for spec in settings.referees if spec.role == "optimise")
+    settings = dataclasses.replace(settings, referees=optimised, batch_size=batch)
     for count in counts:
-        looked = dataclasses.replace(settings.views, count=count, keep=count)
-        yield "views", str(count), dataclasses.replace(settings, views=looked)
+        views = dataclasses.replace(settings.views, count=count, keep=count)
+        yield "views", str(count), dataclasses.replace(settings, views=views)
     for count in counts:
         yield "images at once", str(count), dataclasses.replace(settings, batch_size=count)
     more = REFEREES[hub.is_embedded(settings.generator.checkpoint)]
     for count in range(len(more) + 1):
         added = more[:count]
         name = " + ".join(["its own", *(spec.name for spec in added)])
-        yield "referees", name, dataclasses.replace(settings, referees=own + added)
+        yield "referees", name, dataclasses.replace(settings, referees=optimised + added)
 
 
 def measure(axis: str, name: str, settings: config.Settings, device: jax.Device) -> dict[str, Any]:
-    """A row: seconds of an iteration of the whole batch, and the operations that its program has."""
+    """A row: seconds of an iteration of the whole batch, and the FLOPs of its program."""
     sized = abstract_networks.at_random(abstract_networks.abstract(settings))
     settings = capacity.fitting(settings, sized.prior, sized.judges, chips.memory_limit(device))
     flops = settings.batch_size * cost.estimate(settings).step
@@ -69,26 +68,26 @@ def measure(axis: str, name: str, settings: config.Settings, device: jax.Device)
 
 
 def slopes(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each axis: seconds per operation that is added (`slope`), of all of its last row (`mean`), and their `ratio`."""
-    found = {}
+    """Of each axis: seconds per added FLOP (`slope`), per FLOP of its last row (`mean`), and their `ratio`."""
+    results = {}
     for axis in dict.fromkeys(row["axis"] for row in rows):
-        own = [row for row in rows if row["axis"] == axis]
-        flops, seconds = (np.array([row[key] for row in own]) for key in ("flops", "seconds"))
+        group = [row for row in rows if row["axis"] == axis]
+        flops, seconds = (np.array([row[key] for row in group]) for key in ("flops", "seconds"))
         slope, mean = float(np.polyfit(flops, seconds, 1)[0]), float(seconds[-1] / flops[-1])
         is_monotone = bool((np.diff(seconds[np.argsort(flops)]) > 0).all())
-        found[axis] = {"slope": slope, "mean": mean, "ratio": slope / mean, "monotone": is_monotone}
-    return found
+        results[axis] = {"slope": slope, "mean": mean, "ratio": slope / mean, "monotone": is_monotone}
+    return results
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows and slopes as Markdown."""
-    shown = {
+    cells = {
         f"{row['axis']}: {row['row']}": [
             f"{1e3 * row['seconds']:.4g}", f"{row['flops'] / 1e9:.4g}", f"{row['flops'] / row['seconds'] / 1e9:.4g}",
         ]
         for row in rows
     }  # fmt: skip
-    summed = {
+    summary = {
         axis: [
             f"{1e12 * x['slope']:.4g}",
             f"{1e12 * x['mean']:.4g}",
@@ -99,8 +98,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     }
     return "\n".join(
         [
-            console.markdown(["an iteration of", "ms", "GFLOP", "GFLOP/s"], shown),
-            console.markdown(["axis", "ms per GFLOP added", "of all of the last row", "ratio", "monotone"], summed),
+            console.markdown(["an iteration of", "ms", "GFLOP", "GFLOP/s"], cells),
+            console.markdown(["axis", "ms per GFLOP added", "of all of the last row", "ratio", "monotone"], summary),
         ]
     )
 
@@ -122,13 +121,13 @@ def main() -> None:
             print(f"{axis}, {name}: {rows[-1]['seconds']:.4f} s", flush=True)
     print(table(rows))
     if args.out:
-        told = {
+        report = {
             "device": device.device_kind,
             "versions": run_directory.versions(),
             "rows": rows,
             "slopes": slopes(rows),
         }
-        args.out.write_text(json.dumps(told, indent=2) + "\n")
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
