@@ -110,15 +110,15 @@ def parts(step: capacity.Step) -> list[Part]:
         Part("decoder + pullback", _decoder(plan), plan.latent),
     ]
     specs = [spec for spec in step.settings.referees if spec.role == "optimise"]
-    for n, (spec, looks, referee) in enumerate(zip(specs, plan.views, step.networks.referees, strict=True)):
+    for n, (spec, view_plan, referee) in enumerate(zip(specs, plan.views, step.networks.referees, strict=True)):
         name, size = spec.name if len(specs) == 1 else f"{spec.name} {n}", referee.image_size
         pieces += [
-            Part(f"{name}: views + pullback", _views(looks, size, plan.shared_erase), (side, side, 3)),
-            Part(f"{name}: forward", _forward(n, looks), (looks.keep, size, size, 3)),
-            Part(f"{name}: forward + backward", _backward(n, looks), (looks.keep, size, size, 3)),
+            Part(f"{name}: views + pullback", _views(view_plan, size, plan.shared_erase), (side, side, 3)),
+            Part(f"{name}: forward", _forward(n, view_plan), (view_plan.keep, size, size, 3)),
+            Part(f"{name}: forward + backward", _backward(n, view_plan), (view_plan.keep, size, size, 3)),
         ]
-        if looks.keep < looks.count:
-            pieces.append(Part(f"{name}: choice of views", _forward(n, looks), (looks.count, size, size, 3)))
+        if view_plan.keep < view_plan.count:
+            pieces.append(Part(f"{name}: choice of views", _forward(n, view_plan), (view_plan.count, size, size, 3)))
     return pieces
 
 
@@ -136,27 +136,29 @@ def _decoder(plan: inversion.Plan) -> Callable:
     return decode
 
 
-def _views(looks: Any, size: int, shared_erase: bool) -> Callable:
+def _views(view_plan: Any, size: int, shared_erase: bool) -> Callable:
     def view(networks, prompt, hyper, image: Array, key: Array) -> Array:
-        names = looks.augmentations
-        params = views.sample(key, hyper.views, names=names, count=looks.keep, size=size, shared_erase=shared_erase)
-        cutouts, pullback = jax.vjp(lambda image: views.apply(image, params, size=size, names=names, dense=looks.dense), image)
+        names = view_plan.augmentations
+        params = views.sample(key, hyper.views, names=names, count=view_plan.keep, size=size, shared_erase=shared_erase)
+        cutouts, pullback = jax.vjp(
+            lambda image: views.apply(image, params, size=size, names=names, dense=view_plan.dense), image
+        )
         return pullback(cutouts)[0]
 
     return view
 
 
-def _forward(n: int, looks: Any) -> Callable:
+def _forward(n: int, view_plan: Any) -> Callable:
     def forward(networks, prompt, hyper, cutouts: Array, key: Array) -> Array:
         losses = networks.referees[n].views_losses(cutouts, prompt.texts[n])
-        return hyper.weights[n].total(looks.losses, losses).mean()
+        return hyper.weights[n].total(view_plan.losses, losses).mean()
 
     return forward
 
 
-def _backward(n: int, looks: Any) -> Callable:
+def _backward(n: int, view_plan: Any) -> Callable:
     return lambda networks, prompt, hyper, cutouts, key: jax.value_and_grad(
-        lambda cutouts: _forward(n, looks)(networks, prompt, hyper, cutouts, key)
+        lambda cutouts: _forward(n, view_plan)(networks, prompt, hyper, cutouts, key)
     )(cutouts)
 
 

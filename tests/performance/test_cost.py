@@ -164,12 +164,14 @@ def test_an_iteration_is_its_parts(checkpoints, tiny):
 
 def test_an_image_is_its_iterations_start_and_end(checkpoints, tiny):
     """Four iterations with referees, three without, two evaluations; all candidates are sampled and judged."""
-    judged = tiny.evaluation + tiny.parts["clip: forward"] / 2  # by both, of one view
-    body = 4 * tiny.step + 3 * tiny.tail + 2 * tiny.evaluation
-    assert tiny.image == pytest.approx(body + 2 * judged, rel=1e-3)  # at the start and at the end
+    judged = tiny.parts["decoder"] + 2 * tiny.parts["clip: forward"] / 2  # by both, of one view
+    assert tiny.evaluation == pytest.approx(judged, rel=1e-3)
+    body = 4 * tiny.step + 3 * tiny.tail + 2 * judged
+    end = 2 * judged  # scores, then losses as at the start
+    assert tiny.image == pytest.approx(body + judged + end, rel=1e-3)
     chosen = cost.estimate(dataclasses.replace(small(checkpoints), init="sample", init_steps=5, init_candidates=4))
     start = 4 * (5 * tiny.parts["U-Net"] + judged)
-    assert chosen.image == pytest.approx(body + start + judged, rel=1e-3)
+    assert chosen.image == pytest.approx(body + start + end, rel=1e-3)
 
 
 def test_a_run_the_doctor_and_the_estimate_tell_one_number(checkpoints):
