@@ -4,6 +4,7 @@ import pathlib
 
 import setuptools
 
+DOCS = ["mkdocs-material>=9.6,<10", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 README = pathlib.Path(__file__).parent / "README.md"
 
 setuptools.setup(
@@ -49,6 +50,7 @@ setuptools.setup(
         "siglip": ["sentencepiece>=0.2", "protobuf>=4"],  # the tokenizer of SigLIP 1; that of SigLIP 2 needs neither
         # Figures, and noun phrases of one's own prompts (besides: python -m spacy download en_core_web_sm).
         "eval": ["matplotlib>=3.9", "spacy>=3.8"],
+        "docs": DOCS,
         "train": ["torch>=2.13", "diffusers>=0.35"],
         "test": [
             "torch==2.13.0",
@@ -64,6 +66,7 @@ setuptools.setup(
             "sentencepiece>=0.2",
             "protobuf>=4",
             "webdataset>=1.0",
+            *DOCS,
         ],
     },
     classifiers=[
