@@ -19,7 +19,7 @@ class Chip(NamedTuple):
         scores: MiB of attention logits per block, so that they stay out of the chip's main memory.
         dense: whether matrix products with many zeros are faster than gathers.
 
-    `scores` and `dense` are set where they lower the compiler's estimate (docs/speed.md).
+    `scores` and `dense` are set where they lower the compiler's estimate (docs/notes/performance_log.md).
     """
 
     name: str
