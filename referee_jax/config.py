@@ -63,33 +63,33 @@ class Sds:
     `weight` and `t_max` follow a cosine to their final values over `weight_steps` iterations.
     """
 
-    weight: float = bounded(800.0, low=0)
-    weight_final: float = bounded(400.0, low=0)
-    weight_steps: int = bounded(160, low=1)
-    guidance: float = 30.0
-    t_min: int = bounded(50, low=0)
-    t_max: int = bounded(950, low=2, high=1000)
-    t_max_final: int = bounded(950, low=2, high=1000)
-    alpha_power: float = 0.0
-    sigma_power: float = 0.0
+    weight: float = bounded(800.0, low=0)  # of the prior's gradient; 0 with weight_final 0: no score distillation
+    weight_final: float = bounded(400.0, low=0)  # of the cosine
+    weight_steps: int = bounded(160, low=1)  # iterations of the cosines
+    guidance: float = 30.0  # scale of classifier-free guidance
+    t_min: int = bounded(50, low=0)  # the smallest timestep that is drawn
+    t_max: int = bounded(950, low=2, high=1000)  # timesteps up to t_max - 2 are drawn
+    t_max_final: int = bounded(950, low=2, high=1000)  # of the cosine
+    alpha_power: float = 0.0  # a of w_t, see method/sds.py
+    sigma_power: float = 0.0  # b of w_t
     # {} is the prompt, {caption} the prompt in lower case without most marks. With neither, the
     # prior's text is the same for all prompts.
     prompt: str = "A photo exactly contains {caption}"
-    negative_prompt: str = ""
+    negative_prompt: str = ""  # what guidance leads away from; empty: the empty text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Referee:
     """The referees' common step in iterations `start` to `stop - 1`; see method/objective.py."""
 
-    weight: float = bounded(2.0, low=0)
-    weight_final: float = bounded(2.0, low=0)
-    start: int = bounded(0, low=0)
-    stop: int = bounded(150, low=0)
+    weight: float = bounded(2.0, low=0)  # length of the referees' step in steps of the prior
+    weight_final: float = bounded(2.0, low=0)  # of the cosine from start to stop
+    start: int = bounded(0, low=0)  # the first iteration with the referees
+    stop: int = bounded(150, low=0)  # the first without them
     balance: bool = True  # scale the referees' gradient to the norm of the prior's
-    balance_epsilon: float = bounded(0.0, low=0)
+    balance_epsilon: float = bounded(0.0, low=0)  # norm below which the gradient is not scaled to the prior's
     normalise: bool = False  # scale each referee's gradient to a norm of its weight
-    normalise_epsilon: float = bounded(0.0, low=0)
+    normalise_epsilon: float = bounded(0.0, low=0)  # norm below which a gradient is not scaled to its weight
     noise: float = bounded(0.2, low=0)  # standard deviation of the noise on views in [0, 1]
 
 
@@ -97,9 +97,9 @@ class Referee:
 class RefereeSpec:
     """One vision-language model, which is optimised or held out."""
 
-    name: str = bounded("clip", allowed=tuple(LOSSES))
-    checkpoint: str = "openai/clip-vit-large-patch14"
-    revision: str = ""
+    name: str = bounded("clip", allowed=tuple(LOSSES))  # kind of referee
+    checkpoint: str = "openai/clip-vit-large-patch14"  # hub id, local directory, or shapes/...
+    revision: str = ""  # commit of a hub id; empty: the latest
     losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"cosine": 1.0})  # loss: weight
     weight: float = bounded(1.0, above=0)  # of all its losses in a mix
     views: int = bounded(0, low=0)  # number of its views; 0: views.count
@@ -110,28 +110,28 @@ class RefereeSpec:
     near: int = bounded(0, low=0)  # number of hard negatives made from the prompt; see prompts.hard_negatives
     exchange: tuple[tuple[str, ...], ...] = ()  # groups of interchangeable words in those
     image_size: int = bounded(0, low=0)  # side of the views; 0: the checkpoint's
-    role: str = bounded("optimise", allowed=("optimise", "held_out"))
+    role: str = bounded("optimise", allowed=("optimise", "held_out"))  # held_out: evaluated, never in the gradient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
     """The latents' update (method/optim.py): `noise` while the referees act, `tail_noise` after."""
 
-    name: str = bounded("sgd", allowed=tuple(optim.OPTIMIZERS))
-    lr: float = bounded(1.0, above=0)
-    lr_final: float = bounded(0.5, low=0)
-    warmup: int = bounded(10, low=0)
-    noise: float = bounded(0.2, low=0)
-    tail_noise: float = bounded(0.01, low=0)
+    name: str = bounded("sgd", allowed=tuple(optim.OPTIMIZERS))  # adam, or plain gradient descent
+    lr: float = bounded(1.0, above=0)  # step size
+    lr_final: float = bounded(0.5, low=0)  # of the referees' step, at the last iteration
+    warmup: int = bounded(10, low=0)  # iterations in which the referees' step grows to lr
+    noise: float = bounded(0.2, low=0)  # standard deviation, in latent units, while the referees act
+    tail_noise: float = bounded(0.01, low=0)  # after that
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ema:
     """Moving average of the latents, and restarts from it at `start`, `start + every`, ..."""
 
-    decay: float = bounded(0.95, low=0, high=1)
-    start: int = bounded(40, low=0)
-    every: int = bounded(60, low=1)
+    decay: float = bounded(0.95, low=0, high=1)  # of the average, per iteration
+    start: int = bounded(40, low=0)  # iteration of the first restart
+    every: int = bounded(60, low=1)  # iterations between restarts
     alias: bool = False  # as in the authors' code: after a restart, average and latents are one tensor
 
 
@@ -139,9 +139,9 @@ class Ema:
 class Views(augmentations.Settings):
     """Augmented views of the image; the augmentations' magnitudes are inherited."""
 
-    count: int = bounded(10, low=1)
+    count: int = bounded(10, low=1)  # number of views of each referee
     keep: int = bounded(10, low=1)  # number of hardest views with a gradient
-    augmentations: tuple[str, ...] = views.DEFAULT
+    augmentations: tuple[str, ...] = views.DEFAULT  # in this order; names in method/augmentations.py
     shared_erase: bool = True  # one erased rectangle for all views
     per_pass: int = bounded(0, low=0)  # views per microbatch, to save memory; 0: all
 
@@ -169,9 +169,9 @@ class Mesh:
 class Settings:
     """All settings."""
 
-    steps: int = bounded(160, low=1)
-    image_size: int = bounded(512, low=8)
-    precision: str = bounded("float32", allowed=("float32", "bfloat16"))
+    steps: int = bounded(160, low=1)  # iterations
+    image_size: int = bounded(512, low=8)  # side of the square image, in pixels
+    precision: str = bounded("float32", allowed=("float32", "bfloat16"))  # of weights and activations
     batch_size: int = bounded(8, low=0)  # items per device (or group); 0: what an accelerator's memory holds
     # What each layer of BLIP, BLIP-2 and ALIGN keeps for the backward pass: full: its input; dots:
     # also products with weights; none: everything. auto: dots if it fits into the memory.
@@ -180,10 +180,10 @@ class Settings:
     chunk: int = bounded(10, low=1)  # iterations between two log lines and checks for a stop request
     checkpoint_seconds: float = bounded(60.0, above=0.0)  # between two checkpoints of a batch in flight
     stall_seconds: float = bounded(0.0, low=0.0)  # without progress before a run ends; 0: see recovery.Watchdog
-    seed: int = bounded(0, low=0, high=2**32 - 1)
+    seed: int = bounded(0, low=0, high=2**32 - 1)  # with prompt and sample, it decides all that is random
     samples: int = bounded(1, low=1)  # images per prompt
     workdir: str = ""  # the run directory; empty: runs/<config>-<fingerprint>
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()  # used where none are given on the command line
     generator: Generator = _group(Generator)
     sds: Sds = _group(Sds)
     referee: Referee = _group(Referee)
@@ -191,13 +191,17 @@ class Settings:
     optim: Optim = _group(Optim)
     ema: Ema = _group(Ema)
     views: Views = _group(Views)
-    output: str = bounded("final", allowed=("final", "ema", "best", "best_held_out"))
+    output: str = bounded(
+        "final", allowed=("final", "ema", "best", "best_held_out")
+    )  # which latents are decoded: the last, their average, or those of the lowest loss
     look_every: int = bounded(10, low=1)  # iterations between two evaluations of the held-out referees
     patience: int = bounded(0, low=0)  # early stopping after so many evaluations without improvement; 0: never
-    clamp: str = bounded("hard", allowed=("hard", "straight_through"))
-    init: str = bounded("noise", allowed=("noise", "sample"))
+    clamp: str = bounded(
+        "hard", allowed=("hard", "straight_through")
+    )  # gradient of the clamp to [0, 1], see method/objective.py
+    init: str = bounded("noise", allowed=("noise", "sample"))  # start from noise, or from a DDIM sample
     init_steps: int = bounded(50, low=1, high=1000)  # of the sampler, if init="sample"
-    init_guidance: float = 7.5
+    init_guidance: float = 7.5  # of the sampler, if init="sample"
     init_candidates: int = bounded(1, low=1)  # samples, the best of which by the referees is the start
     outputs: Outputs = _group(Outputs)
 
