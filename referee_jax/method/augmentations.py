@@ -29,33 +29,33 @@ class Settings:
     are `(x, y)`, shifts are fractions of the view's side, and every `*_p` is the probability that one view is touched.
     """
 
-    affine_degrees: float = 30.0
-    affine_translate: tuple[float, float] = (0.0, 0.1)
+    affine_degrees: float = 30.0  # largest angle of Af
+    affine_translate: tuple[float, float] = (0.0, 0.1)  # largest shifts
     affine_p: float = 1.0
-    perspective_distortion: float = 0.2
+    perspective_distortion: float = 0.2  # how far corners move inwards, in half sides
     perspective_p: float = 0.4
     jitter: tuple[float, float, float, float] = (0.1, 0.1, 0.1, 0.1)  # brightness, contrast, saturation, hue (turns)
     jitter_p: float = 0.5
-    erase_area: tuple[float, float] = (0.1, 0.4)
-    erase_ratio: tuple[float, float] = (0.3, 3.33)
+    erase_area: tuple[float, float] = (0.1, 0.4)  # share of the view
+    erase_ratio: tuple[float, float] = (0.3, 3.33)  # height over width
     erase_p: float = 1.0
-    noise: float = 0.1
+    noise: float = 0.1  # largest standard deviation of the noise on each view
     flip_p: float = 0.5
-    sharpness: float = 0.3
+    sharpness: float = 0.3  # largest factor of Sh
     sharpness_p: float = 0.5
-    gaussian: float = 0.1
+    gaussian: float = 0.1  # standard deviation of Gn
     gaussian_p: float = 0.5
-    rotation_degrees: float = 15.0
+    rotation_degrees: float = 15.0  # largest angle of Ro
     rotation_p: float = 0.7
-    elastic_sigma: float = 32.0
-    elastic_alpha: float = 1.0
+    elastic_sigma: float = 32.0  # of the Gaussian, in pixels
+    elastic_alpha: float = 1.0  # largest shift of Et, in half sides
     elastic_p: float = 0.7
-    spline_scale: float = 0.2
+    spline_scale: float = 0.2  # largest shift of the points of Ts, in half sides
     spline_p: float = 0.7
-    crop_padding: float = 0.1
+    crop_padding: float = 0.1  # of Cr, a share of the side
     crop_p: float = 0.5
-    resized_area: tuple[float, float] = (0.1, 1.0)
-    resized_ratio: tuple[float, float] = (0.75, 4 / 3)
+    resized_area: tuple[float, float] = (0.1, 1.0)  # share of the view in Re
+    resized_ratio: tuple[float, float] = (0.75, 4 / 3)  # width over height
     resized_p: float = 0.5
 
 
