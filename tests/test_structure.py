@@ -19,7 +19,7 @@ TABLE = {
     "console": {},
     "hardware": {"console"},
     "models": {"hardware"},
-    "method": {"models", "hardware.chips"},
+    "method": {"models"},
     "weights": {"models", "console"},
     "config": {"method", "schema", "prompts"},
     "referees": {"config", "method", "models", "weights", "prompts", "hardware.chips"},
