@@ -19,7 +19,7 @@ from referee_jax.items import Item
 from referee_jax.runs import job, worker
 from referee_jax.storage import images
 from referee_jax.storage import run_directory as run_directory_lib
-from referee_jax.weights import convert
+from referee_jax.weights import convert, hub
 from tests.fakes import ROOT, FakeInverter, colours, command, execute, lines, pixels, shown
 
 
@@ -171,7 +171,7 @@ def test_a_run_goes_on_with_the_commits_that_it_began_with(tmp_path, monkeypatch
         loaded.append((settings.generator.revision, settings.referees[0].revision))
         return FakeInverter(settings)
 
-    monkeypatch.setattr(run.hub, "commit", lambda name, revision: revision or newest)
+    monkeypatch.setattr(hub, "commit", lambda name, revision: revision or newest)
     asked = [f"--workdir={tmp_path}", "--config.referees[0].revision=v1"]
     assert run.main(command("--prompt=one", *asked), load=load) == 0
     newest = "b" * 40
