@@ -16,7 +16,9 @@ setuptools.setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=setuptools.find_packages(include=["referee_jax", "referee_jax.*"]),
+    # The configs of a checkout, found by name (config.find) where the package is installed.
+    packages=[*setuptools.find_packages(include=["referee_jax", "referee_jax.*"]), "referee_jax.configs"],
+    package_dir={"referee_jax.configs": "configs"},
     package_data={
         "referee_jax.storage": ["gallery.html"],
         "referee_jax.shapes": ["assets/**/*", "benchmark_prompts.json"],

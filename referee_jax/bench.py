@@ -179,7 +179,7 @@ def main(args: flags.FlagValues) -> str:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", "configs/shapes.py", "file of settings")
+    config_flags.DEFINE_config_file("config", config.find("shapes"), "config file, or the name of one")
     flags.DEFINE_list("batches", ["1", "8"], "numbers of images at once")
     flags.DEFINE_float("seconds", 1.0, "least time of measuring each part", lower_bound=0)
     flags.DEFINE_string("compile-for", None, "compile for this TPU slice instead, such as v5e:2x4")

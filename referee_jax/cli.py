@@ -70,10 +70,18 @@ def unexpected(argument: str, hint: str) -> str:
 
 def parse_argv(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     """Parses flags into `values`; returns the other arguments. Raises FLAG_ERRORS."""
-    rest = values(list(argv))
+    rest = values([_with_path(argument, before) for before, argument in zip(["", *argv], argv, strict=False)])
     if "config" in values and values.config is not None:
         values.config.keys()  # raises now if the config file could not be read
     return rest
+
+
+def _with_path(argument: str, before: str) -> str:
+    """The argument, or its path instead of the name of a config: --config=shapes, or shapes after --config."""
+    if before in ("--config", "-config"):
+        return config.find(argument)
+    match = re.fullmatch(r"(--?config=)(.*)", argument)
+    return match[1] + config.find(match[2]) if match else argument
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import runpy
 from collections.abc import Mapping
 from typing import Any
@@ -227,8 +228,23 @@ def referee(**changes: Any) -> ml_collections.ConfigDict:
     return _config_dict(dataclasses.asdict(parse(changes, RefereeSpec, "referee", {})))
 
 
+def find(config: str | os.PathLike) -> str:
+    """The path of a config: a name, as "shapes", is one of the package's. Raises ConfigError."""
+    name = os.fspath(config)
+    if not re.fullmatch(r"[\w-]+", name) or pathlib.Path(name).is_file():
+        return name
+    package = pathlib.Path(__file__).parent
+    # An installed package has them inside, a checkout beside it.
+    paths = sorted(package.glob("configs/*.py")) or sorted(package.parent.glob("configs/*.py"))
+    files = {path.stem: str(path) for path in paths}
+    if name not in files:
+        raise ConfigError(f"there is no config {name!r}; there are {', '.join(files)}, or give a file (with .py)")
+    return files[name]
+
+
 def read(path: str | os.PathLike) -> ml_collections.ConfigDict:
-    """The result of `get_config` in a config file (see configs/shapes.py). Raises ConfigError."""
+    """The result of `get_config` in a config file, by path or name (see `find`). Raises ConfigError."""
+    path = find(path)
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"there is no config file {str(path)!r}")
     try:

@@ -39,7 +39,7 @@ GAINS = {"right": "right, gain", "quality": "quality, gain"}  # score -> name of
 def read(file: str, vary: Sequence[str] = ()) -> dict[str, config.Settings]:
     """The settings of each variant of a sweep file, and of `vary`: "setting=value,value". Raises ConfigError."""
     base = config.load(file)
-    changes_of = runpy.run_path(file).get("get_variants", lambda: {"as it is": {}})()
+    changes_of = runpy.run_path(config.find(file)).get("get_variants", lambda: {"as it is": {}})()
     for argument in vary:
         key, _, values = argument.partition("=")
         try:

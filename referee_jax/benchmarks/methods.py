@@ -214,7 +214,7 @@ def main(args: flags.FlagValues) -> str:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", "configs/shapes.py", "file of settings")
+    config_flags.DEFINE_config_file("config", config.find("shapes"), "config file, or the name of one")
     cli.define_device()
     flags.DEFINE_integer("samples", 2, "pictures per prompt", lower_bound=1)
     flags.DEFINE_integer("limit", None, "only the first so many prompts of each list", lower_bound=1)
