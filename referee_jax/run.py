@@ -1,12 +1,17 @@
 """Makes images for prompts.
 
-    python -m referee_jax.run --config=configs/shapes.py
+    python -m referee_jax.run --prompt="a red circle and a blue square"
     python -m referee_jax.run --config=configs/clip.py --prompts=prompts.txt --samples=4 --workdir=runs/mine
 
-Any setting can be changed: --config.sds.guidance=20. The same command on the same run directory continues it, in the middle of
-its images. Several processes may share one: --shard_index and --shard_count, or --claim for workers that come and go.
-Exit codes: 0 done, 1 disk, memory or device failed, or nothing moved any more, 2 the command cannot be carried out, 130 or 143
-interrupted.
+`--config` is a file, or the name of a config of the package (default: shapes). Any setting can be
+changed: --config.sds.guidance=20. The same command with the same run directory continues the run, in
+the middle of its images. Several processes may share a run: --shard_index and --shard_count, or
+--claim for workers that come and go.
+
+Exit codes: 0 done; 1 the disk failed, the device's memory is too small, nothing moved any more, or
+images are left out because the device failed at them twice; 2 the command cannot be executed;
+75 the device failed, and the same command goes on (--retries=N: it starts itself again, N times at
+most); 130 or 143 interrupted.
 """
 
 import dataclasses
@@ -32,49 +37,51 @@ from referee_jax.storage import bucket, run_directory
 from referee_jax.weights import convert
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE = 8.0  # seconds that a run has to finish its chunk and save when it is asked to end
+GRACE = 8.0  # seconds between a stop request and the end: time to finish the chunk and save
 
 
 def estimate(command: Command, **_: Any) -> int:
-    """Says what a command's config costs; loads and writes nothing."""
-
+    """Prints what a command's config costs; loads and writes nothing."""
     say(cost.table(cost.estimate(command.settings), precision=command.settings.precision))
     return 0
-
-
-# --- the program ------------------------------------------------------------------------------------------------------
 
 
 def main(
     command: Command,
     *,
-    load: Callable[[config.Settings], Any] = job.load_inverter,
+    load: job.Load = job.load_inverter,
     stop: worker.Stop | None = None,
     work: Callable[..., int] = job.execute,
-    begin_anew: Callable[[recovery.Tried], int] | None = recovery.begin_anew,
+    restart: Callable[..., int] = recovery.restart,
 ) -> int:
-    """Carries out a command by `work`; the exit code. What goes wrong is told in a sentence.
+    """Runs the command and returns an exit code. Errors are printed as one sentence.
 
-    Where the device fails, the command begins anew in a fresh process (`begin_anew`), unless it cannot (None).
+    Args:
+        command: what to do.
+        load: returns the engine of a config.
+        stop: the stop request, which a signal sets.
+        work: executes the command: job.execute, job.warm_up or `estimate`.
+        restart: starts the command again after a device failure, with the flags it is given.
     """
     keeps = f"the finished images are in {command.workdir}, and the same command continues"
-    tried = recovery.Tried.read()
     try:
-        return work(command, load=load, stop=stop, tried=tried)
+        return work(command, load=load, stop=stop)
     except recovery.DeviceFailed as error:
         if stop and stop.number:
             say(f"interrupted; {keeps}", file=sys.stderr)
             return 128 + stop.number
-        tried = tried.after(error)
-        if begin_anew is None:
-            return console.fail(1, f"the device failed ({error.why}); {keeps}")
-        if tried.in_a_row >= recovery.FAILURES:
-            return console.fail(1, f"the device fails at whatever it is given ({error.why}); {keeps}")
-        say(f"the device failed ({error.why}) at {len(error.items)} images; a fresh process goes on", file=sys.stderr)
+        if error.is_given_up:
+            return console.fail(1, f"the device fails at whatever it is given ({error.reason}); {keeps}")
+        failure = f"the device failed ({error.reason}) at {len(error.items)} images"
+        if not command.retries:
+            return console.fail(os.EX_TEMPFAIL, f"{failure}; {keeps}")
+        say(f"{failure}; a new process goes on", file=sys.stderr)
+        # The run that --resume=never refuses is now our own.
+        flags_of_next = {"retries": command.retries - 1} | ({"resume": "auto"} if command.resume == "never" else {})
         try:
-            return begin_anew(tried)
-        except OSError as why:
-            return console.fail(1, f"no fresh process can be begun ({why}); {keeps}")
+            return restart(**flags_of_next)
+        except OSError as reason:
+            return console.fail(os.EX_TEMPFAIL, f"no new process can be started ({reason}); {keeps}")
     except (
         CommandError,
         config.ConfigError,
@@ -93,18 +100,16 @@ def main(
         return console.fail(1, f"{error}; {keeps}")
     except jax.errors.JaxRuntimeError as error:
         if chips.is_out_of_memory(error):
-            return console.fail(
-                1,
-                f"the device's memory is too small even for --config.batch_size=1 (--config.remat=full needs least); {keeps}",
-            )
+            advice = "even for --config.batch_size=1 (--config.remat=full needs least)"
+            return console.fail(1, f"the device's memory is too small {advice}; {keeps}")
         return console.fail(1, f"the device failed: {console.first_line(error)[:300]}; {keeps}")
 
 
 def catch_signals(stop: worker.Stop) -> None:
-    """SIGINT and SIGTERM ask the run to end; when GRACE is over, or a second one comes, it ends at once.
+    """SIGINT and SIGTERM request a stop; after GRACE seconds, or a second signal, the process exits.
 
-    Python runs its handlers between two lines of the main thread, and a compilation is one line: what must happen in time
-    happens in a thread, which the wake-up descriptor tells at once.
+    Python runs signal handlers between two bytecodes of the main thread, and a compilation is one. So
+    a thread waits for the wake-up descriptor, which gets each signal's number at once.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -119,11 +124,11 @@ def _end(reader: int, stop: worker.Stop) -> None:
     while number not in SIGNALS:
         number = os.read(reader, 1)[0]
     stop.number = signal.Signals(number)
-    # The kernel's, for when Python itself is ending and some thread does not let it.
+    # By the kernel: Python itself may be shutting down, with a thread that never ends.
     signal.setitimer(signal.ITIMER_REAL, GRACE + 1)
     say(f"{stop.number.name}: ending after this chunk, or in {GRACE:.0f} s", file=sys.stderr)
     select.select([reader], [], [], GRACE)
-    os._exit(128 + number)  # nothing is ever half written, and what is in flight goes on from its last checkpoint
+    os._exit(128 + number)  # no file is ever half written, and a batch goes on from its last checkpoint
 
 
 def _absl_flags(argv: list[str]) -> list[str]:
@@ -135,25 +140,26 @@ def _absl_flags(argv: list[str]) -> list[str]:
 
 def _absl_main(argv: list[str]) -> int:
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # JAX tells of every kind of device that is not there
+        logging.set_verbosity(logging.WARNING)  # JAX logs every kind of device that is missing
     stop = worker.Stop()
     catch_signals(stop)
     try:
         command = read_command(flags.FLAGS, argv[1:])
         devices.keep_freed_memory(command.device)
-        if command.distributed:  # which must come before any device is looked at
-            place = None if bucket.is_remote(command.workdir) else Path(command.workdir).expanduser()
-            index, count = processes.join(command.shard_index, command.shard_count, place)
+        if command.distributed:  # before JAX looks for devices
+            directory = None if bucket.is_remote(command.workdir) else Path(command.workdir).expanduser()
+            index, count = processes.join(command.shard_index, command.shard_count, directory)
             command = dataclasses.replace(command, shard_index=index, shard_count=count)
         device = devices.choose(command.device)
     except (CommandError, config.ConfigError, prompts.PromptError, devices.DeviceError) as error:
         return console.fail(2, str(error))
     if problem := compile_cache.use(device):
         say(f"warning: {problem}", file=sys.stderr)
+    if command.distributed or (flags.FLAGS.prompts and not Path(flags.FLAGS.prompts).is_file()):
+        # JAX lets no process join a job again, and a pipe of prompts cannot be read again.
+        command = dataclasses.replace(command, retries=0)
     work = estimate if flags.FLAGS.estimate else job.warm_up if flags.FLAGS.warmup else job.execute
-    # JAX lets nobody join a job again, and what came through a pipe does not come twice.
-    once = command.distributed or (flags.FLAGS.prompts and not Path(flags.FLAGS.prompts).is_file())
-    return main(command, stop=stop, work=work, begin_anew=None if once else recovery.begin_anew)
+    return main(command, stop=stop, work=work)
 
 
 if __name__ == "__main__":

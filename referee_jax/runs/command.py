@@ -1,4 +1,4 @@
-"""A run's command: its flags, and what they say together."""
+"""The command of a run: its flags, parsed and checked together."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,18 +12,22 @@ from referee_jax.runs import prompt_file
 from referee_jax.runs.prompt_file import Entry
 from referee_jax.storage import bucket
 
+DEFAULT = "shapes"  # the config without --config: its networks are part of the package
+
 
 class CommandError(ValueError):
-    """A command that cannot be carried out; one sentence."""
+    """A command that cannot be executed; the message is one sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What was asked for: settings, the prompts as they were given, the run directory, and who shares the work.
+    """Settings, prompts, the run directory, and how processes share the work.
 
-    One in a bucket is text, "gs://bucket/run" say. Process `shard_index` of `shard_count` makes its fixed share, unless
-    each takes what nobody has (`claim`); a claim that is not refreshed for `claim_expiry` seconds may be taken over. With
-    `distributed`, JAX says who this process is. `device` is one of devices.KINDS.
+    `workdir` is a str for a bucket ("gs://bucket/run"). Process `shard_index` of `shard_count` makes a
+    fixed share; with `claim` each process makes what no other has claimed, and a claim that is not
+    refreshed for `claim_expiry` seconds may be taken over. With `distributed`, JAX tells a process its
+    index. After a device failure the command starts again, up to `retries` times. `device` is one of
+    devices.KINDS.
     """
 
     settings: config.Settings
@@ -35,60 +39,70 @@ class Command:
     claim_expiry: float = 900.0
     distributed: bool = False
     resume: str = "auto"
+    retries: int = 1
     device: str = "auto"
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """The flags; overrides of the config are looked for in `argv`."""
+    """Defines the flags; `argv` has the overrides of the config."""
     config_flags.DEFINE_config_file(
-        "config", None, "file of settings, as configs/shapes.py", flag_values=values, sys_argv=list(argv)
-    )
+        "config", config.find(DEFAULT), f"config file, or the name of one of the package's; default: {DEFAULT}",
+        flag_values=values, sys_argv=list(argv),
+    )  # fmt: skip
     flags.DEFINE_string("prompts", None, "text file of prompts, one per line", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated", flag_values=values)
     flags.DEFINE_integer("samples", None, "images per prompt; default: config.samples", flag_values=values)
     flags.DEFINE_integer("seed", None, "default: config.seed", flag_values=values)
     flags.DEFINE_string("workdir", None, "run directory; default: runs/<config>-<fingerprint>", flag_values=values)
     flags.DEFINE_enum(
-        "resume", "auto", ("auto", "force", "never"), "a run directory is continued if it was begun for the same images; by "
-        "force also with other settings; or never", flag_values=values,
+        "resume", "auto", ("auto", "force", "never"), "auto: continue a run directory that was begun with settings for "
+        "the same images; force: with any; never: only begin a new one", flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_bool("estimate", False, "say what the config costs, without any weights, and end", flag_values=values)
-    flags.DEFINE_bool("warmup", False, "compile what a run needs, fill the compile cache, and end", flag_values=values)
-    flags.DEFINE_integer("shard_index", 0, "which of the processes that share the run this is", flag_values=values)
+    flags.DEFINE_integer(
+        "retries", 1, "how often the command starts itself again when the device fails, before it ends with code 75",
+        lower_bound=0, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        "estimate", False, "print what the config costs, without any weights, and exit", flag_values=values
+    )
+    flags.DEFINE_bool("warmup", False, "compile what a run needs, fill the compile cache, and exit", flag_values=values)
+    flags.DEFINE_integer("shard_index", 0, "index of this process among those that share the run", flag_values=values)
     flags.DEFINE_integer("shard_count", 1, "how many processes share the run", lower_bound=1, flag_values=values)
-    flags.DEFINE_bool("claim", False, "take what no other worker has, instead of a fixed share", flag_values=values)
+    flags.DEFINE_bool(
+        "claim", False, "make what no other worker has claimed, instead of a fixed share", flag_values=values
+    )
     flags.DEFINE_float(
-        "claim_expiry", 900.0, "seconds after which a silent worker's images are taken over; more than a chunk or a "
-        "compilation lasts", lower_bound=1.0, flag_values=values,
+        "claim_expiry", 900.0, "seconds after which the images of a silent worker are taken over; more than a chunk or "
+        "a compilation takes", lower_bound=1.0, flag_values=values,
     )  # fmt: skip
     cli.define_device(values)
     flags.DEFINE_bool(
-        "distributed", False, "join the other processes of a TPU slice, Slurm or GKE job by jax.distributed, which says who "
-        "this one is", flag_values=values,
+        "distributed", False, "join the other processes of a TPU slice, Slurm or GKE job by jax.distributed, which "
+        "gives each its index", flag_values=values,
     )  # fmt: skip
 
 
 def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
-    """Parses `argv` into `values`; what is left of it. Raises CommandError."""
+    """Parses `argv` into `values` and returns the arguments that are no flags. Raises CommandError."""
     define_flags(values, argv)
     try:
-        rest = cli.parse_argv(argv, values)
+        return cli.parse_argv(argv, values)
     except config.ConfigError as error:
         raise CommandError(str(error)) from error
     except cli.FLAG_ERRORS as error:
         raise CommandError(cli.explain(error, argv)) from error
-    if values.config is None:
-        raise CommandError("--config is missing, for example --config=configs/shapes.py")
-    return rest
 
 
-def read_command(values: flags.FlagValues, rest: Sequence[str]) -> Command:
-    """The command of parsed flags. Raises CommandError, ConfigError or PromptError."""
-    if rest:
-        raise CommandError(cli.unexpected(rest[0], "prompts are given with --prompt or --prompts"))
-    wanted = dict(values.config.items())
-    wanted |= {key: values[key].value for key in ("samples", "seed", "workdir") if values[key].value is not None}
-    settings = config.from_config(wanted)
+def read_command(values: flags.FlagValues, arguments: Sequence[str]) -> Command:
+    """Returns the command of parsed flags. Raises CommandError, ConfigError or PromptError."""
+    if arguments:
+        raise CommandError(cli.unexpected(arguments[0], "prompts are given with --prompt or --prompts"))
+    if not 0 <= values.shard_index < values.shard_count:
+        raise CommandError(f"--shard_index={values.shard_index} is not one of 0 to {values.shard_count - 1}")
+    if values.claim and values.shard_count > 1:
+        raise CommandError("--claim and --shard_count are two ways to share a run; give one of them")
+    changes = {key: values[key].value for key in ("samples", "seed", "workdir") if values[key].value is not None}
+    settings = config.from_config(dict(values.config.items()) | changes)
     entries = [Entry(text, f"--prompt {n}") for n, text in enumerate(values.prompt, 1)]
     if values.prompts is not None:
         entries = prompt_file.read_prompts(values.prompts) + entries
@@ -96,11 +110,6 @@ def read_command(values: flags.FlagValues, rest: Sequence[str]) -> Command:
         entries = [Entry(text, f"prompt {n} of the config") for n, text in enumerate(settings.prompts, 1)]
     file = Path(config_flags.get_config_filename(values["config"]).partition(":")[0])
     workdir = settings.workdir or Path("runs", f"{file.stem}-{config.fingerprint(settings)[:8]}")
-    names = ("shard_index", "shard_count", "claim", "claim_expiry", "distributed", "resume", "device")
-    shared = {name: values[name].value for name in names}
-    if not 0 <= values.shard_index < values.shard_count:
-        raise CommandError(f"--shard_index={values.shard_index} is not one of 0 to {values.shard_count - 1}")
-    if values.claim and values.shard_count > 1:
-        raise CommandError("--claim and --shard_count are two ways to share a run; give one of them")
     workdir = workdir if bucket.is_remote(workdir) else Path(workdir)
-    return Command(settings, tuple(entries), workdir, **shared)
+    names = ("shard_index", "shard_count", "claim", "claim_expiry", "distributed", "resume", "retries", "device")
+    return Command(settings, tuple(entries), workdir, **{name: values[name].value for name in names})

@@ -1,11 +1,10 @@
-"""A job: a command carried out in its run directory."""
+"""A job: a command executed in its run directory."""
 
-import collections
 import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from referee_jax import config, console
 from referee_jax import items as items_lib
 from referee_jax.console import say
 from referee_jax.engine import inverter
-from referee_jax.hardware import compile_cache
+from referee_jax.hardware import compile_cache, processes
 from referee_jax.items import Item
 from referee_jax.runs import prompt_file, recovery, worker
 from referee_jax.runs import work as work_lib
@@ -25,24 +24,47 @@ from referee_jax.storage import gallery_page, run_directory
 from referee_jax.weights import hub
 
 SHOWN_REJECTED = 20
+SHOWN_IDS = 5
+
+Load = Callable[[config.Settings], worker.Engine]
 
 
-def load_inverter(settings: config.Settings) -> Any:
-    """The engine."""
+@dataclasses.dataclass(frozen=True)
+class Todo:
+    """The missing images of a process, by how often the device failed at them."""
 
+    new: Sequence[Item] = ()  # never
+    again: Sequence[Item] = ()  # once: made last
+    failed: Sequence[Item] = ()  # twice: left out
+
+    @property
+    def items(self) -> list[Item]:
+        """What is to be made."""
+        return [*self.new, *self.again]
+
+    def without(self, texts: Collection[str]) -> "Todo":
+        """Returns this without the items of some prompts."""
+        keep = lambda items: [item for item in items if item.prompt not in texts]
+        return dataclasses.replace(self, new=keep(self.new), again=keep(self.again))
+
+
+def select(items: Sequence[Item], done: Collection[str], failures: recovery.Failures) -> Todo:
+    """Sorts the items that are not done."""
+    groups = [], [], []
+    for item in items_lib.missing(items, done):
+        groups[min(failures.counts[item.id], recovery.TRIES)].append(item)
+    return Todo(*groups)
+
+
+def load_inverter(settings: config.Settings) -> worker.Engine:
+    """Loads the networks of a config."""
     return inverter.Inverter.from_config(settings)
 
 
-def execute(
-    command: Command,
-    *,
-    load: Callable[[config.Settings], Any] = load_inverter,
-    stop: worker.Stop | None = None,
-    tried: recovery.Tried | None = None,
-) -> int:
-    """Carries out a command and returns the exit code; `load` gives the engine, and what was `tried` in vain is left out.
+def execute(command: Command, *, load: Load = load_inverter, stop: worker.Stop | None = None) -> int:
+    """Executes a command and returns the exit code; `load` returns the engine.
 
-    Raises what `main` explains.
+    Raises the errors that run.main explains.
     """
     if not command.entries:
         raise CommandError("there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts")
@@ -50,141 +72,175 @@ def execute(
     if not texts:
         raise CommandError(f"no prompt can be used; {rejected[0]}")
     device = f"{jax.local_devices()[0].device_kind} x {jax.local_device_count()}"
-    # A fresh process finds what the one before it has begun.
-    resume = "auto" if tried and tried.once and command.resume == "never" else command.resume
     run = run_directory.RunDirectory.open(
-        command.workdir, command.settings, device=device, process=command.shard_index, resume=resume
+        command.workdir, command.settings, device=device, process=command.shard_index, resume=command.resume
     )
     with contextlib.closing(run.storage):
-        return carry_out(command, run, texts, rejected, load=load, stop=stop, tried=tried or recovery.Tried())
+        return make_images(command, run, texts, rejected, load, stop or worker.Stop())
 
 
-def carry_out(
+def make_images(
     command: Command,
     run: run_directory.RunDirectory,
     texts: Sequence[str],
-    rejected: list[Rejected],
-    *,
-    load: Callable[[config.Settings], Any],
-    stop: worker.Stop | None,
-    tried: recovery.Tried,
+    rejected: Sequence[Rejected],
+    load: Load,
+    stop: worker.Stop,
 ) -> int:
-    """`execute` in an open run directory."""
-    settings, start = command.settings, time.monotonic()
+    """Makes all images of this process and returns the exit code.
+
+    Args:
+        command: the command.
+        run: its run directory.
+        texts: the prompts.
+        rejected: prompts that are left out.
+        load: returns the engine.
+        stop: the stop request.
+    """
+    start = time.monotonic()
     report_rejected(run, rejected)
-    wanted = everything = items_lib.expand(texts, settings.samples)
-    if not command.claim:
-        wanted = items_lib.share(wanted, command.shard_index, command.shard_count)
+    items = items_lib.expand(texts, command.settings.samples)
+    share = items if command.claim else items_lib.share(items, command.shard_index, command.shard_count)
     done = run.done()
-    missing = items_lib.missing(wanted, done)
-    if len(missing) < len(wanted):
-        say(f"{len(wanted) - len(missing)} of {len(wanted)} images are there already")
-    failed = [item for item in missing if tried.says(item)]
-    missing = [item for item in missing if not tried.says(item)]
-    # A process of a job cannot begin anew: the launcher's next one leaves for last what the device failed at.
-    failures = run.failures() if command.distributed else collections.Counter()
-    missing.sort(key=lambda item: failures[item.id])
-    made = worker.Made()
-    if missing:
-        run.check_space(len(items_lib.missing(everything, done)))  # the others write to the same disk
-        say(f"loading {settings.generator.checkpoint} and {len(settings.referees)} referees")
-        # What was begun with one state of a checkpoint goes on with it, whatever its owners do meanwhile.
-        engine = load(config.pinned(settings, run.noted("commits")))
-        note_checkpoints(run)
-        refused = {item.prompt: engine.check(item.prompt) for item in missing}
-        unfit = [Rejected(text, "prompt", reason) for text, reason in refused.items() if reason]
-        report_rejected(run, unfit)
-        rejected += unfit
-        missing = [item for item in missing if not refused[item.prompt]]
-        if not missing and not run.done():
+    todo, made = select(share, done, recovery.Failures.read(run)), worker.Made()
+    if count := len(share) - len(todo.items) - len(todo.failed):
+        say(f"{count} of {len(share)} images are there already")
+    if todo.items:
+        run.check_space(len(items_lib.missing(items, done)))  # other processes write to the same disk
+        engine = load_engine(run, load)
+        unfit = reject(engine, run, todo.items)
+        rejected, todo = [*rejected, *unfit], todo.without({one.text for one in unfit})
+        if not todo.items and not run.done():
             raise CommandError(f"no prompt can be used; {unfit[0]}")
-        engine = fitted(engine, settings, len(missing))
-        made = generate(engine, run, missing, command, stop or worker.Stop(), failures)
+        try:
+            made = generate(fitted(engine, command.settings, len(todo.items)), run, todo, command, stop)
+        except recovery.DeviceFailed as error:
+            if stop():
+                raise
+            todo, made = after_failure(error, run, todo), error.made
     finish(run, made, len(rejected), time.monotonic() - start)
-    if failed := items_lib.missing(failed, run.done()):  # another may have made them meanwhile
-        run.log("failed", items=[item.id for item in failed])
-        run.storage.send()
-        names = ", ".join(item.id for item in failed[:5]) + (", ..." if len(failed) > 5 else "")
-        return console.fail(
-            1, f"the device failed twice at {len(failed)} images, which the same command tries again: {names}"
-        )
+    if failed := items_lib.missing(todo.failed, run.done()):  # others may have made some
+        recovery.log_failed(run, failed)
+        text = f"the device failed twice at {len(failed)} images, which the same command tries again"
+        return console.fail(1, f"{text}: {shorten([item.id for item in failed])}")
     return 0
 
 
-def fitted(engine: Any, settings: config.Settings, count: int) -> Any:
-    """The engine with batches of what it chose, but no more than `count` images: what is missing is computed as well."""
+def load_engine(run: run_directory.RunDirectory, load: Load) -> worker.Engine:
+    """Loads the engine, with the commits of checkpoints that the run began with."""
+    settings = run.settings
+    say(f"loading {settings.generator.checkpoint} and {len(settings.referees)} referees")
+    engine = load(config.pinned(settings, run.noted("commits")))
+    note_checkpoints(run)
+    return engine
+
+
+def note_checkpoints(run: run_directory.RunDirectory) -> None:
+    """Notes commits and licenses of checkpoints from the hub."""
+    used = [(name, revision) for name, revision in config.checkpoints(run.settings) if not hub.is_embedded(name)]
+    commits = {name: hub.commit(name, None) for name, revision in used if not revision}
+    run.note("commits", {name: commit for name, commit in commits.items() if commit})
+    licenses = {name: hub.license_of(name, revision or run.noted("commits").get(name)) for name, revision in used}
+    run.note("licenses", {name: license for name, license in licenses.items() if license})
+
+
+def reject(engine: worker.Engine, run: run_directory.RunDirectory, items: Sequence[Item]) -> list[Rejected]:
+    """Reports and returns the prompts that the networks cannot read."""
+    reasons = {text: engine.check(text) for text in dict.fromkeys(item.prompt for item in items)}
+    unfit = [Rejected(text, "prompt", reason) for text, reason in reasons.items() if reason]
+    report_rejected(run, unfit)
+    return unfit
+
+
+def report_rejected(run: run_directory.RunDirectory, rejected: Sequence[Rejected]) -> None:
+    """Logs the prompts that are left out, and prints the first ones."""
+    for one in rejected:
+        run.log("skipped", text=one.text, where=one.where, reason=one.reason)
+    for one in rejected[:SHOWN_REJECTED]:
+        say(f"skipped {one}", file=sys.stderr)
+    if len(rejected) > SHOWN_REJECTED:
+        say(f"... and {len(rejected) - SHOWN_REJECTED} more, see {run.log_file}", file=sys.stderr)
+
+
+def fitted(engine: worker.Engine, settings: config.Settings, count: int) -> worker.Engine:
+    """Shrinks a batch size that the engine chose to `count` images: padding takes time, too."""
     if settings.batch_size:
         return engine
     return engine.at_once(max(1, min(engine.settings.batch_size, -(-count // engine.groups))))
 
 
-def note_checkpoints(run: run_directory.RunDirectory) -> None:
-    """Notes of what others made which state of it is used, and under which license."""
-    used = [(name, revision) for name, revision in config.checkpoints(run.settings) if not hub.is_embedded(name)]
-    run.note("commits", {name: x for name, revision in used if not revision and (x := hub.commit(name, None))})
-    said = {name: hub.license_of(name, revision or run.noted("commits").get(name)) for name, revision in used}
-    run.note("licenses", {name: license for name, license in said.items() if license})
-
-
 def generate(
-    engine: Any,
-    run: run_directory.RunDirectory,
-    items: Sequence[Item],
-    command: Command,
-    stop: worker.Stop,
-    failures: Mapping[str, int],
+    engine: worker.Engine, run: run_directory.RunDirectory, todo: Todo, command: Command, stop: worker.Stop
 ) -> worker.Made:
-    """Makes and writes all of `items`; in a pool of workers, those that no other makes.
+    """Makes and writes all items of `todo`, new ones first; in a pool, those that no other worker makes.
 
-    What was begun comes first, but for batches with `failures` of the device.
+    Raises what Worker.work raises.
     """
     claims = run.storage.claims(command.claim_expiry) if command.claim else None
     checkpoints = in_flight(run)
-    left = [part for part in checkpoints.begun(run.fingerprint) if not any(failures.get(x.id) for x in part.items)]
-    work = work_lib.Work(items, left, claims=claims, done=run.done)
-    if begun := sum(len(part.items) for part in work.begun):
+    new = work_lib.Work(todo.new, checkpoints.begun(run.fingerprint), claims=claims, done=run.done)
+    again = work_lib.Work(todo.again, claims=claims, done=run.done)  # from the start, in batches of their own
+    if begun := sum(len(part.items) for part in new.begun):
         say(f"{begun} images go on where they were left")
     try:
-        with console.shown(len(items), engine.steps) as bar, run.writing() as writer:
-            generator = worker.Worker(engine, run, writer, checkpoints, bar, stop=stop)
-            generator.work(work)
+        with console.shown(len(todo.items), engine.steps) as bar, run.writing() as writer:
+            loop = worker.Worker(engine, worker.Saver(run, writer, checkpoints, claims), bar, stop=stop)
+            loop.work(new)
+            loop.work(again)
     finally:
         if claims:
-            with contextlib.suppress(OSError):  # they expire, and what went wrong before is what counts
+            with contextlib.suppress(OSError):  # claims expire by themselves; an earlier error matters more
                 claims.close()
-    return generator.made
+    return loop.made
+
+
+def after_failure(error: recovery.DeviceFailed, run: run_directory.RunDirectory, todo: Todo) -> Todo:
+    """Returns what is left out if nothing else is left to make; else raises `error`."""
+    failures = recovery.Failures.read(run)
+    remaining = select(todo.items, run.done(), failures)
+    if not remaining.items:
+        return Todo(failed=[*todo.failed, *remaining.failed])
+    if failures.in_a_row >= recovery.IN_A_ROW:
+        recovery.log_failed(run, [item for item in (*todo.failed, *todo.items) if failures.counts[item.id]])
+        error.is_given_up = True
+    raise error
 
 
 def in_flight(run: run_directory.RunDirectory) -> checkpoints_lib.Checkpoints:
-    """What any process has left in the middle."""
+    """The checkpoints of all processes."""
     run.storage.fetch_checkpoints()
     return checkpoints_lib.Checkpoints(run.path / "checkpoints")
 
 
 def finish(run: run_directory.RunDirectory, made: worker.Made, skipped: int, seconds: float) -> None:
-    """Joins the journals, draws the contact sheet and the gallery, and tells what was done."""
+    """Merges the journals, draws contact sheet and gallery, and prints a summary."""
     in_flight(run).forget(run.done())
-    run.merge()  # whoever is last brings all together
+    run.merge()
     sheet, page = run.contact_sheet(), gallery_page.write(run)
     finished = run.finished()
     hacked = [record["id"] for record in finished if record.get("hacked")]
     if hacked:
-        shown = ", ".join(hacked[:5]) + (", ..." if len(hacked) > 5 else "")
         say(
             f"pleases the referees more than its start did, and the held-out ones less ({len(hacked)} of "
-            f'{len(finished)} images, "hacked" in {run.journal.name}): {shown}'
+            f'{len(finished)} images, "hacked" in {run.journal.name}): {shorten(hacked)}'
         )
     run.log(
-        "end", hacked=hacked, images=made.images, skipped=skipped, nonfinite=made.nonfinite, seconds=round(seconds, 1)
-    )
+        "end", host=processes.HOST, hacked=hacked, images=made.images, skipped=skipped, nonfinite=made.nonfinite,
+        seconds=round(seconds, 1),
+    )  # fmt: skip
     run.storage.send()
-    see = f"{run.name}/{sheet.name} and {page.name}" if sheet and page else run.name
+    files = f"{run.name}/{sheet.name} and {page.name}" if sheet and page else run.name
     broken = f" ({made.nonfinite} of them not finite)" if made.nonfinite else ""
-    say(f"{made.images} images done{broken}, {skipped} prompts skipped, {seconds:.0f} s; see {see}")
+    say(f"{made.images} images done{broken}, {skipped} prompts skipped, {seconds:.0f} s; see {files}")
 
 
-def warm_up(command: Command, *, load: Callable[[config.Settings], Any] = load_inverter, **_: Any) -> int:
-    """Compiles what a run of the command needs, by a chunk of one image in each phase; writes no run directory."""
+def shorten(ids: Sequence[str]) -> str:
+    """The first ids of a list, for a message."""
+    return ", ".join(ids[:SHOWN_IDS]) + (", ..." if len(ids) > SHOWN_IDS else "")
+
+
+def warm_up(command: Command, *, load: Load = load_inverter, **_: Any) -> int:
+    """Compiles the programs of a run by running a chunk of one image in each phase; writes no run directory."""
     settings, start = command.settings, time.monotonic()
     engine = load(settings)
     if command.entries:
@@ -192,22 +248,12 @@ def warm_up(command: Command, *, load: Callable[[config.Settings], Any] = load_i
     say(engine.compiling)
     batch = engine.begin(items_lib.expand(["a photo"], 1), settings.seed)
     last = settings.steps - 1
-    # The referees are not asked in all iterations, and the held-out ones look in few.
-    look = min(settings.look_every - 1, last) if settings.look_every > settings.chunk else 0
-    for step in sorted({0, min(settings.referee.start, last), look, last}):
+    # Phases: with and without referees, and the evaluation by held-out referees, which few chunks have.
+    evaluation = min(settings.look_every - 1, last) if settings.look_every > settings.chunk else 0
+    for step in sorted({0, min(settings.referee.start, last), evaluation, last}):
         batch, _ = engine.advance(dataclasses.replace(batch, step=step))
     engine.finish(batch)
-    where = compile_cache.directory()
-    kept = f"kept in {where}" if where else "not kept: JAX_COMPILATION_CACHE_DIR names no directory"
+    directory = compile_cache.directory()
+    kept = f"kept in {directory}" if directory else "not kept: JAX_COMPILATION_CACHE_DIR names no directory"
     say(f"compiled in {time.monotonic() - start:.0f} s, some chunks of iterations included; {kept}")
     return 0
-
-
-def report_rejected(run: run_directory.RunDirectory, rejected: Sequence[Rejected]) -> None:
-    """Notes the prompts that are left out in the log, and tells of the first ones."""
-    for one in rejected:
-        run.log("skipped", text=one.text, where=one.where, reason=one.reason)
-    for one in rejected[:SHOWN_REJECTED]:
-        say(f"skipped {one}", file=sys.stderr)
-    if len(rejected) > SHOWN_REJECTED:
-        say(f"... and {len(rejected) - SHOWN_REJECTED} more, see {run.log_file}", file=sys.stderr)

@@ -1,139 +1,166 @@
-"""Bad days of a device: what it failed at is tried once more, then left out; where nothing moves any more, the process ends.
+"""Device failures and hangs.
 
-After an error the device's runtime is often of no use to the process that met it. So the process begins anew: the same number,
-the same command (exec), and `Tried` in its environment.
+After an error the device's runtime is often of no use to the process. So the process logs a "device
+failed" line with the items of the batch and ends with code 75, and a new one goes on: the same
+command, started by `restart` or by a launcher. Items with one such line are made last, items with
+two are left out.
 """
 
+import collections
 import contextlib
 import dataclasses
 import faulthandler
-import json
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
+from referee_jax.hardware import processes
 from referee_jax.items import Item
+from referee_jax.storage import files, run_directory
 
-VARIABLE = "REFEREE_JAX_TRIED"
-FAILURES = 2  # batches given up in a row, with no image made between them: then the device is given up
+TRIES = 2  # failures of an item after which it is left out
+IN_A_ROW = 4  # failures on a host, with no image made in between, after which its device is given up
 HOUR = 3600.0
-LAST = 10.0  # seconds for last words
+LAST = 10.0  # seconds for the last message of a process that hangs
+
+_EVENT = re.compile(rb'"event": "(device failed|failed|end)"')
 
 
 class DeviceFailed(Exception):
-    """The device failed at a batch, after so many images were made."""
+    """The device failed at the batch of `items`. `made` counts the images of this process.
 
-    def __init__(self, items: Sequence[Item], made: int, why: str):
-        super().__init__(why)
-        self.items, self.made, self.why = items, made, why
+    A new process may go on, unless the device `is_given_up`.
+    """
+
+    def __init__(self, items: Sequence[Item], made: Any, reason: str, *, is_given_up: bool = False):
+        super().__init__(reason)
+        self.items, self.made, self.reason, self.is_given_up = items, made, reason, is_given_up
 
 
-@dataclasses.dataclass(frozen=True)
-class Tried:
-    """At what the device failed: items, by `key`, `once` or twice (`failed`), and batches given up `in_a_row`."""
+@dataclasses.dataclass
+class Failures:
+    """Device failures of a run: of each item's id, and in a row on this host without an image.
 
-    once: frozenset[str] = frozenset()
-    failed: frozenset[str] = frozenset()
+    A "failed" line, which reports the items that are given up, sets both to 0: the next process
+    tries these items again.
+    """
+
+    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     in_a_row: int = 0
 
     @classmethod
-    def read(cls, environment: Mapping[str, str] = os.environ) -> "Tried":
-        """What an earlier process of this number has left."""
-        found = json.loads(environment.get(VARIABLE, "{}"))
-        failed = frozenset(found.get("failed", ()))
-        return cls(failed.union(found.get("once", ())), failed, found.get("in_a_row", 0))
+    def read(cls, run: run_directory.RunDirectory) -> "Failures":
+        """Reads log.jsonl; of a run in a bucket, also what other processes have sent of theirs."""
+        logs, failures = sorted(run.path.glob("log*.jsonl")), cls()
+        records = []
+        for log in logs:
+            with log.open("rb") as lines:  # the log is long: parse only what may be such a line
+                records += files.parse_lines(filter(_EVENT.search, lines))
+        for record in sorted(records, key=lambda x: x["time"]) if len(logs) > 1 else records:
+            failures._add(record)
+        return failures
 
-    def to_json(self) -> str:
-        """What `read` reads."""
-        left = {"once": sorted(self.once - self.failed), "failed": sorted(self.failed), "in_a_row": self.in_a_row}
-        return json.dumps(left, separators=(",", ":"))
-
-    def after(self, error: DeviceFailed) -> "Tried":
-        """With one failure more."""
-        keys = frozenset(map(key, error.items))
-        in_a_row = (0 if error.made else self.in_a_row) + bool(keys & self.once)
-        return Tried(self.once | keys, self.failed | (keys & self.once), in_a_row)
-
-    def says(self, item: Item) -> bool:
-        """Whether an item is to be left out."""
-        return key(item) in self.failed
-
-
-def key(item: Item) -> str:
-    """An item in few letters: an environment variable holds some 100,000."""
-    return f"{item.prompt_id:x}.{item.sample}"
+    def _add(self, record: dict) -> None:
+        event, is_here = record.get("event"), record.get("host") == processes.HOST
+        if event == "device failed":
+            self.counts.update(record["items"])
+            if is_here:
+                self.in_a_row = 1 if record["images"] else self.in_a_row + 1
+        elif event == "failed":
+            for name in record["items"]:
+                self.counts.pop(name, None)
+            if is_here:
+                self.in_a_row = 0
+        elif event == "end" and is_here and record["images"]:
+            self.in_a_row = 0
 
 
-def begin_anew(tried: Tried) -> NoReturn:
-    """This command once more, in the place of this process. OSError where the system does not let it."""
-    os.environ[VARIABLE] = tried.to_json()
+def log_failed(run: run_directory.RunDirectory, items: Sequence[Item]) -> None:
+    """Logs that these items are given up; see Failures."""
+    run.log("failed", host=processes.HOST, items=[item.id for item in items])
+    run.storage.send()
+
+
+def restart(**changes: object) -> NoReturn:
+    """Starts this command again, with some flags changed, in the place of this process.
+
+    The process id stays, so signals and the exit code still reach whoever started the command.
+    Raises OSError where the system refuses.
+    """
+    is_changed = tuple(f"--{name}=" for name in changes)
+    arguments = [argument for argument in sys.orig_argv if not argument.startswith(is_changed)]
     sys.stdout.flush()
     sys.stderr.flush()
-    signal.setitimer(signal.ITIMER_REAL, 0)  # which the new process would inherit
+    signal.setitimer(signal.ITIMER_REAL, 0)  # the new process would inherit it
+    # Drivers lock the files of their devices: the new process has to open them itself.
     for number in filter(lambda x: x > 2, map(int, os.listdir("/dev/fd"))):
-        with contextlib.suppress(OSError):  # the device's files, locked perhaps, which the new process opens for itself
+        with contextlib.suppress(OSError):
             os.set_inheritable(number, False)
-    os.execv(sys.executable, sys.orig_argv)
+    os.execv(sys.executable, arguments + [f"--{name}={value}" for name, value in changes.items()])
 
 
 class Watchdog:
-    """Ends the process with code 1 when nothing has `moved` for so many seconds: what hangs raises no error.
+    """Ends the process with code 1 when nothing has `moved` for `seconds`: a hang raises no error.
 
-    0 seconds: ten times as long as it ever took, an hour at least, six hours the first time (compilation). Seconds are counted
-    and not read from a clock: a process that was stopped for a night and goes on has not hung.
+    0 seconds: ten times as long as it ever took, but at least an hour, and six hours the first time
+    (compilation). Seconds are counted, not read from a clock: a process that was stopped (SIGSTOP)
+    and goes on has not hung. `report` gets the seconds without a move.
     """
 
-    def __init__(self, seconds: float, tell: Callable[[float], None], *, end: Callable[[int], None] = os._exit):
-        self.seconds, self.tell, self.end = seconds, tell, end
+    def __init__(self, seconds: float, report: Callable[[float], None], *, end: Callable[[int], None] = os._exit):
+        self.seconds, self.report, self.end = seconds, report, end
         self.longest: float | None = None
         self._ticks, self._mark = 0, 0  # each is written by one thread
-        self._over, self._tick = threading.Event(), 1.0 if not seconds else min(1.0, seconds / 4)
+        self._tick = 1.0 if not seconds else min(1.0, seconds / 4)
 
     @property
     def still(self) -> float:
-        """Seconds since something moved."""
+        """Seconds since the last move."""
         return (self._ticks - self._mark) * self._tick
 
     def moved(self) -> None:
-        """Something came to its end."""
+        """Notes that some work was completed."""
         self.longest = max(self.longest or 0.0, self.still)
         self.waits()
 
     def waits(self) -> None:
-        """It is others that are waited for."""
+        """Notes that the process waits for others: the time so far does not count."""
         self._mark = self._ticks
 
     @property
     def limit(self) -> float:
-        """Seconds that it may take now."""
+        """Seconds that are allowed without a move."""
         return self.seconds or (6 * HOUR if self.longest is None else max(HOUR, 10 * self.longest))
 
     @contextlib.contextmanager
     def watching(self):
-        """Watches meanwhile."""
-        thread = threading.Thread(target=self._watch, daemon=True)
+        """Watches inside the `with` block."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(over,), daemon=True)
         thread.start()
         try:
             yield self
         finally:
-            self._over.set()
+            over.set()
             thread.join()
 
-    def _watch(self) -> None:
-        while not self._over.wait(self._tick):
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(self._tick):
             self._ticks += 1
             if self.still > self.limit:
-                last = threading.Thread(target=self._tell, daemon=True)  # a disk that hangs lets nobody tell of it
+                # In a thread: if the disk hangs, the report does so too.
+                last = threading.Thread(target=self._report, daemon=True)
                 last.start()
                 last.join(LAST)
                 self.end(1)
                 return
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         with contextlib.suppress(Exception):
-            faulthandler.dump_traceback(sys.stderr)  # where each thread is; no stderr, no help
+            faulthandler.dump_traceback(sys.stderr)  # where each thread is
         with contextlib.suppress(Exception):
-            self.tell(self.still)
+            self.report(self.still)

@@ -1,7 +1,7 @@
-"""Work: one item is one image to be made, named by its prompt and the number of the sample, never by who makes it.
+"""Work: the items of a process, handed out batch by batch.
 
-Several processes share a run in one of two ways: each has a fixed `share` of the items, or, in a pool of workers that come
-and go, each takes what nobody has yet (`Claims`). `Work` hands them out batch by batch, those first that are begun already.
+Several processes share a run in one of two ways: each has a fixed `items.share` of the items, or, in
+a pool of workers that come and go, each claims items that no other has (`Claims`).
 """
 
 import collections
@@ -14,29 +14,32 @@ from referee_jax.storage import claims as claims_lib
 
 
 class Work:
-    """What is left to do for this process, handed out batch by batch.
+    """Hands out `items` batch by batch, those in `begun` first.
 
-    `begun` are batches that an earlier process has left in the middle; of those only what is wanted counts. With `claims`
-    every item is asked for before it is handed out, and the last ones are waited for: `done()` says which ids are.
+    Args:
+        items: what is to be made.
+        begun: batches with a checkpoint, of any process; only their rows in `items` count.
+        claims: in a pool, claims an item before it is handed out; the last ones are waited for.
+        done: returns the ids of all finished items.
     """
 
     def __init__(
         self,
-        wanted: Sequence[Item],
+        items: Sequence[Item],
         begun: Sequence[Part] = (),
         *,
         claims: claims_lib.Claims | None = None,
         done: Callable[[], Collection[str]] = frozenset,
     ):
         self.claims, self.done, self.begun = claims, done, []
-        left = dict.fromkeys(wanted)
+        remaining = dict.fromkeys(items)
         for part in sorted(begun, key=lambda part: -part.step):
-            part = part.only(left.keys())
+            part = part.only(remaining.keys())
             if part.items:
                 self.begun.append(part)
             for item in part.items:
-                del left[item]
-        self.fresh = collections.deque(left)
+                del remaining[item]
+        self.fresh = collections.deque(remaining)
 
     def take(
         self,
@@ -45,42 +48,42 @@ class Work:
         stopped: Callable[[], bool] = lambda: False,
         before_waiting: Callable[[], None] = lambda: None,
     ) -> Part | None:
-        """The next at most `size` items, or None where nothing is left, or `stopped()` while the last ones are waited for."""
+        """Returns at most `size` items; None if none are left, or `stopped()` while waiting for others."""
         while (self.begun or self.fresh) and not stopped():
             is_begun = bool(self.begun)
             part = self._next(size)
             if not self.claims:
                 return part
             if is_begun and not part.items:
-                continue  # another has it; the next may be had
-            finished = self.done()  # also what others did between our last look and the claim
+                continue  # others have claimed all of it
+            finished = self.done()  # after the claim: others may have finished items before it
             self.claims.release({item.id for item in part.items} & set(finished))
             self.fresh = collections.deque(items_lib.missing(self.fresh, finished))
             if not part.items:
                 before_waiting()
                 time.sleep(claims_lib.WAIT if self.fresh else 0)
-            elif left := items_lib.missing(part.items, finished):
-                return part.only(left)
+            elif unfinished := items_lib.missing(part.items, finished):
+                return part.only(unfinished)
         return None
 
     def _next(self, size: int) -> Part:
-        """Begun ones first; in a pool those that can be had, perhaps none."""
-        is_ours = self.claims.take if self.claims else lambda item: True
+        """The next batch, begun ones first; in a pool only items that could be claimed, perhaps none."""
+        claim = self.claims.take if self.claims else lambda item: True
         if self.begun:
             part, *rest = self.begun.pop(0).split(size)
             self.begun[:0] = rest
-            ours = [item for item in part.items if is_ours(item)]
-            self.fresh.extend(item for item in part.items if item not in ours)
-            return part.only(ours)
-        taken, passed = [], []
-        while self.fresh and len(taken) < size:
+            claimed = [item for item in part.items if claim(item)]
+            self.fresh.extend(item for item in part.items if item not in claimed)
+            return part.only(claimed)
+        claimed, refused = [], []
+        while self.fresh and len(claimed) < size:
             item = self.fresh.popleft()
-            (taken if is_ours(item) else passed).append(item)
-        self.fresh.extendleft(reversed(passed))
-        return Part(tuple(taken))
+            (claimed if claim(item) else refused).append(item)
+        self.fresh.extendleft(reversed(refused))
+        return Part(tuple(claimed))
 
     def put_back(self, part: Part) -> None:
-        """A part that was not made comes first; what was begun goes on from there."""
+        """Hands a part out again, next, from where it was."""
         if part.state:
             self.begun.insert(0, part)
         else:

@@ -1,17 +1,17 @@
-"""The loop of a run: batch after batch, and between two chunks progress, the log, checkpoints and the wish to stop."""
+"""The loop of a process: batch after batch, with logging, checkpoints and stop requests after each chunk."""
 
 import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from absl import logging
 
-from referee_jax import console
+from referee_jax import config, console
 from referee_jax.hardware import chips, processes
 from referee_jax.items import Item, Part
 from referee_jax.performance import cost
@@ -23,8 +23,53 @@ from referee_jax.storage import run_directory
 from referee_jax.storage import writer as writer_lib
 
 
+class Batch(Protocol):
+    """A batch between two chunks; what else it holds is the engine's."""
+
+    items: tuple[Item, ...]
+    step: int  # iterations that are done
+
+
+class Engine(Protocol):
+    """What a run needs of an engine; engine.inverter.Inverter is one."""
+
+    settings: config.Settings  # with the engine's choice where `batch_size` was 0
+    steps: int  # iterations of an image
+    groups: int  # groups of devices; each holds `settings.batch_size` images
+    batch_size: int  # images of a batch on all devices
+    compiled: bool  # whether a chunk has run
+    compiling: str  # a message: what is compiled
+
+    def check(self, prompt: str) -> str | None:
+        """Returns why a prompt cannot be used, or None."""
+
+    def begin(self, items: Sequence[Item], seed: int) -> Batch:
+        """Returns a batch before its first iteration."""
+
+    def snapshot(self, batch: Batch) -> Part:
+        """Returns the items of a batch and their state, to be saved."""
+
+    def resume(self, part: Part, seed: int) -> Batch:
+        """Returns the batch of a saved part. Raises ValueError if its state is of other settings."""
+
+    def advance(self, batch: Batch) -> tuple[Batch, dict[str, np.ndarray]]:
+        """Runs a chunk of iterations; returns the batch and metrics `[item, iteration]`."""
+
+    def preview(self, batch: Batch) -> np.ndarray:
+        """Returns the images so far, uint8 `[item, H, W, 3]`."""
+
+    def finish(self, batch: Batch) -> Sequence[writer_lib.Picture]:
+        """Returns the finished images, one per item."""
+
+    def at_once(self, size: int) -> "Engine":
+        """Returns the engine with `size` images per group of devices."""
+
+    def halved(self) -> "Engine | None":
+        """Returns the engine with half the batch size, None if that is 1."""
+
+
 class Stopped(Exception):
-    """The run was asked to end, by this signal, and has saved what it was at."""
+    """A run ended by a signal, after saving its batch."""
 
     def __init__(self, number: signal.Signals):
         super().__init__(number.name)
@@ -33,7 +78,7 @@ class Stopped(Exception):
 
 @dataclasses.dataclass
 class Stop:
-    """The wish to end the run: the signal that came, or none yet."""
+    """A stop request: the signal that came, or None."""
 
     number: signal.Signals | None = None
 
@@ -43,115 +88,55 @@ class Stop:
 
 @dataclasses.dataclass
 class Made:
-    """How many images were written, and how many of them are not finite."""
+    """Counts of written images, and of those among them that are not finite."""
 
     images: int = 0
     nonfinite: int = 0
 
 
-class Worker:
-    """Makes images with an engine and writes them to a run with `writer`, beside the next ones; `made` counts.
+class Saver:
+    """Keeps the disk up to date: checkpoints of the batch in flight, and the images of finished ones.
 
-    `checkpoints` are saved every `checkpoint_seconds` and when a stop comes.
+    `claims` are those of a pool of workers, or None.
     """
 
     def __init__(
         self,
-        engine: Any,
         run: run_directory.RunDirectory,
         writer: writer_lib.Writer,
         checkpoints: checkpoints_lib.Checkpoints,
-        bar: console.Progress,
-        *,
-        stop: Stop,
+        claims: claims_lib.Claims | None = None,
     ):
-        self.engine, self.run, self.writer, self.checkpoints, self.bar = engine, run, writer, checkpoints, bar
-        self.stop, self.save_every, self.made, self.is_settled = stop, run.settings.checkpoint_seconds, Made(), True
-        self.committed = time.monotonic()  # when all that was finished was last sure
-        self.watchdog, self.at = recovery.Watchdog(run.settings.stall_seconds, self.tell_stall), ""
+        self.run, self.writer, self.checkpoints, self.claims = run, writer, checkpoints, claims
+        self.interval = run.settings.checkpoint_seconds
+        self.saved = self.committed = time.monotonic()  # last save of the batch in flight; last commit of images
+        self.is_settled = True  # whether all finished batches are on disk, without checkpoint or claims
 
-    def work(self, work: work_lib.Work) -> None:
-        """Makes all that `work` hands out.
+    def begin(self) -> None:
+        """Starts the time to the first checkpoint of a batch."""
+        self.saved = time.monotonic()
 
-        Where the device's memory is too small the batch is halved, once for each size. Raises Stopped, DeviceFailed, and the
-        error of a device whose memory is too small for one image.
+    def refresh(self) -> None:
+        """Shows other workers that this one is alive."""
+        self.writer.refresh()
+        if self.claims:
+            self.claims.refresh()
+
+    def is_due(self, since: float) -> bool:
+        """Whether more than `checkpoint_seconds` have passed."""
+        return time.monotonic() - since > self.interval
+
+    def save(self, part: Part) -> None:
+        """Saves the batch in flight."""
+        self.checkpoints.save(part, self.run.fingerprint)
+        self.run.storage.send()
+        self.saved = time.monotonic()
+
+    def settle(self, *, commit: bool = False) -> None:
+        """Waits until all images are written, and removes their checkpoint and claims.
+
+        With `commit`, images in an open shard come into the journal, too.
         """
-
-        # Others may wait for what is in our open shard, while we wait for theirs.
-        def commit() -> None:
-            self.settle(work.claims, commit=True)
-            self.watchdog.waits()
-
-        with self.watchdog.watching():
-            while part := work.take(self.engine.batch_size, stopped=self.stop, before_waiting=commit):
-                try:
-                    self.make(part, work.claims)
-                except jax.errors.JaxRuntimeError as error:
-                    if not chips.is_out_of_memory(error):
-                        why = console.first_line(error)[:300]
-                        self.run.log("device failed", items=[item.id for item in part.items], error=why)
-                        raise recovery.DeviceFailed(part.items, self.made.images, why) from error
-                    self.halve(error)
-                    work.put_back(part)
-            self.settle(work.claims)
-        self.check()
-
-    def make(self, part: Part, claims: claims_lib.Claims | None = None) -> None:
-        """Makes one batch, from its start or from where it was left, and writes its images. Raises Stopped."""
-        self.check()
-        engine, begun = self.engine, time.monotonic()
-        saved = begun
-        if not engine.compiled:
-            console.say(engine.compiling)
-        part, batch = self.begin(part)
-        if not engine.compiled:
-            tell_cost(engine, self.run, batch, self.bar.images - self.bar.done)
-        self.at = f"{part.items[0].id} and {len(part.items) - 1} others"
-        frames = []
-        while batch.step < engine.steps:
-            before = batch.step
-            batch, metrics = engine.advance(batch)
-            self.watchdog.moved()
-            if before == part.step:
-                self.bar.skip(before * len(part.items))
-            log_chunk(self.run, part.items, batch.step, metrics)
-            self.bar.advance((batch.step - before) * len(part.items), metrics)
-            self.writer.refresh()
-            if claims:
-                claims.refresh()
-            if before == part.step:
-                self.settle(claims)  # the batch before, which had the time of a chunk
-            if self.run.settings.outputs.trajectory:
-                frames.append(engine.preview(batch))
-            if batch.step < engine.steps and (self.stop() or time.monotonic() - saved > self.save_every):
-                self.checkpoints.save(engine.snapshot(batch), self.run.fingerprint)
-                self.run.storage.send()
-                saved = time.monotonic()
-                self.check()
-        for n, picture in enumerate(engine.finish(batch)):
-            seconds = (time.monotonic() - begun) / len(part.items)
-            status = self.writer.write(picture, seconds=seconds, frames=[frame[n] for frame in frames])
-            self.made.nonfinite += status != "done"
-        self.is_settled = False
-        self.made.images += len(part.items)
-        self.bar.finished(len(part.items))
-        if self.run.storage.is_remote:
-            # At once: what is on this machine alone is lost with it, an open shard too.
-            self.settle(claims, commit=time.monotonic() - self.committed > self.save_every)
-
-    def begin(self, part: Part) -> tuple[Part, Any]:
-        """The batch of a part, which is begun anew where its saved state is not this version's; and the part as it is then."""
-        seed = self.run.settings.seed
-        if part.state:
-            try:
-                return part, self.engine.resume(part, seed)
-            except ValueError as error:
-                logging.warning("%s; begun anew", error)
-                part = Part(part.items)
-        return part, self.engine.begin(part.items, seed)
-
-    def settle(self, claims: claims_lib.Claims | None, *, commit: bool = False) -> None:
-        """Waits for the images written so far, and gives up their checkpoint and claims; see writers.Writer.flush."""
         written = self.writer.flush(commit=commit)
         if commit:
             self.committed = time.monotonic()
@@ -159,21 +144,125 @@ class Worker:
             self.checkpoints.clear()
             self.is_settled = True
         self.run.storage.send()
-        if claims:
-            claims.release(written)
+        if self.claims:
+            self.claims.release(written)
+
+
+class Worker:
+    """Makes images with an engine, while `saver` writes those of the batch before; `made` counts them."""
+
+    def __init__(self, engine: Engine, saver: Saver, bar: console.Progress, *, stop: Stop):
+        self.engine, self.saver, self.run, self.bar, self.stop = engine, saver, saver.run, bar, stop
+        self.made, self.position = Made(), ""
+        self.watchdog = recovery.Watchdog(self.run.settings.stall_seconds, self.report_stall)
+
+    def work(self, work: work_lib.Work) -> None:
+        """Makes all items of `work`.
+
+        Halves the batch where the device's memory is too small. Raises Stopped, DeviceFailed, and
+        JaxRuntimeError if the memory is too small for one image.
+        """
+
+        # Other workers may wait for images in our open shard, while we wait for theirs.
+        def commit() -> None:
+            self.settle(commit=True)
+            self.watchdog.waits()
+
+        with self.watchdog.watching():
+            while part := work.take(self.engine.batch_size, stopped=self.stop, before_waiting=commit):
+                try:
+                    self.make(part)
+                except jax.errors.JaxRuntimeError as error:
+                    if not chips.is_out_of_memory(error):
+                        raise self.log_failure(part, error) from error
+                    self.halve(error)
+                    work.put_back(part)
+            self.settle()
+        self.check()
+
+    def make(self, part: Part) -> None:
+        """Makes and writes the images of one batch, from the start or a checkpoint. Raises Stopped."""
+        self.check()
+        start = time.monotonic()
+        self.saver.begin()
+        part, batch = self.begin(part)
+        batch, frames = self.advance(part, batch)
+        self.write(batch, frames, start)
+
+    def begin(self, part: Part) -> tuple[Part, Batch]:
+        """Returns the batch of a part, and the part without its state if that is of other settings."""
+        seed, batch = self.run.settings.seed, None
+        if not self.engine.compiled:
+            console.say(self.engine.compiling)
+        if part.state:
+            try:
+                batch = self.engine.resume(part, seed)
+            except ValueError as error:
+                logging.warning("%s; this batch starts again", error)
+                part = Part(part.items)
+        if batch is None:
+            batch = self.engine.begin(part.items, seed)
+        if not self.engine.compiled:
+            log_cost(self.engine, self.run, batch, self.bar.images - self.bar.done)
+        self.position = f"{part.items[0].id} and {len(part.items) - 1} others"
+        return part, batch
+
+    def advance(self, part: Part, batch: Batch) -> tuple[Batch, list[np.ndarray]]:
+        """Runs all chunks of a batch; returns it, and a preview after each chunk for trajectories."""
+        frames = []
+        while batch.step < self.engine.steps:
+            before = batch.step
+            batch, metrics = self.engine.advance(batch)
+            self.watchdog.moved()
+            log_chunk(self.run, part.items, batch.step, metrics)
+            if before == part.step:
+                self.bar.skip(before * len(part.items))
+            self.bar.advance((batch.step - before) * len(part.items), metrics)
+            self.saver.refresh()
+            if before == part.step:
+                self.settle()  # the batch before, which was written during this chunk
+            if self.run.settings.outputs.trajectory:
+                frames.append(self.engine.preview(batch))
+            if batch.step < self.engine.steps and (self.stop() or self.saver.is_due(self.saver.saved)):
+                self.saver.save(self.engine.snapshot(batch))
+                self.check()
+        return batch, frames
+
+    def write(self, batch: Batch, frames: Sequence[np.ndarray], start: float) -> None:
+        """Gives the images of a finished batch, begun at `start`, to the writer."""
+        count = len(batch.items)
+        for n, picture in enumerate(self.engine.finish(batch)):
+            seconds = (time.monotonic() - start) / count
+            status = self.saver.writer.write(picture, seconds=seconds, frames=[frame[n] for frame in frames])
+            self.made.nonfinite += status != "done"
+        self.saver.is_settled = False
+        self.made.images += count
+        self.bar.finished(count)
+        if self.run.storage.is_remote:
+            # At once: with this machine all that is only here would be lost, open shards included.
+            self.settle(commit=self.saver.is_due(self.saver.committed))
+
+    def settle(self, *, commit: bool = False) -> None:
+        """See Saver.settle; a slow disk is no hang."""
+        self.saver.settle(commit=commit)
         if self.engine.compiled:
             self.watchdog.moved()
 
-    def tell_stall(self, seconds: float) -> None:
-        """Says and notes who hangs, and at what."""
-        console.say(
-            f"error: {processes.HOST}: nothing has moved for {seconds:.0f} s, at {self.at}; ending", file=sys.stderr
-        )
-        self.run.log("stalled", host=processes.HOST, at=self.at, seconds=round(seconds))
+    def report_stall(self, seconds: float) -> None:
+        """Prints and logs which process hangs, and at which batch."""
+        message = f"error: {processes.HOST}: nothing has moved for {seconds:.0f} s, at {self.position}; ending"
+        console.say(message, file=sys.stderr)
+        self.run.log("stalled", host=processes.HOST, at=self.position, seconds=round(seconds))
         self.run.storage.send()
 
+    def log_failure(self, part: Part, error: jax.errors.JaxRuntimeError) -> recovery.DeviceFailed:
+        """Logs an error of the device; returns the exception to raise."""
+        reason, ids = console.first_line(error)[:300], [item.id for item in part.items]
+        self.run.log("device failed", host=processes.HOST, items=ids, images=self.made.images, error=reason)
+        return recovery.DeviceFailed(part.items, self.made, reason)
+
     def halve(self, error: jax.errors.JaxRuntimeError) -> None:
-        """Goes on with batches half as large; raises `error` where they are of one already."""
+        """Halves the batch size; raises `error` if it is 1."""
         smaller = self.engine.halved()
         if smaller is None:
             raise error
@@ -183,21 +272,19 @@ class Worker:
         self.run.log("halved", batch_size=size)
 
     def check(self) -> None:
-        """Raises Stopped if a stop was asked for."""
+        """Raises Stopped if a stop was requested."""
         if self.stop.number is not None:
             raise Stopped(self.stop.number)
 
 
-def tell_cost(engine: Any, run: run_directory.RunDirectory, batch: Any, images: int) -> None:
-    """Says and notes what an image costs, and all that are to be made."""
-    found = cost.running(engine, batch)
-    console.say(found.line(images))
-    run.log("cost", flops=found.image, weights=found.weights, batch=found.batch)
+def log_cost(engine: Engine, run: run_directory.RunDirectory, batch: Any, images: int) -> None:
+    """Prints and logs the cost of one image, and of all `images`."""
+    running = cost.running(engine, batch)
+    console.say(running.line(images))
+    run.log("cost", flops=running.image, weights=running.weights, batch=running.batch)
 
 
-def log_chunk(
-    run: run_directory.RunDirectory, items: Sequence[Item], step: int, metrics: dict[str, np.ndarray]
-) -> None:
-    """Notes the mean of each metric `[item, iteration]` over those of a chunk's iterations in which there is one."""
+def log_chunk(run: run_directory.RunDirectory, items: Sequence[Item], step: int, metrics: Mapping[str, Any]) -> None:
+    """Logs a chunk: of each metric `[item, iteration]` the mean over the iterations that have it (not NaN)."""
     means = {name: console.mean(x) for name, x in metrics.items()}
     run.log("chunk", step=step, items=[item.id for item in items], metrics=means)

@@ -4,7 +4,8 @@ A bucket has no locks and no appends, and objects appear whole. So each process 
 directory of its own (`Bucket.local`) and uploads new files. Objects are written once:
 
     images/, shards/, trajectories/      as in any run directory; deleted locally after the upload
-    metadata-<process>-<n>.jsonl, log-*  lines of the journal and log since the previous upload
+    metadata-<process>-<n>.jsonl, log-*  lines of the journal and log since the previous upload;
+                                         log-failed-* those of device failures
     metadata.jsonl                       all lines, merged when a process ends (`Bucket.merge`)
     checkpoints/                         deleted in the bucket when they are deleted locally
     claims/<id>.claim                    the owner of an item in a pool of workers (`BucketClaims`)
@@ -31,6 +32,7 @@ from referee_jax.storage import files as files_lib
 
 CONTENT = ("images", "shards", "trajectories")
 LINES = ("metadata", "log")
+FAILED = "log-failed"  # parts of the log with device failures
 CHECKPOINTS = "checkpoints"
 SHOWN_BYTES = 1e9  # of shards to fetch for a contact sheet or gallery; each is fetched whole
 TOGETHER = 32  # objects per fetch request
@@ -185,8 +187,9 @@ class Bucket:
         return is_ours
 
     def fetch(self) -> None:
-        """Fetches the current settings and journals."""
-        names = [name for name in self.names() if name.startswith("metadata") and name.endswith(".jsonl")]
+        """Fetches the current settings, journals and device failures."""
+        names = [name for name in self.names() if name.startswith(("metadata", FAILED)) and name.endswith(".jsonl")]
+        names = [name for name in names if not name.startswith(f"{FAILED}-{self.process}")]
         fixed = [name for name in names if name != "metadata.jsonl" and not (self.local / name).exists()]
         # Parts first: RunDirectory.merge moves their lines to metadata.jsonl, and so each line is
         # seen at least once.
@@ -246,7 +249,9 @@ class Bucket:
         for kind, data in lines.items():
             if data:
                 self._parts[kind] += 1
-                self.write(f"{kind}-{self.process}-{self._parts[kind]:06d}.jsonl", data)
+                # Other processes read device failures, and not all the rest of the log.
+                stem = FAILED if kind == "log" and b'failed", ' in data else kind
+                self.write(f"{stem}-{self.process}-{self._parts[kind]:06d}.jsonl", data)
                 self._ends[kind] += len(data)
         for file in content:
             file.unlink(missing_ok=True)

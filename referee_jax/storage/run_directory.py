@@ -36,7 +36,6 @@ half line, `shards.recover` commits open shards of dead processes, temporary fil
 lines without an image are dropped. What is not done then is made again, from its checkpoint if any.
 """
 
-import collections
 import contextlib
 import functools
 import importlib.metadata
@@ -301,15 +300,6 @@ class RunDirectory:
     def log(self, event: str, **values: Any) -> None:
         """Appends a line to log.jsonl."""
         files_lib.append(self.log_file, {"event": event, "time": files_lib.now(), **values})
-
-    def failures(self) -> collections.Counter[str]:
-        """Counts the device failures of each id in log.jsonl."""
-        if not self.log_file.exists():
-            return collections.Counter()
-        with self.log_file.open("rb") as file:  # the log is long: parse only what may be such a line
-            candidates = [line for line in file if b'"device failed"' in line]
-        failed = filter(lambda x: x.get("event") == "device failed", files_lib.parse_lines(candidates))
-        return collections.Counter(name for line in failed for name in line["items"])
 
     def contact_sheet(self) -> Path | None:
         """Writes contact_sheet.png of the first SHEET_PICTURES images; None without images."""

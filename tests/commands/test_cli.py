@@ -1,5 +1,6 @@
 """Commands: what flags say, and that a mistake in one is a sentence and code 2, never a traceback."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -65,10 +66,36 @@ def test_prompts_are_needed(capsys, tmp_path):
     assert "there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts" in capsys.readouterr().err
 
 
-def test_a_config_is_needed():
-    values = flags.FlagValues()
-    with pytest.raises(CommandError, match="--config is missing, for example --config=configs/shapes.py"):
-        command_lib.parse_flags(["run", "--prompt=a"], values)
+def test_without_a_config_the_embedded_default_runs():
+    def parsed(*arguments):
+        values = flags.FlagValues()
+        return command_lib.read_command(values, command_lib.parse_flags(["run", *arguments], values)[1:])
+
+    file = ROOT / "configs" / "shapes.py"
+    for arguments in ([], ["--config=shapes"], ["--config", "shapes"], [f"--config={file}"]):
+        asked = parsed(*arguments, "--prompt=a", "--config.steps=7")
+        assert asked.settings == dataclasses.replace(config.load(str(file)), steps=7)
+        assert [entry.text for entry in asked.entries] == ["a"] and asked.workdir.name.startswith("shapes-")
+    with pytest.raises(CommandError, match=r"there is no config 'shapez'; there are ablation, clip, .*shapes, .*\.py"):
+        parsed("--config=shapez", "--prompt=a")
+
+
+def test_an_installed_package_has_the_configs(tmp_path):
+    """Built as it is installed, and run from elsewhere: by name, without a checkout."""
+    build = ["setup.py", "-q", "build", f"--build-base={tmp_path / 'base'}", f"--build-lib={tmp_path / 'lib'}"]
+    subprocess.run([sys.executable, *build], cwd=ROOT, check=True, capture_output=True)
+    script = (
+        "import referee_jax, sys; from referee_jax import config, sweep\n"
+        "assert referee_jax.__file__.startswith(sys.argv[1]), referee_jax.__file__\n"
+        "print(config.load('shapes').steps, config.load('clip').clamp, len(sweep.read('ablation')))\n"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "lib")}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["40", "straight_through", "39"], done.stderr
 
 
 @pytest.mark.parametrize(

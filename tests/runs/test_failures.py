@@ -1,6 +1,5 @@
-"""Runs on bad days: devices, disks, signals and processes that fail; nothing is lost."""
+"""Devices, disks, signals and processes that fail: nothing is lost."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -9,13 +8,13 @@ import sys
 import threading
 import time
 
+import fsspec
 import jax
 import pytest
 
 from referee_jax import run
 from referee_jax.hardware import processes
 from referee_jax.items import Item
-from referee_jax.runs import recovery
 from referee_jax.runs import worker as worker_lib
 from referee_jax.storage import claims
 from tests.fakes import ROOT, FakeInverter, colours, command, execute, lines, pixels, shown
@@ -48,78 +47,117 @@ def test_a_batch_that_is_chosen_is_no_larger_than_what_there_is_to_do(tmp_path):
         assert engine.batch_size == min(3, count)
 
 
-def test_a_device_that_fails(tmp_path, monkeypatch, capsys):
-    """A batch is tried once more in a fresh process, then left out, and the others are made; the same command tries it again."""
-    bad, engines = ["3"], []
+class Fails(FakeInverter):
+    """Fails at the end of each batch with one of the `bad` prompts."""
 
-    class Engine(FakeInverter):
-        def advance(self, batch):
-            if set(bad) & {item.prompt for item in batch.items}:
-                raise BUG
-            return super().advance(batch)
+    bad = ("3",)
+
+    def advance(self, batch):
+        if batch.step == 20 and set(self.bad) & {item.prompt for item in batch.items}:
+            raise BUG
+        return super().advance(batch)
+
+
+def with_restarts(*arguments, load):
+    """The exit code of a command whose restarts are calls, and the commands."""
+    commands = []
+
+    def restart(**flags):
+        commands.append(command("--config.steps=25", *arguments, *[f"--{name}={x}" for name, x in flags.items()]))
+        return run.main(commands[-1], load=load, restart=restart)
+
+    return restart(), commands
+
+
+def failed(file):
+    """The lines of a log about device failures: event and number of items."""
+    return [(x["event"], len(x["items"])) for x in lines(file) if x["event"].endswith("failed")]
+
+
+def test_a_device_that_fails(tmp_path, capsys):
+    """A batch is made last in a new process, and left out if it fails again; the same command tries it once more."""
+    engines = []
 
     def load(settings):
-        engines.append(Engine(settings))
+        engines.append(Fails(settings))
         return engines[-1]
 
-    def begin_anew(tried):
-        monkeypatch.setenv(recovery.VARIABLE, tried.to_json())
-        return run.main(asked, load=load, begin_anew=begin_anew)
-
-    asked = command("--config.steps=25", *[f"--prompt={n}" for n in range(8)], f"--workdir={tmp_path}")
-    assert run.main(asked, load=load, begin_anew=begin_anew) == 1
-    made = [[item.prompt for items in engine.begun for item in items] for engine in engines]
-    assert made == [["0", "1", "2", "3", "4", "5"], ["3", "4", "5"], ["6", "7"]]
-    assert sorted(json.loads(line)["text"] for line in open(tmp_path / "metadata.jsonl")) == ["0", "1", "2", "6", "7"]
-    told = [(x["event"], len(x["items"])) for x in lines(tmp_path / "log.jsonl") if x["event"].endswith("failed")]
-    assert told == [("device failed", 3), ("device failed", 3), ("failed", 3)]
+    arguments = *(f"--prompt={n}" for n in range(8)), f"--workdir={tmp_path}"
+    assert with_restarts(*arguments, load=load)[0] == 1
+    batches = [["".join(item.prompt for item in items) for items in engine.begun] for engine in engines]
+    assert batches == [["012", "345"], ["67", "345"]]
+    assert sorted(line["text"] for line in lines(tmp_path / "metadata.jsonl")) == ["0", "1", "2", "6", "7"]
+    assert failed(tmp_path / "log.jsonl") == [("device failed", 3), ("device failed", 3), ("failed", 3)]
+    assert (tmp_path / "contact_sheet.png").is_file() and lines(tmp_path / "log.jsonl")[-2]["event"] == "end"
     err = capsys.readouterr().err
-    assert err.count("the device failed (INTERNAL: bug) at 3 images; a fresh process goes on") == 2
+    assert err.count("the device failed (INTERNAL: bug) at 3 images; a new process goes on") == 1
     assert "error: the device failed twice at 3 images, which the same command tries again: 3-" in err
-    monkeypatch.delenv(recovery.VARIABLE)
-    bad.clear()
-    assert run.main(asked, load=load) == 0 and len(pixels(tmp_path)) == 8
+    assert execute(*arguments)[0] == 0 and len(pixels(tmp_path)) == 8
 
 
-def test_a_job_leaves_for_last_what_its_device_fails_at(tmp_path):
-    """No process of it can begin anew, and its launcher begins all of them again and again: less than a batch stays undone."""
-
-    class Engine(FakeInverter):
-        def advance(self, batch):
-            if batch.step == 20 and "3" in {item.prompt for item in batch.items}:
-                raise BUG
-            return super().advance(batch)
-
-    asked = command("--config.steps=25", "--config.checkpoint_seconds=1e-9", f"--workdir={tmp_path}")
-    asked = dataclasses.replace(asked, entries=command(*[f"--prompt={n}" for n in range(8)]).entries, distributed=True)
-    codes = [run.main(asked, load=Engine, begin_anew=None) for _ in range(4)]
-    assert codes == [1] * 4 and (tmp_path / "checkpoints").exists()
-    assert sorted(line["text"] for line in lines(tmp_path / "metadata.jsonl")) == ["0", "1", "2", "4", "5", "6"]
-    assert run.main(asked, load=FakeInverter, begin_anew=None) == 0 and len(pixels(tmp_path)) == 8
+def test_a_device_that_fails_once(tmp_path):
+    """Costs a restart, and nothing else."""
+    failures = [{2: BUG}, {}]
+    arguments = *(f"--prompt={n}" for n in range(4)), f"--workdir={tmp_path / 'cut'}"
+    code, commands = with_restarts(*arguments, load=lambda settings: FakeInverter(settings, failures.pop(0)))
+    assert code == 0 and [x.retries for x in commands] == [1, 0]
+    execute(*arguments[:-1], f"--workdir={tmp_path / 'whole'}")
+    assert colours(tmp_path / "cut") == colours(tmp_path / "whole")
 
 
-def test_a_device_that_always_fails_ends_the_run(tmp_path, monkeypatch, capsys):
-    """After two batches that failed twice, without an image between them."""
-    count = []
+@pytest.mark.parametrize("shared", [["--retries=0"], ["--retries=0", "--claim"]])
+def test_a_launcher_goes_on(tmp_path, capsys, shared):
+    """It starts the command again while the code is 75: what the device failed at comes last, or is left out."""
+    arguments = (
+        "--config.checkpoint_seconds=1e-9",
+        f"--workdir={tmp_path}",
+        *(f"--prompt={n}" for n in range(12)),
+        *shared,
+    )
+    load = type("Fails", (Fails,), {"bad": ("3", "9")})
+    codes = [with_restarts(*arguments, load=load) for _ in range(4)]
+    assert [code for code, _ in codes] == [75, 75, 75, 1] and all(len(commands) == 1 for _, commands in codes)
+    made = sorted(line["text"] for line in lines(tmp_path / "metadata.jsonl"))
+    assert made == ["0", "1", "2", "6", "7", "8"] and (tmp_path / "checkpoints").exists()
+    err = capsys.readouterr().err
+    assert err.count("error: the device failed (INTERNAL: bug) at 3 images; the finished images are in") == 3
+    assert err.count("and the same command continues") == 3 and "the device failed twice at 6 images" in err
+    assert execute(*arguments)[0] == 0 and len(pixels(tmp_path)) == 12
+    assert not (tmp_path / "claims").exists()
 
-    def begin_anew(tried):
-        count.append(tried)
-        monkeypatch.setenv(recovery.VARIABLE, tried.to_json())
-        return again()
 
-    prompts = [f"--prompt={n}" for n in range(50)]
-    asked = command("--config.steps=25", *prompts, f"--workdir={tmp_path}")
-    again = lambda: run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=begin_anew)
-    assert again() == 1 and len(count) == 3
+def test_a_device_that_fails_at_a_run_in_a_bucket(capsys):
+    """What one process has sent of its log, the next one reads; each has a directory of its own."""
+    url = "memory://failing/run"
+    arguments = *(f"--prompt={n}" for n in range(8)), f"--workdir={url}"
+    assert with_restarts(*arguments, load=Fails)[0] == 1
+    fs = fsspec.filesystem("memory")
+    journal = fs.cat_file("/failing/run/metadata.jsonl").splitlines()
+    assert sorted(json.loads(line)["text"] for line in journal) == ["0", "1", "2", "6", "7"]
+    assert "the device failed twice at 3 images" in capsys.readouterr().err
+    assert execute(*arguments)[0] == 0 and len(fs.ls("/failing/run/images")) == 8
+    fs.rm("/failing", recursive=True)
+
+
+def test_a_device_that_always_fails_ends_the_run(tmp_path, capsys):
+    """After four batches without an image in between, in one command or in as many as a launcher starts."""
+    arguments = [f"--prompt={n}" for n in range(50)]
+    load = lambda settings: FakeInverter(settings, {1: BUG})
+    code, commands = with_restarts(*arguments, "--retries=9", f"--workdir={tmp_path / 'one'}", load=load)
+    assert code == 1 and [x.retries for x in commands] == [9, 8, 7, 6]
     assert "the device fails at whatever it is given (INTERNAL: bug); the finished images" in capsys.readouterr().err
-    monkeypatch.delenv(recovery.VARIABLE)
-    assert run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=None) == 1
+    many = *arguments, "--retries=0", f"--workdir={tmp_path / 'many'}"
+    assert [with_restarts(*many, load=load)[0] for _ in range(8)] == [75, 75, 75, 1] * 2
+    assert execute(*many)[0] == 0 and len(pixels(tmp_path / "many")) == 50
 
-    def refused(tried):
+
+def test_no_new_process_can_be_started(tmp_path, capsys):
+    def refused(**flags):
         raise OSError(7, "Argument list too long")
 
-    assert run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=refused) == 1
-    assert "no fresh process can be begun ([Errno 7] Argument list too long)" in capsys.readouterr().err
+    asked = command("--prompt=one", f"--workdir={tmp_path}")
+    assert run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), restart=refused) == 75
+    assert "no new process can be started ([Errno 7] Argument list too long)" in capsys.readouterr().err
 
 
 def test_a_stop_that_came_before_the_device_failed_is_obeyed(tmp_path, capsys):
@@ -130,22 +168,19 @@ def test_a_stop_that_came_before_the_device_failed_is_obeyed(tmp_path, capsys):
         raise BUG
 
     asked = command("--prompt=one", f"--workdir={tmp_path}")
-    assert run.main(asked, load=lambda s: FakeInverter(s, {1: fail}), stop=stop, begin_anew=None) == 143
-    assert "interrupted" in capsys.readouterr().err
+    for _ in range(2):  # when it is tried again, and when nothing else is left
+        assert run.main(asked, load=lambda s: FakeInverter(s, {1: fail}), stop=stop, restart=None) == 143
+        assert "interrupted" in capsys.readouterr().err
 
 
-def test_a_new_run_begins_anew(tmp_path, monkeypatch):
+def test_a_new_run_is_restarted(tmp_path):
     """With --resume=never, too: the run that is there is its own."""
-
-    def begin_anew(tried):
-        monkeypatch.setenv(recovery.VARIABLE, tried.to_json())
-        return run.main(asked, load=FakeInverter)
-
-    asked = command("--prompt=one", f"--workdir={tmp_path}", "--resume=never")
-    assert run.main(asked, load=lambda s: FakeInverter(s, {1: BUG}), begin_anew=begin_anew) == 0
+    failures = [{1: BUG}, {}]
+    arguments = "--prompt=one", f"--workdir={tmp_path}", "--resume=never"
+    code, commands = with_restarts(*arguments, load=lambda settings: FakeInverter(settings, failures.pop(0)))
+    assert code == 0 and [x.resume for x in commands] == ["never", "auto"]
     assert len(pixels(tmp_path)) == 1
-    monkeypatch.delenv(recovery.VARIABLE)
-    assert run.main(asked, load=FakeInverter) == 2
+    assert run.main(command(*arguments), load=FakeInverter) == 2
 
 
 def test_too_little_memory_in_a_pool(tmp_path):

@@ -1,66 +1,96 @@
-"""What becomes of what a device fails at, and the watch over what hangs."""
+"""Items at which a device failed, restarts, and the watchdog."""
 
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import hypothesis.strategies as st
-from hypothesis import given
+from hypothesis import given, settings
 
 from referee_jax import items as items_lib
-from referee_jax.runs import recovery
+from referee_jax.hardware import processes
+from referee_jax.runs import job, recovery
+from referee_jax.storage import files, local
 
 ROOT = pathlib.Path(__file__).parents[2]
 ITEMS = items_lib.expand(list("abcdef"), 2)
 
 
-@given(st.lists(st.tuples(st.sets(st.sampled_from(ITEMS), min_size=1), st.integers(0, 2)), max_size=20))
+class Run:
+    """The log of a run."""
+
+    def __init__(self, path):
+        self.path = path
+        self.storage = local.Disk(path)
+
+    def log(self, event, **values):
+        files.append(self.path / "log.jsonl", {"event": event, "time": files.now(), **values})
+
+
+BATCHES = st.lists(st.tuples(st.sets(st.sampled_from(ITEMS), min_size=1), st.integers(0, 2)), max_size=20)
+
+
+@given(BATCHES)
+@settings(deadline=None)
 def test_each_failure_is_one_step_further(failures):
-    """Whatever batches there are: an item is failed when it was in two of them; so a run comes to its end."""
-    tried, seen = recovery.Tried(), []
-    for items, made in failures:
-        before = len(tried.once) + len(tried.failed)
-        items = [item for item in items if not tried.says(item)]
-        if not items:
-            continue
-        seen += items
-        tried = tried.after(recovery.DeviceFailed(items, made, "INTERNAL"))
-        assert len(tried.once) + len(tried.failed) > before
-    assert [tried.says(item) for item in ITEMS] == [seen.count(item) == 2 for item in ITEMS]
+    """Whatever batches fail: an item is left out after two of them, so a run ends; once reported, all are tried again."""
+    with tempfile.TemporaryDirectory() as directory:
+        run, failed = Run(pathlib.Path(directory)), []
+        for items, images in failures:
+            todo = job.select(ITEMS, (), recovery.Failures.read(run))
+            items = [item for item in todo.items if item in items]
+            if items:
+                failed += items
+                ids = [item.id for item in items]
+                run.log("device failed", host=processes.HOST, items=ids, images=images, error="INTERNAL")
+        todo = job.select(ITEMS, (), recovery.Failures.read(run))
+        for count, group in enumerate((todo.new, todo.again, todo.failed)):
+            assert group == [item for item in ITEMS if failed.count(item) == count]
+        recovery.log_failed(run, ITEMS)
+        assert job.select(ITEMS, (), recovery.Failures.read(run)) == job.Todo(ITEMS, [], [])
 
 
-def test_a_fresh_process_is_this_command_once_more(tmp_path):
-    """With the same number, knowing what was tried, and without the open files of the one before."""
+def test_failures_in_a_row(tmp_path):
+    """Of this host, since an image was made, or the end of a run in which one was."""
+    run = Run(tmp_path)
+    assert recovery.Failures.read(run).in_a_row == 0
+    expected = []
+    for event, host, images in (
+        ("device failed", processes.HOST, 0), ("device failed", processes.HOST, 0), ("device failed", "other", 7),
+        ("failed", "other", 0), ("end", processes.HOST, 0), ("device failed", processes.HOST, 3),
+        ("device failed", processes.HOST, 0), ("end", processes.HOST, 1), ("device failed", processes.HOST, 0),
+        ("failed", processes.HOST, 0),
+    ):  # fmt: skip
+        run.log(event, host=host, images=images, items=["any"])
+        expected.append(recovery.Failures.read(run).in_a_row)
+    assert expected == [1, 2, 2, 2, 2, 1, 2, 0, 1, 0]
+
+
+def test_a_restart_is_this_command_again(tmp_path):
+    """With the same process id, other flags, and without the open files of the process before."""
     script = tmp_path / "again.py"
     script.write_text(
         "import os, sys\n"
-        "from referee_jax import items\n"
         "from referee_jax.runs import recovery\n"
-        "tried = recovery.Tried.read()\n"
-        "print(os.getpid(), sys.argv[1:], len(tried.once), len(tried.failed), len(os.listdir('/proc/self/fd')), flush=True)\n"
-        "keep = [os.open('/dev/null', os.O_RDONLY) for _ in range(50)]\n"
-        "for fd in keep: os.set_inheritable(fd, True)\n"
-        "if len(tried.failed) < 2:\n"
-        "    recovery.begin_anew(tried.after(recovery.DeviceFailed(items.expand(['a', 'b'], 1), 0, '')))\n"
+        "print(os.getpid(), sys.argv[1:], len(os.listdir('/proc/self/fd')), sep=';', flush=True)\n"
+        "for fd in [os.open('/dev/null', os.O_RDONLY) for _ in range(50)]: os.set_inheritable(fd, True)\n"
+        "retries = int(sys.argv[-1].removeprefix('--retries='))\n"
+        "if retries: recovery.restart(retries=retries - 1)\n"
+        "sys.exit(75)\n"
     )
     done = subprocess.run(
-        [sys.executable, str(script), "--prompt=x y"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=True,
+        [sys.executable, str(script), "--prompt=x y", "--retries=2"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
     )  # fmt: skip
-    first, second, third = done.stdout.splitlines()
-    assert first.split()[0] == second.split()[0] == third.split()[0] and "['--prompt=x y']" in third
-    assert [line.split()[-3:-1] for line in (first, second, third)] == [["0", "0"], ["2", "0"], ["2", "2"]]
-    assert int(third.split()[-1]) <= int(first.split()[-1])
-
-
-def test_an_environment_holds_a_large_batch():
-    tried = recovery.Tried().after(recovery.DeviceFailed(items_lib.expand(list(map(str, range(4000))), 2), 0, ""))
-    tried = tried.after(recovery.DeviceFailed(items_lib.expand(list(map(str, range(4000))), 2), 0, ""))
-    assert len(tried.failed) == 8000 and len(tried.to_json()) < 128 * 1024
-    assert recovery.Tried.read({recovery.VARIABLE: tried.to_json()}) == tried
+    assert done.returncode == 75, done.stderr
+    first, second, third = (line.split(";") for line in done.stdout.splitlines())
+    assert first[0] == second[0] == third[0]
+    assert [x[1] for x in (first, second, third)] == [f"['--prompt=x y', '--retries={n}']" for n in (2, 1, 0)]
+    assert int(third[2]) <= int(first[2])
 
 
 def test_the_watchdog():
