@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import threading
 
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test waits for a network
 # Tiny networks are compiled for longer than they run. Without the fusion emitters it takes a third of the time, and a fifth less
 # where the code is not split among threads.
@@ -20,7 +21,6 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import numpy as np
 import pytest
-import torch
 
 from referee_jax.engine import capacity
 from referee_jax.performance import abstract_networks
@@ -28,7 +28,6 @@ from referee_jax.storage import files
 
 # What is ignored here, as in a job that a shell put into the background, is ignored by all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)
 jax.config.update("jax_num_cpu_devices", 8)
 
 

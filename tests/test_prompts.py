@@ -4,11 +4,11 @@ import copy
 
 import numpy as np
 import pytest
-import transformers
 
 from referee_jax import prompts
 from referee_jax.runs import prompt_file
 from referee_jax.shapes import tokens
+from tests.lazy import transformers
 
 
 @pytest.fixture(scope="module")

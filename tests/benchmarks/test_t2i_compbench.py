@@ -6,11 +6,10 @@ import re
 import numpy as np
 import PIL.Image
 import pytest
-import torch
-import transformers
 
 from referee_jax import config, referees
 from referee_jax.benchmarks import measures, noun_phrases, t2i_compbench
+from tests.lazy import torch, transformers
 from tests.oracles import networks
 
 SIZE = 480

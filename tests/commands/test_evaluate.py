@@ -8,7 +8,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import scipy.stats
-import transformers
 from absl import flags
 
 from referee_jax import evaluate
@@ -16,6 +15,7 @@ from referee_jax.benchmarks import evaluation, layouts, measures, noun_phrases
 from referee_jax.cli import tell
 from referee_jax.shapes import world
 from referee_jax.storage import files
+from tests.lazy import transformers
 from tests.oracles import networks
 
 PROMPTS = ("a red circle and a blue square", "a green star above a pink ring", "three black crosses")

@@ -7,12 +7,9 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
-import torch
-import transformers
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from referee_jax import config, referees, score
+from tests.lazy import torch, transformers
 from tests.oracles import networks
 
 TEXTS = ["a red circle and a blue square", "a photo"]
@@ -194,7 +191,7 @@ def test_siglip(images, tmp_path, older):
     """Cosine and probability of a match: Google's files, and the processor's own, which resizes otherwise."""
     networks.save_siglip(networks.siglip(), tmp_path)
     if not older:
-        bicubic = SiglipImageProcessorPil(size={"height": 36, "width": 36})
+        bicubic = transformers.SiglipImageProcessorPil(size={"height": 36, "width": 36})
         (tmp_path / "preprocessor_config.json").unlink()
         transformers.SiglipProcessor(bicubic, networks.gemma_tokenizer()).save_pretrained(tmp_path)
     network, processor = oracle(transformers.SiglipModel, tmp_path)
@@ -212,7 +209,7 @@ def test_pickscore(images, tmp_path):
     """The cosine at the temperature, of a CLIP with exact GELUs saved with its processor, by its name."""
     networks.clip(act="gelu").save_pretrained(tmp_path)
     square = {"height": 32, "width": 32}
-    preparing = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square)
+    preparing = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square)
     transformers.CLIPProcessor(preparing, networks.tokenizer()).save_pretrained(tmp_path)
     network, processor = oracle(transformers.CLIPModel, tmp_path)
 

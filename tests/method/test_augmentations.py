@@ -4,15 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from kornia import enhance
-from kornia.augmentation import RandomErasing, RandomResizedCrop
-from kornia.geometry import transform
-from torch.nn import functional
 
 from referee_jax.method import augmentations, views
 from tests.conftest import VIEW_SIZE as SIZE
 from tests.conftest import picture
+from tests.lazy import functional, kornia, torch
 
 TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 
@@ -68,7 +64,7 @@ def drawn(name, seed, size=SIZE, **changes):
 
 
 def affine(image, matrix):
-    return transform.warp_affine(image, matrix, image.shape[-2:], align_corners=False)
+    return kornia.geometry.transform.warp_affine(image, matrix, image.shape[-2:], align_corners=False)
 
 
 @pytest.fixture(params=[False, True], ids=["gathered", "dense"])
@@ -111,7 +107,9 @@ def test_pool_enlarges_a_small_image_bilinearly():
 def test_affine(angle, shift, dense):
     def theirs(image):
         centre = numbers((SIZE - 1) / 2, (SIZE - 1) / 2)
-        matrix = transform.get_affine_matrix2d(numbers(*shift), centre, numbers(1.0, 1.0), numbers(angle)[0])
+        matrix = kornia.geometry.transform.get_affine_matrix2d(
+            numbers(*shift), centre, numbers(1.0, 1.0), numbers(angle)[0]
+        )
         return affine(image, matrix[:, :2])
 
     compare(augmented("Af", dense=dense, angle=angle, shift=shift), theirs, picture())
@@ -139,17 +137,17 @@ def test_perspective(seed, distortion, dense):
     assert np.all((inward >= -1e-5) & (inward <= distortion * SIZE / 2 + 1e-5))
 
     def theirs(image):
-        matrix = transform.get_perspective_transform(numbers(*start), numbers(*corners))
-        return transform.warp_perspective(image, matrix, (SIZE, SIZE), align_corners=False)
+        matrix = kornia.geometry.transform.get_perspective_transform(numbers(*start), numbers(*corners))
+        return kornia.geometry.transform.warp_perspective(image, matrix, (SIZE, SIZE), align_corners=False)
 
     compare(augmented("Pe", dense=dense, corners=corners), theirs, picture())
 
 
 JITTERS = (
-    lambda image, p: enhance.adjust_brightness_accumulative(image, p["brightness"]),
-    lambda image, p: enhance.adjust_contrast_with_mean_subtraction(image, p["contrast"]),
-    lambda image, p: enhance.adjust_saturation_with_gray_subtraction(image, p["saturation"]),
-    lambda image, p: enhance.adjust_hue(image, p["hue"] * 2 * np.pi),
+    lambda image, p: kornia.enhance.adjust_brightness_accumulative(image, p["brightness"]),
+    lambda image, p: kornia.enhance.adjust_contrast_with_mean_subtraction(image, p["contrast"]),
+    lambda image, p: kornia.enhance.adjust_saturation_with_gray_subtraction(image, p["saturation"]),
+    lambda image, p: kornia.enhance.adjust_hue(image, p["hue"] * 2 * np.pi),
 )
 
 
@@ -197,7 +195,9 @@ def test_erasing():
 
     def theirs(image):
         params = dict(zip(("xs", "ys", "widths", "heights"), (numbers(b)[0] for b in box), strict=True))
-        return RandomErasing(p=1.0).apply_transform(image, params | {"values": torch.zeros(1)}, {}, None)
+        return kornia.augmentation.RandomErasing(p=1.0).apply_transform(
+            image, params | {"values": torch.zeros(1)}, {}, None
+        )
 
     compare(augmented("Er", box=box), theirs, picture())
 
@@ -225,7 +225,7 @@ def test_flip():
 def test_sharpness(factor):
     # Off the ends of the range, where rounding would decide what the clamps let through.
     image = 0.05 + 0.9 * picture()
-    compare(augmented("Sh", factor=factor), lambda x: enhance.sharpness(x, factor), image)
+    compare(augmented("Sh", factor=factor), lambda x: kornia.enhance.sharpness(x, factor), image)
 
 
 def test_gaussian():
@@ -237,7 +237,7 @@ def test_gaussian():
 
 def test_rotation(dense):
     def theirs(image):
-        return transform.rotate(image, numbers(21.0)[0], align_corners=False)
+        return kornia.geometry.transform.rotate(image, numbers(21.0)[0], align_corners=False)
 
     compare(augmented("Ro", dense=dense, angle=21.0), theirs, picture())
 
@@ -249,7 +249,7 @@ def test_elastic(sigma, alpha, dense):
     assert abs(shift).max() > 0.5  # pixels
 
     def theirs(image):
-        return transform.elastic_transform2d(
+        return kornia.geometry.transform.elastic_transform2d(
             image, to_torch(noise), sigma=(sigma, sigma), alpha=(alpha, alpha), align_corners=False
         )
 
@@ -262,8 +262,8 @@ def test_spline(dense):
     assert 0.1 < np.abs(points - start[0].numpy()).max() <= 0.2
 
     def theirs(image):
-        kernel, linear = transform.get_tps_transform(numbers(*points), start)
-        return transform.warp_image_tps(image, start, kernel, linear, align_corners=False)
+        kernel, linear = kornia.geometry.transform.get_tps_transform(numbers(*points), start)
+        return kornia.geometry.transform.warp_image_tps(image, start, kernel, linear, align_corners=False)
 
     compare(augmented("Ts", dense=dense, points=points), theirs, picture())
 
@@ -287,7 +287,7 @@ def test_resized_crop(box, dense):
     right, bottom = left + width - 1, top + height - 1
 
     def theirs(image):
-        crop = RandomResizedCrop((SIZE, SIZE), align_corners=True, cropping_mode="slice")
+        crop = kornia.augmentation.RandomResizedCrop((SIZE, SIZE), align_corners=True, cropping_mode="slice")
         corners = numbers([left, top], [right, top], [right, bottom], [left, bottom])
         return crop.apply_transform(image, {"src": corners}, crop.flags, None)
 
@@ -317,9 +317,9 @@ def test_a_chain_is_kornias_chain(dense):
         x = to_torch(image)
         x = (functional.adaptive_avg_pool2d(x, SIZE) + functional.adaptive_max_pool2d(x, SIZE)) / 2
         angle, shift = numbers(p["Af"]["angle"][i])[0], numbers(*p["Af"]["shift"][i])
-        x = affine(x, transform.get_affine_matrix2d(shift, centre, numbers(1.0, 1.0), angle)[:, :2])
-        matrix = transform.get_perspective_transform(start, numbers(*p["Pe"]["corners"][i]))
-        x = transform.warp_perspective(x, matrix, (SIZE, SIZE), align_corners=False)
+        x = affine(x, kornia.geometry.transform.get_affine_matrix2d(shift, centre, numbers(1.0, 1.0), angle)[:, :2])
+        matrix = kornia.geometry.transform.get_perspective_transform(start, numbers(*p["Pe"]["corners"][i]))
+        x = kornia.geometry.transform.warp_perspective(x, matrix, (SIZE, SIZE), align_corners=False)
         for step in params["Ji"]["order"][i]:
             factors = {name: float(value[i]) for name, value in p["Ji"].items() if name != "order"}
             x = JITTERS[int(step)](x, factors)

@@ -1,14 +1,13 @@
 """DDIM against diffusers' scheduler, with the U-Net replaced by a function that both sides can compute."""
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from referee_jax.method import ddim, sds
 from tests.conftest import relative_l2
+from tests.lazy import diffusers, torch
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

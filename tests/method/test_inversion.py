@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from referee_jax.method import augmentations, inversion, objective, optim, sds
 from referee_jax.referees import clip
 from referee_jax.weights import load
 from tests.conftest import relative_l2
-from tests.oracles import inversion as oracle
+from tests.lazy import oracle, torch
 from tests.oracles import networks as tiny
+from tests.oracles.settings import Settings
 
 STEPS, PROMPTS = 20, ("a red circle and a blue square", "a green square")
 NEGATIVES = ("a blue circle and a red square", "a square")
 # Small steps: with large ones the iteration is chaotic and float32 parts from float64 by itself.
-GENTLE = oracle.Settings(
+GENTLE = Settings(
     steps=STEPS, sds_weight=1.5, sds_weight_final=0.75, sds_weight_steps=STEPS, sds_guidance=1.5,
     referee_weight=1.0, referee_start=0, referee_stop=16, referee_noise=0.1, referee_losses={"cosine": 0.5, "contrastive": 1.0},
     optim_warmup=4, optim_noise=0.05, ema_start=5, ema_every=4, ema_decay=0.8, views_count=4, views_keep=4,
@@ -61,7 +61,7 @@ def sides(request, tmp_path_factory):
     return sd, judge, networks, prior.text_encoder, ids
 
 
-def ours(settings: oracle.Settings) -> tuple[inversion.Plan, inversion.Hyperparameters]:
+def ours(settings: Settings) -> tuple[inversion.Plan, inversion.Hyperparameters]:
     """The oracle's settings as a plan and numbers."""
     s = settings
     view_plan = objective.ViewPlan(

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
 
 from referee_jax.models import align, layers
 from referee_jax.weights import convert, load
 from tests.conftest import cosine, relative_l2
+from tests.lazy import torch, transformers
 from tests.oracles import networks
 
 # Two texts, the first of which is padded.

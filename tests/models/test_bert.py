@@ -4,14 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
-from transformers.models.blip import modeling_blip_text
 
 from referee_jax.models import bert
 from referee_jax.weights import convert
 from tests.conftest import gradient_memory, relative_l2
+from tests.lazy import torch, transformers
 from tests.oracles import networks
 
 SIZES = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3)
@@ -31,7 +29,9 @@ def fill(oracle, build):
 
 def text_model():
     config = transformers.BlipTextConfig(**SIZES, encoder_hidden_size=WIDTH)
-    oracle = networks.redraw(modeling_blip_text.BlipTextModel(config, add_pooling_layer=False), seed=0)
+    oracle = networks.redraw(
+        transformers.models.blip.modeling_blip_text.BlipTextModel(config, add_pooling_layer=False), seed=0
+    )
     return oracle, fill(oracle, lambda: bert.Bert(bert.Config(**SIZES), cross_width=WIDTH, rngs=nnx.Rngs(0)))
 
 
@@ -101,7 +101,7 @@ def test_token_types_and_pooler():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_language_model(smoothing):
     config = transformers.BlipTextConfig(**SIZES, encoder_hidden_size=WIDTH, label_smoothing=smoothing)
-    oracle = networks.redraw(modeling_blip_text.BlipTextLMHeadModel(config), seed=2)
+    oracle = networks.redraw(transformers.models.blip.modeling_blip_text.BlipTextLMHeadModel(config), seed=2)
     assert oracle.cls.predictions.decoder.weight is oracle.bert.embeddings.word_embeddings.weight
     assert oracle.cls.predictions.decoder.bias is oracle.cls.predictions.bias
     network = fill(oracle, lambda: bert.LMHeadModel(bert.Config(**SIZES), cross_width=WIDTH, rngs=nnx.Rngs(0)))

@@ -8,19 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
-import transformers
 from flax import nnx
 
 from referee_jax.models import blip, layers
 from referee_jax.weights import convert, load
 from tests.conftest import cosine, gradient_memory, relative_l2
+from tests.lazy import torch, transformers
 from tests.oracles import networks
 
 CLASSES = {
-    "itm": transformers.BlipForImageTextRetrieval,
-    "caption": transformers.BlipForConditionalGeneration,
-    "vqa": transformers.BlipForQuestionAnswering,
+    "itm": "BlipForImageTextRetrieval",
+    "caption": "BlipForConditionalGeneration",
+    "vqa": "BlipForQuestionAnswering",
 }
 IDS = np.array([[2, 6, 8, 10, 3, 0, 0], [2, 5, 9, 9, 16, 12, 3]], np.int32)
 MASK = IDS > 0
@@ -28,9 +27,14 @@ ABSENT = object()
 DEC = len(networks.BLIP_WORDS)
 
 
+def oracle_class(task):
+    """transformers' BLIP for a task."""
+    return getattr(transformers, CLASSES[task])
+
+
 def build(task, **text):
     """The oracle, its tensors, and our config of it."""
-    oracle = networks.blip(CLASSES[task], **text)
+    oracle = networks.blip(oracle_class(task), **text)
     tensors = {name: x.numpy() for name, x in oracle.state_dict().items()}
     return (
         oracle,
@@ -313,7 +317,7 @@ def test_published_config(name):
             if not field.name.endswith("_config"):
                 assert getattr(mine, field.name) == getattr(other, field.name), field.name
     with torch.device("meta"):
-        oracle = CLASSES[task](theirs)
+        oracle = oracle_class(task)(theirs)
     expected = {n: tuple(x.shape) for n, x in oracle.state_dict().items() if n not in row.ties}
     module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
     actual = {n: target.source_shape for target in convert.targets(module) for n in target.names}
@@ -329,7 +333,7 @@ def test_full_size_matches_transformers(task):
     All three take seven minutes on one core.
     """
     config = transformers.BlipConfig.from_dict(published(768))
-    oracle = networks.redraw(CLASSES[task](config), seed=0)
+    oracle = networks.redraw(oracle_class(task)(config), seed=0)
     network = fill(
         task,
         load.KINDS[f"blip_{task}"].config(published(768), where="config.json"),

@@ -6,26 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
 
 from referee_jax.models import blip2, layers
 from referee_jax.weights import convert, load
 from tests import conftest
+from tests.lazy import torch, transformers
 from tests.oracles import networks
-
-
-class PreNorm(torch.nn.Module):
-    """Embeddings, then a norm of their own."""
-
-    def __init__(self, embeddings, width, eps):
-        super().__init__()
-        self.embeddings, self.norm = embeddings, torch.nn.LayerNorm(width, eps=eps)
-
-    def forward(self, *args, **kwargs):
-        return self.norm(self.embeddings(*args, **kwargs))
-
 
 # Each branch: what differs in vision_config and in qformer_config; what only our config says; the
 # seed of the weights.
@@ -66,16 +53,15 @@ def build(branch, dtype=jnp.float32):
     if not tower_changes.get("patch_bias", True):
         tower.embeddings.patch_embedding.bias.zero_()
     if tower_changes.get("pre_layernorm"):
-        norm = PreNorm(tower.embeddings, tower.config.hidden_size, tower.config.layer_norm_eps)
-        networks.redraw(norm.norm, seed + 1)
-        tower.embeddings = norm
+        norm = torch.nn.LayerNorm(tower.config.hidden_size, eps=tower.config.layer_norm_eps)
+        tower.embeddings.norm = networks.redraw(norm, seed + 1)
+        tower.embeddings.register_forward_hook(lambda module, _, states: module.norm(states))
     return oracle, fill(oracle, load.KINDS["blip2"].config(values, where="config.json"), dtype)
 
 
 def fill(oracle, config, dtype=jnp.float32):
     row = load.KINDS["blip2"]
     tensors = {name: x.numpy() for name, x in oracle.state_dict().items()}
-    tensors = {name.replace("embeddings.embeddings.", "embeddings."): x for name, x in tensors.items()}
     tensors = {name.replace("embeddings.norm.", "pre_layernorm."): x for name, x in tensors.items()}
     if not config.vision_config.patch_bias:
         assert not tensors.pop("vision_model.embeddings.patch_embedding.bias").any()

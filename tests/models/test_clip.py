@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
 
 from referee_jax.models import clip
 from referee_jax.weights import convert, load
 from tests import conftest
+from tests.lazy import torch, transformers
 from tests.oracles import networks
 
 TEXT = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from referee_jax.models import image_reward
 from referee_jax.weights import convert, load
 from tests.conftest import cosine, relative_l2
+from tests.lazy import torch
 from tests.oracles import networks
 
 IDS = np.array([[2, 6, 8, 10, 3, 0, 0], [2, 5, 9, 9, 16, 12, 3]], np.int32)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from referee_jax.hardware import chips
 from referee_jax.models import clip, layers
 from referee_jax.performance import flops as flops_lib
+from tests.lazy import torch
 
 
 class Layer(nnx.Module):
@@ -40,8 +40,8 @@ def test_gelu():
 
 
 NORMS = {
-    "layer": (lambda: layers.LayerNorm(8, epsilon=1e-5, rngs=nnx.Rngs(0)), torch.nn.LayerNorm(8, 1e-5)),
-    "group": (lambda: layers.GroupNorm(4, 8, epsilon=1e-5, rngs=nnx.Rngs(0)), torch.nn.GroupNorm(4, 8, 1e-5)),
+    "layer": (lambda: layers.LayerNorm(8, epsilon=1e-5, rngs=nnx.Rngs(0)), lambda: torch.nn.LayerNorm(8, 1e-5)),
+    "group": (lambda: layers.GroupNorm(4, 8, epsilon=1e-5, rngs=nnx.Rngs(0)), lambda: torch.nn.GroupNorm(4, 8, 1e-5)),
 }
 
 
@@ -53,7 +53,7 @@ def test_norms(kind, dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(3 + rng.standard_normal((2, 5, 4, 8)), dtype)
     scale, bias, weights = (rng.standard_normal(shape).astype(np.float32) for shape in (8, 8, x.shape))
-    norm, oracle = build(), oracle.double()
+    norm, oracle = build(), oracle().double()
     norm.scale[...], norm.bias[...] = scale, bias
     for parameter, array in ((oracle.weight, scale), (oracle.bias, bias)):
         parameter.data = torch.from_numpy(array).double()

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
-import transformers
 from flax import nnx
 
 from referee_jax.models import siglip
 from referee_jax.weights import convert, load
 from tests.conftest import cosine, relative_l2
+from tests.lazy import torch, transformers
 from tests.oracles import networks
 
 # Each branch: what differs in text_config and in vision_config. All images leave a remainder beside

@@ -1,16 +1,14 @@
 """The U-Net against diffusers' torch class, with the same weights."""
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers.models import embeddings
 from flax import nnx
 
 from referee_jax.models import unet
 from referee_jax.weights import config_json, convert
+from tests.lazy import diffusers, torch
 from tests.oracles import networks
 
 BRANCHES = {
@@ -191,7 +189,7 @@ def test_bfloat16_weights_give_the_same_prediction():
 @pytest.mark.parametrize("shift", [0, 1])
 def test_timestep_features_match_torch(flip, shift):
     timesteps = np.array([0, 1, 50, 999])
-    theirs = embeddings.get_timestep_embedding(torch.from_numpy(timesteps), 320, flip, shift).numpy()
+    theirs = diffusers.models.embeddings.get_timestep_embedding(torch.from_numpy(timesteps), 320, flip, shift).numpy()
     ours = unet.timestep_features(jnp.asarray(timesteps), 320, flip_sin_to_cos=flip, freq_shift=shift)
     assert ours.dtype == jnp.float32
     assert error(ours, theirs) < 2e-5

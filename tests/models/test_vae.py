@@ -2,16 +2,15 @@
 
 import re
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from referee_jax.models import vae
 from referee_jax.weights import config_json, convert
+from tests.lazy import diffusers, torch
 from tests.oracles import networks
 
 BRANCHES = {

@@ -4,19 +4,15 @@
 drawn anew: libraries initialise towers so small that outputs hardly see their inputs, and a wrong port would agree.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math
 import os
 import pathlib
 
-import diffusers
-import safetensors.torch
-import torch
-import transformers
-from torch import nn
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
+from tests.lazy import diffusers, nn, safetensors_torch, torch, transformers
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -189,9 +185,11 @@ def save_blip_processor(path: pathlib.Path, size: int) -> None:
     transformers.BlipProcessor(blip_image_processor(size), blip_tokenizer()).save_pretrained(path)
 
 
-def blip_image_processor(size: int) -> BlipImageProcessorPil:
+def blip_image_processor(size: int) -> transformers.BlipImageProcessorPil:
     """The published preprocessing, but for the size."""
-    return BlipImageProcessorPil(size={"height": size, "width": size}, image_mean=CLIP_MEAN, image_std=CLIP_STD)
+    return transformers.BlipImageProcessorPil(
+        size={"height": size, "width": size}, image_mean=CLIP_MEAN, image_std=CLIP_STD
+    )
 
 
 def save_image_reward(
@@ -206,7 +204,7 @@ def save_image_reward(
     values = {"mlp_sizes": sizes[1:]}
     values |= {part: getattr(trunk.config, part).to_dict() for part in ("text_config", "vision_config")}
     (path / "config.json").write_text(json.dumps(values))
-    safetensors.torch.save_file(tensors, path / "model.safetensors")
+    safetensors_torch.save_file(tensors, path / "model.safetensors")
     save_blip_processor(path, trunk.config.vision_config.image_size)
     return trunk, [(layer.weight, layer.bias) for layer in mlp]
 
@@ -291,10 +289,10 @@ def save_blip2(path: pathlib.Path, *, lm_head: bool, seed: int = 0, older: bool 
     for p in transform["LayerNorm"].parameters():  # or the next word would be certain
         p.mul_(0.3)
     file = path / "model.safetensors"
-    tensors = safetensors.torch.load_file(file) | {f"cls.{name}": x for name, x in head.state_dict().items()}
+    tensors = safetensors_torch.load_file(file) | {f"cls.{name}": x for name, x in head.state_dict().items()}
     # Tied, as LAVIS has it.
     tensors["cls.predictions.decoder.weight"] = tensors["embeddings.word_embeddings.weight"].clone()
-    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    safetensors_torch.save_file(tensors, file, metadata={"format": "pt"})
 
 
 def align_config(text: dict | None = None, vision: dict | None = None, width: int = 24) -> transformers.AlignConfig:
@@ -358,7 +356,7 @@ def redraw_align(module: transformers.AlignModel, seed: int) -> transformers.Ali
     return module
 
 
-def align_processor(side: int = 33, resized: int = 40, **changes) -> EfficientNetImageProcessorPil:
+def align_processor(side: int = 33, resized: int = 40, **changes) -> transformers.EfficientNetImageProcessorPil:
     """The published preprocessing, but for the sizes and what `changes`."""
     settings = dict(
         size={"height": resized, "width": resized},
@@ -370,7 +368,7 @@ def align_processor(side: int = 33, resized: int = 40, **changes) -> EfficientNe
         do_normalize=False,
         include_top=False,
     )
-    return EfficientNetImageProcessorPil(**settings | changes)
+    return transformers.EfficientNetImageProcessorPil(**settings | changes)
 
 
 def save_align(
@@ -512,8 +510,8 @@ def save_text_encoder(module: transformers.CLIPTextModel, path: pathlib.Path) ->
     """Write with the published names, `text_model.*`, which transformers 5 reads but no longer writes."""
     module.save_pretrained(path)
     file = path / "model.safetensors"
-    tensors = {name.removeprefix("text_model."): x for name, x in safetensors.torch.load_file(file).items()}
-    safetensors.torch.save_file({f"text_model.{k}": x for k, x in tensors.items()}, file, metadata={"format": "pt"})
+    tensors = {name.removeprefix("text_model."): x for name, x in safetensors_torch.load_file(file).items()}
+    safetensors_torch.save_file({f"text_model.{k}": x for k, x in tensors.items()}, file, metadata={"format": "pt"})
 
 
 def save_tokenizer(path: pathlib.Path, length: int = 77) -> None:

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-import torch
-import transformers
 
 from referee_jax import config, prompts, referees
 from referee_jax.referees import align, resizing
 from tests.conftest import picture, relative_l2
+from tests.lazy import torch, transformers
 from tests.oracles import networks
 
 GROUPS = (("red", "blue", "green"), ("circle", "square"))

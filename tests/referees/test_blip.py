@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from referee_jax import config, prompts, referees
 from tests.conftest import relative_l2
-from tests.models.test_blip import CLASSES, DEC
+from tests.lazy import torch, transformers
+from tests.models.test_blip import CLASSES, DEC, oracle_class
 from tests.oracles import networks
 
 ENC, LENGTH = DEC + 1, 64
@@ -25,8 +24,8 @@ YES, NO = (networks.BLIP_WORDS.index(word) for word in ("yes", "no"))
 def directories(tmp_path_factory):
     root = tmp_path_factory.mktemp("blip")
     made = {}
-    for task, cls in CLASSES.items():
-        made[task] = networks.save_blip(networks.blip(cls), root / task)
+    for task in CLASSES:
+        made[task] = networks.save_blip(networks.blip(oracle_class(task)), root / task)
     return made
 
 
@@ -55,7 +54,7 @@ def caption_loss(network, ids, pixels, **how):
 
 def oracle(task, directory, judge, shown, first):
     """Losses `[V]` and d(their mean)/d(views) by torch; texts are not padded, and read one by one."""
-    network = CLASSES[task].from_pretrained(directory).eval()
+    network = oracle_class(task).from_pretrained(directory).eval()
     x = torch.from_numpy(shown).requires_grad_()
     pixels = normalised(x)
     ids = torch.tensor(judge.tokenizer(TEXTS[task])["input_ids"])[None]
@@ -167,7 +166,7 @@ def test_answers_must_be_single_tokens(directories, tmp_path):
 
 
 def test_tokenizer_with_its_own_enc_token(directories, tmp_path):
-    network = CLASSES["itm"].from_pretrained(directories["itm"])
+    network = oracle_class("itm").from_pretrained(directories["itm"])
     networks.save_blip(network, tmp_path)
     tokenizer = networks.blip_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]", "[DEC]"]})
@@ -180,7 +179,7 @@ def likelihood(directory, judge, image):
     """The caption loss of an image without smoothing."""
     ids = torch.tensor(judge.tokenizer(TEXTS["caption"])["input_ids"])[None]
     pixels = normalised(torch.from_numpy(np.array(image))[None])
-    return caption_loss(CLASSES["caption"].from_pretrained(directory).eval(), ids, pixels)[0].detach()
+    return caption_loss(oracle_class("caption").from_pretrained(directory).eval(), ids, pixels)[0].detach()
 
 
 @pytest.mark.parametrize("task", CLASSES)

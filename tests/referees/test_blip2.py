@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
-import transformers
 from flax import nnx
 
 from referee_jax import config, prompts, referees
 from referee_jax.models import blip2
 from referee_jax.weights import convert, load
 from tests.conftest import relative_l2
+from tests.lazy import torch, transformers
 from tests.oracles import networks
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "models" / "fixtures" / "blip2_qformer.npz"

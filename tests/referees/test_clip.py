@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from PIL import Image
 
 from referee_jax import config, prompts, referees
 from tests.conftest import relative_l2
+from tests.lazy import torch, transformers
 
 GROUPS = (("red", "blue", "green"), ("circle", "square"))
 

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import transformers
 
 from referee_jax import config, prompts, referees
 from referee_jax.engine import parallel
 from referee_jax.performance import flops
 from tests.conftest import cosine, relative_l2
+from tests.lazy import transformers
 from tests.oracles import networks
 
 
-def _blip(cls):
-    return lambda path: networks.save_blip(networks.blip(cls), path)
+def _blip(name):
+    return lambda path: networks.save_blip(networks.blip(getattr(transformers, name)), path)
 
 
 # Name in the config -> writes a tiny checkpoint directory, of weights that hear image and text.
@@ -29,9 +29,9 @@ DIRECTORIES = {
     "siglip": lambda path: networks.save_siglip(networks.siglip(), path),
     "pickscore": networks.save_clip,
     "hps": networks.save_clip,
-    "blip_itm": _blip(transformers.BlipForImageTextRetrieval),
-    "blip_caption": _blip(transformers.BlipForConditionalGeneration),
-    "blip_vqa": _blip(transformers.BlipForQuestionAnswering),
+    "blip_itm": _blip("BlipForImageTextRetrieval"),
+    "blip_caption": _blip("BlipForConditionalGeneration"),
+    "blip_vqa": _blip("BlipForQuestionAnswering"),
     "blip2": functools.partial(networks.save_blip2, lm_head=True, older=False),
     "image_reward": networks.save_image_reward,
     "align": lambda path: networks.save_align(networks.align(), path),

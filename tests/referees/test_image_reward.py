@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 
 from referee_jax import config, referees
 from referee_jax.referees import resizing
 from tests.conftest import cosine, picture, relative_l2
+from tests.lazy import torch
 from tests.models import test_image_reward
 from tests.oracles import networks
 

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
-import torch
-import transformers
 from PIL import Image
 
 from referee_jax import config, prompts, referees
 from referee_jax.weights import load
 from tests.conftest import relative_l2
+from tests.lazy import torch, transformers
 from tests.oracles import networks
 
 PROMPT = "A red circle, and a BLUE square."

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from referee_jax import config, referees
-from referee_jax.shapes import batches, recipes_generator, recipes_referees, tokens, train, world
+from referee_jax.shapes import batches, tokens, world
 from referee_jax.weights import hub, load
 from tests.conftest import cosine, relative_l2
+from tests.lazy import recipes_generator, recipes_referees, torch, train, transformers
 
 
 def test_tokenizer_is_the_one_of_training(tmp_path):
@@ -294,7 +293,7 @@ def pictures() -> np.ndarray:
     return np.random.default_rng(6).uniform(size=(PICTURES, 64, 64, 3)).astype(np.float32)
 
 
-def as_torch() -> torch.Tensor:
+def as_torch() -> "torch.Tensor":
     return torch.from_numpy(pictures()).permute(0, 3, 1, 2) * 2 - 1
 
 

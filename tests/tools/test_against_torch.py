@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from referee_jax import config, referees
 from tests.conftest import relative_l2
-from tests.oracles import inversion as oracle
-from tests.oracles import judges, networks
-from tests.tools import against_torch
+from tests.lazy import against_torch, judges, oracle, torch
+from tests.oracles import networks
 
 PROMPTS = ("a red circle and a blue square", "a green square")
 

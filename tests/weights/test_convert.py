@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from referee_jax.models import layers
 from referee_jax.weights import convert
+from tests.lazy import torch
 
 
 class Block(nnx.Module):

@@ -7,11 +7,10 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from referee_jax.models import vae
 from referee_jax.weights import config_json, load
+from tests.lazy import torch, transformers
 from tests.oracles import networks
 from tests.weights.checkpoints import edit_json, edit_tensors, fails, same
 

@@ -9,21 +9,19 @@ import re
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
-from torch import nn
 
 from referee_jax.weights import convert, lavis, load
 from tests.conftest import relative_l2
+from tests.lazy import nn, torch, transformers
 from tests.oracles import networks
 
 IDS = np.array([[2, 6, 8, 10, 3, 0, 0], [2, 5, 9, 9, 16, 12, 3]], np.int32)
 MASK = IDS > 0
 SIZES = dict(hidden_size=128, intermediate_size=72, num_attention_heads=2)  # heads of 64, as in BLIP and BERT
 BLIPS = {
-    "blip_itm": transformers.BlipForImageTextRetrieval,
-    "blip_caption": transformers.BlipForConditionalGeneration,
-    "blip_vqa": transformers.BlipForQuestionAnswering,
+    "blip_itm": "BlipForImageTextRetrieval",
+    "blip_caption": "BlipForConditionalGeneration",
+    "blip_vqa": "BlipForQuestionAnswering",
 }
 
 
@@ -67,7 +65,7 @@ def blip(kind):
         vision_config=SIZES | dict(num_hidden_layers=2, image_size=32, patch_size=8, layer_norm_eps=1e-6),
         image_text_hidden_size=20,
     )
-    oracle = networks.redraw(BLIPS[kind](config), 0)
+    oracle = networks.redraw(getattr(transformers, BLIPS[kind])(config), 0)
     state = renamed(oracle.state_dict(), *TIMM, (r"^vision_model\.post_layernorm\.", "visual_encoder.norm."))
     if kind == "blip_itm":  # what the authors train with
         state |= {"temp": torch.ones(()), "image_queue": torch.ones(20, 3), "ptr_queue": torch.ones(1).long()}
@@ -241,7 +239,7 @@ def test_blip(kind, tokenizers, tmp_path, capsys):
         expected = torch.cat([oracle.text_decoder(start, encoder_hidden_states=r).logits[:, 0] for r in read])
         actual = jax.jit(lambda n: n.answer_logits(n.vision_model(x), IDS, MASK))(network)
     assert relative_l2(actual, expected.detach()) < 1e-4
-    again, info = BLIPS[kind].from_pretrained(tmp_path / "out", output_loading_info=True)
+    again, info = getattr(transformers, BLIPS[kind]).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert again.config.vision_config.num_attention_heads == 2
 

@@ -4,19 +4,17 @@ import json
 import subprocess
 import sys
 
-import diffusers
 import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
-import transformers
 
 from referee_jax.models import clip, unet, vae
 from referee_jax.weights import config_json, convert, load
 from tests import conftest
+from tests.lazy import diffusers, torch, transformers
 from tests.oracles import networks
 from tests.weights.checkpoints import edit_json, same
 
@@ -74,11 +72,11 @@ def test_stable_diffusion(published):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("shape", ["linear", "scaled_linear"])
-@pytest.mark.parametrize(
-    "cls", [diffusers.PNDMScheduler, diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler, diffusers.DDPMScheduler]
-)
-def test_noise_schedules(cls, shape, prediction, tmp_path):
-    theirs = cls(beta_schedule=shape, beta_start=0.00085, beta_end=0.012, prediction_type=prediction)
+@pytest.mark.parametrize("name", ["PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "DDPMScheduler"])
+def test_noise_schedules(name, shape, prediction, tmp_path):
+    theirs = getattr(diffusers, name)(
+        beta_schedule=shape, beta_start=0.00085, beta_end=0.012, prediction_type=prediction
+    )
     theirs.save_pretrained(tmp_path)
     schedule = config_json.config_from_json(
         config_json.Schedule, config_json.read_json(tmp_path / "scheduler_config.json")
