@@ -18,11 +18,14 @@ os.environ["XLA_FLAGS"] = (
     "--xla_cpu_parallel_codegen_split_count=1"
 )
 
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # most take less than a tenth, and are thousands
+
 import jax
 import numpy as np
 import pytest
 
 from referee_jax.engine import capacity
+from referee_jax.hardware import compile_cache
 from referee_jax.performance import abstract_networks
 from referee_jax.storage import files
 
@@ -36,17 +39,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Equal programs of several tests, files, workers and processes are compiled once."""
-    directory = config.getoption("--compile-cache")
-    if not directory and "REFEREE_JAX_TESTS_PROGRAMS" not in os.environ:
-        kept = tempfile.TemporaryDirectory(prefix="programs-")
-        config.add_cleanup(kept.cleanup)
-        directory = kept.name
-    if directory:
-        os.environ["REFEREE_JAX_TESTS_PROGRAMS"] = directory  # of the workers, too, which are begun later
-    jax.config.update("jax_compilation_cache_dir", os.environ["REFEREE_JAX_TESTS_PROGRAMS"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    """Equal programs of several tests, files, workers and the processes they start are compiled once."""
+    if not hasattr(config, "workerinput"):  # a worker of xdist has its parent's environment
+        directory = config.getoption("--compile-cache")
+        if not directory:
+            temporary = tempfile.TemporaryDirectory(prefix="programs-")
+            config.add_cleanup(temporary.cleanup)
+            directory = temporary.name
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.abspath(directory)
+    if problem := compile_cache.use("cpu"):
+        raise pytest.UsageError(problem)
 
 
 # Minutes each: begun last, they would run while the other workers have nothing to do.
