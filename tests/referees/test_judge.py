@@ -6,12 +6,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import transformers
 
 from referee_jax import config, prompts, referees
 from referee_jax.engine import inverter as inverter_lib
 from referee_jax.items import expand
 from referee_jax.weights import load
+from tests.lazy import transformers
 from tests.oracles import networks
 
 PROMPT = "a red circle and a blue square"

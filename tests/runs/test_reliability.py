@@ -1,5 +1,9 @@
-"""Processes of a real run in the shapes world that are killed, stopped and replaced: tests/tools/kill_fuzz.py, in short."""
+"""Processes of a run in the shapes world that are killed, stopped and replaced: tests/tools/kill_fuzz.py, in short.
 
+Most with the fake engine, whose images depend on every iteration; files, journals, claims, shards and signals are real.
+"""
+
+import functools
 import json
 import os
 import pathlib
@@ -21,25 +25,65 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with an uninterrupted run, and the seconds that it took."""
-    workdir = tmp_path_factory.mktemp("fuzz")
+    """A directory with an uninterrupted run of the fake engine, and the seconds that it took."""
+    workdir = tmp_path_factory.mktemp("fake")
+    return workdir, kill_fuzz.uninterrupted(workdir, "fake")
+
+
+@pytest.fixture(scope="module")
+def real_place(tmp_path_factory):
+    """The same with the real engine."""
+    workdir = tmp_path_factory.mktemp("real")
     return workdir, kill_fuzz.uninterrupted(workdir)
 
 
 def test_kills(place):
-    assert kill_fuzz.fuzz(5, 209, *place) == []
+    assert kill_fuzz.fuzz(50, 209, *place, engine="fake") == []
 
 
 def test_kills_in_a_pool_that_writes_shards(place):
-    """Of three workers one is stopped and one killed (so says the seed) while images are made; the third makes the rest."""
-    assert kill_fuzz.fuzz(2, 84, *place, [*kill_fuzz.POOL, *kill_fuzz.SHARDS]) == []
+    assert kill_fuzz.fuzz(20, 84, *place, [*kill_fuzz.FAKE_POOL, *kill_fuzz.SHARDS], engine="fake") == []
+
+
+def test_the_real_engine_goes_on_where_it_was_killed(tmp_path):
+    """From the checkpoint of a batch that it was at, with images to the byte those of an uninterrupted run."""
+    whole, cut, cache = tmp_path / "whole", tmp_path / "cut", pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    assert kill_fuzz.ended(kill_fuzz.start(whole, cache)) == [0]
+    process, end = kill_fuzz.start(cut, cache), time.monotonic() + kill_fuzz.LONGEST
+    # Others are being written.
+    saved = lambda: any(x.parts[-3].isdigit() for x in cut.glob("checkpoints/*/*/default/*"))
+    while not saved() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    process.kill()
+    assert kill_fuzz.ended(process) == [-signal.SIGKILL]
+    assert len(kill_fuzz.images(cut)) < len(kill_fuzz.PROMPTS)
+    before = len(read_log(cut))
+    assert kill_fuzz.ended(kill_fuzz.start(cut, cache)) == [0]
+    steps = [record["step"] for record in read_log(cut)[before:] if record["event"] == "chunk"]
+    assert steps[0] > kill_fuzz.SETTINGS["chunk"]
+    assert kill_fuzz.problems(cut, whole) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kills, seed, flags", [(5, 209, ()), (2, 84, (*kill_fuzz.POOL, *kill_fuzz.SHARDS))], ids=["shares", "pool"]
+)
+def test_kills_of_the_real_engine(real_place, kills, seed, flags):
+    """In the pool, of three workers one is stopped and one killed (so says the seed) while images are made."""
+    assert kill_fuzz.fuzz(kills, seed, *real_place, flags) == []
+
+
+def read_log(workdir):
+    """The records of all processes of a run."""
+    return [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
 
 
 def test_the_dead_and_the_stopped_delay_nobody(place):
     """Four processes, one killed and one stopped (SIGSTOP): the others make their share; a restart makes the rest."""
     workdir, _ = place
     cut, cache = workdir / "four", workdir / "cache"
-    running = [kill_fuzz.start(cut, cache, index, 4) for index in range(4)]
+    begin = functools.partial(kill_fuzz.start, cut, cache, engine="fake")
+    running = [begin(index, 4) for index in range(4)]
     try:
         log, end = cut / "log.jsonl", time.monotonic() + kill_fuzz.LONGEST
         while not (log.exists() and log.read_bytes().count(b"start") >= 4) and time.monotonic() < end:
@@ -53,9 +97,8 @@ def test_the_dead_and_the_stopped_delay_nobody(place):
         for process in running:
             process.kill()
             process.wait()
-    last = [kill_fuzz.start(cut, cache, index, 2) for index in range(2)]
-    assert kill_fuzz.ended(*last) == [0, 0]
-    assert kill_fuzz.ended(kill_fuzz.start(cut, cache)) == [0]
+    assert kill_fuzz.ended(*[begin(index, 2) for index in range(2)]) == [0, 0]
+    assert kill_fuzz.ended(begin()) == [0]
     assert kill_fuzz.problems(cut, workdir / "whole") == []
     journal = [json.loads(line) for line in (cut / "metadata.jsonl").read_text().splitlines()]
     assert {record["status"] for record in journal} == {"done"}
@@ -85,19 +128,18 @@ def test_a_stop_is_obeyed_while_compiling(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_of_eight_devices(place):
+def test_two_processes_of_eight_devices(real_place):
     """Each makes its share on all its devices; the images are those of one process with one device, but for rounding.
 
     After four iterations, when what was rounded otherwise (another batch does so too) is 1e-6 of the latents; it grows up to a
     thousandfold in the next eight.
     """
-    workdir, _ = place
+    workdir, _ = real_place
     one, many, flags = workdir / "one", workdir / "many", ["--config.steps=4"]
     running = [kill_fuzz.start(many, workdir / "cache", index, 2, devices=8, flags=flags) for index in range(2)]
     assert kill_fuzz.ended(*running, kill_fuzz.start(one, workdir / "cache", flags=flags)) == [0, 0, 0]
     assert kill_fuzz.ended(kill_fuzz.start(many, workdir / "cache", flags=flags)) == [0]  # joins the journals
-    log = [json.loads(line) for line in (many / "log.jsonl").read_text().splitlines()]
-    devices = [record["device"] for record in log if record["event"] == "start"]
+    devices = [record["device"] for record in read_log(many) if record["event"] == "start"]
     assert devices == ["cpu x 8", "cpu x 8", "cpu x 1"]
     assert kill_fuzz.images(many).keys() == kill_fuzz.images(one).keys()
     for file in (one / "images").glob("*"):

@@ -1,15 +1,20 @@
 """Kills a run again and again, at random moments, and looks whether anything is lost, doubled or changed.
 
-    python tests/tools/kill_fuzz.py --kills=50 --seed=0
-    python tests/tools/kill_fuzz.py --kills=50 --claim --format=webdataset
+    python -m tests.tools.kill_fuzz --kills=50 --seed=0
+    python -m tests.tools.kill_fuzz --kills=50 --claim --format=webdataset
+    python -m tests.tools.kill_fuzz --kills=500 --engine=fake
 
 Runs of the shapes world, by one to three processes (another number after each kill), end by SIGTERM or SIGKILL; the last one may
 finish. Asked then: is every image there, once, to the byte what an uninterrupted run makes, and is nothing else left behind?
+
+The fake engine has no networks. All the rest of the program is real, and a process takes one second instead of forty.
 """
 
 import argparse
 import collections
+import functools
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -23,6 +28,7 @@ import time
 from collections.abc import Sequence
 
 from referee_jax.storage import run_directory, shards
+from tests import fake_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "blue") for shape in ("circle", "star", "ring")]
@@ -35,6 +41,7 @@ TERMINATED = (128 + signal.SIGTERM, -signal.SIGKILL, -signal.SIGTERM, -signal.SI
 LONGEST = 300  # seconds that a process may take
 EXPIRY = 15  # seconds after which a dead worker's claims are taken over
 POOL = ("--claim", f"--claim_expiry={EXPIRY}")
+FAKE_POOL = ("--claim", "--claim_expiry=3")
 SHARDS = ("--config.outputs.format=webdataset", "--config.outputs.shard_size=3")
 
 
@@ -47,14 +54,17 @@ def start(
     devices: int = 1,
     url: str = "",
     flags: Sequence[str] = (),
-) -> subprocess.Popen:
+    engine: str = "real",
+) -> "subprocess.Popen | Forked":
     """One process of a run, with so many simulated devices; in a bucket if there is a `url`. Its log is beside `workdir`.
 
     It makes its share, unless `flags` say --claim.
     """
-    command = [sys.executable, "-m", "referee_jax.run", "--config=configs/shapes.py", f"--workdir={url or workdir}"]
-    command += [f"--config.{key}={value}" for key, value in SETTINGS.items()] + [f"--prompt={x}" for x in PROMPTS]
-    command += [*flags] + ([] if "--claim" in flags else [f"--shard_index={index}", f"--shard_count={count}"])
+    arguments = ["--config=configs/shapes.py", f"--workdir={url or workdir}"]
+    arguments += [f"--config.{key}={value}" for key, value in SETTINGS.items()] + [f"--prompt={x}" for x in PROMPTS]
+    arguments += [*flags] + ([] if "--claim" in flags else [f"--shard_index={index}", f"--shard_count={count}"])
+    if engine == "fake":
+        return Forked(arguments, workdir.with_suffix(".log"))
     # Many processes on few cores: one thread each, and what is compiled once is not compiled again.
     threads = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     environment = os.environ | {
@@ -63,7 +73,35 @@ def start(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONFAULTHANDLER": "1", "JAX_NUM_CPU_DEVICES": str(devices),
     }  # fmt: skip
     with open(workdir.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        return subprocess.Popen(
+            [sys.executable, "-m", "referee_jax.run", *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
+
+
+class Forked:
+    """A process with the fake engine, forked from one that has imported all; with the methods of a subprocess.Popen."""
+
+    def __init__(self, arguments: Sequence[str], log: pathlib.Path):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.fake_run"])
+        self.args, self.process = arguments, context.Process(target=fake_run.forked, args=(arguments, log))
+        self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def ended(*processes: subprocess.Popen) -> list[int]:
@@ -111,13 +149,13 @@ def problems(workdir: pathlib.Path, reference: pathlib.Path) -> list[str]:
     return wrong
 
 
-def uninterrupted(workdir: pathlib.Path) -> float:
+def uninterrupted(workdir: pathlib.Path, engine: str = "real") -> float:
     """Makes `workdir / "whole"`, and `workdir / "cache"` of compiled programs; how many seconds it took with those."""
     whole, cache = workdir / "whole", workdir / "cache"
     for _ in range(2):
         shutil.rmtree(whole, ignore_errors=True)
         began = time.monotonic()
-        if any(ended(start(whole, cache))):
+        if any(ended(start(whole, cache, engine=engine))):
             raise RuntimeError(f"the uninterrupted run fails: {whole.with_suffix('.log').read_text()[-2000:]}")
     return time.monotonic() - began
 
@@ -135,14 +173,17 @@ def wait_for_chunks(workdir: pathlib.Path, count: int, running: Sequence[subproc
         time.sleep(0.02)
 
 
-def fuzz(kills: int, seed: int, workdir: pathlib.Path, lasted: float, flags: Sequence[str] = ()) -> list[str]:
+def fuzz(
+    kills: int, seed: int, workdir: pathlib.Path, lasted: float, flags: Sequence[str] = (), engine: str = "real"
+) -> list[str]:
     """Kills a run in `workdir / "cut"`, which alone would last `lasted` seconds; what is wrong in the end."""
     rng, cut, whole, cache = random.Random(seed), workdir / "cut", workdir / "whole", workdir / "cache"
+    begin = functools.partial(start, cut, cache, flags=flags, engine=engine)
     shutil.rmtree(cut, ignore_errors=True)
     wrong, codes, killed = [], [], 0
     while killed < kills:
         count, before = rng.randint(1, 3), chunks(cut)
-        running = [start(cut, cache, index, count, flags=flags) for index in range(count)]
+        running = [begin(index, count) for index in range(count)]
         # Together they need no more than one alone, and start several times as slowly: kills fall on all they do.
         for process in rng.sample(running, rng.randint(1, count)):
             if rng.random() < 0.5:  # most of the time goes into the start: half of them when images are made
@@ -167,11 +208,11 @@ def fuzz(kills: int, seed: int, workdir: pathlib.Path, lasted: float, flags: Seq
             for file in sorted(x for folder in ("images", "shards") for x in (cut / folder).glob("[!.]*")):
                 if rng.random() < 0.5:  # all is done before the last kill: half of it is to be made again
                     file.unlink()
-    last = [start(cut, cache, index, 2, flags=flags) for index in range(2)]
+    last = [begin(index, 2) for index in range(2)]
     codes_of_last = ended(*last)
     wrong += [f"a process ended with {code}" for code in codes if code not in (0, *TERMINATED)]
     wrong += [f"the last run ended with {code}" for code in codes_of_last if code]
-    ended(start(cut, cache, flags=flags))  # alone: it finds all done, and joins the journals
+    ended(begin())  # alone: it finds all done, and joins the journals
     return wrong + problems(cut, whole)
 
 
@@ -182,14 +223,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=pathlib.Path, help="a new directory; default: a temporary one")
     parser.add_argument("--claim", action="store_true", help="workers take what nobody has, instead of fixed shares")
+    parser.add_argument("--engine", choices=("real", "fake"), default="real")
     parser.add_argument("--format", choices=("png", "webdataset"), default="png")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         workdir = args.workdir or pathlib.Path(temporary)
         workdir.mkdir(parents=True, exist_ok=True)
-        flags = [*POOL] if args.claim else []
+        flags = [*(POOL if args.engine == "real" else FAKE_POOL)] if args.claim else []
         flags += SHARDS if args.format == "webdataset" else []
-        wrong = fuzz(args.kills, args.seed, workdir, uninterrupted(workdir), flags)
+        wrong = fuzz(args.kills, args.seed, workdir, uninterrupted(workdir, args.engine), flags, args.engine)
     print("\n".join(wrong) or f"nothing lost, doubled or changed by {args.kills} kills")
     return bool(wrong)
 
