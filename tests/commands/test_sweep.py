@@ -10,6 +10,7 @@ from referee_jax import config, sweep
 from referee_jax.engine import inverter
 from referee_jax.shapes import world
 from referee_jax.storage import files
+from tests import toys
 from tests.conftest import relative_l2
 
 FILE = """
@@ -20,8 +21,6 @@ def get_config():
     settings = config.default()
     settings.steps, settings.chunk, settings.image_size, settings.batch_size, settings.samples = 3, 2, 32, 1, 2
     settings.prompts = ("a red thing", "some blue thing")
-    settings.generator.checkpoint = {sd!r}
-    settings.referees = (config.referee(checkpoint={clip!r}),)
     settings.sds.weight, settings.sds.weight_final, settings.sds.guidance = 1.5, 0.75, 1.5
     settings.referee.weight, settings.referee.stop, settings.optim.warmup = 1.0, 2, 1
     settings.views.count, settings.views.keep = 2, 2
@@ -29,22 +28,23 @@ def get_config():
 
 
 def get_variants():
-    return {{"as it is": {{}}, "guidance 4": {{"sds.guidance": 4.0}}, "one view": {{"views.count": 1, "views.keep": 1}}}}
+    return {"as it is": {}, "guidance 4": {"sds.guidance": 4.0}, "one view": {"views.count": 1, "views.keep": 1}}
 """
 
 
 @pytest.fixture
-def file(checkpoints, tmp_path):
-    sd, clip = map(str, checkpoints)
+def file(tmp_path, monkeypatch):
+    """A sweep of toy networks."""
+    monkeypatch.setattr(inverter.Inverter, "from_config", toys.engine)
     path = tmp_path / "sweep.py"
-    path.write_text(FILE.format(sd=sd, clip=clip))
+    path.write_text(FILE)
     return str(path)
 
 
 def test_variants_are_separate_runs(file, tmp_path, monkeypatch):
     built = []
-    make = inverter.Inverter.from_config
-    monkeypatch.setattr(inverter.Inverter, "from_config", lambda settings: built.append(settings) or make(settings))
+    engine = lambda settings: built.append(settings) or toys.engine(settings)
+    monkeypatch.setattr(inverter.Inverter, "from_config", engine)
     out = tmp_path / "out"
     printed = sweep.sweep(file, out)
     assert len(built) == 2  # the first two variants share a program
@@ -52,15 +52,15 @@ def test_variants_are_separate_runs(file, tmp_path, monkeypatch):
     assert len(records) == 3 * 4 and len({(r["variant"], r["prompt"], r["sample"]) for r in records}) == 12
     pictures = {(r["variant"], r["prompt"], r["sample"]): np.asarray(Image.open(out / r["file"])) for r in records}
     settings = sweep.read(file)["guidance 4"]
-    result = make(settings)(settings.prompts, samples=2)
+    result = toys.engine(settings)(settings.prompts, samples=2)
     for item, image in zip(result.items, result.images, strict=True):
         ours = pictures["guidance 4", item.prompt, item.sample] / 255
         assert np.abs(ours - image).max() <= 1 / 255  # one step of rounding
         assert relative_l2(ours, pictures["as it is", item.prompt, item.sample] / 255) > 0.01
     lines = list(csv.DictReader((out / "table.csv").open()))
     for variant in ("as it is", "guidance 4", "one view"):
-        mean = np.mean([r["scores"]["referee_0/cosine"] for r in records if r["variant"] == variant])
-        said = next(x for x in lines if x["variant"] == variant and x["score"] == "referee_0/cosine")
+        mean = np.mean([r["scores"]["referee_0/contrastive"] for r in records if r["variant"] == variant])
+        said = next(x for x in lines if x["variant"] == variant and x["score"] == "referee_0/contrastive")
         assert float(said["mean"]) == pytest.approx(mean) and said["images"] == "4" and said["prompts"] == "2"
         assert f"| {variant} | {mean:.3f} (" in printed
     assert (out / "table.md").read_text() == printed
