@@ -170,9 +170,9 @@ class Oracle:
         return z, self._keep_best(state, start, metrics.get("loss")), metrics
 
     def run(self, z0: Tensor, noises: Iterable[Noise], prompt: Prompt) -> tuple[list[Tensor], State, list[Metrics]]:
-        """All steps from `z0` [B, h, w, 4]: the `steps + 1` latents from `z0` on, last state, metrics but images."""
+        """As many steps as there are noises, from `z0` [B, h, w, 4]: the latents from `z0` on, last state, metrics but images."""
         trajectory, state, history = [z0], State(), []
-        for i, noise in zip(range(self.settings.steps), noises, strict=True):
+        for i, noise in enumerate(noises):
             z, state, metrics = self.step(trajectory[-1], state, i, noise, prompt)
             trajectory.append(z)
             history.append({name: x for name, x in metrics.items() if name != "image"})
