@@ -13,6 +13,11 @@ from tests.lazy import functional, kornia, torch
 TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 
 
+# Compiled as a whole: operation by operation they are hundreds of programs.
+sample = jax.jit(views.sample, static_argnames=("names", "count", "size", "shared_erase"))
+apply = jax.jit(views.apply, static_argnames=("names", "size", "dense"))
+
+
 def to_torch(image):
     """float64 `[1, C, H, W]`: the oracle's own rounding is out of the comparison."""
     return torch.from_numpy(np.asarray(image, np.float64)).permute(2, 0, 1)[None]
@@ -57,9 +62,16 @@ def augmented(name, *, dense=False, **params):
     return lambda view: augmentations.AUGMENTATIONS[name].apply(view, params, warp)
 
 
+def many(name, settings, count):
+    """Parameters of one augmentation for many views of 224 pixels, without their noise."""
+    row = augmentations.AUGMENTATIONS[name]
+    uniforms = jax.random.uniform(jax.random.key(3), (count, row.draws))
+    return jax.jit(jax.vmap(lambda u: row.sample(u, settings, 224)))(uniforms)
+
+
 def drawn(name, seed, size=SIZE, **changes):
     """Parameters as `sample` draws them for one view."""
-    params = views.sample(jax.random.key(seed), views.Settings(**changes), names=(name,), count=1, size=size)
+    params = sample(jax.random.key(seed), views.Settings(**changes), names=(name,), count=1, size=size)
     return {leaf: value[0] for leaf, value in params[name].items()}
 
 
@@ -116,14 +128,13 @@ def test_affine(angle, shift, dense):
 
 
 def test_affine_draws_stay_in_range_and_the_papers_never_move_sideways():
-    draw = jax.jit(lambda key, settings: views.sample(key, settings, names=("Af",), count=400, size=224)["Af"])
-    params = draw(jax.random.key(0), views.Settings())
+    params = many("Af", views.Settings(), count=400)
     angle, shift = np.asarray(params["angle"]), np.asarray(params["shift"])
     assert 28 < np.abs(angle).max() <= 30
     assert np.all(shift[:, 0] == 0)
     assert 21 < np.abs(shift[:, 1]).max() <= 22.4
     both = views.Settings(affine_translate=(0.1, 0.1))
-    shift = np.asarray(draw(jax.random.key(0), both)["shift"])
+    shift = np.asarray(many("Af", both, count=400)["shift"])
     assert 21 < np.abs(shift[:, 0]).max() <= 22.4
 
 
@@ -203,9 +214,7 @@ def test_erasing():
 
 
 def test_erasing_draws_the_papers_rectangles():
-    # Compiled, so that what is not asked for, two thousand views' noise, is not drawn.
-    draw = jax.jit(lambda key: views.sample(key, views.Settings(), names=("Er",), count=2000, size=224)["Er"])
-    params = draw(jax.random.key(3))
+    params = many("Er", views.Settings(), count=2000)
     left, top, width, height = np.asarray(params["box"]).T
     assert np.all((left >= 0) & (top >= 0) & (left + width <= 224) & (top + height <= 224))
     assert np.all(np.asarray(params["box"]) == np.round(params["box"]))
@@ -231,7 +240,7 @@ def test_sharpness(factor):
 def test_gaussian():
     noise = np.random.default_rng(1).normal(size=(SIZE, SIZE, 3)) * 0.2
     compare(augmented("Gn", noise=noise.astype(np.float32)), lambda image: image + to_torch(noise), picture())
-    params = views.sample(jax.random.key(0), views.Settings(gaussian=0.3), names=("Gn",), count=20, size=SIZE)
+    params = sample(jax.random.key(0), views.Settings(gaussian=0.3), names=("Gn",), count=20, size=SIZE)
     assert 0.29 < params["Gn"]["noise"].std() < 0.31
 
 
@@ -275,9 +284,7 @@ def test_crop_is_pad_and_cut(offset, dense):
         return padded[..., 4 + offset[1] : 4 + offset[1] + SIZE, 4 + offset[0] : 4 + offset[0] + SIZE]
 
     compare(augmented("Cr", dense=dense, offset=np.array(offset, np.float32)), theirs, picture(), tolerance=0)
-    drawn_offsets = views.sample(jax.random.key(0), views.Settings(), names=("Cr",), count=300, size=SIZE)["Cr"][
-        "offset"
-    ]
+    drawn_offsets = sample(jax.random.key(0), views.Settings(), names=("Cr",), count=300, size=SIZE)["Cr"]["offset"]
     assert set(np.unique(drawn_offsets)) == set(range(-4, 5))
 
 
@@ -295,7 +302,7 @@ def test_resized_crop(box, dense):
 
 
 def test_resized_crop_draws_inside_the_view():
-    params = views.sample(jax.random.key(3), views.Settings(), names=("Re",), count=1000, size=64)["Re"]
+    params = sample(jax.random.key(3), views.Settings(), names=("Re",), count=1000, size=64)["Re"]
     left, top, width, height = np.asarray(params["box"]).T
     assert np.all((left >= 0) & (top >= 0) & (left + width <= 64) & (top + height <= 64))
     area = width * height / 64**2
@@ -308,8 +315,8 @@ def test_a_chain_is_kornias_chain(dense):
     image = picture(height=90, width=96)
     names = ("Af", "Pe", "Ji", "Er")
     certain = views.Settings(perspective_p=1.0, jitter_p=1.0)
-    params = views.sample(jax.random.key(11), certain, names=names, count=3, size=SIZE, shared_erase=True)
-    values = views.apply(jnp.asarray(image), params, size=SIZE, names=names, dense=dense)
+    params = sample(jax.random.key(11), certain, names=names, count=3, size=SIZE, shared_erase=True)
+    values = apply(jnp.asarray(image), params, size=SIZE, names=names, dense=dense)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     start = numbers([0, 0], [SIZE - 1, 0], [SIZE - 1, SIZE - 1], [0, SIZE - 1])
     centre = numbers((SIZE - 1) / 2, (SIZE - 1) / 2)

@@ -152,7 +152,8 @@ def test_scores(judge, texts, views):
 
 
 def test_transformations(judge, texts, views):
-    """grad in scan in vmap in shard_map in jit, and pmap, are what each prompt alone gives, step by step."""
+    """grad in scan in vmap in shard_map in jit are what each prompt alone gives, step by step; so is pmap, which is
+    the same for all of JAX's functions."""
     wanted, wanted_losses = views.copy(), []
     for n in range(len(PROMPTS)):
         losses = []
@@ -167,8 +168,10 @@ def test_transformations(judge, texts, views):
     )
     made = {
         "shard_map": jax.jit(spread)(judge.referee, texts, views),
-        "pmap": jax.pmap(descend, in_axes=over, devices=devices[: len(PROMPTS)])(judge.referee, texts, views),
     }
+    if judge.spec.name == "clip":
+        devices = devices[: len(PROMPTS)]
+        made["pmap"] = jax.pmap(descend, in_axes=over, devices=devices)(judge.referee, texts, views)
     for how, (x, losses) in made.items():
         for n in range(len(PROMPTS)):
             assert relative_l2(x[n] - views[n], wanted[n] - views[n]) < 1e-3, how
