@@ -46,7 +46,16 @@ VARIANTS = {
     "late referee": {"referee_start": 3, "referee_stop": 12},
 }
 # What shows late, all of it together included. A wrong formula shows in the first step, a wrong restart in the fifth.
-LONG = {"faithful", "without referee", "storage shared", "ema", "best", "late referee"}
+LONG = {
+    "faithful",
+    "without sds",
+    "without referee",
+    "weighted timesteps",
+    "storage shared",
+    "ema",
+    "best",
+    "late referee",
+}
 SHORT = 5
 
 
