@@ -10,7 +10,7 @@ import referee_jax
 ROOT = pathlib.Path(referee_jax.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-COMMANDS = {"run", "score", "evaluate", "sweep", "bench", "doctor", "gallery"}
+COMMANDS = ("run", "score", "evaluate", "sweep", "bench", "doctor", "gallery")
 # Room -> rooms, or files in them, that it may import besides itself; from the ground up.
 TABLE = {
     "prompts": {},
