@@ -33,7 +33,8 @@ def main(_: Any, run_directory: str = "") -> str:
     """The command line."""
     if not run_directory:
         raise ValueError("name one run directory: python -m referee_jax.gallery RUN")
-    file = gallery_page.write(read(bucket.local_only(run_directory)))
+    run = read(bucket.local_only(run_directory))
+    file = gallery_page.write(run, run.finished())
     if file is None:
         raise ValueError(f"{run_directory} holds no finished image")
     return str(file)

@@ -31,7 +31,8 @@ class Item:
         # 8 hex digits tell apart the few texts with the same words. Thousands may begin alike, or
         # have no ASCII words, and of 100,000 hashes of 32 bits two are equal: these take 16 digits.
         is_whole = self.prompt.isascii() and 0 < len(words) <= STEM
-        return f"{words[:STEM].rstrip('_') or 'prompt'}-{self._hash[: 8 if is_whole else 16]}-s{self.sample:03d}"
+        digits = f"{self.prompt_id:08x}" + ("" if is_whole else self._hash[8:16])
+        return f"{words[:STEM].rstrip('_') or 'prompt'}-{digits}-s{self.sample:03d}"
 
     @functools.cached_property
     def _hash(self) -> str:

@@ -25,11 +25,11 @@ CONFIG = ROOT / "configs" / "paper.py"
 _running = cost.running
 
 
-def running(engine, batch):
+def running(engine, iteration, prompts):
     """`cost.running`, which counts a program; a fake engine has none."""
     if isinstance(engine, FakeInverter):
         return cost.Running(image=1.5e12, weights=2_000_000, batch=3_000_000_000, chip=chips.TPUS["v5e"])
-    return _running(engine, batch)
+    return _running(engine, iteration, prompts)
 
 
 cost.running = running
@@ -41,6 +41,7 @@ class Batch:
     seed: int
     step: int = 0
     begun: np.ndarray = None
+    prompt: None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,9 @@ class FakeInverter:
     def begin(self, items, seed):
         self.begun.append(tuple(items))
         return Batch(tuple(items), seed)
+
+    def trace(self, batch):
+        return None
 
     def snapshot(self, batch):
         return Part(batch.items, batch.step, {"prompt": np.array([item.prompt_id for item in batch.items])})

@@ -204,7 +204,7 @@ class Inverter:
         place = functools.partial(parallel.place, mesh=self.mesh, batched=True)
         stacked = jax.tree.map(lambda *x: np.stack(x), *tokens)
         prompt = place(self._encode(self.networks, self.text_encoder, stacked))
-        keys = place(jnp.stack(self._padded([programs.item_key(seed, item) for item in items])))
+        keys = place(jnp.stack(self._padded([programs.item_key(seed, x.prompt_id, x.sample) for x in items])))
         if hypers is None:
             return prompt, self.hyper, keys
         return prompt, place(jax.tree.map(lambda *x: jnp.stack(x), *self._padded(list(hypers)))), keys

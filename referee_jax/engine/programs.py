@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from referee_jax.items import Item
 from referee_jax.method import ddim, held_out, inversion
 
 
-def item_key(seed: int, item: Item) -> Array:
+def item_key(seed: int, prompt_id: int, sample: int) -> Array:
     """The key of all that is random for one item: of the seed, the prompt's text and the sample's number, nothing else."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), item.prompt_id), item.sample)
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_id), sample)
 
 
 def _noise(key, number, *, plan: inversion.Plan):

@@ -184,10 +184,13 @@ def step_flops(engine: inverter.Inverter, batch: inverter.Batch) -> float:
     return flops.count(engine.trace(batch).jaxpr.jaxpr) / engine.settings.batch_size
 
 
-def running(engine: inverter.Inverter, batch: inverter.Batch) -> Running:
-    """What an inverter costs for a batch; parts outside its program are traced too, nothing is compiled."""
-    traced, device = engine.trace(batch).jaxpr.jaxpr, engine.mesh.devices.flat[0]
-    prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.prompt)
+def running(engine: inverter.Inverter, iteration: jax.stages.Traced, prompts: inversion.Prompt) -> Running:
+    """What an inverter costs for a batch of encoded prompts, whose iteration is `engine.trace(batch)`.
+
+    Parts outside that program are traced too; nothing is compiled.
+    """
+    traced, device = iteration.jaxpr.jaxpr, engine.mesh.devices.flat[0]
+    prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), prompts)
     step = capacity.Step(engine.settings, engine.networks, engine.text_encoder, prompt, engine.hyper, engine.plan)
     whole, unet = flops.count(traced) / engine.settings.batch_size, _flops(step, _unet, step.plan.latent)
     return Running(

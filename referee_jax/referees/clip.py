@@ -132,9 +132,10 @@ def from_checkpoint(
 
 def texts(judge: Judge, prompt: str) -> list[str]:
     """The prompt, then its negatives: those of the settings, and at most `spec.near` hard ones."""
-    spec = judge.spec
+    spec, template, clean = judge.spec, judge.template, judge.family.clean
     hard = prompts.hard_negatives(prompt, spec.exchange)[: spec.near]
-    return list(map(judge.text, [prompt, *(text for text in spec.negatives if text != prompt), *hard]))
+    negatives = [text for text in spec.negatives if text != prompt]
+    return [template.replace("{}", clean(text)) for text in (prompt, *negatives, *hard)]
 
 
 def tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:

@@ -51,8 +51,9 @@ class Todo:
 def select(items: Sequence[Item], done: Collection[str], failures: recovery.Failures) -> Todo:
     """Sorts the items that are not done."""
     groups = [], [], []
-    for item in items_lib.missing(items, done):
-        groups[min(failures.counts[item.id], recovery.TRIES)].append(item)
+    for item in items:
+        if item.id not in done:
+            groups[min(failures.counts[item.id], recovery.TRIES)].append(item)
     return Todo(*groups)
 
 
@@ -101,12 +102,13 @@ def make_images(
     report_rejected(run, rejected)
     items = items_lib.expand(texts, command.settings.samples)
     share = items if command.claim else items_lib.share(items, command.shard_index, command.shard_count)
-    done = run.done()
-    todo, made = select(share, done, recovery.Failures.read(run)), worker.Made()
+    done, made = run.done(), worker.Made()
+    missing = len(items_lib.missing(items, done))  # of all processes, which write to the same disk
+    todo = select(share, done, recovery.Failures.read(run))
     if count := len(share) - len(todo.items) - len(todo.failed):
         say(f"{count} of {len(share)} images are there already")
     if todo.items:
-        run.check_space(len(items_lib.missing(items, done)))  # other processes write to the same disk
+        run.check_space(missing)
         engine = load_engine(run, load)
         unfit = reject(engine, run, todo.items)
         rejected, todo = [*rejected, *unfit], todo.without({one.text for one in unfit})
@@ -119,7 +121,8 @@ def make_images(
                 raise
             todo, made = after_failure(error, run, todo), error.made
     finish(run, made, len(rejected), time.monotonic() - start)
-    if failed := items_lib.missing(todo.failed, run.done()):  # others may have made some
+    # Other processes may have made some.
+    if failed := todo.failed and items_lib.missing(todo.failed, run.done()):
         recovery.log_failed(run, failed)
         text = f"the device failed twice at {len(failed)} images, which the same command tries again"
         return console.fail(1, f"{text}: {shorten([item.id for item in failed])}")
@@ -176,6 +179,7 @@ def generate(
 
     Raises what Worker.work raises.
     """
+    count = len(todo.items)
     claims = run.storage.claims(command.claim_expiry) if command.claim else None
     checkpoints = in_flight(run)
     new = work_lib.Work(todo.new, checkpoints.begun(run.fingerprint), claims=claims, done=run.done)
@@ -183,7 +187,7 @@ def generate(
     if begun := sum(len(part.items) for part in new.begun):
         say(f"{begun} images go on where they were left")
     try:
-        with console.shown(len(todo.items), engine.steps) as bar, run.writing() as writer:
+        with console.shown(count, engine.steps) as bar, run.writing() as writer:
             loop = worker.Worker(engine, worker.Saver(run, writer, checkpoints, claims), bar, stop=stop)
             loop.work(new)
             loop.work(again)
@@ -216,8 +220,8 @@ def finish(run: run_directory.RunDirectory, made: worker.Made, skipped: int, sec
     """Merges the journals, draws contact sheet and gallery, and prints a summary."""
     in_flight(run).forget(run.done())
     run.merge()
-    sheet, page = run.contact_sheet(), gallery_page.write(run)
     finished = run.finished()
+    sheet, page = run.contact_sheet(finished), gallery_page.write(run, finished)
     hacked = [record["id"] for record in finished if record.get("hacked")]
     if hacked:
         say(

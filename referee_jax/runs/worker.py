@@ -28,6 +28,7 @@ class Batch(Protocol):
 
     items: tuple[Item, ...]
     step: int  # iterations that are done
+    prompt: Any  # encoded prompts
 
 
 class Engine(Protocol):
@@ -45,6 +46,9 @@ class Engine(Protocol):
 
     def begin(self, items: Sequence[Item], seed: int) -> Batch:
         """Returns a batch before its first iteration."""
+
+    def trace(self, batch: Batch) -> jax.stages.Traced:
+        """Returns the program of an iteration, not compiled."""
 
     def snapshot(self, batch: Batch) -> Part:
         """Returns the items of a batch and their state, to be saved."""
@@ -203,7 +207,8 @@ class Worker:
         if batch is None:
             batch = self.engine.begin(part.items, seed)
         if not self.engine.compiled:
-            log_cost(self.engine, self.run, batch, self.bar.images - self.bar.done)
+            running = cost.running(self.engine, self.engine.trace(batch), batch.prompt)
+            log_cost(self.run, running, self.bar.images - self.bar.done)
         self.position = f"{part.items[0].id} and {len(part.items) - 1} others"
         return part, batch
 
@@ -277,9 +282,8 @@ class Worker:
             raise Stopped(self.stop.number)
 
 
-def log_cost(engine: Engine, run: run_directory.RunDirectory, batch: Any, images: int) -> None:
+def log_cost(run: run_directory.RunDirectory, running: cost.Running, images: int) -> None:
     """Prints and logs the cost of one image, and of all `images`."""
-    running = cost.running(engine, batch)
     console.say(running.line(images))
     run.log("cost", flops=running.image, weights=running.weights, batch=running.batch)
 

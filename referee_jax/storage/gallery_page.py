@@ -20,9 +20,8 @@ THUMBNAIL = 256  # pixels, the longest side of a thumbnail
 SMALL = 128  # pixels; images up to this side are embedded losslessly and shown pixelated
 
 
-def write(run: run_directory.RunDirectory) -> Path | None:
-    """Writes gallery.html of the finished images; None without images."""
-    records = run.finished()
+def write(run: run_directory.RunDirectory, records: list[dict[str, Any]]) -> Path | None:
+    """Writes gallery.html of these lines of the journal (`run.finished()`); None without images."""
     if not records:
         return None
     path = run.path / "gallery.html"

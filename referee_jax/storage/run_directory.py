@@ -301,13 +301,12 @@ class RunDirectory:
         """Appends a line to log.jsonl."""
         files_lib.append(self.log_file, {"event": event, "time": files_lib.now(), **values})
 
-    def contact_sheet(self) -> Path | None:
-        """Writes contact_sheet.png of the first SHEET_PICTURES images; None without images."""
+    def contact_sheet(self, records: Sequence[dict[str, Any]]) -> Path | None:
+        """Writes contact_sheet.png of the first SHEET_PICTURES of these lines (`finished()`); None without images."""
         order: dict[str, int] = {}
-        records = self.finished()
         for record in records:
             order.setdefault(record["text"], len(order))
-        records.sort(key=lambda x: (order[x["text"]], x["sample"]))
+        records = sorted(records, key=lambda x: (order[x["text"]], x["sample"]))
         if not records:
             return None
         available = self.bring(records[: contact_sheet.SHEET_PICTURES])

@@ -185,7 +185,8 @@ def test_a_run_the_doctor_and_the_estimate_tell_one_number(checkpoints):
     settings = dataclasses.replace(small(checkpoints), init="sample", init_steps=5, init_candidates=3, remat="full")
     estimated = cost.estimate(settings)
     engine = inverter.Inverter.from_config(settings, jax.devices()[:2])
-    found = cost.running(engine, engine.begin(items.expand(["a photo"], 3), 0))
+    batch = engine.begin(items.expand(["a photo"], 3), 0)
+    found = cost.running(engine, engine.trace(batch), batch.prompt)
     assert found.image == pytest.approx(estimated.image, rel=1e-6) and found.chip is None
     assert found.image > 1.5 * settings.steps * estimated.step  # which a run told once
     assert found.weights == sum(estimated.weights.values())

@@ -62,7 +62,7 @@ def test_what_the_page_shows(tmp_path):
     losses = {"referee": (2.0, 1.0), "held_out": (0.5, 0.75)}
     other = dataclasses.replace(picture("a blue ring", 2, losses=losses), scores={"cosine": float("nan"), "itm": 0.25})
     run.write(other, seconds=2, frames=[np.zeros((16, 16, 3), np.uint8)] * 2)
-    assert gallery_page.write(run) == run.path / "gallery.html"
+    assert gallery_page.write(run, run.finished()) == run.path / "gallery.html"
     page = read(run)
     first, second = page.data["records"]
     thumbnail = first.pop("thumbnail")
@@ -90,7 +90,7 @@ def test_what_the_page_shows(tmp_path):
 
 
 def test_nothing_is_asked_of_a_network(run):
-    gallery_page.write(run)
+    gallery_page.write(run, run.finished())
     page = read(run)
     named = [
         x for _, attributes, _ in page.elements for name, x in attributes.items() if name in ("src", "href", "action")
@@ -111,13 +111,13 @@ def test_many_pictures_are_beside_the_page(tmp_path, monkeypatch):
     run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     for sample in range(3):
         run.write(picture(sample=sample), seconds=1)
-        gallery_page.write(run)
+        gallery_page.write(run, run.finished())
         records = read(run).data["records"]
         assert all(x["thumbnail"].startswith("data:") for x in records) == (sample < 2)
     assert all(x["thumbnail"] == x["image"] for x in records)
     # A lost image is not shown, and no temporary file is left.
     (run.images / f"{Item('a red circle', 0).id}.png").unlink()
-    gallery_page.write(run)
+    gallery_page.write(run, run.finished())
     assert [x["sample"] for x in read(run).data["records"]] == [1, 2]
     assert not list(run.path.glob(".*"))
 
@@ -184,7 +184,7 @@ def test_images_in_shards(tmp_path, monkeypatch):
     with directory.writing() as writer:
         for item in items.expand(["one", "two", "three"], 1):
             writer.write(picture(item.prompt, item.sample), seconds=1.0)
-    gallery_page.write(directory)
+    gallery_page.write(directory, directory.finished())
     assert "2 images of 2 prompts; 1 more are in the shards" in " ".join(
         directory.path.joinpath("gallery.html").read_text().split()
     )

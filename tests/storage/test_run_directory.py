@@ -341,7 +341,7 @@ def test_another_format_goes_on(tmp_path):
     run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
     assert [x["sample"] for x in run.finished()] == [0, 1, 2, 3]
     assert [Path(x["file_name"]).suffix for x in run.finished()] == [".png", ".webp", ".png", ".png"]
-    assert run.contact_sheet().is_file()
+    assert run.contact_sheet(run.finished()).is_file()
     entries = layouts.read_run(tmp_path)
     found = measures.collect(measures.ground_truth(), entries, tmp_path)
     assert [x["right"] for x in found.values()] == [0.0] * 4  # white, and no red circle
@@ -405,11 +405,11 @@ def test_a_disk_that_is_read_only(small_disk):
 
 def test_contact_sheet(tmp_path):
     run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
-    assert run.contact_sheet() is None
+    assert run.contact_sheet(run.finished()) is None
     for prompt in ("first", "second, with many more words than one line of a picture has place for", "x" * 300):
         for sample in range(2):
             run.write(picture(prompt, sample), seconds=1)
-    with Image.open(run.contact_sheet()) as sheet:
+    with Image.open(run.contact_sheet(run.finished())) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     # Six cells in rows of four, each a picture of 192 pixels with text below.
     assert pixels.shape[1] == 12 + 4 * 204
@@ -442,9 +442,9 @@ def test_a_damaged_picture_spoils_no_sheet(tmp_path):
     for sample in (0, 1):
         run.write(picture(sample=sample), seconds=1)
     (run.images / f"{Item('a red circle', 1).id}.png").write_bytes(b"no picture")
-    with Image.open(run.contact_sheet()) as sheet:
+    with Image.open(run.contact_sheet(run.finished())) as sheet:
         assert (0xBB, 0xBB, 0xBB) in {colour for _, colour in sheet.convert("RGB").getcolors(1 << 24)}
-    assert gallery_page.write(run).read_text().count("data:image/webp") == 1
+    assert gallery_page.write(run, run.finished()).read_text().count("data:image/webp") == 1
 
 
 def test_contact_sheet_is_limited(tmp_path, monkeypatch):
@@ -456,7 +456,7 @@ def test_contact_sheet_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(
         contact_sheet, "draw_sheet", lambda shown, title: drawn.append((shown, title)) or Image.new("L", (1, 1))
     )
-    run.contact_sheet()
+    run.contact_sheet(run.finished())
     assert len(drawn[0][0]) == 3
     assert drawn[0][1].endswith(": 3 of 5 images")
 
