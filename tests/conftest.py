@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -51,16 +52,55 @@ def pytest_configure(config):
         raise pytest.UsageError(problem)
 
 
-# Minutes each: begun last, they would run while the other workers have nothing to do.
-LONG = ("test_reliability.py", "test_inverter.py", "test_sweep.py")
+# Folder or file of tests -> their kind, the longest match; see docs/testing.md. What is not named is a unit test.
+KINDS = {
+    "commands": "process",
+    "engine": "compiled",
+    "engine/test_peak_memory.py": "unit",
+    "hardware/test_devices.py": "process",
+    "hardware/test_processes.py": "process",
+    "method": "compiled",
+    "method/test_ddim.py": "unit",
+    "method/test_optim.py": "unit",
+    "method/test_sds.py": "unit",
+    "models": "compiled",
+    "performance": "compiled",
+    "performance/test_flops.py": "unit",
+    "performance/test_hlo.py": "unit",
+    "referees": "compiled",
+    "runs/test_failures.py": "process",
+    "runs/test_recovery.py": "process",
+    "runs/test_reliability.py": "process",
+    "shapes/test_assets.py": "compiled",
+    "shapes/test_train.py": "compiled",
+    "test_docs.py": "process",
+    "tools": "compiled",
+    "weights": "compiled",
+}
+# A minute each: begun last, they would run while the other workers have nothing to do.
+LONG = (
+    "test_reliability.py",
+    "test_contract.py",
+    "test_cost.py",
+    "test_inversion.py",
+    "test_train.py",
+    "test_sweep.py",
+)
+
+
+def kind(path: pathlib.PurePath) -> str:
+    """The kind of the tests in a file, whose path is relative to tests/."""
+    places = [str(path), *map(str, path.parents)]
+    return next((KINDS[place] for place in places if place in KINDS), "unit")
 
 
 def pytest_collection_modifyitems(items):
-    """Long files first; slow tests may take as long as they want."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """Marks kinds; long files first; slow tests may take as long as they want."""
+    root = pathlib.Path(__file__).parent
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.timeout(0))
+        is_slow = item.get_closest_marker("slow")
+        item.add_marker(pytest.mark.timeout(0) if is_slow else kind(item.path.relative_to(root)))
 
 
 @pytest.fixture(autouse=True, scope="module")
