@@ -14,8 +14,9 @@ import pytest
 from referee_jax import config
 from referee_jax.engine import capacity
 from referee_jax.hardware import chips
-from referee_jax.performance import ahead_of_time, cost, hlo
+from referee_jax.performance import ahead_of_time, cost
 from referee_jax.weights import load
+from tests.tools import hlo_surprises
 
 ROOT = pathlib.Path(__file__).parents[2]
 REPORT = ahead_of_time.Report(
@@ -122,7 +123,7 @@ def test_programs_are_made_for_the_devices_of_the_mesh(monkeypatch, checkpoints,
     monkeypatch.setattr(chips, "of", lambda kind: chip)
     engine = ahead_of_time.unloaded(config.from_config(tiny(checkpoints)), jax.devices()[:1])
     lowered = engine.trace(engine.shapes()).lower()
-    kinds = {surprise.kind for surprise in hlo.surprises(lowered.as_text("hlo"))}
+    kinds = {surprise.kind for surprise in hlo_surprises.surprises(lowered.as_text("hlo"))}
     assert ({"gather", "scatter"} & kinds == set()) == (chip is not None)
     networks = jax.tree.leaves(engine.networks, is_leaf=lambda x: hasattr(x, "hardware"))
     assert {x.hardware for x in networks if hasattr(x, "hardware")} == {chips.traits()}
