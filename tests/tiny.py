@@ -5,6 +5,17 @@ from typing import Any
 
 from referee_jax import config
 
+PROMPTS = (
+    "a red circle and a blue square",
+    "a green square",
+    "a blue circle",
+    "red",
+    "a photo",
+    "blue and red",
+    "b",
+    "c",
+)
+
 
 def settings(checkpoints: Sequence[Any] = ("sd", "clip"), **changes: Any) -> config.Settings:
     """Six iterations of one referee, which acts in the first five; a group of `changes` is merged into its defaults.

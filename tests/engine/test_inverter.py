@@ -22,16 +22,6 @@ from referee_jax.runs import job
 from tests import fakes, tiny, toys
 from tests.conftest import relative_l2
 
-PROMPTS = [
-    "a red circle and a blue square",
-    "a green square",
-    "a blue circle",
-    "red",
-    "a photo",
-    "blue and red",
-    "b",
-    "c",
-]
 # Sums of floats depend on their order, which is another in a batch of another size.
 TOLERANCE = 1e-6
 
@@ -48,12 +38,12 @@ def inverter():
 @pytest.fixture(scope="module")
 def straight(inverter):
     """All eight prompts in one batch on one device."""
-    return inverter(PROMPTS, seed=3)
+    return inverter(tiny.PROMPTS, seed=3)
 
 
 def test_flops_are_of_one_image(inverter):
     """Whatever the batch, the chunk and the devices; more views cost more."""
-    items = items_lib.expand(PROMPTS, 1)
+    items = items_lib.expand(tiny.PROMPTS, 1)
     each = cost.step_flops(inverter, inverter.begin(items, 0))
     assert each > 1e3
     spread = build(devices=2, batch_size=2, chunk=2)
@@ -65,16 +55,16 @@ def test_flops_are_of_one_image(inverter):
 @pytest.mark.parametrize("size", [1, 3])
 def test_batch_independence(straight, size):
     small = build(batch_size=size)
-    picked = [PROMPTS[i] for i in (5, 2, 0, 7)]
+    picked = [tiny.PROMPTS[i] for i in (5, 2, 0, 7)]
     result = small(picked, seed=3)
     for n, i in enumerate((5, 2, 0, 7)):
         assert relative_l2(result.latents[n], straight.latents[i]) < TOLERANCE
 
 
 def test_samples_and_seed(inverter):
-    first = inverter(PROMPTS[:2], samples=2, seed=0)
-    assert [(item.prompt, item.sample) for item in first.items] == [(p, s) for p in PROMPTS[:2] for s in (0, 1)]
-    again, other = inverter(PROMPTS[1:2], samples=1, seed=0), inverter(PROMPTS[1:2], samples=1, seed=1)
+    first = inverter(tiny.PROMPTS[:2], samples=2, seed=0)
+    assert [(item.prompt, item.sample) for item in first.items] == [(p, s) for p in tiny.PROMPTS[:2] for s in (0, 1)]
+    again, other = inverter(tiny.PROMPTS[1:2], samples=1, seed=0), inverter(tiny.PROMPTS[1:2], samples=1, seed=1)
     assert relative_l2(again.latents[0], first.latents[2]) < TOLERANCE
     assert relative_l2(first.latents[3], first.latents[2]) > 0.5
     assert relative_l2(other.latents[0], first.latents[2]) > 0.5
@@ -89,7 +79,7 @@ def spread():
 def test_devices(spread, straight):
     """Eight devices with one prompt each."""
     assert spread.batch_size == 8
-    assert relative_l2(spread(PROMPTS, seed=3).latents, straight.latents) < TOLERANCE
+    assert relative_l2(spread(tiny.PROMPTS, seed=3).latents, straight.latents) < TOLERANCE
 
 
 def test_no_program_of_a_run_speaks(monkeypatch):
@@ -110,7 +100,7 @@ def test_no_program_of_a_run_speaks(monkeypatch):
         return call
 
     monkeypatch.setattr(engine, "_program", watched)
-    engine(PROMPTS, seed=3)
+    engine(tiny.PROMPTS, seed=3)
     assert {name for name, *_ in seen} == set(programs.PROGRAMS) and len(seen) == len(programs.PROGRAMS) + 1
     for compiled in seen.values():
         text = compiled.as_text()
@@ -131,14 +121,14 @@ def test_nothing_recompiles():
         dataclasses.replace(spec, role="held_out", weight=weights[3], losses={"cosine": weights[4]}),
     )
     inverter = build(batch_size=2, referees=judges(1.0, 0.5, 1.0, 1.0, 1.0), look_every=2)
-    inverter(PROMPTS[:2], seed=0)
-    inverter.sample(PROMPTS[:2], steps=4)
+    inverter(tiny.PROMPTS[:2], seed=0)
+    inverter.sample(tiny.PROMPTS[:2], steps=4)
     run_rows(inverter, [inverter.hyper] * 2)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **kwargs: compiled.append(name) if "backend_compile" in name else None
     )
-    inverter(PROMPTS[3:5], seed=17)
+    inverter(tiny.PROMPTS[3:5], seed=17)
     changed = [
         tiny.settings(
             batch_size=2, sds={"guidance": guidance, "weight": 2.0, "t_max": 700}, look_every=2,
@@ -153,9 +143,9 @@ def test_nothing_recompiles():
     swept = run_rows(inverter, rows)
     for row, latents in zip(rows, swept, strict=True):
         inverter.hyper = row
-        result = inverter(PROMPTS[:2], seed=0)
+        result = inverter(tiny.PROMPTS[:2], seed=0)
         assert relative_l2(result.latents[0], latents) < TOLERANCE
-    inverter.sample(PROMPTS[2:4], steps=4, guidance=2.0)
+    inverter.sample(tiny.PROMPTS[2:4], steps=4, guidance=2.0)
     assert compiled == []
     assert relative_l2(swept[0], swept[1]) > 1e-2
     jax.jit(lambda x: x * 3.25)(np.ones(7, np.float32))
@@ -184,7 +174,7 @@ def test_after_a_warm_up_nothing_is_compiled(tmp_path):
 
 def run_rows(inverter, hypers) -> list[np.ndarray]:
     """The latents of the first prompt with each row's numbers."""
-    batch = inverter.begin(items_lib.expand(PROMPTS[:1], 1) * len(hypers), 0, hypers)
+    batch = inverter.begin(items_lib.expand(tiny.PROMPTS[:1], 1) * len(hypers), 0, hypers)
     while batch.step < inverter.steps:
         batch, _ = inverter.advance(batch)
     return [picture.latents for picture in inverter.finish(batch)]
@@ -198,13 +188,13 @@ def test_settings_as_an_axis(inverter, monkeypatch):
     swept = run_rows(inverter, hypers)
     for latents, hyper in zip(swept, hypers, strict=True):
         monkeypatch.setattr(inverter, "hyper", hyper)
-        assert relative_l2(latents, inverter(PROMPTS[:1], seed=0).latents[0]) < TOLERANCE
+        assert relative_l2(latents, inverter(tiny.PROMPTS[:1], seed=0).latents[0]) < TOLERANCE
     assert relative_l2(swept[0], swept[2]) > 1e-3
 
 
 def test_rows_whose_referees_act_at_other_times(inverter, monkeypatch):
     """Each as it would be alone: from the start, later, never."""
-    items = items_lib.expand(PROMPTS[:1], 1) * 3
+    items = items_lib.expand(tiny.PROMPTS[:1], 1) * 3
     times = [(0, 2), (1, 2), (0, 0)]
     hypers = [
         inverter.hyper.replace(referee=inverter.hyper.referee.replace(start=jnp.int32(start), stop=jnp.int32(stop)))
@@ -217,7 +207,7 @@ def test_rows_whose_referees_act_at_other_times(inverter, monkeypatch):
         batch, _ = inverter.advance(batch)
     for picture, hyper in zip(inverter.finish(batch), hypers, strict=True):
         monkeypatch.setattr(inverter, "hyper", hyper)
-        assert relative_l2(picture.latents, inverter(PROMPTS[:1], seed=0).latents[0]) < TOLERANCE
+        assert relative_l2(picture.latents, inverter(tiny.PROMPTS[:1], seed=0).latents[0]) < TOLERANCE
 
 
 @pytest.mark.parametrize("what", ["latents", "loss"])
@@ -230,7 +220,7 @@ def test_a_nonfinite_prompt_is_frozen_alone(monkeypatch, what):
         return found, losses | {"loss": losses["loss"] + jnp.where(weights.referee > 5, jnp.inf, 0)}
 
     monkeypatch.setattr(objective, "image_gradient", lost)
-    items, numbers = items_lib.expand(PROMPTS[:3], 1), [inverter.hyper] * 3
+    items, numbers = items_lib.expand(tiny.PROMPTS[:3], 1), [inverter.hyper] * 3
     clean = inverter.begin(items, 0, numbers)
     if what == "loss":
         weights = (inverter.hyper.weights[0].replace(referee=jnp.float32(9)),)
@@ -249,7 +239,7 @@ def test_a_nonfinite_prompt_is_frozen_alone(monkeypatch, what):
 
 
 def test_a_batch_of_frozen_items_is_over(inverter):
-    batch = inverter.begin(items_lib.expand(PROMPTS[:2], 1), 0)
+    batch = inverter.begin(items_lib.expand(tiny.PROMPTS[:2], 1), 0)
     batch = dataclasses.replace(batch, prompt=batch.prompt.replace(cond=batch.prompt.cond * jnp.nan))
     batch, _ = inverter.advance(batch)
     assert inverter.chunk < inverter.steps and batch.step == inverter.steps
@@ -259,14 +249,14 @@ def test_a_batch_of_frozen_items_is_over(inverter):
 @pytest.mark.parametrize("init", ["noise", "sample"])
 def test_start(init):
     inverter = build(init=init, init_steps=3, steps=1, batch_size=1)
-    start = np.asarray(inverter.begin(items_lib.expand(PROMPTS[:1], 1), 0).state.latents[0])
-    sampled = inverter.sample(PROMPTS[:1], steps=3, guidance=7.5).latents[0]
+    start = np.asarray(inverter.begin(items_lib.expand(tiny.PROMPTS[:1], 1), 0).state.latents[0])
+    sampled = inverter.sample(tiny.PROMPTS[:1], steps=3, guidance=7.5).latents[0]
     assert (relative_l2(start, sampled) < 1e-5) == (init == "sample")
 
 
 def test_candidates(inverter):
     """Of several samples the referees' favourite is taken, item by item."""
-    one, some = (inverter.sample(PROMPTS[:4], steps=3, candidates=n) for n in (1, 3))
+    one, some = (inverter.sample(tiny.PROMPTS[:4], steps=3, candidates=n) for n in (1, 3))
     kept = [relative_l2(a, b) < TOLERANCE for a, b in zip(some.latents, one.latents, strict=True)]
     assert not all(kept)
 
@@ -278,7 +268,7 @@ def test_candidates(inverter):
 
 
 def test_check(inverter):
-    assert inverter.check(PROMPTS[0]) is None
+    assert inverter.check(tiny.PROMPTS[0]) is None
     assert re.fullmatch(r"\d+ tokens, the prior reads 77", inverter.check("red circle " * 60))
     with pytest.raises(ValueError, match="the prior reads 77"):
         inverter(["red circle " * 60])
@@ -290,8 +280,8 @@ def test_a_batch_goes_on_from_a_snapshot(inverter, straight, watched):
     if watched:
         specs = inverter.settings.referees[0], {"role": "held_out", "losses": {"cosine": 1.0}}
         inverter = build(referees=specs, look_every=2, output="best_held_out")
-        straight = inverter(PROMPTS, seed=3)
-    items = items_lib.expand(PROMPTS, 1)
+        straight = inverter(tiny.PROMPTS, seed=3)
+    items = items_lib.expand(tiny.PROMPTS, 1)
     batch, _ = inverter.advance(inverter.begin(items, 3))
     part = inverter.snapshot(batch)
     assert part.step == 4 and part.items == tuple(items)
@@ -312,7 +302,7 @@ def test_a_batch_goes_on_from_a_snapshot(inverter, straight, watched):
 
 def test_another_number_of_devices_goes_on(inverter, spread, straight):
     """What one device has begun eight finish, and the other way round."""
-    items = items_lib.expand(PROMPTS, 1)
+    items = items_lib.expand(tiny.PROMPTS, 1)
     for before, after in ((inverter, spread), (spread, inverter)):
         batch, _ = before.advance(before.begin(items, 3))
         resumed, _ = after.advance(after.resume(before.snapshot(batch), 3))
@@ -328,7 +318,7 @@ def test_halved(straight):
         sizes.append(engine.batch_size)
         engine, smaller = engine.halved(), engine
     assert sizes == [8, 4, 2, 1]
-    part = inverter_lib.Inverter.halved(build()).begin(items_lib.expand(PROMPTS[:4], 1), 3)
+    part = inverter_lib.Inverter.halved(build()).begin(items_lib.expand(tiny.PROMPTS[:4], 1), 3)
     assert part.state.latents.shape[0] == 4
-    found = smaller(PROMPTS[:2], seed=3)
+    found = smaller(tiny.PROMPTS[:2], seed=3)
     assert relative_l2(found.latents, straight.latents[:2]) < TOLERANCE

@@ -17,16 +17,6 @@ from tests import tiny
 from tests.conftest import relative_l2
 from tests.oracles import networks
 
-PROMPTS = [
-    "a red circle and a blue square",
-    "a green square",
-    "a blue circle",
-    "red",
-    "a photo",
-    "blue and red",
-    "b",
-    "c",
-]
 # XLA tiles a batch of 8 otherwise than one of 1, and sums of floats depend on their order; the steps below are gentle
 # enough that such differences (1e-7 at first) do not grow past this in 6 iterations.
 TOLERANCE = 2e-5
@@ -44,7 +34,7 @@ def inverter(checkpoints):
 @pytest.fixture(scope="module")
 def straight(inverter):
     """All eight prompts in one batch on one device."""
-    return inverter(PROMPTS, seed=3)
+    return inverter(tiny.PROMPTS, seed=3)
 
 
 def test_result(inverter, straight):
@@ -61,7 +51,7 @@ def test_result(inverter, straight):
 
 def test_flops_are_those_of_the_estimate(inverter):
     """Which knows the networks' sizes alone."""
-    each = cost.step_flops(inverter, inverter.begin(items_lib.expand(PROMPTS, 1), 0))
+    each = cost.step_flops(inverter, inverter.begin(items_lib.expand(tiny.PROMPTS, 1), 0))
     assert each > 1e6
     assert cost.estimate(inverter.settings).step == pytest.approx(each, rel=1e-6)
 
@@ -71,13 +61,13 @@ def test_shapes_alone_make_the_same_program(checkpoints, inverter):
     unloaded = ahead_of_time.unloaded(tiny.settings(checkpoints), jax.devices()[:1])
     batch = unloaded.shapes()
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((unloaded.networks, batch.state)))
-    real = inverter.trace(inverter.begin(items_lib.expand(PROMPTS, 1), 0))
+    real = inverter.trace(inverter.begin(items_lib.expand(tiny.PROMPTS, 1), 0))
     assert str(unloaded.trace(batch).jaxpr) == str(real.jaxpr)
     assert cost.step_flops(unloaded, batch) > 1e6
 
 
 def chunk_text(engine) -> str:
-    batch = engine.begin(items_lib.expand(PROMPTS, 1), 0)
+    batch = engine.begin(items_lib.expand(tiny.PROMPTS, 1), 0)
     args = engine.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(0)
     return engine._program("step", referees_active=True).lower(*args).compile().as_text()
 
@@ -91,7 +81,7 @@ def spread(checkpoints):
 def test_devices(spread, straight):
     """Eight devices with one prompt each, by shard_map: without a word between them."""
     assert spread.batch_size == 8
-    result = spread(PROMPTS, seed=3)
+    result = spread(tiny.PROMPTS, seed=3)
     assert relative_l2(result.latents, straight.latents) < TOLERANCE
     text = chunk_text(spread)
     assert "fusion" in text  # it is the program
@@ -106,7 +96,7 @@ def test_weights_split_within_groups(checkpoints, straight, monkeypatch):
     weights = jax.tree.leaves(split.networks)
     held, whole = sum(x.addressable_shards[0].data.size for x in weights), sum(x.size for x in weights)
     assert 0.5 <= held / whole < 0.6
-    assert relative_l2(split(PROMPTS, seed=3).latents, straight.latents) < TOLERANCE
+    assert relative_l2(split(tiny.PROMPTS, seed=3).latents, straight.latents) < TOLERANCE
     found = [line for line in chunk_text(split).splitlines() if hlo.collectives(line)]
     assert found
     for line in found:
@@ -120,7 +110,7 @@ def test_transformations(inverter):
     """One iteration under jit, vmap, scan, shard_map and pmap."""
     networks, plan, hyper = inverter.networks, inverter.plan, inverter.hyper
     mesh = parallel.prompt_mesh(jax.devices())
-    batch = inverter.begin(items_lib.expand(PROMPTS, 1), 3)
+    batch = inverter.begin(items_lib.expand(tiny.PROMPTS, 1), 3)
     prompt, state, keys = jax.device_get((batch.prompt, batch.state, jax.random.key_data(batch.keys)))
     networks = jax.device_get(networks)
 
@@ -149,7 +139,7 @@ def test_transformations(inverter):
 
 def test_rows_with_numbers_of_their_own_share_the_weights(inverter):
     """What differs from row to row must not give each a copy of the networks: no convolution or product has groups for it."""
-    items = items_lib.expand(PROMPTS[:1], 1) * 3
+    items = items_lib.expand(tiny.PROMPTS[:1], 1) * 3
     shapes = []
     for hypers in (None, [inverter.hyper] * 3):
         batch = inverter.begin(items, 0, hypers)
