@@ -14,7 +14,7 @@ from absl import app
 
 from referee_jax import run
 from referee_jax.items import Part
-from tests import fakes
+from tests import fakes, programs
 
 CHUNK_SECONDS = 0.05
 
@@ -64,9 +64,7 @@ def main(load, *argv: str) -> None:
 def forked(arguments: Sequence[str], log: pathlib.Path) -> None:
     """The program with the slow engine in a process that multiprocessing has begun, which has all modules already."""
     os.chdir(fakes.ROOT)
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    programs.redirect(log, log)
     faulthandler.enable()
     main(SlowInverter, "run", *arguments)
 

@@ -3,10 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 from absl import flags
@@ -144,18 +141,6 @@ def colours(path):
 
 def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def program(*arguments, **options):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "referee_jax.run", *arguments],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        timeout=300,
-        **options,
-    )
 
 
 def shown(path):

@@ -12,7 +12,8 @@ from absl import flags
 from referee_jax import config, run
 from referee_jax.runs import command as command_lib
 from referee_jax.runs.command import CommandError
-from tests.fakes import ROOT, command, program
+from tests import programs
+from tests.fakes import ROOT, command
 
 
 @pytest.mark.parametrize("arguments", [["--shard_index=2", "--shard_count=2"], ["--claim", "--shard_count=2"]])
@@ -123,7 +124,7 @@ def test_mistakes_in_the_config_file(tmp_path, text, message):
 
 
 def test_the_program_fails_without_a_traceback(tmp_path):
-    done = program("--config=configs/paper.py", "--config.sds.guidanse=3", capture_output=True)
+    done = programs.command("referee_jax.run", "--config=configs/paper.py", "--config.sds.guidanse=3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: sds.guidanse is not a setting; did you mean sds.guidance?\n"
 
@@ -148,14 +149,11 @@ def test_the_program_fails_without_a_traceback(tmp_path):
     ],
 )  # fmt: skip
 def test_a_mistake_is_a_sentence(program, arguments, said):
-    command = [sys.executable, "-m", f"referee_jax.{program}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    done = programs.command(f"referee_jax.{program}", *arguments)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") <= 3, done.stderr
 
 
 def test_help_is_no_mistake():
-    done = subprocess.run(
-        [sys.executable, "-m", "referee_jax.sweep", "--helpshort"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = programs.command("referee_jax.sweep", "--helpshort")
     assert "--vary" in done.stdout and "Traceback" not in done.stderr

@@ -17,6 +17,7 @@ from huggingface_hub import errors
 from referee_jax import config, doctor
 from referee_jax.hardware import devices
 from referee_jax.storage import run_directory
+from tests import programs
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHAPES = f"--config={ROOT / 'configs' / 'shapes.py'}"
@@ -28,15 +29,11 @@ def command(*arguments):
     return found
 
 
-def run_program(*arguments, **environment):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment
-    line = [sys.executable, "-m", "referee_jax.doctor", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
-
-
 def test_a_healthy_machine(tmp_path):
     """The program itself: nothing is wrong, exit code 0, and nothing is left in the run directory."""
-    done = run_program(SHAPES, f"--workdir={tmp_path / 'new'}", "--json")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "referee_jax.doctor", SHAPES, f"--workdir={tmp_path / 'new'}", "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
     said = json.loads(done.stdout)
     assert done.returncode == 0 and said["ok"], done.stdout
     names = [finding["name"] for finding in said["findings"]]
@@ -56,7 +53,7 @@ def test_a_healthy_machine(tmp_path):
 
 
 def test_a_wrong_config_does_not_hide_the_rest():
-    done = run_program(SHAPES, "--config.sds.guidanc=3")
+    done = programs.command("referee_jax.doctor", SHAPES, "--config.sds.guidanc=3")
     assert done.returncode == 1
     assert (
         "wrong  config: sds.guidanc is not a setting; did you mean sds.guidance?\n       -> correct it" in done.stdout
@@ -220,7 +217,7 @@ def test_checkpoints_offline():
     ],
 )
 def test_compile_for_refuses(arguments, said):
-    done = run_program(*arguments)
+    done = programs.command("referee_jax.doctor", *arguments)
     assert done.returncode == 1 and said in done.stdout and "Traceback" not in done.stderr
 
 

@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from referee_jax import config, referees, score
+from tests import programs
 from tests.lazy import torch, transformers
 from tests.oracles import networks
 
@@ -262,8 +262,7 @@ def test_listing_has_every_referee_and_checkpoint():
 
 
 def command_line(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "referee_jax.score", "--device=cpu", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return programs.command("referee_jax.score", "--device=cpu", *arguments)
 
 
 def test_the_command(images, tmp_path):

@@ -14,7 +14,6 @@ import argparse
 import collections
 import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import random
@@ -28,7 +27,7 @@ import time
 from collections.abc import Sequence
 
 from referee_jax.storage import run_directory, shards
-from tests import fake_run
+from tests import fake_run, programs
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "blue") for shape in ("circle", "star", "ring")]
@@ -82,10 +81,7 @@ class Forked:
     """A process with the fake engine, forked from one that has imported all; with the methods of a subprocess.Popen."""
 
     def __init__(self, arguments: Sequence[str], log: pathlib.Path):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.fake_run"])
-        self.args, self.process = arguments, context.Process(target=fake_run.forked, args=(arguments, log))
-        self.process.start()
+        self.args, self.process = arguments, programs.begin(fake_run.forked, arguments, log)
 
     def poll(self) -> int | None:
         return self.process.exitcode
