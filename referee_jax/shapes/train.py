@@ -69,7 +69,7 @@ def train(
         out: directory of the trained networks.
         workdir: directory of the training's checkpoints.
         epoch: the number of batches, which repeat; by default all are new.
-        workers: processes that draw batches.
+        workers: processes that draw batches; 0: this one does.
         **data: arguments of the batches (noise, named).
 
     Returns:
@@ -101,7 +101,7 @@ def train(
         sampler=range(done, steps),
         batch_size=None,
         num_workers=workers,
-        multiprocessing_context="spawn",
+        multiprocessing_context="spawn" if workers else None,
     )
     begin, figures = time.monotonic(), {}
     for i, batch in enumerate(loader, done + 1):

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -165,7 +164,7 @@ def test_questions_ask_what_is_there():
 
 def test_training_on_other_data(out, tmp_path):
     """The card says which; a checkpoint of other data is refused, and so is noise where there are no captions."""
-    settings = dict(steps=1, seed=0, out=tmp_path, workdir=tmp_path / "work")
+    settings = dict(steps=1, seed=0, out=tmp_path, workdir=tmp_path / "work", workers=0)
     train.train("clip", **settings, noise=0.3, epoch=2)
     card = (tmp_path / "clip/README.md").read_text()
     assert "--network=clip --seed=0 --steps=1 --noise=0.3 --epoch=2" in card and "2 batches, again and again" in card
@@ -188,8 +187,8 @@ def test_unet_sees_what_captions_leave_out(monkeypatch):
     assert world.Thing("ring", "red").unsaid() == world.Thing("ring", "red")
 
 
-def trained(name: str, out, steps: int, workdir) -> dict[str, np.ndarray]:
-    train.train(name, steps=steps, seed=3, out=out, workdir=workdir)
+def trained(name: str, out, steps: int, workdir, workers: int = 0) -> dict[str, np.ndarray]:
+    train.train(name, steps=steps, seed=3, out=out, workdir=workdir, workers=workers)
     state = torch.load(workdir / f"{name}.pt", weights_only=True)
     return {key: value.float().numpy() for key, value in state["trained"].items()}
 
@@ -200,16 +199,19 @@ def out(tmp_path_factory):
     torch.manual_seed(0)
     out = tmp_path_factory.mktemp("networks")
     for name in ("vae", "clip"):
-        train.train(name, steps=3, seed=0, out=out, workdir=out / "work")
+        train.train(name, steps=3, seed=0, out=out, workdir=out / "work", workers=0)
     return out
 
 
 def test_resume_is_the_same_training(out, tmp_path, monkeypatch):
-    """Two steps, then two more in a second call, equal four in one; the schedule's length is what is asked for last."""
+    """Two steps, with batches from another process, then two more in a second call equal four in one.
+
+    The schedule's length is what is asked for last.
+    """
     whole = trained("vae", out, 4, tmp_path / "whole")
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     with pytest.raises(KeyboardInterrupt):
-        interrupt_after(monkeypatch, 3, lambda: trained("vae", out, 4, tmp_path / "parts"))
+        interrupt_after(monkeypatch, 3, lambda: trained("vae", out, 4, tmp_path / "parts", workers=1))
     parts = trained("vae", out, 4, tmp_path / "parts")
     assert max(relative_l2(parts[key], whole[key]) for key in whole if np.linalg.norm(whole[key])) < 1e-6
 
@@ -230,7 +232,7 @@ def interrupt_after(monkeypatch, steps: int, run) -> None:
 
 
 def test_unet_makes_a_loadable_checkpoint(out):
-    figures = train.train("unet", steps=3, seed=0, out=out, workdir=out / "work")
+    figures = train.train("unet", steps=3, seed=0, out=out, workdir=out / "work", workers=0)
     assert 0.5 < figures["error"] < 2  # an untrained network predicts nothing of unit noise
     parts = load.load_stable_diffusion(out / "stable-diffusion")
     assert parts.prediction_type == "epsilon" and parts.alphas_cumprod.shape == (1000,)
@@ -282,11 +284,9 @@ def losses(directory, name: str, *wanted: str) -> dict[str, np.ndarray]:
     judge = referees.load_referee(
         config.RefereeSpec(name=name, checkpoint=str(directory), losses=dict.fromkeys(wanted, 1.0))
     )
-    found = []
-    for picture, text in zip(pictures(), TEXTS, strict=True):
-        encoded = judge.referee.encode(jax.tree.map(jnp.asarray, judge.tokenize(text)))
-        found.append(judge.referee.views_losses(jnp.asarray(picture[None]), encoded))
-    return {key: np.array([losses[key][0] for losses in found]) for key in wanted}
+    run = jax.jit(lambda referee, view, tokens: referee.views_losses(view[None], referee.encode(tokens)))
+    rows = [run(judge.referee, view, judge.tokenize(text)) for view, text in zip(pictures(), TEXTS, strict=True)]
+    return {key: np.array([row[key][0] for row in rows]) for key in wanted}
 
 
 def pictures() -> np.ndarray:
