@@ -28,7 +28,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 
 from referee_jax.weights import convert, load
 from referee_jax.weights.convert import WeightsError
@@ -163,7 +162,7 @@ def check(kind: str, tensors: Mapping[str, np.ndarray], origins: Mapping[str, st
     row = load.KINDS[kind]
     parsed = row.config(config, where="config.json")
     parsed = dataclasses.replace(parsed, **load.optional_parts(row, tensors))
-    module = nnx.eval_shape(lambda: row.network(parsed, rngs=nnx.Rngs(0)))
+    module = load.unfilled(row, parsed)
     shapes = {name: target.source_shape for target in convert.targets(module) for name in target.names}
     sources = {}
     for name, x in tensors.items():

@@ -159,7 +159,7 @@ def load(
     config = row.config(values, where=str(file))
     tensors = Tensors(directory, row.stem)
     config = dataclasses.replace(config, **optional_parts(row, tensors))
-    module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
+    module = unfilled(row, config)
     try:
         check_ties(row, tensors)
         return convert.fill(
@@ -182,8 +182,19 @@ def _check_kind(kind: str, values: Mapping, file: Path) -> None:
 def abstract(kind: str, config: object, *, dtype: jax.typing.DTypeLike = jnp.float32) -> nnx.Module:
     """Returns the network of `KINDS[kind]` with a config; each leaf is a jax.ShapeDtypeStruct."""
     row = KINDS[kind]
-    module = nnx.eval_shape(lambda: row.network(config, rngs=nnx.Rngs(0)))
-    return convert.cast(module, dtype=dtype, float32=row.float32)
+    return convert.cast(unfilled(row, config), dtype=dtype, float32=row.float32)
+
+
+class _OneKey:
+    """In nnx.Rngs' place where nothing is drawn: counting keys takes most of the time of a U-Net's eval_shape."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+def unfilled(row: Kind, config: object) -> nnx.Module:
+    """The network of a row of KINDS with a config, without weights: each leaf is a jax.ShapeDtypeStruct, float32."""
+    return nnx.eval_shape(lambda: row.network(config, rngs=_OneKey()))
 
 
 def optional_parts(row: Kind, names: Iterable[str]) -> dict[str, bool]:
