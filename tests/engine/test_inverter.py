@@ -21,6 +21,7 @@ from referee_jax.performance import cost, hlo
 from referee_jax.runs import job
 from tests import fakes, tiny, toys
 from tests.conftest import relative_l2
+from tests.engine import transformations
 
 # Sums of floats depend on their order, which is another in a batch of another size.
 TOLERANCE = 1e-6
@@ -111,6 +112,10 @@ def test_impossible_mesh():
     for mesh in ({"model": 3}, {"prompt": 5, "model": 2}):
         with pytest.raises(config.ConfigError, match="mesh: 8 devices do not make"):
             build(devices=8, mesh=mesh)
+
+
+def test_transformations(inverter):
+    transformations.check(inverter, tiny.PROMPTS, TOLERANCE)
 
 
 def test_nothing_recompiles():

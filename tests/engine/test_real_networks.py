@@ -11,10 +11,10 @@ from referee_jax import config, prompts, referees
 from referee_jax import items as items_lib
 from referee_jax.engine import inverter as inverter_lib
 from referee_jax.engine import parallel
-from referee_jax.method import inversion
 from referee_jax.performance import ahead_of_time, cost, flops, hlo
 from tests import tiny
 from tests.conftest import relative_l2
+from tests.engine import transformations
 from tests.oracles import networks
 
 # XLA tiles a batch of 8 otherwise than one of 1, and sums of floats depend on their order; the steps below are gentle
@@ -22,8 +22,13 @@ from tests.oracles import networks
 TOLERANCE = 2e-5
 
 
+def settings(checkpoints, **changes) -> config.Settings:
+    """Of one augmentation, for a third less to compile: toys have all."""
+    return tiny.settings(checkpoints, views={"count": 3, "keep": 2, "augmentations": ("Af",)}, **changes)
+
+
 def build(checkpoints, devices: int = 1, **changes) -> inverter_lib.Inverter:
-    return inverter_lib.Inverter.from_config(tiny.settings(checkpoints, **changes), jax.devices()[:devices])
+    return inverter_lib.Inverter.from_config(settings(checkpoints, **changes), jax.devices()[:devices])
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,7 @@ def test_flops_are_those_of_the_estimate(inverter):
 
 def test_shapes_alone_make_the_same_program(checkpoints, inverter):
     """What is traced without weights is, to the letter, what is traced of real ones."""
-    unloaded = ahead_of_time.unloaded(tiny.settings(checkpoints), jax.devices()[:1])
+    unloaded = ahead_of_time.unloaded(settings(checkpoints), jax.devices()[:1])
     batch = unloaded.shapes()
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((unloaded.networks, batch.state)))
     real = inverter.trace(inverter.begin(items_lib.expand(tiny.PROMPTS, 1), 0))
@@ -107,34 +112,7 @@ def test_weights_split_within_groups(checkpoints, straight, monkeypatch):
 
 
 def test_transformations(inverter):
-    """One iteration under jit, vmap, scan, shard_map and pmap."""
-    networks, plan, hyper = inverter.networks, inverter.plan, inverter.hyper
-    mesh = parallel.prompt_mesh(jax.devices())
-    batch = inverter.begin(items_lib.expand(tiny.PROMPTS, 1), 3)
-    prompt, state, keys = jax.device_get((batch.prompt, batch.state, jax.random.key_data(batch.keys)))
-    networks = jax.device_get(networks)
-
-    def step(networks, prompt, hyper, state, key, i):
-        noise = inversion.draw(jax.random.wrap_key_data(key), networks, plan, hyper, i)
-        return inversion.step(networks, prompt, hyper, plan, state, i, noise)[0].latents
-
-    take = lambda tree, n: jax.tree.map(lambda x: x[n], tree)
-    single = jax.jit(step)
-    wanted = np.stack([single(networks, take(prompt, n), hyper, take(state, n), keys[n], 0) for n in range(8)])
-    assert relative_l2(wanted, state.latents) > 1e-3
-    over = (None, 0, None, 0, 0, None)
-    batched = jax.vmap(step, in_axes=over)
-    scanned = lambda *args: jax.lax.scan(lambda c, i: (c, batched(*args, i)), 0, jnp.arange(1))[1][0]
-    made = {
-        "vmap": jax.jit(batched)(networks, prompt, hyper, state, keys, 0),
-        "scan": jax.jit(scanned)(networks, prompt, hyper, state, keys),
-        "shard_map": jax.jit(parallel.across_devices(batched, mesh, [x == 0 for x in over]))(
-            networks, prompt, hyper, state, keys, jnp.int32(0)
-        ),
-        "pmap": jax.pmap(step, in_axes=over)(networks, prompt, hyper, state, keys, 0),
-    }
-    for name, latents in made.items():
-        assert relative_l2(latents, wanted) < TOLERANCE, name
+    transformations.check(inverter, tiny.PROMPTS, TOLERANCE)
 
 
 def test_rows_with_numbers_of_their_own_share_the_weights(inverter):
