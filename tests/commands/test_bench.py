@@ -30,8 +30,8 @@ def arguments(settings, batches, out=None, slice=None):
 def test_bench(checkpoints, tmp_path, keep_cache):
     sd, judge = map(str, checkpoints)
     values = {
-        "steps": 4, "chunk": 2, "image_size": 32, "generator": {"checkpoint": sd}, "views": {"count": 2, "keep": 2},
-        "referees": ({"checkpoint": judge},),
+        "steps": 4, "chunk": 2, "image_size": 32, "generator": {"checkpoint": sd}, "referees": ({"checkpoint": judge},),
+        "views": {"count": 2, "keep": 2, "augmentations": ("Af",)},
     }  # fmt: skip
     out, settings = tmp_path / "bench.json", config.from_config(values)
     table = bench.main(arguments(settings, ["2"], out))
@@ -54,7 +54,7 @@ def test_bench(checkpoints, tmp_path, keep_cache):
 
 def test_what_is_made_again_is_no_progress(monkeypatch):
     """Operations are those of a config without remat, of networks in which it makes a fifth again."""
-    settings = config.override(config.load("configs/shapes_blip.py"), {"remat": "full"})
+    settings = config.override(config.load("configs/shapes_blip.py"), {"remat": "full", "views.augmentations": ("Af",)})
     monkeypatch.setattr(abstract_networks, "at_random", lambda sized: sized)
     monkeypatch.setattr(bench, "part", lambda *_: {"seconds": 1.0, "compile": 1.0})
     monkeypatch.setattr(bench, "whole", lambda *_: {"seconds": 1.0, "compile": 1.0, "warm": 1.0})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from referee_jax import config, doctor, items
+from referee_jax import config, doctor
 from referee_jax.engine import capacity, inverter
 from referee_jax.hardware import chips
 from referee_jax.models import blip, blip2, clip, layers, unet, vae
@@ -185,7 +185,7 @@ def test_a_run_the_doctor_and_the_estimate_tell_one_number(checkpoints):
     settings = dataclasses.replace(small(checkpoints), init="sample", init_steps=5, init_candidates=3, remat="full")
     estimated = cost.estimate(settings)
     engine = inverter.Inverter.from_config(settings, jax.devices()[:2])
-    batch = engine.begin(items.expand(["a photo"], 3), 0)
+    batch = engine.shapes()  # as a run's batch, to the letter: tests/engine/test_real_networks.py
     found = cost.running(engine, engine.trace(batch), batch.prompt)
     assert found.image == pytest.approx(estimated.image, rel=1e-6) and found.chip is None
     assert found.image > 1.5 * settings.steps * estimated.step  # which a run told once
@@ -242,7 +242,7 @@ def test_xla_needs_as_much_memory(checkpoints, tiny):
 
 def test_what_is_left_to_the_memory(monkeypatch):
     """What works least is taken where it fits, and is no more than what a batch and all weights need; so are batches."""
-    settings = config.override(config.load("configs/shapes_blip.py"), {"batch_size": 4})
+    settings = config.override(config.load("configs/shapes_blip.py"), {"batch_size": 4, "views.augmentations": ("Af",)})
     sized = abstract_networks.abstract(settings)
     # Steps and their programs, which take seconds, depend on nothing else that varies here.
     steps, programs, trace = {}, {}, capacity.traced
@@ -275,7 +275,7 @@ def test_what_is_left_to_the_memory(monkeypatch):
 @pytest.mark.parametrize(("memory", "remat"), [(None, "full"), (10**6, "full"), (10**12, "dots")])
 def test_an_inverter_keeps_what_fits(monkeypatch, memory, remat):
     """By the memory of the first of its devices, whatever is loaded."""
-    settings = config.override(config.load("configs/shapes_blip.py"), {"batch_size": 1})
+    settings = config.override(config.load("configs/shapes_blip.py"), {"batch_size": 1, "views.augmentations": ("Af",)})
     sized = abstract_networks.abstract(settings)
     monkeypatch.setattr(chips, "memory_limit", lambda device: memory)
     engine = inverter.Inverter(settings, sized.prior, sized.judges, jax.devices()[:1])

@@ -11,7 +11,7 @@ from referee_jax.performance import abstract_networks, cost, flops
 from tests.conftest import abstract_step
 from tests.tools import slopes
 
-SETTINGS = config.load("configs/shapes.py")
+SETTINGS = config.override(config.load("configs/shapes.py"), {"views.augmentations": ("Af",)})
 
 
 def work(settings):
