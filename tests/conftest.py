@@ -1,6 +1,7 @@
 """Set-up of every test, and the measures they share."""
 
 import errno
+import gc
 import io
 import os
 import pathlib
@@ -33,6 +34,9 @@ from referee_jax.storage import files
 # What is ignored here, as in a job that a shell put into the background, is ignored by all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_num_cpu_devices", 8)
+# Tracing makes millions of small objects, few of them garbage: looking for it as often as by default is a fifth of the time.
+gc.freeze()
+gc.set_threshold(100_000, 10, 10)
 
 
 def pytest_addoption(parser):

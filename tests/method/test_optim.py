@@ -30,9 +30,10 @@ def test_referee_weight_and_phase():
 
 
 @pytest.mark.parametrize("alias", [False, True])
-def test_restart(alias):
-    """Averages and restarts of a scalar walk, written out."""
-    decay, start, every, stop = 0.8, 3, 2, 6
+@pytest.mark.parametrize(("stop", "expected"), [(2, []), (3, [3]), (4, [3]), (5, [3, 5]), (6, [3, 5]), (7, [3, 5, 7])])
+def test_restart(alias, stop, expected):
+    """Averages and restarts of a scalar walk, written out; `start` and `stop` are both included."""
+    decay, start, every = 0.8, 3, 2
     moves = [1.0, -2.0, 0.5, 3.0, 1.5, -1.0, 2.0, 4.0]
     optimizer = optim.ema_restart(optax.identity(), decay=decay, start=start, every=every, stop=stop, alias=alias)
     z, average, shared = 5.0, None, False
@@ -52,7 +53,7 @@ def test_restart(alias):
         params = optax.apply_updates(params, updates)
         assert float(params) == pytest.approx(z, rel=1e-5)
         assert float(optax.tree.get(state, "average")) == pytest.approx(average, rel=1e-5)
-    assert restarts == [3, 5]
+    assert restarts == expected
 
 
 def test_paper_restarts():

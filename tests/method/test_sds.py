@@ -1,4 +1,4 @@
-"""What the oracle does not hold: how the numbers of score distillation change over a run."""
+"""Score distillation by arithmetic: its gradient with a U-Net of one number a side, and how its numbers change over a run."""
 
 import jax
 import jax.numpy as jnp
@@ -33,3 +33,48 @@ def test_weight_falls_along_a_cosine():
         400,
         400,
     ]
+
+
+ALPHAS_CUMPROD = jnp.linspace(0.99, 0.01, 100)
+
+
+def unet(noisy, t, states):
+    """A network whose prediction differs by side of the guidance, by latent and by timestep: `[b, h, w, C]`."""
+    return noisy * states.mean((1, 2))[:, None, None, None] + 0.01 * t[:, None, None, None]
+
+
+def drawn(seed):
+    return np.random.default_rng(seed).normal(size=(2, 3, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("guided", [True, False])
+def test_gradient(prediction_type, guided):
+    """Equations (1) to (3) written out in float64: signs, the side that guidance starts from, and each factor."""
+    latents, eps, t, i = drawn(0), drawn(1), 70, 30
+    cond, uncond = np.full((5, 2), 0.7, np.float32), np.full((5, 2), -0.4, np.float32) if guided else None
+    hyper = sds.Hyper(weight=8.0, weight_final=2.0, weight_steps=120, guidance=3.0, alpha_power=1.0, sigma_power=0.5)
+    prior = sds.Prior(unet, ALPHAS_CUMPROD, prediction_type)
+    gradient = sds.gradient(
+        prior, latents, t=jnp.int32(t), eps=eps, cond=cond, uncond=uncond, hyper=hyper, i=jnp.int32(i)
+    )
+
+    alpha, sigma = np.sqrt(float(ALPHAS_CUMPROD[t])), np.sqrt(1 - float(ALPHAS_CUMPROD[t]))
+    noisy = alpha * latents.astype(np.float64) + sigma * eps
+    sides = [noisy * states + 0.01 * t for states in ((-0.4, 0.7) if guided else (0.7,))]
+    if prediction_type == "v_prediction":  # v = alpha eps - sigma z: the noise is alpha v + sigma z_t
+        sides = [alpha * side + sigma * noisy for side in sides]
+    predicted = sides[0] + 3.0 * (sides[-1] - sides[0])
+    weight = 2.0 + (8.0 - 2.0) * (1 + np.cos(np.pi * 30 / 120)) / 2
+    np.testing.assert_allclose(gradient, weight * 2 * alpha * sigma**0.5 * (predicted - eps) / 6, rtol=2e-5, atol=1e-6)
+
+
+def test_what_is_predicted_makes_the_noise_of_a_known_latent():
+    """The exact v of a latent and its noise gives that noise back."""
+    latents, eps, t = drawn(2), drawn(3), jnp.int32(40)
+    alpha, sigma = jnp.sqrt(ALPHAS_CUMPROD[t]), jnp.sqrt(1 - ALPHAS_CUMPROD[t])
+    exact = {"epsilon": eps, "v_prediction": alpha * eps - sigma * latents}
+    for prediction_type, prediction in exact.items():
+        prior = sds.Prior(lambda noisy, t, states, x=prediction: x[None], ALPHAS_CUMPROD, prediction_type)
+        noise = sds.predict_noise(prior, alpha * latents + sigma * eps, t, jnp.zeros((1, 1)), None, guidance=7.0)
+        np.testing.assert_allclose(noise, eps, atol=1e-5)
