@@ -45,11 +45,15 @@ def test_kills_in_a_pool_that_writes_shards(place):
     assert kill_fuzz.fuzz(20, 84, *place, [*kill_fuzz.FAKE_POOL, *kill_fuzz.SHARDS], engine="fake") == []
 
 
-def test_the_real_engine_goes_on_where_it_was_killed(tmp_path):
+def test_the_real_engine_goes_on_where_it_was_killed(tmp_path, checkpoints):
     """From the checkpoint of a batch that it was at, with images to the byte those of an uninterrupted run."""
     whole, cut, cache = tmp_path / "whole", tmp_path / "cut", pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    assert kill_fuzz.ended(kill_fuzz.start(whole, cache)) == [0]
-    process, end = kill_fuzz.start(cut, cache), time.monotonic() + kill_fuzz.LONGEST
+    sd, judge = checkpoints  # tiny: most of the time goes into tracing
+    flags = [f"--config.generator.checkpoint={sd}", "--config.image_size=32", "--config.steps=60"]
+    flags += [f"--config.referees[{n}].checkpoint={judge}" for n in range(2)]
+    begin = functools.partial(kill_fuzz.start, cache=cache, flags=flags)
+    assert kill_fuzz.ended(begin(whole)) == [0]
+    process, end = begin(cut), time.monotonic() + kill_fuzz.LONGEST
     # Others are being written.
     saved = lambda: any(x.parts[-3].isdigit() for x in cut.glob("checkpoints/*/*/default/*"))
     while not saved() and process.poll() is None and time.monotonic() < end:
@@ -58,7 +62,7 @@ def test_the_real_engine_goes_on_where_it_was_killed(tmp_path):
     assert kill_fuzz.ended(process) == [-signal.SIGKILL]
     assert len(kill_fuzz.images(cut)) < len(kill_fuzz.PROMPTS)
     before = len(read_log(cut))
-    assert kill_fuzz.ended(kill_fuzz.start(cut, cache)) == [0]
+    assert kill_fuzz.ended(begin(cut)) == [0]
     steps = [record["step"] for record in read_log(cut)[before:] if record["event"] == "chunk"]
     assert steps[0] > kill_fuzz.SETTINGS["chunk"]
     assert kill_fuzz.problems(cut, whole) == []

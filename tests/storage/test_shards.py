@@ -48,6 +48,7 @@ def test_a_shard(folder):
         assert json.loads(tar.extractfile("a-2.json").read()) == {"text": "a-2"}
     listed = subprocess.run(["tar", "tf", shard.path], capture_output=True, text=True, check=True)
     assert listed.stdout.split() == members and not listed.stderr
+    assert shard.path.read_bytes().endswith(bytes(2 * tarfile.BLOCKSIZE))  # the format's end, which readers may ask for
     for record in records:
         assert shards.read_bytes(journal.parent / record["file_name"])[:3] == b"a-" + record["id"][2:].encode()
     assert shards.read_bytes(directory / shard.path.name / "a-3.png") == b"a-3" * 703
