@@ -12,6 +12,7 @@ checkpoints: does it fit, does it communicate, how long does an image take (perf
 Exit codes: 0 nothing is wrong, 1 something is.
 """
 
+import collections
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -22,7 +23,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from absl import app, flags, logging
 from huggingface_hub import constants, errors
 from packaging import requirements
 
-from referee_jax import config, console, prompts
+from referee_jax import config, console, prompts, referees
 from referee_jax.engine import capacity
 from referee_jax.hardware import chips, compile_cache, devices
 from referee_jax.performance import abstract_networks, ahead_of_time, cost
@@ -42,7 +43,7 @@ from referee_jax.runs import prompt_file
 from referee_jax.runs.command import Command
 from referee_jax.storage import bucket as bucket_lib
 from referee_jax.storage import run_directory
-from referee_jax.weights import convert
+from referee_jax.weights import convert, load
 from referee_jax.weights import hub as hub_files
 
 GB = 1e9
@@ -179,12 +180,16 @@ def prompts_of(command: Command | None) -> list[Finding]:
 
 
 def checkpoints(command: Command | None) -> list[Finding]:
-    """Whether each checkpoint of the config is on this machine, or else on the hub."""
+    """Whether each checkpoint of the config is on this machine and whole, or else on the hub."""
     if not command:
         text, remedy = hub(KNOWN)
         # To be offline is a choice, and no checkpoint may be missing.
         return [Finding("hub", text, "" if constants.HF_HUB_OFFLINE else remedy)]
-    return [Finding("checkpoint", *checkpoint(*pair)) for pair in config.checkpoints(command.settings)]
+    generator, kinds = command.settings.generator, collections.defaultdict(list)
+    kinds[generator.checkpoint, generator.revision].append("")
+    for spec in command.settings.referees:
+        kinds[spec.checkpoint, spec.revision].append(referees.REFEREES[spec.name].kind)
+    return [Finding("checkpoint", *checkpoint(*pair, kinds[pair])) for pair in config.checkpoints(command.settings)]
 
 
 def price(command: Command | None) -> list[Finding]:
@@ -240,17 +245,23 @@ def unwritable(path: Path) -> str | None:
         return f"{parent} cannot be written: {error.strerror or error}"
 
 
-def checkpoint(name: str, revision: str) -> tuple[str, str]:
-    """Where a checkpoint is, and a remedy if it is nowhere."""
+def checkpoint(name: str, revision: str, kinds: Iterable[str] = ()) -> tuple[str, str]:
+    """Where a checkpoint is, and a remedy if it is nowhere, or not whole as what `load.check` calls these kinds."""
     try:
-        if hub_files.local_path(name).is_dir():
-            return f"{name} is here", ""
+        directory = hub_files.present(name, revision or None)
     except convert.WeightsError as error:
         return str(error), "name one of those"
+    try:
+        for kind in kinds if directory else ():
+            load.check(directory, kind)
+    except convert.WeightsError as error:
+        return f"{name} is here, but {error}", "get its files anew, from where it is from"
+    if directory == hub_files.local_path(name):
+        return f"{name} is here", ""
+    if directory:
+        return f"{name} is in the hub's cache, commit {directory.name[:12]}", ""
     if not hub_files.is_id(name):
         return f"{name} is not here", "correct the path, or make the checkpoint as the config's docstring says"
-    if commit := hub_files.commit(name, revision or None):  # a run reports damaged or missing files
-        return f"{name} is in the hub's cache, commit {commit[:12]}", ""
     text, remedy = hub(name)
     return f"{name} is not here; {text}", remedy
 

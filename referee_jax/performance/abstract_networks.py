@@ -7,7 +7,6 @@ replaces the tokenizer: what a program costs depends on the length of its texts,
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +24,6 @@ _SD = {
     "vae_decoder": vae.Config(),
 }
 DRAWN = 4_194_301  # random numbers; a prime, so that no two rows or layers are equal
-_FOLDERS = {"clip_text": "text_encoder", "unet": "unet", "vae_decoder": "vae"}
 
 
 def _tower(cls: type, width: int, layers: int, heads: int, hidden: int | None = None, **other: Any) -> Any:
@@ -163,12 +161,11 @@ def _prior(checkpoint: str, dtype: Any, assumed: list[str]) -> load.StableDiffus
     directory = hub.local_path(checkpoint)
     schedule, sizes = config_json.Schedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), _SD
     if directory.is_dir():
-        sizes = {kind: _read(kind, directory / folder) for kind, folder in _FOLDERS.items()}
-        file = directory / "scheduler" / "scheduler_config.json"
-        schedule = config_json.config_from_json(config_json.Schedule, config_json.read_json(file), where=str(file))
+        sizes = {kind: load.read_config(kind, directory / folder) for kind, folder in load.FOLDERS.items()}
+        schedule = load.read_schedule(directory)
     elif checkpoint != config.Generator().checkpoint:
         assumed.append(f"{checkpoint} is not here: sizes are those of {config.Generator().checkpoint}")
-    networks = {kind: load.abstract(kind, sizes[kind], dtype=dtype) for kind in _FOLDERS}
+    networks = {kind: load.abstract(kind, sizes[kind], dtype=dtype) for kind in load.FOLDERS}
     return load.StableDiffusion(
         text_encoder=networks["clip_text"],
         unet=networks["unet"],
@@ -179,16 +176,11 @@ def _prior(checkpoint: str, dtype: Any, assumed: list[str]) -> load.StableDiffus
     )
 
 
-def _read(kind: str, directory: Path) -> Any:
-    file = directory / "config.json"
-    return load.KINDS[kind].config(config_json.read_json(file), where=str(file))
-
-
 def _judge(spec: config.RefereeSpec, dtype: Any, assumed: list[str]) -> referees.Judge:
     family, directory = referees.REFEREES[spec.name], hub.local_path(spec.checkpoint)
     preprocessing = _PREPROCESSING
     if directory.is_dir():
-        sizes = _read(family.kind, directory)
+        sizes = load.read_config(family.kind, directory)
         preprocessing = load.read_preprocessing(directory)
     else:
         stand_in = spec.checkpoint if spec.checkpoint in family.published else family.published[0]
@@ -198,5 +190,4 @@ def _judge(spec: config.RefereeSpec, dtype: Any, assumed: list[str]) -> referees
     if family.kind == "blip2":
         sizes = dataclasses.replace(sizes, lm_head="itg" in spec.losses)
     network = load.abstract(family.kind, sizes, dtype=dtype)
-    text = getattr(sizes, "text_config", None) or sizes.qformer_config
-    return referees.build(spec, network, preprocessing, Words(text.max_position_embeddings))
+    return referees.build(spec, network, preprocessing, Words(load.text_config(sizes).max_position_embeddings))

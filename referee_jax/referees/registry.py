@@ -61,7 +61,7 @@ def load_referee(spec: config.RefereeSpec | str, *, dtype: jax.typing.DTypeLike 
     _check_losses(spec, config.LOSSES[spec.name])
     family = REFEREES[spec.name]
     directory = load.fetch_referee(spec.checkpoint, revision=spec.revision or None)
-    tokenizer = load.load_tokenizer(directory)
+    tokenizer = load.load_tokenizer(directory, kind=family.kind)
     family.check(tokenizer)
     preprocessing = load.read_preprocessing(directory)
     network = load.load(family.kind, directory, dtype=dtype)

@@ -83,14 +83,27 @@ def is_id(name: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name))
 
 
+def present(name: str, revision: str | None) -> Path | None:
+    """The directory of a checkpoint that is on this machine, whole or not; None if there is none.
+
+    Raises WeightsError for an unknown one of the package.
+    """
+    path = local_path(name)
+    return path if path.is_dir() else _snapshot(name, revision)
+
+
 def commit(name: str, revision: str | None) -> str | None:
     """The commit of a repository's cached snapshot; None if there is none, or for a directory."""
-    if not is_id(name) or Path(name).is_dir():
-        return None
-    for file in ("config.json", "unet/config.json"):
+    directory = None if Path(name).is_dir() else _snapshot(name, revision)
+    return directory and directory.name
+
+
+def _snapshot(name: str, revision: str | None) -> Path | None:
+    """The directory of a repository in the cache, whole or not."""
+    for file in ("config.json", "unet/config.json") if is_id(name) else ():
         path = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
         if isinstance(path, str):
-            return Path(path[: -len(file)]).name
+            return Path(path[: -len(file)])
     return None
 
 

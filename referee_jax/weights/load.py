@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,14 @@ from flax import nnx
 
 from referee_jax import console
 from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
-from referee_jax.weights import config_json, convert, hub
+from referee_jax.weights import config_json, convert, hub, tokenizers
 from referee_jax.weights.convert import WeightsError
 
 TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"  # files of weights
 _PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5")
-_TOKENIZER = ("config.json", "*token*.json", "vocab.*", "merges.txt", "spiece.model")
 # As transformers writes it before and from 5.0; the second file has other parts, too.
 _IMAGE_PROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
+FOLDERS = {"clip_text": "text_encoder", "unet": "unet", "vae_decoder": "vae"}  # of Stable Diffusion's networks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,10 +154,7 @@ def load(
     """
     row = KINDS[kind]
     directory = hub.resolve(path_or_id, revision, _patterns(row.stem, subfolder)) / subfolder
-    file = directory / "config.json"
-    values = config_json.read_json(file)
-    _check_kind(kind, values, file)
-    config = row.config(values, where=str(file))
+    config = read_config(kind, directory)
     tensors = Tensors(directory, row.stem)
     config = dataclasses.replace(config, **optional_parts(row, tensors))
     module = unfilled(row, config)
@@ -167,6 +165,22 @@ def load(
         )
     except WeightsError as error:
         raise WeightsError(f"{tensors.source}: {error}") from error
+
+
+def read_config(kind: str, directory: Path) -> Any:
+    """Returns the config of a network of `KINDS` in a local directory.
+
+    Raises WeightsError for a config.json that is missing, damaged or of another kind of network.
+    """
+    file = directory / "config.json"
+    values = config_json.read_json(file)
+    _check_kind(kind, values, file)
+    return KINDS[kind].config(values, where=str(file))
+
+
+def text_config(config: Any) -> Any:
+    """The part of a network's config that has `vocab_size` and `max_position_embeddings`."""
+    return getattr(config, "text_config", None) or getattr(config, "qformer_config", None) or config
 
 
 def _check_kind(kind: str, values: Mapping, file: Path) -> None:
@@ -215,7 +229,7 @@ def fetch_referee(path_or_id: str | Path, *, revision: str | None = None) -> Pat
 
     Raises WeightsError if it cannot be downloaded, with one command for all files.
     """
-    patterns = [*_patterns(TRANSFORMERS, ""), *_TOKENIZER[1:], _IMAGE_PROCESSOR, _PROCESSOR]
+    patterns = [*_patterns(TRANSFORMERS, ""), *tokenizers.PATTERNS, _IMAGE_PROCESSOR, _PROCESSOR]
     return hub.resolve(path_or_id, revision, patterns)
 
 
@@ -237,24 +251,21 @@ def read_preprocessing(directory: Path) -> dict:
     return config_json.read_json(file)
 
 
-def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, subfolder: str = ""):
-    """Returns transformers' tokenizer of a directory or hub id; runs no code from there."""
-    import transformers  # slow to import, and not needed with token ids
+def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, kind: str = "") -> Any:
+    """Returns the tokenizer of a directory or hub id, as `tokenizers.read` does.
 
-    patterns = [str(Path(subfolder, name)) for name in _TOKENIZER]
-    directory = hub.resolve(path_or_id, revision, patterns) / subfolder
-    try:
-        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises Exception
-        raise WeightsError(f"{directory}: no tokenizer can be read here ({console.first_line(error)})") from error
+    It is compared with the network of this `kind`, of `KINDS`, by the config.json beside it.
+    """
+    directory = hub.resolve(path_or_id, revision, ["config.json", *tokenizers.PATTERNS])
+    return tokenizers.read(directory, text_config(read_config(kind, directory)) if kind else None)
 
 
 def load_image_processor(path_or_id: str | Path, *, revision: str | None = None):
     """Returns transformers' image processor (with PIL) of a directory or hub id.
 
-    See `load_tokenizer`.
+    Runs no code from there.
     """
-    import transformers  # as above
+    import transformers  # slow to import
 
     directory = hub.resolve(path_or_id, revision, [_IMAGE_PROCESSOR, _PROCESSOR])
     read_preprocessing(directory)  # for its error messages
@@ -293,18 +304,16 @@ def load_stable_diffusion(
     patterns = [
         "scheduler/scheduler_config.json",
         "tokenizer/*",
-        *_patterns(TRANSFORMERS, "text_encoder"),
-        *_patterns(DIFFUSERS, "unet"),
-        *_patterns(DIFFUSERS, "vae"),
+        *(pattern for kind, folder in FOLDERS.items() for pattern in _patterns(KINDS[kind].stem, folder)),
     ]
     directory = hub.resolve(path_or_id, revision, patterns)
-    file = directory / "scheduler" / "scheduler_config.json"
-    schedule = config_json.config_from_json(config_json.Schedule, config_json.read_json(file), where=str(file))
+    schedule, tokenizer = read_schedule(directory), load_prior_tokenizer(directory)
+    networks = {kind: load(kind, directory, subfolder=folder, dtype=dtype) for kind, folder in FOLDERS.items()}
     parts = StableDiffusion(
-        tokenizer=load_tokenizer(directory, subfolder="tokenizer"),
-        text_encoder=load("clip_text", directory, subfolder="text_encoder", dtype=dtype),
-        unet=load("unet", directory, subfolder="unet", dtype=dtype),
-        vae=load("vae_decoder", directory, subfolder="vae", dtype=dtype),
+        tokenizer=tokenizer,
+        text_encoder=networks["clip_text"],
+        unet=networks["unet"],
+        vae=networks["vae_decoder"],
         alphas_cumprod=jnp.asarray(schedule.alphas_cumprod()),
         prediction_type=schedule.prediction_type,
     )
@@ -319,6 +328,35 @@ def load_stable_diffusion(
         if width != expected:
             raise WeightsError(f"{directory}: {name}={width} does not fit the other parts, which have {expected}")
     return parts
+
+
+def read_schedule(directory: Path) -> config_json.Schedule:
+    """Returns the noise schedule of a local directory of Stable Diffusion."""
+    file = directory / "scheduler" / "scheduler_config.json"
+    return config_json.config_from_json(config_json.Schedule, config_json.read_json(file), where=str(file))
+
+
+def load_prior_tokenizer(directory: Path) -> Any:
+    """Returns the tokenizer of a local directory of Stable Diffusion, compared with its text encoder."""
+    return tokenizers.read(directory / "tokenizer", read_config("clip_text", directory / FOLDERS["clip_text"]))
+
+
+def check(directory: Path, kind: str = "") -> None:
+    """Raises WeightsError for a part of a checkpoint that is missing or damaged; reads no weights.
+
+    Args:
+        directory: a local one.
+        kind: the network of a referee; "" for a checkpoint of Stable Diffusion.
+    """
+    for part, folder in ({kind: ""} if kind else FOLDERS).items():
+        read_config(part, directory / folder)
+        Tensors(directory / folder, KINDS[part].stem)
+    if kind:
+        load_tokenizer(directory, kind=kind)
+        read_preprocessing(directory)
+    else:
+        read_schedule(directory)
+        load_prior_tokenizer(directory)
 
 
 def _patterns(stem: str, subfolder: str) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from huggingface_hub import errors
 from referee_jax import config, doctor
 from referee_jax.hardware import devices
 from referee_jax.storage import run_directory
+from referee_jax.weights import hub
 from tests import programs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -206,6 +208,29 @@ def test_checkpoints_offline():
     )  # fmt: skip
     assert doctor.checkpoint("shapes/nothing", "")[1]
     assert [x.remedy for x in doctor.checkpoints(None)] == [""]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("stable-diffusion", "tokenizer/merges.txt"),
+        ("stable-diffusion", "unet/diffusion_pytorch_model.safetensors"),
+        ("stable-diffusion", "vae/config.json"),
+        ("stable-diffusion", "scheduler/scheduler_config.json"),
+        ("clip", "merges.txt"),
+        ("clip", "model.safetensors"),
+        ("clip", "preprocessor_config.json"),
+    ],
+)
+def test_a_checkpoint_without_a_part(name, file, tmp_path):
+    """It is named, with the file; whole, nothing is wrong."""
+    directory = shutil.copytree(hub.ASSETS / name, tmp_path / name)
+    setting = "generator" if name == "stable-diffusion" else "referees[0]"
+    asked = command(f"--config.{setting}.checkpoint={directory}")
+    assert not any(x.remedy for x in doctor.checkpoints(asked))
+    (directory / file).unlink()
+    (found,) = [x for x in doctor.checkpoints(asked) if x.remedy]
+    assert found.text.startswith(f"{directory} is here, but ") and pathlib.Path(file).name in found.text
 
 
 @pytest.mark.parametrize(

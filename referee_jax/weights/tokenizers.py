@@ -1,0 +1,84 @@
+"""Reads a checkpoint's tokenizer, and compares it with the network that reads its tokens.
+
+transformers makes a tokenizer of the special tokens alone where the files of words are missing, and
+one that spells every word where merges.txt is empty: all texts would be the same, or noise.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from referee_jax import console
+from referee_jax.weights.convert import WeightsError
+
+# The files of words of each class of tokenizers: all of a row. The first is read where it is there.
+WORDS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",))
+PATTERNS = ("*token*.json", "vocab.*", "merges.txt", "spiece.model")
+_REMEDY = "; copy the tokenizer's files from where the checkpoint is from"
+
+
+def read(directory: Path, network: Any = None) -> Any:
+    """Returns transformers' tokenizer of a directory; runs no code from there.
+
+    Args:
+        directory: where its files are.
+        network: the config of the network that reads its tokens, which has `vocab_size`;
+            None: nothing is compared.
+
+    Raises:
+        WeightsError: naming the files that are missing or empty, if the tokenizer cannot be read,
+            or has other words than the network.
+    """
+    import transformers  # slow to import, and not needed with token ids
+
+    options = dict(local_files_only=True, trust_remote_code=False)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
+        _check_merges(directory, tokenizer)
+    except WeightsError:
+        raise
+    except Exception as error:  # the tokenizers library raises Exception
+        reason = f"{files}{_REMEDY}" if (files := absent(directory)) else console.first_line(error)
+        raise WeightsError(f"{directory}: no tokenizer can be read here ({reason})") from error
+    if network is None:
+        return tokenizer
+    if _differ(len(tokenizer), network.vocab_size):
+        sizes = f"the tokenizer has {len(tokenizer)} words, the network {network.vocab_size}"
+        raise WeightsError(f"{directory}: {sizes}: {absent(directory) or 'it is another one'}{_REMEDY}")
+    return tokenizer
+
+
+def absent(directory: Path) -> str:
+    """Which of a tokenizer's files are missing or empty, as half a sentence; "" if none are."""
+    for names in WORDS:
+        if any((directory / name).exists() for name in names):
+            return " and ".join(filter(None, (_state(directory / name) for name in names)))
+    return f"there is no {', nor '.join(' with '.join(names) for names in WORDS)}"
+
+
+def _state(file: Path) -> str:
+    if not file.exists():
+        return f"{file.name} is missing"
+    return "" if file.stat().st_size else f"{file.name} is empty"
+
+
+def _differ(tokens: int, words: int) -> bool:
+    """Whether so many tokens are not those of a network of so many words.
+
+    BLIP's tokenizer lacks [DEC] and [ENC], BLIP-2's has <image> besides, and the size of a table of
+    embeddings may be rounded up.
+    """
+    return abs(tokens - words) > max(2, words // 100)
+
+
+def _check_merges(directory: Path, tokenizer: Any) -> None:
+    """Raises WeightsError for a merges.txt that does not make the words of vocab.json."""
+    whole, _, file = (directory / name for names in WORDS[:2] for name in names)
+    if whole.exists() or not file.exists():
+        return
+    merged = {line.replace(" ", "") for line in file.read_text(encoding="utf-8").splitlines()}
+    single = tokenizer.get_added_vocab()
+    words = [word for word in tokenizer.get_vocab() if word not in single and len(word.removesuffix("</w>")) > 1]
+    count = sum(word in merged for word in words)
+    if _differ(count, len(words)):
+        reason = absent(directory) or f"it makes {count} of the {len(words)} words that are made by merging"
+        raise WeightsError(f"{file}: the tokenizer would spell words ({reason}){_REMEDY}")
