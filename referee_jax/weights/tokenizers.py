@@ -8,21 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from referee_jax import console
+from referee_jax.models import bert, blip2, clip
 from referee_jax.weights.convert import WeightsError
 
+CONFIG = "tokenizer_config.json"
 # The files of words of each class of tokenizers: all of a row. The first is read where it is there.
 WORDS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",))
 PATTERNS = ("*token*.json", "vocab.*", "merges.txt", "spiece.model")
+# Network -> its tokenizer in transformers. Another's class is told by config.json, or CONFIG alone.
+_TYPES = {clip.TextConfig: "clip", bert.Config: "bert", blip2.QFormerConfig: "bert"}
 _REMEDY = "; copy the tokenizer's files from where the checkpoint is from"
 
 
 def read(directory: Path, network: Any = None) -> Any:
     """Returns transformers' tokenizer of a directory; runs no code from there.
 
+    Its `model_max_length` is at most the network's positions, also where no file has one.
+
     Args:
         directory: where its files are.
-        network: the config of the network that reads its tokens, which has `vocab_size`;
-            None: nothing is compared.
+        network: the config of the network that reads its tokens, which has `vocab_size` and
+            `max_position_embeddings`; None: nothing is compared.
 
     Raises:
         WeightsError: naming the files that are missing or empty, if the tokenizer cannot be read,
@@ -30,7 +36,10 @@ def read(directory: Path, network: Any = None) -> Any:
     """
     import transformers  # slow to import, and not needed with token ids
 
-    options = dict(local_files_only=True, trust_remote_code=False)
+    # transformers would go by config.json: BLIP-2's names a language model, and Stable Diffusion's
+    # tokenizer has none.
+    kind = None if (directory / CONFIG).exists() else _type(network)
+    options = dict(local_files_only=True, trust_remote_code=False, tokenizer_type=kind)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
         _check_merges(directory, tokenizer)
@@ -44,7 +53,12 @@ def read(directory: Path, network: Any = None) -> Any:
     if _differ(len(tokenizer), network.vocab_size):
         sizes = f"the tokenizer has {len(tokenizer)} words, the network {network.vocab_size}"
         raise WeightsError(f"{directory}: {sizes}: {absent(directory) or 'it is another one'}{_REMEDY}")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, network.max_position_embeddings)
     return tokenizer
+
+
+def _type(network: Any) -> str | None:
+    return next((name for kind, name in _TYPES.items() if isinstance(network, kind)), None)
 
 
 def absent(directory: Path) -> str:

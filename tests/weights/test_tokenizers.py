@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from referee_jax import config, referees
+from referee_jax import config, prompts, referees
 from referee_jax.weights import load, tokenizers
 from tests.lazy import transformers
 from tests.oracles import networks
@@ -184,3 +184,22 @@ def test_a_whole_file_wins(whole, tmp_path):
     networks.tokenizer().save_pretrained(directory)
     (directory / "merges.txt").write_text("")
     assert load.load_tokenizer(directory, kind="clip")(TEXT)["input_ids"] == expected
+
+
+@pytest.mark.parametrize("settings", ["absent", "without a length", "with another"])
+def test_length_of_texts(checkpoint, settings):
+    """It is the network's positions where no file has it; ids and padding are as before."""
+    name, directory, folder, _ = checkpoint
+    whole, sizes = read(name, directory)
+    file, positions = folder / SETTINGS, sizes.max_position_embeddings
+    expected = prompts.tokenize(whole, [TEXT], 32)
+    values = json.loads(file.read_text())
+    values.pop("model_max_length", None)
+    if settings == "with another":
+        values["model_max_length"] = 4096
+    file.write_text(json.dumps(values))
+    if settings == "absent" and name != "siglip":  # SigLIP 1's and 2's are of two classes
+        file.unlink()
+    tokenizer = read(name, directory)[0]
+    assert tokenizer.model_max_length == positions
+    assert (prompts.tokenize(tokenizer, [TEXT], 32) == expected).all()
