@@ -87,7 +87,7 @@ def device(command: Command | None) -> list[Finding]:
         remedy = "unset JAX_PLATFORMS, choose another --device, or install the extra that is named"
         return [Finding("devices", str(error), remedy)]
     kinds = []
-    for device in jax.local_devices():
+    for device in devices.local():
         limit = chips.memory_limit(device)
         kinds.append(device.device_kind + (f" ({limit / GB:.1f} GB)" if limit else ""))
     text = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
@@ -99,6 +99,10 @@ def step(command: Command | None) -> list[Finding]:
     n = 256
     fn = jax.jit(lambda x: (x @ x).sum())
     start = time.monotonic()
+    try:
+        devices.local()
+    except devices.DeviceError:  # `device` reports it
+        return []
     try:
         compiled = fn.lower(jnp.ones((n, n))).compile()
         compiling, start = time.monotonic() - start, time.monotonic()
@@ -119,8 +123,8 @@ def step(command: Command | None) -> list[Finding]:
 def cache(command: Command | None) -> list[Finding]:
     """The directory of compiled programs: writable, and by nobody else, since what is in it is executed."""
     try:
-        kind = jax.local_devices()[0].device_kind
-    except RuntimeError:  # `device` reports it
+        kind = devices.local()[0].device_kind
+    except devices.DeviceError:  # `device` reports it
         kind = "cpu"
     if problem := compile_cache.use(kind):
         return [Finding("cache", problem, "set JAX_COMPILATION_CACHE_DIR to a directory of yours")]
@@ -197,10 +201,7 @@ def price(command: Command | None) -> list[Finding]:
     if not command:
         return []
     try:
-        try:
-            limit = chips.memory_limit(jax.local_devices()[0])
-        except RuntimeError:  # `device` reports it
-            limit = None
+        limit = chips.memory_limit(devices.local()[0])
         sized = abstract_networks.abstract(command.settings)
         settings = capacity.fitting(command.settings, sized.prior, sized.judges, limit)  # as the engine does
         costs = cost.estimate(settings)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import jax
 
+from referee_jax.hardware import devices
+
 
 class Chip(NamedTuple):
     """One kind of chip.
@@ -96,7 +98,7 @@ def traits(device: jax.Device | None = None, *, is_split: bool = False) -> Hardw
 
     `is_split` says that weights are split over devices: XLA would have to split cuDNN's attention, too, so it is not used.
     """
-    device = device or jax.local_devices()[0]
+    device = device or devices.local()[0]
     chip = of(device.device_kind)
     return Hardware(
         dense=chip is not None and chip.dense,

@@ -34,11 +34,7 @@ def choose(kind: str = "auto", *, root: Path = Path("/")) -> str:
     keep_freed_memory(kind, root=root)
     if kind == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    try:
-        device = jax.local_devices()[0]
-    except RuntimeError as error:
-        variable = f" (JAX_PLATFORMS={jax.config.jax_platforms})" if jax.config.jax_platforms else ""
-        raise DeviceError(f"JAX has no device to compute on{variable}: {str(error).splitlines()[0]}") from error
+    device = local()[0]
     if kind == device.platform or kind == "auto" and (device.platform != "cpu" or jax.config.jax_platforms):
         return device.device_kind
     files = accelerators(root)
@@ -46,6 +42,21 @@ def choose(kind: str = "auto", *, root: Path = Path("/")) -> str:
     if unused is None:
         return device.device_kind
     raise DeviceError(_unusable(unused, files.get(unused), device.platform))
+
+
+def local() -> list[jax.Device]:
+    """The devices of this process. Raises DeviceError where JAX has none."""
+    try:
+        return jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = jax.config.jax_platforms
+        variable = f" (JAX_PLATFORMS={platforms})" if platforms else ""
+        # JAX asserts, without a word, that there is some backend where JAX_PLATFORMS has only one
+        # that it knows of and that is not installed.
+        reason = str(error).partition("\n")[0] or (
+            f"what it needs is not installed; unset JAX_PLATFORMS, or pip install -e '.[{platforms}]'"
+        )
+        raise DeviceError(f"JAX has no device to compute on{variable}: {reason}") from error
 
 
 def keep_freed_memory(kind: str = "auto", *, root: Path = Path("/")) -> None:

@@ -71,13 +71,20 @@ def test_old_packages(monkeypatch):
     assert found.remedy == "pip install 'numpy>=99'" and f"jax {run_directory.versions()['jax']}" in found.text
 
 
-def test_no_device_and_an_unused_one(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("Unable to initialize backend 'cuda'\nand more"), "Unable to initialize backend 'cuda'"),
+        (AssertionError(), "JAX has no device to compute on"),
+    ],
+)
+def test_no_device_and_an_unused_one(error, said, monkeypatch, tmp_path):
     def broken():
-        raise RuntimeError("Unable to initialize backend 'cuda'\nand more")
+        raise error
 
     monkeypatch.setattr(jax, "local_devices", broken)
     (found,) = doctor.device(None)
-    assert "Unable to initialize backend 'cuda'" in found.text and "JAX_PLATFORMS" in found.remedy
+    assert said in found.text and "JAX_PLATFORMS" in found.remedy
     assert len(doctor.examine(command(f"--workdir={tmp_path}"))) > 6  # the rest is looked at all the same
     monkeypatch.undo()
     assert doctor.device(None)[0].remedy == ""

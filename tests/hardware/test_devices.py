@@ -119,6 +119,26 @@ def test_jax_platforms_is_a_wish_too(tmp_path, platforms):
         devices.choose("gpu", root=root)
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError(), r"what it needs is not installed; unset JAX_PLATFORMS, or pip install -e '\.\[cuda\]'"),
+        (RuntimeError("Unable to initialize backend 'cuda'\nand more"), "Unable to initialize backend 'cuda'"),
+    ],
+)
+def test_jax_platforms_that_is_not_there(error, reason, tmp_path, platforms, monkeypatch):
+    """JAX asserts where it has left out the one platform that it was to use."""
+
+    def broken():
+        raise error
+
+    monkeypatch.setattr(jax, "local_devices", broken)
+    platforms("cuda")
+    for look in (lambda: devices.choose("auto", root=tmp_path), devices.local, chips.traits):
+        with pytest.raises(devices.DeviceError, match=rf"to compute on \(JAX_PLATFORMS=cuda\): {reason}$"):
+            look()
+
+
 @pytest.mark.parametrize("wanted", ["gpu", "tpu"])
 def test_asked_for_what_is_not_there(wanted, tmp_path, platforms):
     platforms(None)
