@@ -32,6 +32,7 @@ setuptools.setup(
         "huggingface_hub>=2.4",
         "jax>=0.10",
         "jinja2>=3.1",
+        "ml_dtypes>=0.5",
         "ml_collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.5",

@@ -9,14 +9,13 @@ import dataclasses
 import fnmatch
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import nnx
 
@@ -24,9 +23,9 @@ from referee_jax import console
 from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
 from referee_jax.weights import config_json, convert, hub, tokenizers
 from referee_jax.weights.convert import WeightsError
+from referee_jax.weights.tensors import Tensors
 
 TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"  # files of weights
-_PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5")
 # As transformers writes it before and from 5.0; the second file has other parts, too.
 _IMAGE_PROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 FOLDERS = {"clip_text": "text_encoder", "unet": "unet", "vae_decoder": "vae"}  # of Stable Diffusion's networks
@@ -362,74 +361,6 @@ def check(directory: Path, kind: str = "") -> None:
 def _patterns(stem: str, subfolder: str) -> list[str]:
     names = ("config.json", f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors")
     return [str(Path(subfolder, name)) for name in names]
-
-
-class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a directory's safetensors file or shards, read on access.
-
-    The file is opened again for each tensor: as long as it is open, all pages that were read stay
-    in memory. `source` is the file, or the index of the shards. Raises WeightsError naming a file
-    that is missing, damaged or does not agree with the index.
-    """
-
-    def __init__(self, directory: Path, stem: str):
-        self._files: dict[str, Path] = {}
-        shards = _shards(directory, stem)
-        single = directory / f"{stem}.safetensors"
-        self.source = single if single in shards else directory / f"{stem}.safetensors.index.json"
-        for file, indexed in shards.items():
-            try:
-                with safetensors.safe_open(file, framework="numpy") as opened:
-                    names = set(opened.keys())
-            except FileNotFoundError as error:
-                raise WeightsError(f"{file} is missing") from error
-            except (OSError, safetensors.SafetensorError) as error:
-                raise WeightsError(f"{file} is damaged or not a safetensors file ({error})") from error
-            if indexed is not None and names != indexed:
-                raise WeightsError(f"{file} does not hold what the index says: {', '.join(sorted(names ^ indexed))}")
-            self._files |= dict.fromkeys(sorted(names), file)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        file = self._files[name]
-        try:
-            with safetensors.safe_open(file, framework="numpy") as opened:
-                return opened.get_tensor(name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise WeightsError(f"{file}: {name} cannot be read ({error})") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-def _shards(directory: Path, stem: str) -> dict[Path, set[str] | None]:
-    """The files of weights in `directory` -> names of their tensors in the index.
-
-    None without an index.
-    """
-    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
-    if single.exists():
-        return {single: None}
-    if not index.exists():
-        pickled = sorted(f.name for f in directory.glob("*") if f.suffix in _PICKLED)
-        others = f" (there is {', '.join(pickled)})" if pickled else ""
-        raise WeightsError(
-            f"{single} is missing{others}; only safetensors are read, as pickled files can run code: convert a "
-            "checkpoint that has no others once, with from_pretrained and save_pretrained of transformers or diffusers, or "
-            "the authors' own file with referee_jax.weights.lavis"
-        )
-    shards: dict[Path, set[str]] = {}
-    weight_map = config_json.read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightsError(f"{index} has no weight_map")
-    for name, file in weight_map.items():
-        # An index is untrusted: it may only name files beside it.
-        if not isinstance(file, str) or not file or Path(file).name != file:
-            raise WeightsError(f"{index} puts {name} into {file!r}, which is not the name of a file beside it")
-        shards.setdefault(directory / file, set()).add(name)
-    return shards
 
 
 def save_directory(

@@ -1,0 +1,128 @@
+"""The tensors of safetensors files, one file or shards, read one at a time."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from referee_jax.weights import config_json
+from referee_jax.weights.convert import WeightsError
+
+_PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5")
+_SAVED_AGAIN = "save the checkpoint in float32, float16 or bfloat16"
+# Floats of a byte, which safetensors' reader for numpy does not have.
+NARROW = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+}
+# Scales, and floats of which several are in a byte: weights only together with others.
+UNREAD = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0")
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of a directory's safetensors file or shards, read on access.
+
+    The file is opened again for each tensor: as long as it is open, all pages that were read stay
+    in memory. `source` is the file, or the index of the shards. Raises WeightsError naming a file
+    that is missing, damaged or does not agree with the index.
+    """
+
+    def __init__(self, directory: Path, stem: str):
+        self._files: dict[str, Path] = {}
+        shards = _shards(directory, stem)
+        single = directory / f"{stem}.safetensors"
+        self.source = single if single in shards else directory / f"{stem}.safetensors.index.json"
+        for file, indexed in shards.items():
+            names = set(_names(file))
+            if indexed is not None and names != indexed:
+                raise WeightsError(f"{file} does not hold what the index says: {', '.join(sorted(names ^ indexed))}")
+            self._files |= dict.fromkeys(sorted(names), file)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        file = self._files[name]
+        try:
+            with safetensors.safe_open(file, framework="numpy") as opened:
+                kind = opened.get_slice(name).get_dtype()
+                if kind in UNREAD:
+                    raise WeightsError(f"{file}: {name} is of the type {kind}, which is not read; {_SAVED_AGAIN}")
+                return _narrow(file, name) if kind in NARROW else opened.get_tensor(name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise WeightsError(f"{file}: {name} cannot be read ({error})") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _shards(directory: Path, stem: str) -> dict[Path, set[str] | None]:
+    """The files of weights in `directory` -> names of their tensors in the index.
+
+    None without an index.
+    """
+    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+    if single.exists():
+        return {single: None}
+    if not index.exists():
+        pickled = sorted(f.name for f in directory.glob("*") if f.suffix in _PICKLED)
+        others = f" (there is {', '.join(pickled)})" if pickled else ""
+        raise WeightsError(
+            f"{single} is missing{others}; only safetensors are read, as pickled files can run code: convert a "
+            "checkpoint that has no others once, with from_pretrained and save_pretrained of transformers or diffusers, or "
+            "the authors' own file with referee_jax.weights.lavis"
+        )
+    shards: dict[Path, set[str]] = {}
+    weight_map = config_json.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{index} has no weight_map")
+    for name, file in weight_map.items():
+        # An index is untrusted: it may only name files beside it.
+        if not isinstance(file, str) or not file or Path(file).name != file:
+            raise WeightsError(f"{index} puts {name} into {file!r}, which is not the name of a file beside it")
+        shards.setdefault(directory / file, set()).add(name)
+    return shards
+
+
+def _names(file: Path) -> list[str]:
+    """The names of a file's tensors."""
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            return list(opened.keys())
+    except FileNotFoundError as error:
+        raise WeightsError(f"{file} is missing") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        if unknown := re.search(r"unknown variant `(\w+)`", str(error)):
+            reason = f"{_first_of(file, unknown[1])} is of the type {unknown[1]}, which the library safetensors does not know"
+            raise WeightsError(f"{file}: {reason}: update it, or {_SAVED_AGAIN}") from error
+        raise WeightsError(f"{file} is damaged or not a safetensors file ({error})") from error
+
+
+def _first_of(file: Path, kind: str) -> str:
+    """The name of the first tensor of a type, as far as the header can be read."""
+    try:
+        return next(name for name, entry in _header(file)[0].items() if entry.get("dtype") == kind)
+    except (ValueError, AttributeError, StopIteration):
+        return "a tensor"
+
+
+def _header(file: Path) -> tuple[dict, int]:
+    """The header of a file, and the offset of the tensors behind it, in bytes."""
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        return json.loads(opened.read(length)), 8 + length
+
+
+def _narrow(file: Path, name: str) -> np.ndarray:
+    """A tensor of a type of `NARROW`, as float32, which has all their values and is read further."""
+    header, start = _header(file)
+    entry = header[name]
+    begin, end = entry["data_offsets"]
+    values = np.fromfile(file, NARROW[entry["dtype"]], end - begin, offset=start + begin)
+    return values.astype(np.float32).reshape(entry["shape"])
