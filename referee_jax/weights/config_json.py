@@ -117,7 +117,12 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
         "euler_at_final final_sigmas_type interpolation_type lambda_min_clipped lower_order_final sample_max_value "
         "set_alpha_to_one sigma_max sigma_min skip_prk_steps solver_order solver_type steps_offset thresholding "
         "timestep_spacing timestep_type use_beta_sigmas use_exponential_sigmas use_karras_sigmas use_lu_lambdas "
-        "variance_type"
+        "variance_type "
+        # of UniPC, DPM-Solver and SA-Solver; shifts act with use_flow_sigmas only
+        "corrector_order disable_corrector flow_shift predict_x0 predictor_order shift_terminal solver_p tau_func "
+        "time_shift_type use_dynamic_shifting "
+        # of LCM and TCD, then of EDM
+        "original_inference_steps timestep_scaling rho sigma_data sigma_schedule"
     )
     | {"trained_betas": (None,), "rescale_betas_zero_snr": (False,), "use_flow_sigmas": (False,)},
 }
@@ -197,6 +202,19 @@ def blip_config(values: Mapping, *, where: str) -> blip.Config:
             '(huggingface/transformers#22625): write "num_attention_heads": 12 into text_config'
         )
     return config
+
+
+def schedule(values: Mapping, *, where: str) -> Schedule:
+    """Reads scheduler_config.json: the schedule of training, whichever sampler it was saved with.
+
+    Raises WeightsError for EDM's without betas, which is that of networks trained in EDM's own way.
+    """
+    name = str(values.get("_class_name"))
+    if name.startswith("EDM") and "beta_schedule" not in values:
+        raise WeightsError(
+            f"{where}: _class_name={name!r} without beta_schedule is not implemented: it was trained as EDM"
+        )
+    return config_from_json(Schedule, values, where=where)
 
 
 def reader(cls: type) -> Callable:

@@ -332,7 +332,7 @@ def load_stable_diffusion(
 def read_schedule(directory: Path) -> config_json.Schedule:
     """Returns the noise schedule of a local directory of Stable Diffusion."""
     file = directory / "scheduler" / "scheduler_config.json"
-    return config_json.config_from_json(config_json.Schedule, config_json.read_json(file), where=str(file))
+    return config_json.schedule(config_json.read_json(file), where=str(file))
 
 
 def load_prior_tokenizer(directory: Path) -> Any:

@@ -313,6 +313,7 @@ def test_config_takes_integers_for_floats_and_lists_for_tuples():
         ({"rescale_betas_zero_snr": True}, r"rescale_betas_zero_snr=True is not implemented"),
         ({"beta_start": "small"}, r"beta_start='small' is of the wrong type; expected float"),
         ({"shift": 3.0}, r"the key shift=3\.0 is not known"),
+        ({"use_flow_sigmas": True, "flow_shift": 3.0}, r"use_flow_sigmas=True is not implemented; supported: False"),
     ],
 )
 def test_unknown_schedule(published, tmp_path, changes, message):

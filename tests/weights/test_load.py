@@ -123,6 +123,30 @@ def test_parts_are_written_for_their_library(part, published, tmp_path):
     assert sum(sizes) == sum(x.size for x in jax.tree.leaves(network))
 
 
+# Samplers with which diffusers replaces Stable Diffusion's: a new one has keys that no test knows.
+SAMPLERS = """DDIMInverse DDIM DDPM DEISMultistep DPMSolverMultistepInverse DPMSolverMultistep DPMSolverSinglestep
+    EDMDPMSolverMultistep EDMEuler EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete
+    KDPM2Discrete LCM LMSDiscrete PNDM SASolver TCD UniPCMultistep""".split()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_schedule_behind_any_sampler(name, prediction, tmp_path):
+    """It is that of training, whichever sampler the checkpoint was saved with."""
+    theirs = networks.scheduler(prediction)
+    getattr(diffusers, f"{name}Scheduler").from_config(theirs.config).save_pretrained(tmp_path / "scheduler")
+    schedule = load.read_schedule(tmp_path)
+    np.testing.assert_allclose(schedule.alphas_cumprod(), theirs.alphas_cumprod.numpy(), rtol=2e-5)
+    assert schedule.prediction_type == prediction
+
+
+@pytest.mark.parametrize("name", ["EDMEuler", "EDMDPMSolverMultistep", "FlowMatchEulerDiscrete", "FlowMatchLCM"])
+def test_samplers_of_networks_of_another_training(name, tmp_path):
+    getattr(diffusers, f"{name}Scheduler")().save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(load.WeightsError, match=r"scheduler_config\.json: .*(is not implemented|is not known)"):
+        load.read_schedule(tmp_path)
+
+
 # How images are prepared.
 
 
