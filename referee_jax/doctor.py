@@ -263,12 +263,12 @@ def checkpoint(name: str, revision: str, kinds: Iterable[str] = ()) -> tuple[str
         return f"{name} is in the hub's cache, commit {directory.name[:12]}", ""
     if not hub_files.is_id(name):
         return f"{name} is not here", "correct the path, or make the checkpoint as the config's docstring says"
-    text, remedy = hub(name)
+    text, remedy = hub(name, revision)
     return f"{name} is not here; {text}", remedy
 
 
-def hub(name: str) -> tuple[str, str]:
-    """Whether the hub has a repository, and a remedy if not, or if it does not answer within HUB_SECONDS."""
+def hub(name: str, revision: str = "") -> tuple[str, str]:
+    """Whether the hub gives a repository to this user; a remedy if not, or if it does not answer within HUB_SECONDS."""
     fetch = f"where there is a network, run: hf download {name}; then copy HF_HOME here, and set HF_HUB_OFFLINE=1"
     if constants.HF_HUB_OFFLINE:
         return "the hub is not asked (HF_HUB_OFFLINE)", f"unset HF_HUB_OFFLINE; or, {fetch}"
@@ -276,7 +276,9 @@ def hub(name: str) -> tuple[str, str]:
 
     def ask() -> None:
         try:
-            huggingface_hub.HfApi().model_info(name, timeout=HUB_SECONDS)
+            api = huggingface_hub.HfApi()
+            api.model_info(name, revision=revision or None, timeout=HUB_SECONDS)
+            api.auth_check(name)  # all may see what those may download who accepted its terms
             answer.append(None)
         except Exception as error:  # networks fail in many ways
             answer.append(error)
@@ -287,11 +289,13 @@ def hub(name: str) -> tuple[str, str]:
     thread.join(HUB_SECONDS)
     if answer == [None]:
         return "the Hugging Face hub has it", ""
-    if answer and isinstance(answer[0], errors.RepositoryNotFoundError):
+    if answer and type(answer[0]) is errors.RepositoryNotFoundError:
         return (
             "nor on the hub",
             "correct the name, or make it as the config's docstring says; private ones need HF_TOKEN",
         )
+    if answer and (refusal := hub_files.refused(answer[0], name, revision)):
+        return refusal
     problem = (str(answer[0]).splitlines() or [""])[0] if answer else f"nothing in {HUB_SECONDS} s"
     return f"the hub ({constants.ENDPOINT}) does not answer: {problem}", fetch
 

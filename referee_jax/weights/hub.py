@@ -57,7 +57,8 @@ def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str
     """Returns the directory of a checkpoint: in the package, local, or the hub's cache.
 
     Only files that match `patterns`, and the card (README.md) if there is one, are downloaded.
-    Respects HF_HUB_OFFLINE. Raises WeightsError with the command that would download the files.
+    Respects HF_HUB_OFFLINE. Raises WeightsError with what to do where the hub refuses, or else with
+    the command that would download the files.
     """
     name, path = str(path_or_id), local_path(str(path_or_id))
     if name and path.is_dir():
@@ -70,6 +71,8 @@ def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str
         with _one_at_a_time(name), _bounded_silence():
             directory = _download(name, revision, patterns)
     except (OSError, hub_errors.HTTPError, hub_errors.HFValidationError) as error:
+        if refusal := refused(error, name, revision):
+            raise WeightsError(f"{name} is not a local directory, and {': '.join(refusal)}") from error
         raise WeightsError(
             f"{name} is not a local directory, and getting it from the Hugging Face hub failed ({console.first_line(error)}); "
             f"where there is a network, run: {download_command(name, revision, [*patterns, CARD])}"
@@ -158,6 +161,36 @@ def _is_refused(error: BaseException) -> bool:
     """Whether the hub has given an answer that a repeated request would not change."""
     answers = [e.response for e in _causes(error) if getattr(e, "response", None) is not None]
     return any(answer.status_code not in _TRANSIENT for answer in answers)
+
+
+def refused(error: BaseException, name: str, revision: str | None) -> tuple[str, str] | None:
+    """Why the hub does not give a repository to this user, and what to do; None for another error."""
+    page, login = f"{constants.ENDPOINT}/{name}", "`hf auth login` (or HF_TOKEN)"
+    for cause in _causes(error):
+        answer = getattr(cause, "response", None)
+        message = answer.headers.get("X-Error-Message", "") if answer is not None else ""
+        if isinstance(cause, hub_errors.GatedRepoError):
+            return (
+                f"the hub gives {name} to those who accept its terms",
+                f"accept them at {page}, and log in with {login}",
+            )
+        if isinstance(cause, hub_errors.RevisionNotFoundError):
+            return f"{name} has no revision {revision!r} on the hub", f"choose one of {page}/commits/main"
+        if isinstance(cause, hub_errors.DisabledRepoError):
+            return f"the hub has disabled {name}", "choose another checkpoint"
+        if answer is not None and answer.status_code == 401 and re.search("(?i)token|credentials", message):
+            return f"the hub does not accept the token of this machine ({message})", f"log in anew with {login}"
+        if isinstance(cause, hub_errors.RepositoryNotFoundError):
+            return (
+                f"the hub has no {name}, or it is private",
+                f"correct the name, or log in with {login} as who may read it",
+            )
+        if answer is not None and answer.status_code == 403:
+            return (
+                f"the hub forbids {name} ({message or 'no reason is given'})",
+                f"log in with {login} as who may read it",
+            )
+    return None
 
 
 def _wait(error: BaseException, tries: int) -> float | None:

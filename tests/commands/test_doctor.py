@@ -173,7 +173,10 @@ class Api:
     def __call__(self):
         return self
 
-    def model_info(self, name, timeout):
+    def model_info(self, name, revision, timeout):
+        return self.answer()
+
+    def auth_check(self, name):
         return self.answer()
 
 
@@ -203,6 +206,13 @@ def test_the_hub(monkeypatch):
     missing = errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError)
     text, remedy = ask_hub(monkeypatch, fail(missing))
     assert text == "someone/network is not here; nor on the hub" and "correct the name" in remedy
+    gated = errors.GatedRepoError.__new__(errors.GatedRepoError)
+    text, remedy = ask_hub(monkeypatch, fail(gated))
+    assert text == "someone/network is not here; the hub gives someone/network to those who accept its terms"
+    assert remedy.startswith("accept them at https://") and "hf auth login" in remedy
+    revision = errors.RevisionNotFoundError.__new__(errors.RevisionNotFoundError)
+    text, remedy = ask_hub(monkeypatch, fail(revision))
+    assert "has no revision" in text and remedy.endswith("/commits/main")
 
 
 def test_checkpoints_offline():

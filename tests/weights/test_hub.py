@@ -209,6 +209,72 @@ def test_a_hub_that_stays_away(client, tmp_path, caplog):
         holds_the_files(resolve())
 
 
+LOGIN = r"`hf auth login` \(or HF_TOKEN\)"
+BAD_TOKEN = "Invalid credentials in Authorization header"
+# What is refused -> the request, status and headers of the hub's answer; the message.
+REFUSALS = {
+    "gated, anonymous": (
+        "/resolve/", 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted. Please log in."},
+        rf"to those who accept its terms: accept them at http://.*/some/model, and log in with {LOGIN}$",
+    ),
+    "gated, not accepted": (
+        "/resolve/", 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."},
+        rf"to those who accept its terms: accept them at http://.*/some/model, and log in with {LOGIN}$",
+    ),
+    "gated listing": (
+        "/api/models/", 403, {"X-Error-Code": "GatedRepo"},
+        rf"to those who accept its terms: accept them at http://.*/some/model, and log in with {LOGIN}$",
+    ),
+    "private or misspelt, anonymous": (
+        "/api/models/", 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."},
+        rf"the hub has no some/model, or it is private: correct the name, or log in with {LOGIN} as who may read it$",
+    ),
+    "private or misspelt, logged in": (
+        "/api/models/", 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
+        rf"the hub has no some/model, or it is private: correct the name, or log in with {LOGIN} as who may read it$",
+    ),
+    "bad token": (
+        "/api/models/", 401, {"X-Error-Message": BAD_TOKEN},
+        rf"the hub does not accept the token of this machine \({BAD_TOKEN}\): log in anew with {LOGIN}$",
+    ),
+    "old token": (
+        "/api/models/", 401, {"X-Error-Message": 'User Access Token "mine" is expired'},
+        rf"token of this machine \(User Access Token \"mine\" is expired\): log in anew with {LOGIN}$",
+    ),
+    "narrow token": (
+        "/api/models/", 403, {"X-Error-Message": "The token has no right to read"},
+        rf"the hub forbids some/model \(The token has no right to read\): log in with {LOGIN} as who may read it$",
+    ),
+    "unknown revision": (
+        "/revision/", 404, {"X-Error-Code": "RevisionNotFound"},
+        r"some/model has no revision 'v9' on the hub: choose one of http://.*/some/model/commits/main$",
+    ),
+    "disabled": (
+        "/api/models/", 403, {"X-Error-Message": "Access to this resource is disabled."},
+        "the hub has disabled some/model: choose another checkpoint$",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refusal_says_which_it_is(case, client):
+    """And what to do; it is not asked again, nor is a command named that would fail as well."""
+    request, status, headers, message = REFUSALS[case]
+    with serve(*[(request, status, headers)] * 9) as server:
+        client(server)
+        with pytest.raises(load.WeightsError, match=message) as caught:
+            resolve("v9")
+    assert str(caught.value).startswith("some/model is not a local directory, and ")
+    assert "hf download" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_commit(client):
+    with serve(("/tree/", 404, {"X-Error-Code": "RevisionNotFound"})) as server:
+        client(server)
+        with pytest.raises(load.WeightsError, match=rf"some/model has no revision '{COMMIT}' on the hub"):
+            resolve(COMMIT)
+
+
 @pytest.mark.parametrize(("revision", "requests"), [(None, 1), (COMMIT, 0)])
 def test_the_cache_serves_while_the_hub_is_away(revision, requests, client):
     with serve() as server:
