@@ -23,6 +23,7 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
 from referee_jax import console
+from referee_jax.weights import tensors
 from referee_jax.weights.convert import WeightsError
 
 ASSETS = Path(__file__).parents[1] / "shapes" / "assets"
@@ -64,7 +65,7 @@ def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str
     if name and path.is_dir():
         return path
     if name and path.exists():
-        raise WeightsError(f"{name} is not a directory")
+        raise WeightsError(f"{name} is not a directory: {tensors.of_one_file(path)}")
     if not is_id(name):
         raise WeightsError(f"{name!r} is not a directory, nor the id of a repository on the hub")
     try:
@@ -266,13 +267,25 @@ def _bounded_silence() -> Iterator[None]:
         hooks.remove(bound)
 
 
+def listing(directory: Path) -> list[str] | None:
+    """The files that a snapshot's repository has on the hub; None for any other directory."""
+    tree = _tree(directory)
+    return tree and [file.path for file in tree]
+
+
+def _tree(directory: Path) -> list | None:
+    *_, repository, _, commit = ("", "", *directory.parts)
+    kind, *name = repository.split("--")
+    if kind != "models":
+        return None
+    with contextlib.suppress(hub_errors.CachedRepoTreeNotFoundError, hub_errors.HFValidationError):
+        return list(huggingface_hub.get_cached_repo_tree("/".join(name), revision=commit))
+    return None
+
+
 def _check_sizes(directory: Path, name: str, revision: str | None) -> None:
     """Raises WeightsError for a cached file of another size than on the hub."""
-    try:
-        files = huggingface_hub.get_cached_repo_tree(name, revision=directory.name)
-    except hub_errors.CachedRepoTreeNotFoundError:
-        return
-    for file in files:
+    for file in _tree(directory) or ():
         cached = directory / file.path
         if cached.exists() and (size := cached.stat().st_size) != file.size:
             command = download_command(name, revision, [file.path], "--force-download")

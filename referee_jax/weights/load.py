@@ -21,7 +21,7 @@ from flax import nnx
 
 from referee_jax import console
 from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
-from referee_jax.weights import config_json, convert, hub, tokenizers
+from referee_jax.weights import config_json, convert, hub, tensors, tokenizers
 from referee_jax.weights.convert import WeightsError
 from referee_jax.weights.tensors import Tensors
 
@@ -152,18 +152,18 @@ def load(
         dtype: of the weights; see `convert.fill` for the exceptions.
     """
     row = KINDS[kind]
-    directory = hub.resolve(path_or_id, revision, _patterns(row.stem, subfolder)) / subfolder
+    directory = _fetch(path_or_id, revision, {subfolder: row.stem}) / subfolder
     config = read_config(kind, directory)
-    tensors = Tensors(directory, row.stem)
-    config = dataclasses.replace(config, **optional_parts(row, tensors))
+    weights = Tensors(directory, row.stem)
+    config = dataclasses.replace(config, **optional_parts(row, weights))
     module = unfilled(row, config)
     try:
-        check_ties(row, tensors)
+        check_ties(row, weights)
         return convert.fill(
-            module, tensors, dtype=dtype, renames=row.renames, ignore=(*row.ignore, *row.ties), float32=row.float32
+            module, weights, dtype=dtype, renames=row.renames, ignore=(*row.ignore, *row.ties), float32=row.float32
         )
     except WeightsError as error:
-        raise WeightsError(f"{tensors.source}: {error}") from error
+        raise WeightsError(f"{weights.source}: {error}") from error
 
 
 def read_config(kind: str, directory: Path) -> Any:
@@ -172,6 +172,12 @@ def read_config(kind: str, directory: Path) -> Any:
     Raises WeightsError for a config.json that is missing, damaged or of another kind of network.
     """
     file = directory / "config.json"
+    if (
+        not file.exists()
+        and tensors.source(directory, KINDS[kind].stem) is None
+        and any(directory.glob("*.safetensors"))
+    ):
+        raise WeightsError(tensors.missing(directory, KINDS[kind].stem))  # another layout, or a LoRA
     values = config_json.read_json(file)
     _check_kind(kind, values, file)
     return KINDS[kind].config(values, where=str(file))
@@ -216,10 +222,10 @@ def optional_parts(row: Kind, names: Iterable[str]) -> dict[str, bool]:
     return {field: True for field, pattern in row.optional.items() if fnmatch.filter(names, pattern)}
 
 
-def check_ties(row: Kind, tensors: Mapping[str, np.ndarray]) -> None:
+def check_ties(row: Kind, weights: Mapping[str, np.ndarray]) -> None:
     """Raises WeightsError if a tensor of `row.ties` differs from its original."""
     for copy, original in row.ties.items():
-        if copy in tensors and original in tensors and not np.array_equal(tensors[copy], tensors[original]):
+        if copy in weights and original in weights and not np.array_equal(weights[copy], weights[original]):
             raise WeightsError(f"{copy} differs from {original}, which it should repeat")
 
 
@@ -228,8 +234,7 @@ def fetch_referee(path_or_id: str | Path, *, revision: str | None = None) -> Pat
 
     Raises WeightsError if it cannot be downloaded, with one command for all files.
     """
-    patterns = [*_patterns(TRANSFORMERS, ""), *tokenizers.PATTERNS, _IMAGE_PROCESSOR, _PROCESSOR]
-    return hub.resolve(path_or_id, revision, patterns)
+    return _fetch(path_or_id, revision, {"": TRANSFORMERS}, [*tokenizers.PATTERNS, _IMAGE_PROCESSOR, _PROCESSOR])
 
 
 def read_preprocessing(directory: Path) -> dict:
@@ -300,12 +305,9 @@ def load_stable_diffusion(
 
     Raises WeightsError as `load` does, and if the parts do not fit together.
     """
-    patterns = [
-        "scheduler/scheduler_config.json",
-        "tokenizer/*",
-        *(pattern for kind, folder in FOLDERS.items() for pattern in _patterns(KINDS[kind].stem, folder)),
-    ]
-    directory = hub.resolve(path_or_id, revision, patterns)
+    parts = {folder: KINDS[kind].stem for kind, folder in FOLDERS.items()}
+    directory = _fetch(path_or_id, revision, parts, ["scheduler/scheduler_config.json", "tokenizer/*"])
+    _check_layout(directory)
     schedule, tokenizer = read_schedule(directory), load_prior_tokenizer(directory)
     networks = {kind: load(kind, directory, subfolder=folder, dtype=dtype) for kind, folder in FOLDERS.items()}
     parts = StableDiffusion(
@@ -347,6 +349,8 @@ def check(directory: Path, kind: str = "") -> None:
         directory: a local one.
         kind: the network of a referee; "" for a checkpoint of Stable Diffusion.
     """
+    if not kind:
+        _check_layout(directory)
     for part, folder in ({kind: ""} if kind else FOLDERS).items():
         read_config(part, directory / folder)
         Tensors(directory / folder, KINDS[part].stem)
@@ -358,9 +362,47 @@ def check(directory: Path, kind: str = "") -> None:
         load_prior_tokenizer(directory)
 
 
-def _patterns(stem: str, subfolder: str) -> list[str]:
-    names = ("config.json", f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors")
-    return [str(Path(subfolder, name)) for name in names]
+def _check_layout(directory: Path) -> None:
+    """Raises WeightsError for a directory without any part of Stable Diffusion."""
+    if not any((directory / folder).is_dir() for folder in FOLDERS.values()):
+        names = [file.name for file in directory.glob("*")]
+        parts = ", ".join(FOLDERS.values())
+        raise WeightsError(f"{directory} has none of the directories {parts}{tensors.instead(directory, names)}")
+
+
+def _fetch(path_or_id: str | Path, revision: str | None, parts: Mapping[str, str], others: Sequence[str] = ()) -> Path:
+    """The directory of a checkpoint with the files of these networks, and others.
+
+    Variants are downloaded where the hub has no other weights. Raises WeightsError, which says what
+    the hub has instead, where it has neither.
+
+    Args:
+        path_or_id: the directory or hub id.
+        revision: for hub ids.
+        parts: subfolder of each network -> name of its files of weights, without ending.
+        others: patterns of further files.
+    """
+
+    def resolve(*variants: str) -> Path:
+        names = lambda stem: [
+            "config.json",
+            *(x for variant in ("", *variants) for x in tensors.patterns(stem, variant)),
+        ]
+        patterns = [str(Path(folder, name)) for folder, stem in parts.items() for name in names(stem)]
+        return hub.resolve(path_or_id, revision, [*patterns, *others])
+
+    def lacking() -> list[tuple[str, str]]:
+        return [part for part in parts.items() if tensors.source(directory / part[0], part[1]) is None]
+
+    directory = resolve()
+    if not lacking() or (files := hub.listing(directory)) is None:
+        return directory
+    directory = resolve(*tensors.VARIANTS)
+    for folder, stem in lacking():
+        names = [Path(file).name for file in files if Path(file).parent in (Path(), Path(folder))]
+        reason = tensors.instead(directory / folder, names, stem)
+        raise WeightsError(f"{path_or_id}: {Path(folder, stem)}.safetensors is missing{reason}")
+    return directory
 
 
 def save_directory(
@@ -381,11 +423,11 @@ def save_directory(
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = convert.export(weights) if isinstance(weights, nnx.Module) else dict(weights)
+    values = convert.export(weights) if isinstance(weights, nnx.Module) else dict(weights)
     if dtype is not None:
-        tensors = {n: t.astype(dtype) if jnp.issubdtype(t.dtype, jnp.floating) else t for n, t in tensors.items()}
+        values = {n: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for n, x in values.items()}
     file = path / f"{DIFFUSERS if '_class_name' in config else TRANSFORMERS}.safetensors"
     (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+    safetensors.numpy.save_file(values, temporary, metadata={"format": "pt"})
     temporary.replace(file)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -13,6 +13,15 @@ from referee_jax.weights import config_json
 from referee_jax.weights.convert import WeightsError
 
 _PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5")
+VARIANTS = ("fp16", "bf16")  # of files: the same weights in fewer bits
+_SHOWN = 5  # files, in a message
+_MERGE = (
+    "merge it into its checkpoint (fuse_lora of diffusers, merge_and_unload of peft) and save that with save_pretrained"
+)
+_CONVERT = (
+    "a checkpoint is a directory as save_pretrained of transformers or diffusers writes it: make one once, of Stable Diffusion "
+    "in one file with StableDiffusionPipeline.from_single_file"
+)
 _SAVED_AGAIN = "save the checkpoint in float32, float16 or bfloat16"
 # Floats of a byte, which safetensors' reader for numpy does not have.
 NARROW = {
@@ -29,15 +38,17 @@ class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a directory's safetensors file or shards, read on access.
 
     The file is opened again for each tensor: as long as it is open, all pages that were read stay
-    in memory. `source` is the file, or the index of the shards. Raises WeightsError naming a file
-    that is missing, damaged or does not agree with the index.
+    in memory. `source` is the file, or the index of the shards; where there are no others, of a
+    variant. Raises WeightsError naming a file that is missing, damaged or does not agree with the
+    index.
     """
 
     def __init__(self, directory: Path, stem: str):
         self._files: dict[str, Path] = {}
-        shards = _shards(directory, stem)
-        single = directory / f"{stem}.safetensors"
-        self.source = single if single in shards else directory / f"{stem}.safetensors.index.json"
+        self.source = source(directory, stem)
+        if self.source is None:
+            raise WeightsError(missing(directory, stem))
+        shards = _shards(self.source) if self.source.suffix == ".json" else {self.source: None}
         for file, indexed in shards.items():
             names = set(_names(file))
             if indexed is not None and names != indexed:
@@ -62,22 +73,8 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self._files)
 
 
-def _shards(directory: Path, stem: str) -> dict[Path, set[str] | None]:
-    """The files of weights in `directory` -> names of their tensors in the index.
-
-    None without an index.
-    """
-    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
-    if single.exists():
-        return {single: None}
-    if not index.exists():
-        pickled = sorted(f.name for f in directory.glob("*") if f.suffix in _PICKLED)
-        others = f" (there is {', '.join(pickled)})" if pickled else ""
-        raise WeightsError(
-            f"{single} is missing{others}; only safetensors are read, as pickled files can run code: convert a "
-            "checkpoint that has no others once, with from_pretrained and save_pretrained of transformers or diffusers, or "
-            "the authors' own file with referee_jax.weights.lavis"
-        )
+def _shards(index: Path) -> dict[Path, set[str]]:
+    """The files of weights that an index names -> names of their tensors in it."""
     shards: dict[Path, set[str]] = {}
     weight_map = config_json.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -86,8 +83,71 @@ def _shards(directory: Path, stem: str) -> dict[Path, set[str] | None]:
         # An index is untrusted: it may only name files beside it.
         if not isinstance(file, str) or not file or Path(file).name != file:
             raise WeightsError(f"{index} puts {name} into {file!r}, which is not the name of a file beside it")
-        shards.setdefault(directory / file, set()).add(name)
+        shards.setdefault(index.parent / file, set()).add(name)
     return shards
+
+
+def source(directory: Path, stem: str) -> Path | None:
+    """The file of weights in `directory`, or the index of its shards; None if there are none.
+
+    Those of a variant count where there are no others.
+    """
+    infixes = ("", *(f".{variant}" for variant in VARIANTS))
+    names = [name for x in infixes for name in (f"{stem}{x}.safetensors", f"{stem}.safetensors.index{x}.json")]
+    return next((directory / name for name in names if (directory / name).exists()), None)
+
+
+def patterns(stem: str, variant: str = "") -> list[str]:
+    """Glob patterns of the files that `source` and its shards may be."""
+    x = variant and f".{variant}"
+    names = [f"{stem}{x}.safetensors", f"{stem}.safetensors.index{x}.json", f"{stem}{x}-*-of-*.safetensors"]
+    return [*names, f"{stem}-*-of-*{x}.safetensors"] if x else names
+
+
+def missing(directory: Path, stem: str, names: Iterable[str] | None = None) -> str:
+    """Says that there are no weights in `directory`, and what there is instead.
+
+    `names` are those of its files, by default those on this machine.
+    """
+    names = [file.name for file in directory.glob("*")] if names is None else names
+    return f"{directory / stem}.safetensors is missing{instead(directory, names, stem)}"
+
+
+def instead(directory: Path, names: Iterable[str], stem: str = "") -> str:
+    """The rest of a sentence that says that weights are missing: what there is, and the way on."""
+    names = sorted(name for name in names if Path(name).suffix in (".safetensors", *_PICKLED))
+    whole = [name for name in names if name.endswith(".safetensors")]
+    loras = [name for name in whole if is_lora(directory / name)]
+    if loras:
+        remedy = f"{loras[0]} is a LoRA: {_MERGE}"
+    elif variants := [name for name in whole if stem and name.startswith(f"{stem}.")]:
+        remedy = f"if {variants[0]} has the weights that are meant, rename it to {stem}.safetensors"
+    elif whole:
+        remedy = _CONVERT
+    elif names:
+        remedy = (
+            "only safetensors are read, as pickled files can run code: convert a checkpoint that has no others once, with "
+            "from_pretrained and save_pretrained of transformers or diffusers, or the authors' own file with "
+            "referee_jax.weights.lavis"
+        )
+    else:
+        return "; only safetensors are read, and there are none"
+    return f" (there is {', '.join(names[:_SHOWN])}{' and more' if len(names) > _SHOWN else ''}); {remedy}"
+
+
+def of_one_file(file: Path) -> str:
+    """The way on for the path of a file where a directory is needed."""
+    if (file.parent / "config.json").exists():
+        return f"say {file.parent}"
+    return _MERGE if is_lora(file) else _CONVERT
+
+
+def is_lora(file: Path) -> bool:
+    """Whether a file has the weights of a LoRA; by its name, where it is not on this machine."""
+    try:
+        return any("lora_" in name for name in _names(file))
+    except WeightsError:
+        return "lora" in file.name.lower() or file.name == "adapter_model.safetensors"
 
 
 def _names(file: Path) -> list[str]:

@@ -275,6 +275,44 @@ def test_an_unknown_commit(client):
             resolve(COMMIT)
 
 
+@pytest.mark.parametrize(
+    ("there", "fetched"),
+    [
+        (["model.fp16.safetensors", "model.bf16.safetensors"], ["model.fp16.safetensors", "model.bf16.safetensors"]),
+        (["model.safetensors", "model.fp16.safetensors"], ["model.safetensors"]),
+        (
+            ["model.safetensors.index.fp16.json", "model.fp16-00001-of-00001.safetensors", "pytorch_model.fp16.bin"],
+            ["model.safetensors.index.fp16.json", "model.fp16-00001-of-00001.safetensors"],
+        ),
+    ],
+)
+def test_a_variant_is_fetched_where_there_is_nothing_else(there, fetched, client, monkeypatch):
+    monkeypatch.setitem(globals(), "FILES", {name: b"{}" for name in ("config.json", *there)})
+    with serve() as server:
+        client(server)
+        directory = load.fetch_referee("some/model")
+    assert {file.name for file in directory.iterdir()} == {"config.json", *fetched}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pytorch_model.bin", "only safetensors are read, as pickled files can run code"),
+        ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.safetensors is a LoRA: merge it"),
+        ("v1-5-pruned.safetensors", "a checkpoint is a directory"),
+    ],
+)
+def test_a_repository_of_another_layout(name, message, client, monkeypatch):
+    """What is there is named, though it is not fetched."""
+    monkeypatch.setitem(globals(), "FILES", {"README.md": b"", name: b"weights"})
+    with serve() as server:
+        client(server)
+        for fetch in (load.fetch_referee, load.load_stable_diffusion):
+            with pytest.raises(load.WeightsError, match=rf"some/model: .*is missing \(there is {name}\); {message}"):
+                fetch("some/model")
+    assert not [request for request in server.models if name in request]
+
+
 @pytest.mark.parametrize(("revision", "requests"), [(None, 1), (COMMIT, 0)])
 def test_the_cache_serves_while_the_hub_is_away(revision, requests, client):
     with serve() as server:

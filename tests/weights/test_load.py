@@ -251,7 +251,7 @@ def test_path_that_is_not_there(name, tmp_path, monkeypatch):
 
 
 def test_file_for_a_directory(directory):
-    with pytest.raises(load.WeightsError, match=r"model\.safetensors is not a directory$"):
+    with pytest.raises(load.WeightsError, match=r"model\.safetensors is not a directory: say .*/clip$"):
         load.load("clip", directory / "model.safetensors")
 
 

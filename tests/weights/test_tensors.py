@@ -1,13 +1,18 @@
 """Files of weights: types of numbers, and files under other names."""
 
 import json
+import re
+import shutil
 
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from referee_jax.weights import load, tensors
 from tests.lazy import torch
+from tests.oracles import networks
+from tests.weights.checkpoints import edit_json, fails, same
 
 
 def write(file, kind, data, shape):
@@ -57,3 +62,96 @@ def test_a_network_in_floats_of_a_byte(directory, published):
     network, exact = load.load("clip", directory), load.load("clip", published[1])
     a, b = network.visual_projection.kernel, exact.visual_projection.kernel
     np.testing.assert_array_equal(a[...], np.asarray(b[...]).astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
+
+
+# Files under other names.
+
+
+def half(network):
+    """Its weights as float16 and back, which a variant holds."""
+    with torch.no_grad():
+        for x in network.parameters():
+            x.copy_(x.half())
+    return network
+
+
+@pytest.mark.parametrize("variant", tensors.VARIANTS)
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
+@pytest.mark.parametrize(
+    ("kind", "network"), [("clip", networks.clip), ("unet", networks.unet), ("vae_decoder", networks.vae)]
+)
+def test_a_variant_alone(kind, network, shards, variant, tmp_path):
+    """As transformers and diffusers save it; the whole weights are preferred where they are there."""
+    half(network()).save_pretrained(tmp_path / "whole")
+    half(network()).half().save_pretrained(tmp_path / "variant", variant=variant, **shards)
+    assert not list((tmp_path / "variant").glob("*model.safetensors"))
+    same(load.load(kind, tmp_path / "variant"), load.load(kind, tmp_path / "whole"))
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        shutil.copy(file, tmp_path / "variant")
+        assert load.Tensors(tmp_path / "variant", load.KINDS[kind].stem).source.name == file.name
+
+
+def test_shards_of_a_variant_by_the_older_names(tmp_path):
+    """The number before the variant: what is read is what the index names."""
+    half(networks.unet()).save_pretrained(tmp_path / "whole")
+    networks.unet().half().save_pretrained(tmp_path / "old", variant="fp16", max_shard_size="20KB")
+    index = next((tmp_path / "old").glob("*.index.fp16.json"))
+    rename = lambda name: re.sub(r"\.fp16(-\d+-of-\d+)", r"\1.fp16", name)
+    for file in (tmp_path / "old").glob("*.safetensors"):
+        file.rename(file.with_name(rename(file.name)))
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit_json(index, weight_map={name: rename(file) for name, file in weight_map.items()})
+    same(load.load("unet", tmp_path / "old"), load.load("unet", tmp_path / "whole"))
+
+
+LORA = {"unet.down_blocks.0.attentions.0.to_q.lora_A.weight": np.zeros((2, 2), np.float32)}
+WHOLE = {"model.diffusion_model.out.2.bias": np.zeros(4, np.float32)}
+# What is there instead -> files and their tensors; the rest of the message.
+OTHERS = {
+    "LoRA": ({"pytorch_lora_weights.safetensors": LORA}, "is a LoRA: merge it into its checkpoint .*fuse_lora"),
+    "LoRA by another name": ({"style.safetensors": LORA}, "style.safetensors is a LoRA: merge it"),
+    "one file": ({"v1-5-pruned.safetensors": WHOLE}, "a checkpoint is a directory .*from_single_file"),
+    "another variant": (
+        {"model.ema.safetensors": WHOLE},
+        "if model.ema.safetensors has the weights that are meant, rename",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("config", [True, False])
+def test_other_files_instead_of_a_referees(case, config, directory):
+    files, message = OTHERS[case]
+    (directory / "model.safetensors").unlink()
+    if not config:
+        (directory / "config.json").unlink()
+    for name, values in files.items():
+        safetensors.numpy.save_file(values, directory / name)
+        fails(directory, rf"model\.safetensors is missing \(there is {name}\); .*{message}[^\n]*$")
+        with pytest.raises(load.WeightsError) as caught:
+            load.load_tokenizer(directory, kind="clip") if not config else load.check(directory, "clip")
+        assert message.partition(".*")[0] in str(caught.value) and "pickle" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", ["LoRA", "LoRA by another name", "one file"])
+def test_other_files_instead_of_a_generators(case, tmp_path):
+    files, message = OTHERS[case]
+    for name, values in files.items():
+        safetensors.numpy.save_file(values, tmp_path / name)
+        for look in (load.load_stable_diffusion, load.check):
+            with pytest.raises(
+                load.WeightsError, match=rf"has none of the directories text_encoder, unet, vae .*{message}"
+            ):
+                look(tmp_path)
+        with pytest.raises(load.WeightsError, match=rf"{name} is not a directory: .*{message.partition('LoRA: ')[2]}"):
+            load.load_stable_diffusion(tmp_path / name)
+
+
+def test_pickles_are_named_where_they_are(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    fails(
+        directory,
+        r"model\.safetensors is missing \(there is pytorch_model\.bin\); only safetensors are read, as pickled",
+    )
+    (directory / "pytorch_model.bin").unlink()
+    fails(directory, r"model\.safetensors is missing; only safetensors are read, and there are none$")
