@@ -26,6 +26,7 @@ import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -87,9 +88,8 @@ def read(file: str | Path) -> dict[str, np.ndarray]:
     try:
         values = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
     except Exception as error:  # torch and pickle raise errors of any type
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise WeightsError(
-            f"{file} is damaged, or holds more than tensors; nothing in it was run ({reason})"
+            f"{file} is damaged, or holds more than tensors; nothing in it was run ({_reason(error)})"
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(values, Mapping) and isinstance(values.get(key), Mapping):
@@ -97,10 +97,34 @@ def read(file: str | Path) -> dict[str, np.ndarray]:
             break
     if not isinstance(values, Mapping) or not values:
         raise WeightsError(f"{file} does not hold tensors by their names")
-    if strange := [str(name) for name, x in values.items() if not isinstance(x, torch.Tensor)]:
+    if strange := [
+        str(name) for name, x in values.items() if not isinstance(x, torch.Tensor) or not isinstance(name, str)
+    ]:
         raise WeightsError(f"{file} should hold tensors by their names, but these are none: {_listed(strange)}")
-    exact = {torch.bfloat16: torch.float32}  # numpy has no bfloat16
-    return {name: x.detach().to(exact.get(x.dtype, x.dtype)).contiguous().numpy() for name, x in values.items()}
+    arrays, exact = {}, (torch.float16, torch.float32, torch.float64)
+    for name, x in _unwrapped(values).items():
+        try:  # numpy has neither bfloat16 nor floats of a byte
+            x = x.float() if x.is_floating_point() and x.dtype not in exact else x
+            arrays[name] = x.detach().contiguous().numpy()
+        except (TypeError, RuntimeError) as error:
+            raise WeightsError(f"{file}: {name} is of the type {x.dtype}, {x.layout}, which is not read") from error
+    return arrays
+
+
+def _reason(error: Exception) -> str:
+    """Why torch does not read a file, without its advice to read it in spite of that."""
+    if match := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it asks for {match[1]}: get its tensors alone, a state_dict, from the authors"
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return re.split(r"\.\s|\n", text)[0] if text and "weights_only" not in text else "it is not what torch.save writes"
+
+
+def _unwrapped(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tensors by their names in the network that torch's DataParallel or compile wrapped."""
+    for prefix in ("module.", "_orig_mod.") * 2:  # in either order
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
+    return tensors
 
 
 def rename(kind: str, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:

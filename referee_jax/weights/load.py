@@ -272,12 +272,15 @@ def load_image_processor(path_or_id: str | Path, *, revision: str | None = None)
     import transformers  # slow to import
 
     directory = hub.resolve(path_or_id, revision, [_IMAGE_PROCESSOR, _PROCESSOR])
-    read_preprocessing(directory)  # for its error messages
+    settings = read_preprocessing(directory)
     options = dict(local_files_only=True, trust_remote_code=False, backend="pil")
     try:
         return transformers.AutoImageProcessor.from_pretrained(directory, **options)
     except Exception as error:  # transformers raises errors of any type
-        raise WeightsError(f"{directory}: no image processor can be read here ({console.first_line(error)})") from error
+        reason = console.first_line(error)
+        if reason.startswith("Unrecognized"):  # and then a list of all types
+            reason = f"transformers knows no image_processor_type={settings.get('image_processor_type')!r}"
+        raise WeightsError(f"{directory}: no image processor can be read here ({reason})") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

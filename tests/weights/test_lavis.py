@@ -1,5 +1,7 @@
 """The authors' files: written from tiny oracles with the names spelled out here, converted, loaded, and compared."""
 
+import argparse
+import functools
 import hashlib
 import io
 import json
@@ -465,6 +467,64 @@ def test_pickles_that_run_code_are_not_run(itm, tokenizers, tmp_path):
         assert not (tmp_path / "harm").exists()
     torch.load(tmp_path / "bad.pth", weights_only=False)
     assert (tmp_path / "harm").exists()  # it would have
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (argparse.Namespace(lr=1), "argparse.Namespace"),
+        (np.float64(3), "numpy._core.multiarray.scalar"),
+        (pathlib.PurePosixPath("/a"), "pathlib.PurePosixPath"),
+        (None, "torch.nn.modules.linear.Identity"),
+        (functools.partial(print), "functools.partial"),
+        (print, "print"),
+    ],
+)
+def test_what_a_file_holds_besides_is_named(value, name, new, tmp_path):
+    """In our sentence: torch's would have it loaded in spite of that."""
+    file = tmp_path / "bad.pth"
+    value = value or nn.Identity()
+    torch.save({"model": {"a": torch.ones(1)}, "x": value}, file, _use_new_zipfile_serialization=new)
+    with pytest.raises(load.WeightsError) as caught:
+        lavis.read(file)
+    assert str(caught.value) == (
+        f"{file} is damaged, or holds more than tensors; nothing in it was run "
+        f"(it asks for {name}: get its tensors alone, a state_dict, from the authors)"
+    )
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage" * 100, b"PK\x03\x04" + bytes(500), b"\x80\x02}q\x00."])
+def test_torchs_advice_is_not_repeated(data, tmp_path):
+    (tmp_path / "bad.pth").write_bytes(data)
+    with pytest.raises(load.WeightsError, match=r"bad\.pth (is damaged|does not hold)") as caught:
+        lavis.read(tmp_path / "bad.pth")
+    assert not any(word in str(caught.value) for word in ("weights_only", "Weights only", "trust", "\n", "\x1b"))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrapped_networks(prefix, itm, tokenizers, tmp_path):
+    file = write(tmp_path / "wrapped.pth", {prefix + name: x for name, x in itm.items()})
+    assert lavis.main([file], tmp_path / "out", tokenizer=str(tokenizers / "blip")) == "blip_itm"
+    one = {"module.a": torch.ones(1), "b": torch.ones(1)}
+    assert list(lavis.read(write(tmp_path / "one.pth", one))) == list(one)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float8_e4m3fn", "float8_e5m2fnuz", "bfloat16", "float16", "float64", "int8", "bool"]
+)
+def test_types_of_numbers(dtype, tmp_path):
+    x = torch.arange(4).to(getattr(torch, dtype))
+    array = lavis.read(write(tmp_path / "x.pth", {"a": x}))["a"]
+    np.testing.assert_array_equal(array, x.to(torch.float64).numpy())
+    assert array.dtype == (dtype if dtype in ("float16", "float64", "int8", "bool") else np.float32)
+
+
+def test_types_that_numpy_does_not_have(tmp_path):
+    with pytest.raises(
+        load.WeightsError, match=r"x\.pth: a is of the type torch\.float32, torch\.sparse_coo, which is"
+    ):
+        lavis.read(write(tmp_path / "x.pth", {"a": torch.eye(2).to_sparse()}))
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.999])

@@ -226,6 +226,18 @@ def test_without_preprocessing(tmp_path, text, message):
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("settings", [{"image_processor_type": "Nope"}, {"feature_extractor_type": "Nope"}, {}])
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_unknown_image_processor(settings, name, tmp_path):
+    """One sentence with its type, not transformers' list of all."""
+    values = {"image_processor": settings} if name == "processor_config.json" else settings
+    (tmp_path / name).write_text(json.dumps(values))
+    kind = settings.get("image_processor_type")
+    message = rf"no image processor can be read here \(transformers knows no image_processor_type={kind!r}\)$"
+    with pytest.raises(load.WeightsError, match=message):
+        load.load_image_processor(tmp_path)
+
+
 def test_hub_id_that_is_not_there_offline():
     """The message is one line with the exact command for another machine."""
     with pytest.raises(load.WeightsError) as caught:
