@@ -14,6 +14,9 @@ from referee_jax.weights.convert import WeightsError
 CONFIG = "tokenizer_config.json"
 # The files of words of each class of tokenizers: all of a row. The first is read where it is there.
 WORDS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",))
+# How many words tokenizer and network may be apart. BLIP's tokenizer lacks [DEC] and [ENC], BLIP-2's
+# has <image> besides; tables of embeddings are rounded up, to a multiple of 128 at most.
+NAMED, ROUNDED = 2, 127
 PATTERNS = ("*token*.json", "vocab.*", "merges.txt", "spiece.model")
 # Network -> its tokenizer in transformers. Another's class is told by config.json, or CONFIG alone.
 _TYPES = {clip.TextConfig: "clip", bert.Config: "bert", blip2.QFormerConfig: "bert"}
@@ -50,9 +53,10 @@ def read(directory: Path, network: Any = None) -> Any:
         raise WeightsError(f"{directory}: no tokenizer can be read here ({reason})") from error
     if network is None:
         return tokenizer
-    if _differ(len(tokenizer), network.vocab_size):
+    reason = absent(directory)
+    if abs(len(tokenizer) - network.vocab_size) > (NAMED if reason else ROUNDED):
         sizes = f"the tokenizer has {len(tokenizer)} words, the network {network.vocab_size}"
-        raise WeightsError(f"{directory}: {sizes}: {absent(directory) or 'it is another one'}{_REMEDY}")
+        raise WeightsError(f"{directory}: {sizes}: {reason or 'it is another one'}{_REMEDY}")
     tokenizer.model_max_length = min(tokenizer.model_max_length, network.max_position_embeddings)
     return tokenizer
 
@@ -75,15 +79,6 @@ def _state(file: Path) -> str:
     return "" if file.stat().st_size else f"{file.name} is empty"
 
 
-def _differ(tokens: int, words: int) -> bool:
-    """Whether so many tokens are not those of a network of so many words.
-
-    BLIP's tokenizer lacks [DEC] and [ENC], BLIP-2's has <image> besides, and the size of a table of
-    embeddings may be rounded up.
-    """
-    return abs(tokens - words) > max(2, words // 100)
-
-
 def _check_merges(directory: Path, tokenizer: Any) -> None:
     """Raises WeightsError for a merges.txt that does not make the words of vocab.json."""
     whole, _, file = (directory / name for names in WORDS[:2] for name in names)
@@ -93,6 +88,6 @@ def _check_merges(directory: Path, tokenizer: Any) -> None:
     single = tokenizer.get_added_vocab()
     words = [word for word in tokenizer.get_vocab() if word not in single and len(word.removesuffix("</w>")) > 1]
     count = sum(word in merged for word in words)
-    if _differ(count, len(words)):
+    if count < len(words) - max(NAMED, len(words) // 100):
         reason = absent(directory) or f"it makes {count} of the {len(words)} words that are made by merging"
         raise WeightsError(f"{file}: the tokenizer would spell words ({reason}){_REMEDY}")

@@ -1,5 +1,6 @@
 """Tokenizers with missing parts, beside the networks that read their tokens."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import shutil
 import pytest
 
 from referee_jax import config, prompts, referees
+from referee_jax.models import clip as models_clip
 from referee_jax.weights import load, tokenizers
 from tests.lazy import transformers
 from tests.oracles import networks
@@ -158,23 +160,28 @@ def test_another_networks_words(checkpoint):
     name, directory, folder, files = checkpoint
     for file in (*files, SETTINGS):
         (folder / file).unlink(missing_ok=True)
-    transformers.BertTokenizer(vocab={str(n): n for n in range(200)} | {"[UNK]": 200}).save_pretrained(folder)
-    assert re.search(r"the tokenizer has 20\d words, the network \d+: it is another", refused(name, directory))
+    transformers.BertTokenizer(vocab={str(n): n for n in range(400)} | {"[UNK]": 400}).save_pretrained(folder)
+    assert re.search(r"the tokenizer has 40\d words, the network \d+: it is another", refused(name, directory))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "words", "differ"),
+    ("tokens", "words", "fits"),
     [
-        (49408, 49408, False),
-        (30522, 30524, False),  # BLIP
-        (30524, 30523, False),  # BLIP-2, with <image>
-        (30522, 30592, False),  # rounded up
-        (2, 49408, True),
-        (49408, 30522, True),
+        (49408, 49408, True),
+        (30522, 30524, True),  # BLIP
+        (30524, 30523, True),  # BLIP-2, with <image>
+        (30522, 30592, True),  # rounded up
+        (49408, 30522, False),
+        (30522, 49408, False),
     ],
 )
-def test_sizes_of_published_checkpoints(tokens, words, differ):
-    assert tokenizers._differ(tokens, words) == differ
+def test_sizes_of_published_checkpoints(tokens, words, fits, whole, monkeypatch):
+    monkeypatch.setattr(transformers.CLIPTokenizer, "__len__", lambda self: tokens)
+    network = models_clip.TextConfig(vocab_size=words)
+    with (
+        contextlib.nullcontext() if fits else pytest.raises(load.WeightsError, match=f"{tokens} words.* {words}: it is")
+    ):
+        tokenizers.read(whole["clip"], network)
 
 
 def test_a_whole_file_wins(whole, tmp_path):
