@@ -243,6 +243,7 @@ def test_xla_needs_as_much_memory(checkpoints, tiny):
 def test_what_is_left_to_the_memory(monkeypatch):
     """What works least is taken where it fits, and is no more than what a batch and all weights need; so are batches."""
     settings = config.override(config.load("configs/shapes_blip.py"), {"batch_size": 4, "views.augmentations": ("Af",)})
+    settings = dataclasses.replace(settings, referees=settings.referees[:1])
     sized = abstract_networks.abstract(settings)
     # Steps and their programs, which take seconds, depend on nothing else that varies here.
     steps, programs, trace = {}, {}, capacity.traced
