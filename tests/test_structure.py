@@ -32,7 +32,7 @@ TABLE = {
         "engine", "config", "method", "models", "referees", "weights", "hardware", "prompts", "console", "items",
     },
     "shapes": {"models.bert", "cli"},
-    "benchmarks": {"engine", "referees", "storage", "shapes", "config", "cli", "console", "items"},
+    "benchmarks": {"engine", "referees", "storage", "shapes", "config", "cli", "console", "items", "weights.hub"},
     "runs": {
         "performance", "engine", "storage", "config", "cli", "console", "hardware", "items", "prompts", "weights",
     },

@@ -211,6 +211,7 @@ def plan(
 
 def agree(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, agreement.Agreement]:
     """How far each score agrees with `right`, where that is known; draws fooled.png."""
+    (out / "fooled.png").unlink(missing_ok=True)  # of an evaluation before
     names = [name for name, x in lines[0].items() if isinstance(x, float) and name not in ("right", "quality")]
     if "right" not in lines[0] or not names:
         return {}

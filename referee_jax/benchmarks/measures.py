@@ -1,7 +1,7 @@
 """Measures of images: a `Measure` is a name, the settings that its numbers depend on, and a function.
 
 `collect` runs one over many images. It can be interrupted: each image's scores are one line of a file,
-and images with a line are not measured again.
+and images with a line are not measured again, unless they, their text, or what measures them has changed.
 """
 
 import dataclasses
@@ -22,8 +22,11 @@ from referee_jax.benchmarks import scorer as scorer_lib
 from referee_jax.shapes import benchmark
 from referee_jax.storage import files, shards
 from referee_jax.storage import images as images_lib
+from referee_jax.weights import hub
 
 Scores = dict[str, Any]
+
+VERSION = 1  # raised with every change of what a measure gives, so that no score from before it is taken for a new one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +35,20 @@ class Measure:
 
     Attributes:
         name: of its file of scores.
-        settings: all that its numbers depend on besides image and prompt.
+        settings: all that its numbers depend on besides image and text.
         build: loads networks; returns the batch size and the function of images and their prompts.
+        text: what is read of a prompt, as a JSON value.
     """
 
     name: str
     settings: dict[str, Any]
     build: Callable[[], tuple[int, Callable[[Sequence[PIL.Image.Image], Sequence[str]], list[Scores]]]]
+    text: Callable[[str], Any] = str
 
     @property
     def file_name(self) -> str:
-        """The file of its scores, with a hash of its settings."""
-        settings = json.dumps(self.settings, sort_keys=True)
+        """The file of its scores, with a hash of its settings and of VERSION."""
+        settings = json.dumps([VERSION, self.settings], sort_keys=True)
         return f"{self.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.jsonl"
 
 
@@ -64,7 +69,7 @@ def by_referees(checkpoints: Sequence[str], *, batch_size: int = 16) -> list[Mea
     for kind, checkpoint in zip(kinds, checkpoints, strict=True):
         label = kind if kinds.count(kind) == 1 else checkpoint
         build = functools.partial(_prompted, checkpoint, kind, str, batch_size, functools.partial(_labelled, label))
-        result.append(Measure(kind, {"checkpoint": checkpoint, "label": label}, build))
+        result.append(Measure(kind, _of(checkpoint, label=label), build))
     return result
 
 
@@ -75,7 +80,7 @@ def _labelled(label: str, scores: Scores) -> Scores:
 def clip_score(checkpoint: str, *, batch_size: int = 16) -> Measure:
     """T2I-CompBench's CLIPScore: the cosine of the whole prompt."""
     build = functools.partial(_prompted, checkpoint, "clip", str, batch_size, lambda x: {"clip": x["cosine"]})
-    return Measure("clip", {"checkpoint": checkpoint, "words": "all"}, build)
+    return Measure("clip", _of(checkpoint, words="all"), build)
 
 
 def clip_without_adjectives(checkpoint: str, prompts: Iterable[str], *, batch_size: int = 16) -> Measure:
@@ -87,7 +92,7 @@ def clip_without_adjectives(checkpoint: str, prompts: Iterable[str], *, batch_si
     label, words = noun_phrases.find(prompts, noun_phrases.WORDS)
     read = lambda prompt: " ".join(words[prompt])
     build = functools.partial(_prompted, checkpoint, "clip", read, batch_size, lambda x: {name: x["cosine"]})
-    return Measure(name, {"checkpoint": checkpoint, "words": label}, build)
+    return Measure(name, _of(checkpoint, words=label), build, read)
 
 
 def blip_vqa(checkpoint: str, prompts: Iterable[str], *, rule: str = noun_phrases.NEW, batch_size: int = 4) -> Measure:
@@ -112,7 +117,12 @@ def blip_vqa(checkpoint: str, prompts: Iterable[str], *, rule: str = noun_phrase
 
         return scorer.batch_size, score
 
-    return Measure("blip_vqa", {"checkpoint": checkpoint, "noun_phrases": rule, "chunker": label}, build)
+    return Measure("blip_vqa", _of(checkpoint, noun_phrases=rule, chunker=label), build, questions.__getitem__)
+
+
+def _of(checkpoint: str, **settings: str) -> dict[str, Any]:
+    """The settings of a measure by a checkpoint, with the version of its files: a directory's may change."""
+    return {"checkpoint": checkpoint, "weights": hub.version(checkpoint), **settings}
 
 
 def _judge(checkpoint: str, name: str) -> referees.Judge:
@@ -134,13 +144,17 @@ def _prompted(
 def collect(measure: Measure, entries: Sequence[layouts.Entry], out: Path) -> dict[str, Scores]:
     """The scores of each entry, by the path of its file; `out` is the directory of the files of scores.
 
-    An image that has changed since is measured again.
+    An image that has changed since is measured again, and so is one whose text has.
     """
     file = out / measure.file_name
     files.mend(file)
-    known = {(line.get("file"), line.get("modified")): line.get("scores") for line in files.read_lines(file)}
-    stamps = {entry: (str(entry.file), shards.modified(entry.file)) for entry in entries}
-    todo = [entry for entry in entries if stamps[entry] not in known]
+    key = lambda line: (line.get("file"), line.get("modified"), json.dumps(line.get("text")))
+    known = {key(line): line.get("scores") for line in files.read_lines(file)}
+    stamps = {
+        entry: {"file": str(entry.file), "modified": shards.modified(entry.file), "text": measure.text(entry.prompt)}
+        for entry in entries
+    }
+    todo = [entry for entry in entries if key(stamps[entry]) not in known]
     if todo:
         size, score = measure.build()
         with tqdm.tqdm(total=len(todo), desc=measure.name, unit="image", dynamic_ncols=True) as bar:
@@ -148,8 +162,7 @@ def collect(measure: Measure, entries: Sequence[layouts.Entry], out: Path) -> di
                 batch = todo[start : start + size]
                 images = [images_lib.read_image(entry.file) for entry in batch]
                 for entry, scores in zip(batch, score(images, [entry.prompt for entry in batch]), strict=True):
-                    path, modified = stamps[entry]
-                    known[path, modified] = scores
-                    files.append(file, {"file": path, "modified": modified, "prompt": entry.prompt, "scores": scores})
+                    known[key(stamps[entry])] = scores
+                    files.append(file, {**stamps[entry], "prompt": entry.prompt, "scores": scores})
                 bar.update(len(batch))
-    return {str(entry.file): known[stamps[entry]] for entry in entries}
+    return {str(entry.file): known[key(stamps[entry])] for entry in entries}

@@ -7,11 +7,12 @@ used, or the error says which command to run on a machine with a network.
 
 import contextlib
 import email.utils
+import hashlib
 import random
 import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ ASSETS = Path(__file__).parents[1] / "shapes" / "assets"
 EMBEDDED = "shapes/"  # the beginning of names of checkpoints in the package
 TRIES = 4
 CARD = "README.md"
+CONFIGS = ("config.json", "unet/config.json")  # every checkpoint has one of them
+READ = (".json", ".txt", ".safetensors")  # endings of the files that a checkpoint is read from
 FIRST_WAIT = 2.0  # seconds, twice as long each time
 LONGEST_WAIT = 300.0  # the window of the hub's rate limits; to be asked for more is an error
 _TRANSIENT = (408, 429, 500, 502, 503, 504)  # status codes after which a request is repeated
@@ -104,11 +107,41 @@ def commit(name: str, revision: str | None) -> str | None:
 
 def _snapshot(name: str, revision: str | None) -> Path | None:
     """The directory of a repository in the cache, whole or not."""
-    for file in ("config.json", "unet/config.json") if is_id(name) else ():
+    for file in CONFIGS if is_id(name) else ():
         path = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
         if isinstance(path, str):
             return Path(path[: -len(file)])
     return None
+
+
+def version(name: str, revision: str | None = None) -> str:
+    """Stands for the content of a checkpoint: a directory's `digest`, or the commit on the hub.
+
+    Raises WeightsError as `resolve`.
+    """
+    directory = resolve(name, revision, CONFIGS)
+    return digest(directory) if is_directory(name) else directory.name
+
+
+def versions(checkpoints: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The `version` of each checkpoint, by name; `checkpoints` are names and revisions. Raises WeightsError."""
+    return {name: version(name, revision or None) for name, revision in checkpoints}
+
+
+def is_directory(name: str) -> bool:
+    """Whether a checkpoint is in a directory, the package's included, and not on the hub."""
+    return is_embedded(name) or Path(name).expanduser().is_dir()
+
+
+def digest(directory: Path) -> str:
+    """SHA-256, 16 hex digits, of all in a directory that a network, tokenizer or processor is read from."""
+    files = (x for x in directory.rglob("*") if x.suffix in READ and x.is_file())
+    total = hashlib.sha256()
+    for name, path in sorted((path.relative_to(directory).as_posix(), path) for path in files):
+        if not name.startswith("."):  # notes of downloads and of git
+            with path.open("rb") as file:
+                total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()[:16]
 
 
 def license_of(name: str, revision: str | None) -> str | None:

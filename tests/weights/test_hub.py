@@ -495,3 +495,24 @@ def test_a_referee_is_one_command():
         load.fetch_referee("Salesforce/blip-itm-base-coco")
     for name in ("config.json", "model.safetensors", "'*token*.json'", "preprocessor_config.json"):
         assert f" --include {name}" in str(caught.value)
+
+
+def test_a_version_is_what_is_read(client, tmp_path):
+    """Of a directory, its digest: of names and contents, without what nothing is read from; of the hub, the commit."""
+    directory = tmp_path / "clip"
+    for name, content in {"config.json": "{}", "unet/model.safetensors": "weights", ".cache/x.json": "a"}.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(content)
+    before = hub.version(str(directory))
+    assert before == hub.version(str(directory), "main") and len(before) == 16
+    for name in ("README.md", ".cache/x.json", "pytorch_model.bin"):
+        (directory / name).write_text("other")
+    assert hub.version(str(directory)) == before
+    (directory / "unet" / "model.safetensors").rename(directory / "model.safetensors")
+    moved = hub.version(str(directory))
+    (directory / "model.safetensors").write_text("Weights")
+    assert len({before, moved, hub.version(str(directory))}) == 3
+    assert hub.version("shapes/clip") == hub.digest(hub.ASSETS / "clip") != hub.version("shapes/clip_held_out")
+    with serve() as server:
+        client(server)
+        assert hub.version("some/model") == COMMIT
