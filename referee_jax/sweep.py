@@ -31,6 +31,7 @@ from referee_jax.engine import builders, inverter
 from referee_jax.items import Item
 from referee_jax.shapes import benchmark
 from referee_jax.storage import bucket, files, images
+from referee_jax.weights import hub
 
 Row = tuple[str, Item]  # name of the variant, item
 GAINS = {"right": "right, gain", "quality": "quality, gain"}  # score -> name of its gain on the first variant
@@ -95,8 +96,11 @@ def run(variants: Mapping[str, config.Settings], out: Path) -> list[dict[str, An
 
 
 def _keep(variants: Mapping[str, config.Settings], out: Path) -> None:
-    """Writes the variants' settings, or compares them with those in `out`. Raises ConfigError for other ones."""
+    """Writes settings and versions of weights, or compares them with those in `out`. ConfigError for other ones."""
     file, values = out / "variants.json", {name: config.image_settings(s) for name, s in variants.items()}
+    weights = hub.versions(dict.fromkeys(pair for s in variants.values() for pair in config.checkpoints(s)))
+    for name, settings in variants.items():
+        values[name]["weights"] = {checkpoint: weights[checkpoint] for checkpoint, _ in config.checkpoints(settings)}
     if file.exists():
         before = json.loads(file.read_text())
         for name in filter(before.__contains__, values):

@@ -25,6 +25,7 @@ from referee_jax.benchmarks import report, statistics
 from referee_jax.engine import inverter
 from referee_jax.shapes import benchmark, world
 from referee_jax.storage import files, images
+from referee_jax.weights import hub
 
 GUIDANCE = 7.5
 
@@ -155,8 +156,9 @@ def measure(
 
 
 def keep(settings: config.Settings, out: pathlib.Path) -> None:
-    """Writes the settings, or compares them with those in `out`. Raises ConfigError for other ones."""
+    """Writes settings and versions of weights, or compares them with those in `out`. ConfigError for other ones."""
     file, values = out / "settings.json", config.image_settings(settings)
+    values["weights"] = hub.versions(config.checkpoints(settings))
     if not file.exists() and any(out.glob("*.jsonl")):
         raise config.ConfigError(f"{out} has results of unknown settings; choose another --out")
     if file.exists() and (difference := config.diff(json.loads(file.read_text()), values)):

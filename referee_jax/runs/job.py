@@ -109,6 +109,7 @@ def make_images(
         say(f"{count} of {len(share)} images are there already")
     if todo.items:
         run.check_space(missing)
+        check_weights(run, command.resume)
         engine = load_engine(run, load)
         unfit = reject(engine, run, todo.items)
         rejected, todo = [*rejected, *unfit], todo.without({one.text for one in unfit})
@@ -127,6 +128,23 @@ def make_images(
         text = f"the device failed twice at {len(failed)} images, which the same command tries again"
         return console.fail(1, f"{text}: {shorten([item.id for item in failed])}")
     return 0
+
+
+def check_weights(run: run_directory.RunDirectory, resume: str) -> None:
+    """Notes the digests of checkpoints that are directories. RunError for others than the run began with.
+
+    Those of the hub are loaded by the commit that is noted.
+    """
+    digests = hub.versions(pair for pair in config.checkpoints(run.settings) if hub.is_directory(pair[0]))
+    noted = run.noted("weights")
+    if changed := [name for name, digest in digests.items() if noted.get(name, digest) != digest]:
+        if resume != "force":
+            raise run_directory.RunError(
+                f"{run.name} was begun with other files in {', '.join(changed)}; choose another --workdir, go on with these "
+                "by --resume=force, or put those back"
+            )
+        run.log("weights", changed=changed)
+    run.note("weights", digests, anew=True)
 
 
 def load_engine(run: run_directory.RunDirectory, load: Load) -> worker.Engine:

@@ -1,6 +1,6 @@
 """A run directory: images, their journal, the log and the settings. No file is ever half written.
 
-    config.json             settings, versions, device; commits and licenses of checkpoints
+    config.json             settings, versions, device; commits, licenses and digests of checkpoints
     images/<id>.png         one per item, with its prompt, scores and settings (images.py); or .webp
     shards/<name>.tar       instead, if `outputs.format` is webdataset: many images each (shards.py)
     metadata.jsonl          the journal: one line per finished image, with `file_name`
@@ -60,7 +60,7 @@ from referee_jax.storage import writer as writer_lib
 
 PACKAGES = ("referee_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "pillow")
 FOLDERS = ("images", "shards")
-NOTED = ("commits", "licenses")
+NOTED = ("commits", "licenses", "weights")
 # To estimate the space on disk: compressed bytes per raw byte, at most; and bytes of metadata.
 SHARE = {"png": 0.9, "webp": 0.75, "frame": 0.25}
 OVERHEAD = 16384
@@ -209,17 +209,19 @@ class RunDirectory:
         return config.diff(config.image_part(settings), config.image_settings(self.settings)) or "(of another version)"
 
     def noted(self, kind: str) -> dict[str, str]:
-        """The "commits" or "licenses" of the checkpoints, by name, as noted in config.json."""
+        """One of NOTED of the checkpoints, by name, as noted in config.json."""
         return json.loads((self.path / "config.json").read_bytes()).get(kind, {})
 
-    def note(self, kind: str, values: Mapping[str, str]) -> None:
-        """Notes the "commits" or "licenses" of checkpoints; earlier notes stay."""
+    def note(self, kind: str, values: Mapping[str, str], *, anew: bool = False) -> None:
+        """Notes one of NOTED of checkpoints; earlier notes stay, unless `anew`."""
         file = self.path / "config.json"
         self.storage.fetch()
         with files_lib.locked(file):
             record = json.loads(file.read_bytes())
-            if values.keys() - record.get(kind, {}).keys():
-                record[kind] = {**values, **record.get(kind, {})}
+            earlier = record.get(kind, {})
+            noted = {**earlier, **values} if anew else {**values, **earlier}
+            if noted != earlier:
+                record[kind] = noted
                 files_lib.write_atomic(file, json.dumps(record, indent=2).encode() + b"\n")
                 self.storage.publish(file.name)
 

@@ -13,8 +13,9 @@ from referee_jax import items as items_lib
 from referee_jax.benchmarks import methods
 from referee_jax.engine import inverter
 from referee_jax.shapes import benchmark, world
+from referee_jax.weights import hub
 
-SETTINGS = config.from_config({"samples": 2, "prompts": ("a red circle and a blue square",)})
+SETTINGS = config.override(config.load("shapes"), {"samples": 2, "prompts": ("a red circle and a blue square",)})
 
 
 class Engine:
@@ -69,11 +70,18 @@ def test_only_what_is_asked_for_counts(tmp_path):
     assert len(file.read_text().splitlines()) == 6 and measured(engine, tmp_path, limit=1) == first[:2]
 
 
-def test_other_settings_are_refused(tmp_path):
+def test_other_settings_and_weights_are_refused(tmp_path, monkeypatch):
     methods.keep(SETTINGS, tmp_path)
     methods.keep(dataclasses.replace(SETTINGS, samples=9), tmp_path)
     with pytest.raises(config.ConfigError, match="other settings; choose another --out\nsteps: "):
         methods.keep(dataclasses.replace(SETTINGS, steps=7), tmp_path)
+    version = hub.version
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            hub, "version", lambda name, revision: "new" if name == "shapes/clip" else version(name, revision)
+        )
+        with pytest.raises(config.ConfigError, match='another --out\nweights.shapes/clip: "[0-9a-f]{16}" -> "new"'):
+            methods.keep(SETTINGS, tmp_path)
     (tmp_path / "settings.json").rename(tmp_path / "a_row-colour-seen.jsonl")
     with pytest.raises(config.ConfigError, match="unknown settings"):
         methods.keep(SETTINGS, tmp_path)
@@ -104,7 +112,7 @@ def test_what_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "ROWS", {"a row": (lambda settings: settings, Engine().make)})
     monkeypatch.setattr(methods, "Engines", lambda: lambda settings: Engine())
     args = types.SimpleNamespace(
-        config=config.default(), samples=2, out=str(tmp_path), rows=["a row"], category=["shape"], limit=3
+        config=config.read("shapes"), samples=2, out=str(tmp_path), rows=["a row"], category=["shape"], limit=3
     )
     printed = methods.compare(args)
     half = "0.500 (0.50..0.50)"

@@ -182,6 +182,23 @@ def test_a_run_goes_on_with_the_commits_that_it_began_with(tmp_path, monkeypatch
     assert commits == {config.Settings().generator.checkpoint: "a" * 40}
 
 
+def test_a_run_goes_on_with_the_weights_that_it_began_with(tmp_path, capsys):
+    """Those of a directory are no part of the settings; by force it goes on with others, which are then its own."""
+    weights = tmp_path / "clip" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"as they were")
+    asked = [f"--workdir={tmp_path / 'run'}", f"--config.referees[0].checkpoint={weights.parent}"]
+    assert execute("--prompt=one", *asked)[0] == 0
+    weights.write_bytes(b"as they are.")
+    assert execute("--prompt=two", *asked)[0] == 2
+    message = (
+        f"was begun with other files in {weights.parent}; choose another --workdir, go on with these by --resume=force"
+    )
+    assert message in capsys.readouterr().err
+    assert execute("--prompt=two", "--resume=force", *asked)[0] == execute("--prompt=three", *asked)[0] == 0
+    assert len(pixels(tmp_path / "run")) == 3
+
+
 def test_a_run_notes_licenses(tmp_path):
     """Of what others made, in config.json and on the page, where their cards say."""
     card = tmp_path / "clip" / "README.md"

@@ -10,6 +10,7 @@ from referee_jax import config, sweep
 from referee_jax.engine import inverter
 from referee_jax.shapes import world
 from referee_jax.storage import files
+from referee_jax.weights import hub
 from tests import toys
 from tests.conftest import relative_l2
 
@@ -36,6 +37,7 @@ def get_variants():
 def file(tmp_path, monkeypatch):
     """A sweep of toy networks."""
     monkeypatch.setattr(inverter.Inverter, "from_config", toys.engine)
+    monkeypatch.setattr(hub, "version", lambda name, revision: "as it was")
     path = tmp_path / "sweep.py"
     path.write_text(FILE)
     return str(path)
@@ -91,6 +93,9 @@ def test_an_interrupted_sweep_continues(file, tmp_path, monkeypatch):
     assert sweep.sweep(file, out, names=two[:1]) and len(begun) == 3
     with pytest.raises(config.ConfigError, match=r"other results of 'as it is'(.|\n)*steps: 3 -> 4"):
         sweep.sweep(file, out, changes={"steps": 4})
+    monkeypatch.setattr(hub, "version", lambda name, revision: "as it is")
+    with pytest.raises(config.ConfigError, match=r'weights.openai/clip-vit-large-patch14: "as it was" -> "as it is"'):
+        sweep.sweep(file, out)
 
 
 def test_programs_are_shared_where_numbers_alone_differ():
