@@ -41,6 +41,91 @@ def test_a_file_of_all_sorts(tmp_path):
     assert len(str(rejected[4])) < 150
 
 
+TWO = ["a red circle", 'a "blue" square']
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+@pytest.mark.parametrize(
+    ("ending", "content"),
+    [
+        ("jsonl", '{"tag": "colors", "prompt": "a red circle"}\n\n{"prompt": "a \\"blue\\" square", "include": []}\n'),
+        ("jsonl", '{"text": "a red circle"}\r\n{"Text": "a \\"blue\\" square", "prompts": 3}'),
+        ("json", '[\n  "a red circle",\n  "a \\"blue\\" square"\n]\n'),
+        ("json", '[{"prompt": "a red circle", "text": "not this"}, {"prompt": "a \\"blue\\" square"}]'),
+        ("csv", 'id,prompt\n1,a red circle\n2,"a ""blue"" square"\n'),
+        ("csv", 'text;note\r\na red circle;"x\r\ny"\r\n"a ""blue"" square";\r\n'),
+        ("tsv", 'Prompt\tCategory\na red circle\tAbstract\na "blue" square\t\n'),
+        ("tsv", 'id\tprompt\n1\ta red circle\n2\t"a ""blue"" square"\n'),
+    ],
+)
+def test_prompts_of_records(tmp_path, ending, content, is_named):
+    """Of a file with the format's ending, or of one without a name, as standard input."""
+    file = tmp_path / (f"list.{ending}" if is_named else "list")
+    file.write_bytes(b"\xef\xbb\xbf" + content.encode())
+    texts, rejected = prompt_file.sift(prompt_file.read_prompts(file))
+    assert (texts, rejected) == (TWO, [])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["[a red circle]", "[1] a cat"],
+        ['{"prompt": "a"}', "a cat"],
+        ["[" * 20_000],
+        ["portrait, text", "a cat"],
+        ["id,text", "a cat, a dog, a bird"],
+        ["prompt", "a cat"],
+        ["text\tprompt", "a cat"],
+        ['a "red" circle', '"unmatched'],
+    ],
+)
+def test_a_text_that_resembles_records_is_text(tmp_path, lines):
+    file = tmp_path / "list.txt"
+    file.write_text("\n".join(lines))
+    assert [entry.text for entry in prompt_file.read_prompts(file)] == lines
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reasons"),
+    [
+        (
+            "a.jsonl",
+            b'{"caption": "a", "id": 1}\n{"prompt": "a cat"}\n{"prompt"\n[1]\n{"prompt": ["a"]}',
+            {
+                "line 1 of a.jsonl": "no field prompt or text; there are caption, id",
+                "line 3 of a.jsonl": "not JSON (Expecting ':' delimiter: line 1 column 10 (char 9))",
+                "line 4 of a.jsonl": "neither a text nor an object with a field prompt or text",
+                "line 5 of a.jsonl": "prompt is not a text",
+            },
+        ),
+        ("a.json", b'{\n"prompts": ["a"]}', {"line 1 of a.json": "no field prompt or text; there are prompts"}),
+        ("a.csv", b"prompt,id\na cat,1\na, dog,2\n", {"line 3 of a.csv": "3 cells, and the first line has 2"}),
+    ],
+)
+def test_records_without_a_prompt_are_told(tmp_path, name, content, reasons):
+    (tmp_path / name).write_bytes(content)
+    texts, rejected = prompt_file.sift(prompt_file.read_prompts(tmp_path / name))
+    assert texts in ([], ["a cat"]) and {x.where: x.reason for x in rejected} == reasons
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'["a cat",\n"a dog"', "is not JSON: Expecting ',' delimiter: line 2"),
+        ("a.csv", b"a cat\na dog\n", "has no column prompt or text in its first line, 'a cat'"),
+        ("a.csv", b'prompt,id\n"a" cat,1\n', "is no table: ',' expected after '\"'"),
+        ("a.jsonl", b'{"prompt": "caf\xe9"}', r"is not UTF-8 \(at byte 15\)"),
+        ("a.yaml", b"- a cat\n", "is yaml; what can be read is a text file with one prompt per line, and JSON,"),
+        ("a.txt", b"\x1f\x8b\x08\x00", "is gzip; what can be read is"),
+        ("a.xlsx", b"PK\x03\x04", "is a zip archive or a spreadsheet; what"),
+    ],
+)
+def test_what_holds_no_prompts_is_one_sentence(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(prompts.PromptError, match=message):
+        prompt_file.read_prompts(tmp_path / name)
+
+
 def test_empty_file_and_last_line(tmp_path):
     file = tmp_path / "empty.txt"
     file.write_bytes(b"")

@@ -49,7 +49,12 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "config", config.find(DEFAULT), f"config file, or the name of one of the package's; default: {DEFAULT}",
         flag_values=values, sys_argv=list(argv),
     )  # fmt: skip
-    flags.DEFINE_string("prompts", None, "text file of prompts, one per line", flag_values=values)
+    flags.DEFINE_string(
+        "prompts",
+        None,
+        "prompts: one per line, or the field or column prompt (or text) of JSON, JSON lines, CSV or TSV",
+        flag_values=values,
+    )
     flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated", flag_values=values)
     flags.DEFINE_integer("samples", None, "images per prompt; default: config.samples", flag_values=values)
     flags.DEFINE_integer("seed", None, "default: config.seed", flag_values=values)

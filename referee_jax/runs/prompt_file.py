@@ -7,16 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from referee_jax import prompts
+from referee_jax.runs import prompt_records
+from referee_jax.runs.prompt_records import Entry
 
 LONGEST = 2000  # characters; the longest text encoder reads 77 tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A prompt as it was given, and where: "line 3 of prompts.txt". None is a text that could not be read."""
-
-    text: str | None
-    where: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +27,10 @@ class Rejected:
 
 
 def read_prompts(file: str | os.PathLike) -> list[Entry]:
-    """One entry per line of a UTF-8 text file, as it stands; PromptError where the file cannot be read."""
+    """The prompts of a UTF-8 file, as they stand: its lines, or those of its records (prompt_records.py).
+
+    PromptError where the file cannot be read.
+    """
     path = Path(file)
     try:
         data = path.read_bytes()
@@ -41,17 +38,20 @@ def read_prompts(file: str | os.PathLike) -> list[Entry]:
         raise prompts.PromptError(f"the prompt file {path} cannot be read: {error.strerror or error}") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise prompts.PromptError(f"the prompt file {path} is UTF-16; save it as UTF-8")
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if (entries := prompt_records.read(path, data)) is not None:
+        return entries
     # By bytes: str.splitlines would also end a line at U+2028 and the like.
-    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = data.split(b"\n")
     if not lines[-1]:
         lines.pop()
     entries = []
     for number, line in enumerate(lines, 1):
+        where = f"line {number} of {path.name}"
         try:
-            text = line.decode("utf-8")
+            entries.append(Entry(line.decode("utf-8"), where))
         except UnicodeDecodeError:
-            text = None
-        entries.append(Entry(text, f"line {number} of {path.name}"))
+            entries.append(Entry(None, where, "not UTF-8"))
     return entries
 
 
@@ -79,7 +79,7 @@ def sift(entries: Iterable[Entry]) -> tuple[list[str], list[Rejected]]:
     rejected = []
     for entry in entries:
         text = clean(entry.text or "")
-        reason = "not UTF-8" if entry.text is None else check(text)
+        reason = entry.reason or check(text)
         if not reason and text in kept:
             reason = f"the same as {kept[text]}"
         if reason:
