@@ -114,11 +114,25 @@ def name_process() -> str:
 
 def is_alive(name: str) -> bool:
     """Whether the process of this name may be alive; always true for other machines."""
+    number = _number_here(name)
+    return number is None or _exists(number)
+
+
+def is_at_work(name: str) -> bool:
+    """Whether the process of this name is another one of this machine, and alive."""
+    number = _number_here(name)
+    return number not in (None, os.getpid()) and _exists(number)
+
+
+def _number_here(name: str) -> int | None:
+    """The process id of a name of this machine; None for another's."""
     host, _, number = name.rpartition("-")[0].rpartition("-")
-    if host != socket.gethostname() or not number.isdigit():
-        return True
+    return int(number) if host == socket.gethostname() and number.isdigit() else None
+
+
+def _exists(number: int) -> bool:
     try:
-        os.kill(int(number), 0)
+        os.kill(number, 0)
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):

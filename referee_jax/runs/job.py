@@ -138,7 +138,7 @@ def check_weights(run: run_directory.RunDirectory, resume: str) -> None:
     digests = hub.versions(pair for pair in config.checkpoints(run.settings) if hub.is_directory(pair[0]))
     noted = run.noted("weights")
     if changed := [name for name, digest in digests.items() if noted.get(name, digest) != digest]:
-        if resume != "force":
+        if resume != "force" and run.is_bound():
             raise run_directory.RunError(
                 f"{run.name} was begun with other files in {', '.join(changed)}; choose another --workdir, go on with these "
                 "by --resume=force, or put those back"

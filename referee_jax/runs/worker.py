@@ -132,6 +132,7 @@ class Saver:
 
     def save(self, part: Part) -> None:
         """Saves the batch in flight."""
+        self.run.check_settings()
         self.checkpoints.save(part, self.run.fingerprint)
         self.run.storage.send()
         self.saved = time.monotonic()
@@ -235,6 +236,7 @@ class Worker:
 
     def write(self, batch: Batch, frames: Sequence[np.ndarray], start: float) -> None:
         """Gives the images of a finished batch, begun at `start`, to the writer."""
+        self.run.check_settings()
         count = len(batch.items)
         for n, picture in enumerate(self.engine.finish(batch)):
             seconds = (time.monotonic() - start) / count

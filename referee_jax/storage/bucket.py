@@ -194,7 +194,12 @@ class Bucket:
         # Parts first: RunDirectory.merge moves their lines to metadata.jsonl, and so each line is
         # seen at least once.
         self.bring(fixed)
-        self.bring([name for name in ("config.json", "metadata.jsonl") if self._is_new(name)])
+        self.fetch_settings()
+        self.bring([name for name in ("metadata.jsonl",) if self._is_new(name)])
+
+    def fetch_settings(self) -> None:
+        """Fetches the current settings."""
+        self.bring([name for name in ("config.json",) if self._is_new(name)])
 
     def fetch_checkpoints(self) -> None:
         """Fetches the checkpoints of all processes."""

@@ -42,6 +42,9 @@ class Disk:
     def fetch(self) -> None:
         """Fetches the current settings and journals."""
 
+    def fetch_settings(self) -> None:
+        """Fetches the current settings."""
+
     def fetch_checkpoints(self) -> None:
         """Fetches the checkpoints of all processes."""
 

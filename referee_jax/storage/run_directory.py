@@ -52,6 +52,7 @@ import numpy as np
 import tqdm
 
 from referee_jax import config
+from referee_jax.hardware import processes
 from referee_jax.storage import bucket as bucket_lib
 from referee_jax.storage import claims as claims_lib
 from referee_jax.storage import contact_sheet, local, shards
@@ -125,7 +126,8 @@ class RunDirectory:
             device: noted in config.json and in the log.
             process: number of this process among those that write at the same time; 0 if alone.
             resume: "auto" continues a run with the same image settings; "force" also one with
-                others, for the missing images; "never" continues none.
+                others, for the missing images; "never" continues none. A run of which there is neither
+                an image nor a checkpoint is begun anew.
 
         Raises:
             RunError: it cannot be written, holds something else, or may not be continued.
@@ -150,17 +152,19 @@ class RunDirectory:
         # Listed before the check for config.json, which another process may be about to write.
         is_empty = all(name.startswith(".") for name in self.storage.names())
         self.storage.fetch()
-        if file.exists() and resume == "never":
-            raise RunError(f"{self.name} is a run already, and --resume=never; choose another --workdir")
         if file.exists():
             changes = self._compare(file)
-            if changes and resume != "force":
+            is_bound = (changes or resume == "never") and self.is_bound()
+            if is_bound and resume == "never":
+                raise RunError(f"{self.name} is a run already, and --resume=never; choose another --workdir")
+            if is_bound and resume != "force":
                 raise RunError(
                     f"{self.name} was begun with other settings; choose another --workdir, go on with these by --resume=force, "
                     f"or take back:\n{changes}"
                 )
             if changes:
-                files_lib.write_atomic(file, self._record(device, {kind: self.noted(kind) for kind in NOTED}))
+                noted = {kind: self.noted(kind) for kind in NOTED} if is_bound else {}
+                files_lib.write_atomic(file, self._record(device, noted))
                 self.storage.publish(file.name)
                 self.log("settings", changes=changes.splitlines())
         elif not is_empty:
@@ -180,9 +184,24 @@ class RunDirectory:
             "versions": versions(),
             "device": device,
             "created": files_lib.now(),
+            "process": processes.name_process(),
             **noted,
         }
         return json.dumps(record, indent=2).encode() + b"\n"
+
+    def is_bound(self) -> bool:
+        """Whether something was made with the settings in config.json, or the process that wrote them may yet do it."""
+        if any(self.storage.listing(folder) for folder in (*FOLDERS, "checkpoints")):
+            return True
+        return processes.is_at_work(json.loads((self.path / "config.json").read_bytes()).get("process", ""))
+
+    def check_settings(self) -> None:
+        """RunError where another command has given the run other settings meanwhile."""
+        self.storage.fetch_settings()
+        if changes := self._compare(self.path / "config.json"):
+            raise RunError(
+                f"{self.name} was given other settings by another command; choose another --workdir, or take back:\n{changes}"
+            )
 
     def _repair(self, device: str) -> None:
         """Repairs what crashed processes left, while others may be at work."""

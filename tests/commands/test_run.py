@@ -163,6 +163,27 @@ def test_weights_that_cannot_be_loaded(tmp_path, capsys):
     assert capsys.readouterr().err == "error: x/config.json is missing\n"
 
 
+def test_a_misspelt_checkpoint_binds_no_directory(tmp_path, capsys):
+    """The right one in the same place, and weights that were put right, make the images."""
+    clip = tmp_path / "clip" / "model.safetensors"
+    clip.parent.mkdir()
+    clip.write_bytes(b"half")
+
+    def load(settings):
+        if settings.generator.checkpoint == "misspelt" or clip.read_bytes() == b"half":
+            raise convert.WeightsError("it cannot be loaded")
+        return FakeInverter(settings)
+
+    asked = "--prompt=one", f"--workdir={tmp_path / 'run'}", f"--config.referees[0].checkpoint={clip.parent}"
+    assert run.main(command(*asked, "--config.generator.checkpoint=misspelt"), load=load) == 2
+    assert run.main(command(*asked), load=load) == 2
+    clip.write_bytes(b"whole")
+    assert run.main(command(*asked), load=load) == 0
+    assert capsys.readouterr().err == "error: it cannot be loaded\n" * 2
+    assert run.main(command(*asked, "--config.generator.checkpoint=misspelt"), load=load) == 2
+    assert "was begun with other settings" in capsys.readouterr().err
+
+
 def test_a_run_goes_on_with_the_commits_that_it_began_with(tmp_path, monkeypatch):
     """Whatever has become of the checkpoints on the hub meanwhile; a revision in the config stays what it is."""
     loaded, newest = [], "a" * 40

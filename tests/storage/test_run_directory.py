@@ -1,10 +1,12 @@
 """Run directories: nothing is half written, lost or mixed up."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from PIL import Image, ImageFont
 from referee_jax import config
 from referee_jax import items as items_lib
 from referee_jax.benchmarks import layouts, measures
+from referee_jax.hardware import processes
 from referee_jax.items import Item
 from referee_jax.storage import contact_sheet, files, gallery_page, images, run_directory
 
@@ -124,7 +127,7 @@ def test_what_is_not_finite_is_flagged(tmp_path):
 
 
 def test_other_settings_are_refused(tmp_path):
-    run_directory.RunDirectory.open(tmp_path, SETTINGS)
+    run_directory.RunDirectory.open(tmp_path, SETTINGS).write(picture("a"), seconds=1)
     same = config.from_config({"seed": 7, "image_size": 16, "prompts": ["a"], "samples": 4, "batch_size": 1})
     run_directory.RunDirectory.open(tmp_path, same)
     other = config.from_config({"seed": 8, "image_size": 16, "sds": {"guidance": 5}, "prompts": ["b"]})
@@ -132,6 +135,43 @@ def test_other_settings_are_refused(tmp_path):
         run_directory.RunDirectory.open(tmp_path, other)
     assert str(caught.value).startswith(f"{tmp_path} was begun with other settings; choose another --workdir")
     assert str(caught.value).splitlines()[1:] == ["sds.guidance: 30.0 -> 5.0", "seed: 7 -> 8"]
+
+
+@pytest.mark.parametrize("resume", ["auto", "force", "never"])
+@pytest.mark.parametrize(
+    "made", [None, "images/a.png", "shards/a.tar", "checkpoints/host-1-a/1/default/state.safetensors"]
+)
+def test_a_start_that_made_nothing_binds_nothing(tmp_path, made, resume):
+    """Other settings take the place of its own, and of what it noted; but not of those of an image or a checkpoint."""
+    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
+    run.note("commits", {"some/model": "a" * 40})
+    if made:
+        (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / made).write_bytes(b"")
+    other = dataclasses.replace(SETTINGS, seed=8)
+    if made and resume != "force":
+        with pytest.raises(run_directory.RunError, match="other settings|a run already"):
+            run_directory.RunDirectory.open(tmp_path, other, resume=resume)
+        return
+    new = run_directory.RunDirectory.open(tmp_path, other, resume=resume)
+    assert config.from_config(json.loads((tmp_path / "config.json").read_text())["settings"]) == other
+    assert bool(new.noted("commits")) == bool(made)
+    assert [x["changes"] for x in lines(new.log_file) if x["event"] == "settings"] == [["seed: 7 -> 8"]]
+    # Whoever goes on with the old ones learns of it before anything is written.
+    with pytest.raises(run_directory.RunError, match="was given other settings by another command(.|\n)*seed: 8 -> 7"):
+        run.check_settings()
+    new.check_settings()
+
+
+def test_settings_of_another_process_at_work_stay(tmp_path, monkeypatch):
+    """It may be compiling, and has nothing yet; of one that has ended, or of another machine, nothing is known to come."""
+    for name, is_refused in ((f"{socket.gethostname()}-{os.getppid()}-a", True), ("elsewhere-1-a", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(processes, "name_process", lambda name=name: name)
+            run_directory.RunDirectory.open(tmp_path / name, SETTINGS)
+        other = dataclasses.replace(SETTINGS, seed=8)
+        with pytest.raises(run_directory.RunError, match="other settings") if is_refused else contextlib.nullcontext():
+            run_directory.RunDirectory.open(tmp_path / name, other)
 
 
 def test_what_is_no_run_directory_is_left_alone(tmp_path):
