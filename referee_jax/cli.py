@@ -1,5 +1,7 @@
 """What all commands share: flags, starting, and error messages of one sentence."""
 
+import ast
+import contextlib
 import dataclasses
 import re
 import sys
@@ -8,12 +10,38 @@ from typing import Any
 
 import jax
 from absl import app, flags, logging
+from ml_collections.config_flags import config_flags, tuple_parser
 
 from referee_jax import config, console, schema
 from referee_jax.hardware import chips, compile_cache, devices
 
 # config_flags reads the config file while flags are parsed, and passes on any error in it.
 FLAG_ERRORS = (flags.Error, AttributeError, LookupError, TypeError, ValueError, SyntaxError, OSError)
+
+
+class Tuple(tuple_parser.TupleParser):
+    """Tuples of a config on the command line: a literal, words between commas, or nothing (None).
+
+    ml_collections takes `a,b` for one text, and None for an element.
+    """
+
+    def parse(self, argument: Any) -> tuple:
+        """The tuple. Raises ValueError for what is none."""
+        if not isinstance(argument, str):
+            return super().parse(argument)
+        if argument.strip() in ("", "None"):
+            return ()
+        with contextlib.suppress(SyntaxError):  # which the parent explains
+            try:
+                ast.literal_eval(argument)
+            except ValueError as error:
+                if re.search(r"""[][(){}'"]""", argument):
+                    raise ValueError("a tuple of texts is written as ('first', 'second')") from error
+                return tuple(word.strip() for word in argument.split(","))
+        return super().parse(argument)
+
+
+config_flags.register_flag_parser_for_type(tuple, Tuple())
 
 
 def define_device(values: flags.FlagValues = flags.FLAGS) -> None:

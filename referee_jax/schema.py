@@ -77,7 +77,9 @@ def _parse_tuple(value: Any, inner: tuple, key: str) -> tuple:
         raise wrong(
             key,
             value,
-            f"a tuple{length}, as in --config.{key}=\"('first', 'second')\"" if is_open else f"a tuple{length}",
+            f"a tuple{length}, as in --config.{key}=first,second"
+            if is_open and not key.endswith("]")
+            else f"a tuple{length}",
         )
     hints = [inner[0]] * len(value) if is_open else inner
     return tuple(parse(x, hint, f"{key}[{n}]", {}) for n, (x, hint) in enumerate(zip(value, hints, strict=True)))
@@ -93,6 +95,11 @@ def _parse_group(value: Any, cls: type, key: str) -> Any:
     for name in value:
         if name not in fields:
             raise ConfigError(unknown_key(f"{prefix}{name}", fields))
+    # On the command line None is a word. It stands for an empty text where a text may be empty.
+    texts = {name for name, x in value.items() if hints[name] is str and x in (None, "None")}
+    if refused := next((name for name in texts if fields[name].default != ""), None):
+        raise wrong(prefix + refused, None, "a text")
+    value |= dict.fromkeys(texts, "")
     return cls(**{name: parse(x, hints[name], prefix + name, fields[name].metadata) for name, x in value.items()})
 
 

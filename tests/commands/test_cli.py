@@ -36,8 +36,53 @@ def test_flags_change_the_config(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("referees[0].negatives=a,b", ("a", "b")),
+        ("referees[0].negatives=a-b, c", ("a-b", "c")),
+        ("referees[0].negatives=a", ("a",)),
+        ("referees[0].negatives=('a cat, asleep', 'b')", ("a cat, asleep", "b")),
+        ("referees[0].negatives=['a', 'b']", ("a", "b")),
+        *((f"referees[0].negatives={nothing}", ()) for nothing in ("None", "", "()", "[]")),
+        ("referees[0].exchange=('red','blue'),('cat','dog')", (("red", "blue"), ("cat", "dog"))),
+        ("views.augmentations=Af,Pe", ("Af", "Pe")),
+        ("views.affine_translate=0.1,0.2", (0.1, 0.2)),
+        ("prompts=one,two", ("one", "two")),
+        *(
+            (f"{key}=None", "")
+            for key in ("referees[0].revision", "generator.revision", "sds.negative_prompt", "workdir")
+        ),
+        ("sds.negative_prompt=a,b", "a,b"),
+    ],
+)
+def test_lists_and_none_on_the_command_line(argument, value):
+    settings = command(f"--config.{argument}", path=ROOT / "configs" / "shapes.py").settings
+    for name in argument.partition("=")[0].replace("[0]", ".0").split("."):
+        settings = settings[0] if name == "0" else getattr(settings, name)
+    assert settings == value
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--config.referees[0].negatives=(a, 'b')"],
+            "referees[0].negatives = \"(a, 'b')\" is not possible: a tuple of texts",
+        ),
+        (["--config.prompts=a cat, asleep"], "prompts = 'a cat, asleep' is not possible: Error while parsing string"),
+        (["--config.prompts=1,2"], "prompts[0] = 1 is not possible: it must be a text"),
+        (
+            ["--config.referees[0].exchange=red,blue"],
+            "referees[0].exchange[0] = 'red' is not possible: it must be a tuple",
+        ),
+        (
+            ["--config.views.affine_translate=None"],
+            "views.affine_translate = () is not possible: it must be a tuple of 2",
+        ),
+        (["--config.steps=None"], "steps = 'None' is not possible: "),
+        (["--config.sds.prompt=None"], "sds.prompt = None is not possible: it must be a text"),
+        (["--config.generator.checkpoint=None"], "generator.checkpoint = None is not possible: it must be a text"),
+        (["--config.outputs.format=None"], "outputs.format = None is not possible: it must be a text"),
         (["--config.stepz=3"], "stepz is not a setting; did you mean steps?"),
         (["--config.sds.guidanse=3"], "sds.guidanse is not a setting; did you mean sds.guidance?"),
         (["--config.referees[0].rolle=held_out"], "referees[0].rolle is not a setting; did you mean referees[0].role?"),
