@@ -24,6 +24,7 @@ from referee_jax import config, prompts, referees
 from referee_jax import items as items_lib
 from referee_jax.engine import builders, capacity, parallel, programs
 from referee_jax.hardware import chips, compile_cache
+from referee_jax.hardware import devices as hardware_devices
 from referee_jax.items import Item, Part
 from referee_jax.method import ddim, inversion
 from referee_jax.weights import load
@@ -99,6 +100,7 @@ class Inverter:
         judges: Sequence[referees.Judge],
         devices: Sequence[jax.Device] | None = None,
     ):
+        hardware_devices.check_numbers()
         self.mesh, self.tokenizer = builders.make_mesh(settings, devices), prior.tokenizer
         limit = chips.memory_limit(self.mesh.devices.flat[0])
         self.settings = settings = capacity.fitting(settings, prior, judges, limit)
@@ -122,7 +124,8 @@ class Inverter:
     ) -> "Inverter":
         """Loads the networks that `settings` names, onto `devices` (default: all of this process).
 
-        Raises ConfigError for impossible settings, WeightsError where a checkpoint cannot be had or does not fit.
+        Raises ConfigError for impossible settings, WeightsError where a checkpoint cannot be had or does not fit,
+        DeviceError where JAX's options would give other pictures.
         """
         settings = config.from_config(settings)
         dtype = builders.DTYPES[settings.precision]

@@ -19,6 +19,14 @@ _MALLOPT = {
     -1: -1,  # M_TRIM_THRESHOLD: nor is the end of the heap
 }
 
+# Options of JAX that decide which numbers are drawn, and of what type: any other value gives other pictures for a seed.
+NUMBERS = {
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+}
+
 
 class DeviceError(RuntimeError):
     """The requested devices cannot be used; one sentence, with the remedy."""
@@ -27,11 +35,14 @@ class DeviceError(RuntimeError):
 def choose(kind: str = "auto", *, root: Path = Path("/")) -> str:
     """Makes JAX compute on a device of `KINDS`; returns its device kind. Call it before using JAX.
 
-    "auto" is JAX's own choice, which JAX_PLATFORMS may set. Raises DeviceError if that is the CPU
-    only because an accelerator of the machine (with file system `root`) cannot be used: the work
-    would take many times as long. Raises it also if "gpu" or "tpu" is not what JAX computes on.
+    NUMBERS are set, whatever the environment says. "auto" is JAX's own choice, which JAX_PLATFORMS may
+    set. Raises DeviceError if that is the CPU only because an accelerator of the machine (with file
+    system `root`) cannot be used: the work would take many times as long. Raises it also if "gpu" or
+    "tpu" is not what JAX computes on.
     """
     keep_freed_memory(kind, root=root)
+    for name, value in NUMBERS.items():
+        jax.config.update(name, value)
     if kind == "cpu":
         jax.config.update("jax_platforms", "cpu")
     device = local()[0]
@@ -57,6 +68,16 @@ def local() -> list[jax.Device]:
             f"what it needs is not installed; unset JAX_PLATFORMS, or pip install -e '.[{platforms}]'"
         )
         raise DeviceError(f"JAX has no device to compute on{variable}: {reason}") from error
+
+
+def check_numbers() -> None:
+    """Raises DeviceError where JAX has another of NUMBERS: a library must not change them for its user."""
+    for name, value in NUMBERS.items():
+        if (current := getattr(jax.config, name)) != value:
+            raise DeviceError(
+                f"JAX is set to {name}={current!r}, by which the same seed gives other pictures; "
+                f"set it to {value!r}: jax.config.update({name!r}, {value!r})"
+            )
 
 
 def keep_freed_memory(kind: str = "auto", *, root: Path = Path("/")) -> None:

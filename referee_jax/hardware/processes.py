@@ -26,8 +26,9 @@ COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 def join(index: int, count: int, directory: Path | None, *, timeout: int = 300) -> tuple[int, int]:
     """Joins the processes of a job by jax.distributed. They exchange no data afterwards.
 
-    JAX ends all processes if some are missing after `timeout` seconds, and within two minutes when
-    one dies. A finished process waits for the others.
+    They join directly, whatever proxies the environment names. JAX ends all processes if some are
+    missing after `timeout` seconds, and within two minutes when one dies. A finished process waits for
+    the others.
 
     Args:
         index: the number of this process, used if JAX_COORDINATOR_ADDRESS names where process 0
@@ -53,7 +54,8 @@ def join(index: int, count: int, directory: Path | None, *, timeout: int = 300) 
         waiting = _presence(directory / ".joining", f"process {number} on {HOST}", timeout, range(total))
     with waiting:
         try:
-            jax.distributed.initialize(**address, initialization_timeout=timeout, shutdown_timeout_seconds=OTHERS)
+            with _without_proxies():
+                jax.distributed.initialize(**address, initialization_timeout=timeout, shutdown_timeout_seconds=OTHERS)
         except ValueError as error:
             raise devices.DeviceError(
                 f"--distributed: JAX finds no job that this process belongs to ({error}); it is for TPU slices, Slurm, GKE "
@@ -62,6 +64,16 @@ def join(index: int, count: int, directory: Path | None, *, timeout: int = 300) 
         # `processes` makes this a barrier of processes; that of their devices has no timeout.
         ocp.multihost.sync_global_processes("start", timeout=timeout, processes=set(range(jax.process_count())))
     return jax.process_index(), jax.process_count()
+
+
+@contextlib.contextmanager
+def _without_proxies() -> Iterator[None]:
+    """Takes proxies out of the environment: JAX's connections follow http_proxy and wait there for each other."""
+    proxies = {name: os.environ.pop(name) for name in list(os.environ) if name.lower().endswith("_proxy")}
+    try:
+        yield
+    finally:
+        os.environ.update(proxies)
 
 
 @contextlib.contextmanager

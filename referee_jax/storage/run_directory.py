@@ -1,6 +1,6 @@
 """A run directory: images, their journal, the log and the settings. No file is ever half written.
 
-    config.json             settings, versions, device; commits, licenses and digests of checkpoints
+    config.json             settings, versions, variables, device; commits, licenses and digests of checkpoints
     images/<id>.png         one per item, with its prompt, scores and settings (images.py); or .webp
     shards/<name>.tar       instead, if `outputs.format` is webdataset: many images each (shards.py)
     metadata.jsonl          the journal: one line per finished image, with `file_name`
@@ -60,6 +60,7 @@ from referee_jax.storage import files as files_lib
 from referee_jax.storage import writer as writer_lib
 
 PACKAGES = ("referee_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "pillow")
+VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
 FOLDERS = ("images", "shards")
 NOTED = ("commits", "licenses", "weights")
 # To estimate the space on disk: compressed bytes per raw byte, at most; and bytes of metadata.
@@ -78,6 +79,11 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             numbers[name] = importlib.metadata.version(name)
     return numbers
+
+
+def environment() -> dict[str, str]:
+    """The variables that are set of those that affect the images' rounding."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def read_journal(path: Path, *, where: local.Disk | bucket_lib.Bucket | None = None) -> list[dict[str, Any]]:
@@ -182,6 +188,7 @@ class RunDirectory:
             "fingerprint": self.fingerprint,
             "settings": config.to_dict(self.settings),
             "versions": versions(),
+            "environment": environment(),
             "device": device,
             "created": files_lib.now(),
             "process": processes.name_process(),
@@ -209,7 +216,7 @@ class RunDirectory:
         for lines in (self.journal, self.log_file):
             files_lib.mend(lines)
         # This also proves that the directory is writable, and gives the file system's time.
-        self.log("start", device=device, versions=versions())
+        self.log("start", device=device, versions=versions(), environment=environment())
         clock = self.log_file.stat().st_mtime
         shards.recover(self.path / "shards", self.journal, clock)
         for folder in ("", *FOLDERS, "trajectories"):

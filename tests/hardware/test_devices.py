@@ -10,8 +10,10 @@ import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 
+from referee_jax.engine import programs
 from referee_jax.hardware import chips, devices
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -59,6 +61,33 @@ def test_accelerators_of_a_machine(files, buses, found, tmp_path):
 def test_a_bare_machine_computes_on_its_cpu(wanted, tmp_path, platforms):
     platforms(None)
     assert devices.choose(wanted, root=tmp_path) == "cpu"
+
+
+OTHER = {
+    "jax_enable_x64": True,
+    "jax_default_prng_impl": "rbg",
+    "jax_threefry_partitionable": False,
+    "jax_random_seed_offset": 3,
+}
+
+
+@pytest.mark.parametrize("name", devices.NUMBERS)
+def test_the_environment_does_not_change_what_is_drawn(name, tmp_path, platforms):
+    """A command draws the same numbers, whatever JAX's variables ask for; a library that cannot says so."""
+    draw = lambda: np.asarray(jax.random.normal(programs.item_key(7, 2**31, 1), (3,)))
+    platforms(None)
+    expected, before = draw(), {name: getattr(jax.config, name) for name in devices.NUMBERS}
+    try:
+        jax.config.update(name, OTHER[name])
+        with pytest.raises(devices.DeviceError, match=f"JAX is set to {name}={OTHER[name]!r}, .*update"):
+            devices.check_numbers()
+        devices.choose(root=tmp_path)
+        devices.check_numbers()
+        drawn = draw()
+        assert drawn.dtype == expected.dtype and (drawn == expected).all()
+    finally:
+        for option, value in before.items():
+            jax.config.update(option, value)
 
 
 FAULTS = """

@@ -67,11 +67,12 @@ signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def environment():
-    """Environment of a job's processes, with a free port for process 0."""
+    """Environment of a job's processes, with a free port for process 0, and a proxy that leads nowhere."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    return os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PLATFORMS": "cpu"}
+    proxy = dict.fromkeys(("http_proxy", "HTTPS_PROXY", "grpc_proxy"), "http://192.0.2.1:9")
+    return os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PLATFORMS": "cpu"} | proxy
 
 
 def test_processes_join(tmp_path):

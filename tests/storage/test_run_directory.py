@@ -106,6 +106,7 @@ def test_config_is_recorded(tmp_path):
     assert config.from_config(record["settings"]) == SETTINGS
     assert (record["fingerprint"], record["device"]) == (config.fingerprint(SETTINGS), "cpu x 1")
     assert {"python", "jax", "numpy"} <= record["versions"].keys()
+    assert record["environment"]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
     assert lines(run.log_file)[0]["event"] == "start"
 
 
