@@ -68,6 +68,9 @@ class FakeInverter:
         self.begun.append(tuple(items))
         return Batch(tuple(items), seed)
 
+    def shapes(self):
+        return Batch((), 0)
+
     def trace(self, batch):
         return None
 

@@ -1,8 +1,10 @@
 """Chips: rate and memory of each, and what compiling for them depends on."""
 
+import contextlib
 import dataclasses
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -126,6 +128,21 @@ def memory_limit(device: jax.Device) -> int | None:
         return (device.memory_stats() or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:
         return None
+
+
+def machine_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this machine, with file system `root`, has for a CPU; None where JAX does not compute on it.
+
+    A larger program does not fail: the system ends the process, or swaps for hours.
+    """
+    if jax.local_devices()[0].platform != "cpu":
+        return None
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    # Of a container: cgroup v2, and v1, which has a number beyond all memory where there is no limit.
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            limits.append(int((root / "sys/fs/cgroup" / name).read_text()))
+    return min(limits)
 
 
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:

@@ -92,8 +92,8 @@ class Running:
 
     def line(self, images: int) -> str:
         """One line for people, for a run of so many `images`."""
-        each, total = (_amount(n * self.image, "FLOP") for n in (1, images))
-        weights, batch = (_amount(n, "B") for n in (self.weights, self.batch))
+        each, total = (amount(n * self.image, "FLOP") for n in (1, images))
+        weights, batch = (amount(n, "B") for n in (self.weights, self.batch))
         least = (
             f"; at least {self.image / self.chip.rate / 1e12:.3g} s an image on {self.chip.name}" if self.chip else ""
         )
@@ -256,7 +256,7 @@ def table(costs: Estimate, *, precision: str = "") -> str:
     )
 
 
-def _amount(x: float, unit: str) -> str:
+def amount(x: float, unit: str) -> str:
     """A number in the largest unit in which it is at least 1."""
     scale, prefix = max((pair for pair in (*_PREFIXES, (1e15, "P")) if x >= pair[0]), default=_PREFIXES[0])
     return f"{x / scale:.3g} {prefix}{unit}"

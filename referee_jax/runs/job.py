@@ -100,9 +100,10 @@ def make_images(
     """
     start = time.monotonic()
     report_rejected(run, rejected)
+    done, made = run.done(), worker.Made()
+    run.check_space(len(texts) * command.settings.samples - len(done))  # at least so many are missing: said at once
     items = items_lib.expand(texts, command.settings.samples)
     share = items if command.claim else items_lib.share(items, command.shard_index, command.shard_count)
-    done, made = run.done(), worker.Made()
     missing = len(items_lib.missing(items, done))  # of all processes, which write to the same disk
     todo = select(share, done, recovery.Failures.read(run))
     if count := len(share) - len(todo.items) - len(todo.failed):
@@ -268,6 +269,7 @@ def warm_up(command: Command, *, load: Load = load_inverter, **_: Any) -> int:
     if command.entries:
         engine = fitted(engine, settings, len(command.entries) * settings.samples)
     say(engine.compiling)
+    worker.costs(engine)
     batch = engine.begin(items_lib.expand(["a photo"], 1), settings.seed)
     last = settings.steps - 1
     # Phases: with and without referees, and the evaluation by held-out referees, which few chunks have.

@@ -47,6 +47,9 @@ class Engine(Protocol):
     def begin(self, items: Sequence[Item], seed: int) -> Batch:
         """Returns a batch before its first iteration."""
 
+    def shapes(self) -> Batch:
+        """Returns an abstract batch, for `trace`."""
+
     def trace(self, batch: Batch) -> jax.stages.Traced:
         """Returns the program of an iteration, not compiled."""
 
@@ -199,6 +202,7 @@ class Worker:
         seed, batch = self.run.settings.seed, None
         if not self.engine.compiled:
             console.say(self.engine.compiling)
+            log_cost(self.run, costs(self.engine), self.bar.images - self.bar.done)
         if part.state:
             try:
                 batch = self.engine.resume(part, seed)
@@ -207,9 +211,6 @@ class Worker:
                 part = Part(part.items)
         if batch is None:
             batch = self.engine.begin(part.items, seed)
-        if not self.engine.compiled:
-            running = cost.running(self.engine, self.engine.trace(batch), batch.prompt)
-            log_cost(self.run, running, self.bar.images - self.bar.done)
         self.position = f"{part.items[0].id} and {len(part.items) - 1} others"
         return part, batch
 
@@ -282,6 +283,21 @@ class Worker:
         """Raises Stopped if a stop was requested."""
         if self.stop.number is not None:
             raise Stopped(self.stop.number)
+
+
+def costs(engine: Engine) -> cost.Running:
+    """What the engine's program costs, before it is compiled. ConfigError where it is too large for this machine's CPU."""
+    batch = engine.shapes()
+    running, limit = cost.running(engine, engine.trace(batch), batch.prompt), chips.machine_memory()
+    if limit and running.weights + running.batch > limit:
+        size, side = engine.settings.batch_size, engine.settings.image_size
+        fitting = int((limit - running.weights) * size // running.batch)
+        advice = f"--config.batch_size={fitting} fits" if fitting > 0 else "choose a smaller --config.image_size"
+        raise config.ConfigError(
+            f"{size} images of {side} x {side} pixels at once need about {cost.amount(running.weights + running.batch, 'B')} "
+            f"of memory, this machine has {cost.amount(limit, 'B')}; {advice}"
+        )
+    return running
 
 
 def log_cost(run: run_directory.RunDirectory, running: cost.Running, images: int) -> None:

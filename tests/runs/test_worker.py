@@ -4,11 +4,12 @@ import inspect
 
 import pytest
 
-from referee_jax import config
+from referee_jax import config, run
 from referee_jax.engine import inverter
-from referee_jax.performance import abstract_networks
-from referee_jax.runs import worker
-from tests.fakes import FakeInverter
+from referee_jax.hardware import chips
+from referee_jax.performance import abstract_networks, cost
+from referee_jax.runs import job, worker
+from tests.fakes import ROOT, FakeInverter, command, execute
 
 DATA = worker.Engine.__annotations__
 METHODS = {name: x for name, x in vars(worker.Engine).items() if inspect.isfunction(x) and not name.startswith("_")}
@@ -20,6 +21,52 @@ def engines():
     settings = config.load("configs/shapes.py")
     sized = abstract_networks.abstract(settings)
     return [FakeInverter(settings), inverter.Inverter(settings, sized.prior, sized.judges)]
+
+
+@pytest.mark.parametrize(
+    ("memory", "size", "message"),
+    [
+        (None, 8, None),
+        (10**10, 8, None),
+        (
+            10**8,
+            8,
+            "8 images of 64 x 64 pixels at once need about 258 MB of memory, this machine has 100 MB; --config.batch_size=2",
+        ),
+        (5 * 10**7, 4096, "; choose a smaller --config.image_size"),
+    ],
+)
+@pytest.mark.parametrize("work", [job.execute, job.warm_up])
+def test_what_is_too_large_for_the_machine_is_said_at_once(tmp_path, monkeypatch, capsys, work, memory, size, message):
+    """Before anything is compiled."""
+    running = cost.Running(image=1e12, weights=36 * 10**6, batch=222 * 10**6 * size // 8, chip=None)
+    monkeypatch.setattr(cost, "running", lambda engine, iteration, prompts: running)
+    monkeypatch.setattr(chips, "machine_memory", lambda: memory)
+    engines = []
+    load = lambda settings: engines.append(FakeInverter(settings)) or engines[-1]
+    asked = command(
+        "--prompt=a", f"--config.batch_size={size}", f"--workdir={tmp_path}", path=ROOT / "configs" / "shapes.py"
+    )
+    assert run.main(asked, load=load, work=work) == (2 if message else 0)
+    assert bool(engines[0].begun) != bool(message) and (message or "") in capsys.readouterr().err
+
+
+def test_a_machine_has_what_its_container_has(tmp_path):
+    whole = chips.machine_memory(tmp_path)
+    for name, content, expected in (
+        ("memory.max", "max\n", whole),
+        ("memory/memory.limit_in_bytes", "9223372036854771712\n", whole),
+        ("memory.max", "1000000\n", 10**6),
+    ):
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+        assert chips.machine_memory(tmp_path) == expected
+
+
+def test_more_images_than_a_disk_holds_are_refused_at_once(tmp_path, capsys):
+    code, engine = execute("--prompt=a", "--samples=100000000000", f"--workdir={tmp_path}")
+    assert (code, engine) == (2, None) and "100000000000 images need about" in capsys.readouterr().err
 
 
 def test_engines_keep_the_contract(engines):
