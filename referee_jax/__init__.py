@@ -17,6 +17,11 @@ The rooms, from the top (docs/architecture.md has the table of who may import wh
     result.images, result.scores, result.latents, result.history
 """
 
+# ruff: noqa: E402
+from referee_jax.hardware import interrupts
+
+interrupts.guard()  # what follows takes seconds
+
 from referee_jax.config import load as load_config
 from referee_jax.engine.inverter import Inverter, Result
 from referee_jax.referees import load_referee

@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections.config_flags import config_flags, tuple_parser
 
 from referee_jax import config, console, schema
-from referee_jax.hardware import chips, compile_cache, devices
+from referee_jax.hardware import chips, compile_cache, devices, interrupts
 
 # config_flags reads the config file while flags are parsed, and passes on any error in it.
 FLAG_ERRORS = (flags.Error, AttributeError, LookupError, TypeError, ValueError, SyntaxError, OSError)
@@ -57,10 +57,14 @@ def prepare(kind: str) -> None:
 
 
 def tell(work: Callable[[], str]) -> int:
-    """Prints the result of `work` and returns 0; after an error, prints one sentence, returns 2."""
+    """Prints the result of `work` and returns 0; after an error, prints one sentence, returns 2; interrupted, 130."""
+    interrupts.release()
     try:
         print(console.printable(work().rstrip("\n"), sys.stdout.encoding))
         return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return interrupts.CODE
     except (ValueError, OSError, devices.DeviceError) as error:
         message = str(error)
     except jax.errors.JaxRuntimeError as error:

@@ -38,7 +38,7 @@ TABLE = {
     },
 }  # fmt: skip
 TABLE |= {command: {*TABLE, "benchmarks", "runs"} for command in COMMANDS}
-TABLE["__init__"] = {"config", "engine", "referees"}
+TABLE["__init__"] = {"config", "engine", "hardware.interrupts", "referees"}
 
 
 def imports(file: pathlib.Path) -> set[str]:

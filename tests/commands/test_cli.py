@@ -3,13 +3,15 @@
 import dataclasses
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import pytest
 from absl import flags
 
-from referee_jax import config, run
+from referee_jax import cli, config, run
+from referee_jax.hardware import interrupts
 from referee_jax.runs import command as command_lib
 from referee_jax.runs.command import CommandError
 from tests import programs
@@ -197,6 +199,51 @@ def test_a_mistake_is_a_sentence(program, arguments, said):
     done = programs.command(f"referee_jax.{program}", *arguments)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") <= 3, done.stderr
+
+
+COMMANDS = ("run", "score", "evaluate", "sweep", "bench", "doctor", "gallery", "benchmarks.methods", "weights.lavis")
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_an_interrupt_while_a_command_starts_is_a_line(tmp_path, module):
+    """In the middle of the first import that takes long, which here takes for ever, and loses exceptions."""
+    (tmp_path / "jax.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    line = [sys.executable, "-m", f"referee_jax.{module}", "--help"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_an_interrupted_command_is_a_line(capsys):
+    def work():
+        raise KeyboardInterrupt
+
+    assert cli.tell(work) == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_only_a_command_of_the_package_is_guarded(monkeypatch):
+    """Who imports it has their own ways with signals."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for argv, orig, is_guarded in (
+            (["-m", "x"], ["python", "-m", "referee_jax.run", "x"], True),
+            (["-m"], ["python", "-mreferee_jax.score"], True),
+            (["-m"], ["python", "-m", "pytest"], False),
+            (["/x/pytest/__main__.py"], ["python", "-m", "pytest", "referee_jax.run"], False),
+            (["mine.py"], ["python", "mine.py"], False),
+        ):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            monkeypatch.setattr(sys, "argv", argv)
+            monkeypatch.setattr(sys, "orig_argv", orig)
+            interrupts.guard()
+            assert (signal.getsignal(signal.SIGINT) is interrupts.leave) == is_guarded
+            interrupts.release()
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_help_is_no_mistake():
