@@ -269,13 +269,12 @@ def load_image_processor(path_or_id: str | Path, *, revision: str | None = None)
 
     Runs no code from there.
     """
-    import transformers  # slow to import
-
+    auto = tokenizers.transformers_class("AutoImageProcessor")
     directory = hub.resolve(path_or_id, revision, [_IMAGE_PROCESSOR, _PROCESSOR])
     settings = read_preprocessing(directory)
     options = dict(local_files_only=True, trust_remote_code=False, backend="pil")
     try:
-        return transformers.AutoImageProcessor.from_pretrained(directory, **options)
+        return auto.from_pretrained(directory, **options)
     except Exception as error:  # transformers raises errors of any type
         reason = console.first_line(error)
         if reason.startswith("Unrecognized"):  # and then a list of all types

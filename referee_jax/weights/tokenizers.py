@@ -4,6 +4,7 @@ transformers makes a tokenizer of the special tokens alone where the files of wo
 one that spells every word where merges.txt is empty: all texts would be the same, or noise.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ _TYPES = {clip.TextConfig: "clip", bert.Config: "bert", blip2.QFormerConfig: "be
 _REMEDY = "; copy the tokenizer's files from where the checkpoint is from"
 
 
+def transformers_class(name: str) -> Any:
+    """A class of transformers, which is slow to import; without its advice to install PyTorch, which is not needed."""
+    variable = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        import transformers
+
+        return getattr(transformers, name)  # imports more, and may give the advice again
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
 def read(directory: Path, network: Any = None) -> Any:
     """Returns transformers' tokenizer of a directory; runs no code from there.
 
@@ -37,14 +54,13 @@ def read(directory: Path, network: Any = None) -> Any:
         WeightsError: naming the files that are missing or empty, if the tokenizer cannot be read,
             or has other words than the network.
     """
-    import transformers  # slow to import, and not needed with token ids
-
+    auto = transformers_class("AutoTokenizer")
     # transformers would go by config.json: BLIP-2's names a language model, and Stable Diffusion's
     # tokenizer has none.
     kind = None if (directory / CONFIG).exists() else _type(network)
     options = dict(local_files_only=True, trust_remote_code=False, tokenizer_type=kind)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
+        tokenizer = auto.from_pretrained(directory, **options)
         _check_merges(directory, tokenizer)
     except WeightsError:
         raise

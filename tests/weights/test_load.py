@@ -1,6 +1,8 @@
 """Loading what transformers and diffusers write, from where it is."""
 
+import inspect
 import json
+import os
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from referee_jax.models import clip, unet, vae
-from referee_jax.weights import config_json, convert, load
+from referee_jax.weights import config_json, convert, load, tokenizers
 from tests import conftest
 from tests.lazy import diffusers, torch, transformers
 from tests.oracles import networks
@@ -352,3 +354,20 @@ def test_full_size_blip2_is_read_tensor_by_tensor(tmp_path):
     assert figures["dtype"] == "bfloat16"
     # The file's pages and the weights together would be more.
     assert figures["peak"] < 7e9
+
+
+def test_pytorch_is_not_recommended(tmp_path, monkeypatch):
+    """By transformers, which says while it is imported that it is missing; the user's own variable stays as it was."""
+    advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    (tmp_path / "transformers.py").write_text(
+        f"import os\nfirst = os.environ.get({advice!r})\n"
+        f"def __getattr__(name):\n    return name, first, os.environ.get({advice!r})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for before in (None, "0"):
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "transformers", raising=False)
+            patch.delenv(advice, raising=False) if before is None else patch.setenv(advice, before)
+            assert tokenizers.transformers_class("Auto") == ("Auto", "1", "1") and os.environ.get(advice) == before
+    for function in (tokenizers.read, load.load_image_processor):
+        assert "import transformers" not in inspect.getsource(function)
