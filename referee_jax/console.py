@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TextIO
@@ -11,6 +12,7 @@ import numpy as np
 import tqdm
 
 SECONDS_BETWEEN_LINES = 30  # of progress, if stderr is not a terminal
+SECONDS_BETWEEN_WORDS = 15  # before the first chunk
 SHOWN_METRICS = 4
 
 
@@ -37,6 +39,7 @@ class Progress:
         self.is_terminal = sys.stderr.isatty()
         self.counted_from = self.printed = time.monotonic()  # when counting began; of the last line
         self.uncounted, self.is_printed = 0, True
+        self.is_over = threading.Event()
 
     def advance(self, steps: int, metrics: dict[str, np.ndarray]) -> None:
         """Counts a chunk of `steps` iterations, summed over images; shows the metrics' means."""
@@ -69,8 +72,15 @@ class Progress:
         else:
             self._line("")
 
+    def wait(self) -> None:
+        """Says now and then that the first chunk, with its compilation, is still to come; in a thread of its own."""
+        begun = time.monotonic()
+        while not self.is_over.wait(SECONDS_BETWEEN_WORDS) and not self.steps:
+            say(f"still compiling or in the first iterations, for {time.monotonic() - begun:.0f} s")
+
     def close(self) -> None:
         """Ends the bar; without one, prints the last state."""
+        self.is_over.set()
         if self.bar is not None:
             self.bar.close()
         if not self.is_terminal and not self.is_printed:
@@ -96,6 +106,7 @@ class Progress:
 def shown(images: int, steps: int) -> Iterator[Progress]:
     """A Progress that is closed at the end, also after an exception."""
     bar = Progress(images, steps)
+    threading.Thread(target=bar.wait, daemon=True).start()
     try:
         yield bar
     finally:

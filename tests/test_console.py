@@ -1,5 +1,7 @@
 """Progress of a run whose output is no terminal."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -29,6 +31,19 @@ def test_a_line_now_and_then(clock, capsys):
     lines = printed(capsys)
     assert 2500 / console.SECONDS_BETWEEN_LINES - 5 < len(lines) < 2500 / console.SECONDS_BETWEEN_LINES + 5
     assert lines[0] == "120/10000 images, 496/40000" and lines[-1] == "10000/10000 images, 40000/40000"
+
+
+def test_the_wait_for_the_first_chunk_is_filled(capsys, monkeypatch):
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_WORDS", 0.01)
+    with console.shown(2, 2) as bar:
+        time.sleep(0.1)
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) > 1 and set(said) == {"still compiling or in the first iterations, for 0 s"}
+        bar.advance(2, {})
+        time.sleep(0.05)
+        capsys.readouterr()
+        time.sleep(0.05)
+        assert not capsys.readouterr().out
 
 
 def test_the_last_line_is_told_once(clock, capsys):

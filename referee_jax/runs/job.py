@@ -151,7 +151,8 @@ def check_weights(run: run_directory.RunDirectory, resume: str) -> None:
 def load_engine(run: run_directory.RunDirectory, load: Load) -> worker.Engine:
     """Loads the engine, with the commits of checkpoints that the run began with."""
     settings = run.settings
-    say(f"loading {settings.generator.checkpoint} and {len(settings.referees)} referees")
+    first = f"; a first look will be in {run.preview}" if run.preview and not run.done() else ""
+    say(f"loading {settings.generator.checkpoint} and {len(settings.referees)} referees{first}")
     engine = load(config.pinned(settings, run.noted("commits")))
     note_checkpoints(run)
     return engine

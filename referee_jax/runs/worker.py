@@ -1,6 +1,7 @@
 """The loop of a process: batch after batch, with logging, checkpoints and stop requests after each chunk."""
 
 import dataclasses
+import math
 import signal
 import sys
 import time
@@ -161,7 +162,7 @@ class Worker:
 
     def __init__(self, engine: Engine, saver: Saver, bar: console.Progress, *, stop: Stop):
         self.engine, self.saver, self.run, self.bar, self.stop = engine, saver, saver.run, bar, stop
-        self.made, self.position = Made(), ""
+        self.made, self.position, self.looked = Made(), "", -math.inf
         self.watchdog = recovery.Watchdog(self.run.settings.stall_seconds, self.report_stall)
 
     def work(self, work: work_lib.Work) -> None:
@@ -211,6 +212,8 @@ class Worker:
                 part = Part(part.items)
         if batch is None:
             batch = self.engine.begin(part.items, seed)
+        if not part.state and self.run.settings.init == "sample":
+            self.look(batch)
         self.position = f"{part.items[0].id} and {len(part.items) - 1} others"
         return part, batch
 
@@ -226,6 +229,8 @@ class Worker:
                 self.bar.skip(before * len(part.items))
             self.bar.advance((batch.step - before) * len(part.items), metrics)
             self.saver.refresh()
+            if batch.step < self.engine.steps:
+                self.look(batch)
             if before == part.step:
                 self.settle()  # the batch before, which was written during this chunk
             if self.run.settings.outputs.trajectory:
@@ -234,6 +239,13 @@ class Worker:
                 self.saver.save(self.engine.snapshot(batch))
                 self.check()
         return batch, frames
+
+    def look(self, batch: Batch) -> None:
+        """Draws what a batch looks like so far, now and then until the first one is finished."""
+        if self.run.preview and not self.made.images and self.saver.is_due(self.looked):
+            title = f"after {batch.step} of {self.engine.steps} iterations"
+            self.run.show_preview([item.prompt for item in batch.items], self.engine.preview(batch), title)
+            self.looked = time.monotonic()
 
     def write(self, batch: Batch, frames: Sequence[np.ndarray], start: float) -> None:
         """Gives the images of a finished batch, begun at `start`, to the writer."""
@@ -245,6 +257,8 @@ class Worker:
             self.made.nonfinite += status != "done"
         self.saver.is_settled = False
         self.made.images += count
+        if self.run.preview:
+            self.run.preview.unlink(missing_ok=True)
         self.bar.finished(count)
         if self.run.storage.is_remote:
             # At once: with this machine all that is only here would be lost, open shards included.

@@ -43,10 +43,10 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> Iterator[
         yield line
 
 
-def _thumbnail(file: Path, width: int) -> Image.Image:
-    """The image, enlarged by a whole factor to `width` or more, or shrunk to it; grey if broken."""
+def _thumbnail(image: Path | Image.Image, width: int) -> Image.Image:
+    """The image, or that of a file, enlarged by a whole factor to `width` or more, or shrunk to it; grey if broken."""
     try:
-        image = images_lib.read_image(file)
+        image = images_lib.read_image(image) if isinstance(image, Path) else image
     except ValueError as error:
         logging.warning("%s", error)
         image = Image.new("RGB", (width, width), "#bbbbbb")
@@ -57,9 +57,9 @@ def _thumbnail(file: Path, width: int) -> Image.Image:
 
 
 def draw_sheet(
-    pictures: Sequence[tuple[Path, str, Mapping[str, float | None]]], *, title: str = "", width: int = 192
+    pictures: Sequence[tuple[Path | Image.Image, str, Mapping[str, float | None]]], *, title: str = "", width: int = 192
 ) -> Image.Image:
-    """A grid of images with their texts and scores below; a picture is (file, text, scores)."""
+    """A grid of images with their texts and scores below; a picture is (image or its file, text, scores)."""
     margin, size, lines = 12, 15, 4
     font, small = ImageFont.load_default(size), ImageFont.load_default(size - 2)
     images = [_thumbnail(file, width) for file, _, _ in pictures]

@@ -6,6 +6,7 @@
     metadata.jsonl          the journal: one line per finished image, with `file_name`
     log.jsonl               starts, skipped prompts, metrics of every chunk
     contact_sheet.png       the first images (contact_sheet.py)
+    preview.png             until the first images are finished: what they look like so far
     gallery.html            all images, to sort, filter and compare (gallery_page.py)
     trajectories/<id>.webp  an animation of each item, if `outputs.trajectory` is set
     checkpoints/            batches in flight (checkpoints.py)
@@ -50,6 +51,7 @@ from typing import Any
 
 import numpy as np
 import tqdm
+from PIL import Image
 
 from referee_jax import config
 from referee_jax.hardware import processes
@@ -328,6 +330,21 @@ class RunDirectory:
     def log(self, event: str, **values: Any) -> None:
         """Appends a line to log.jsonl."""
         files_lib.append(self.log_file, {"event": event, "time": files_lib.now(), **values})
+
+    @property
+    def preview(self) -> Path | None:
+        """The file of `show_preview`; None in a bucket, and for all processes but number 0."""
+        return None if self.process or self.storage.is_remote else self.path / "preview.png"
+
+    def show_preview(self, prompts: Sequence[str], images: np.ndarray, title: str) -> None:
+        """Draws unfinished images, uint8 `[image, H, W, 3]`, each with its prompt."""
+        pictures = [
+            (Image.fromarray(image), prompt, {})
+            for prompt, image in zip(prompts[: contact_sheet.SHEET_PICTURES], images, strict=False)
+        ]
+        buffer = io.BytesIO()
+        contact_sheet.draw_sheet(pictures, title=title).save(buffer, "PNG")
+        files_lib.write_atomic(self.preview, buffer.getvalue())
 
     def contact_sheet(self, records: Sequence[dict[str, Any]]) -> Path | None:
         """Writes contact_sheet.png of the first SHEET_PICTURES of these lines (`finished()`); None without images."""

@@ -283,6 +283,28 @@ def test_a_progress_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     assert "nan" not in err  # of what was not measured nothing is shown
 
 
+@pytest.mark.parametrize("init", ["noise", "sample"])
+def test_a_first_look_comes_before_the_first_image(tmp_path, capsys, init):
+    """At the start, where that is a picture, or after the first chunk; it goes with the first batch."""
+    looks = []
+    asked = f"--config.init={init}", "--prompt=one", "--prompt=two", "--samples=2", f"--workdir={tmp_path}"
+    preview = tmp_path / "preview.png"
+    see = lambda: looks.append(preview.exists() and Image.open(preview).size)
+    execute(*asked, failures={n: see for n in range(1, 7)})
+    width = 12 + 3 * (192 + 12)  # three pictures
+    assert [look and look[0] for look in looks] == [
+        width if init == "sample" else False,
+        width,
+        width,
+        False,
+        False,
+        False,
+    ]
+    assert not preview.exists() and f"a first look will be in {preview}\n" in capsys.readouterr().out
+    execute(*asked, "--prompt=three")
+    assert "first look" not in capsys.readouterr().out
+
+
 def test_outputs_are_what_the_engine_gave(tmp_path):
     execute("--prompt=one", "--seed=5", "--config.outputs.stretch=False", f"--workdir={tmp_path}")
     name = Item("one", 0).id
