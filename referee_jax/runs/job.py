@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,28 +34,40 @@ Load = Callable[[config.Settings], worker.Engine]
 class Todo:
     """The missing images of a process, by how often the device failed at them."""
 
-    new: Sequence[Item] = ()  # never
+    new: Collection[Item] = ()  # never
     again: Sequence[Item] = ()  # once: made last
     failed: Sequence[Item] = ()  # twice: left out
 
     @property
-    def items(self) -> list[Item]:
+    def items(self) -> Iterator[Item]:
         """What is to be made."""
-        return [*self.new, *self.again]
+        return itertools.chain(self.new, self.again)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts of what is to be made."""
+        new = self.new.prompts if isinstance(self.new, items_lib.Missing) else [item.prompt for item in self.new]
+        return list(dict.fromkeys([*new, *(item.prompt for item in self.again)]))
+
+    @property
+    def count(self) -> int:
+        """How many are to be made."""
+        return len(self.new) + len(self.again)
 
     def without(self, texts: Collection[str]) -> "Todo":
         """Returns this without the items of some prompts."""
         keep = lambda items: [item for item in items if item.prompt not in texts]
-        return dataclasses.replace(self, new=keep(self.new), again=keep(self.again))
+        new = self.new.without(texts) if isinstance(self.new, items_lib.Missing) else keep(self.new)
+        return dataclasses.replace(self, new=new, again=keep(self.again))
 
 
-def select(items: Sequence[Item], done: Collection[str], failures: recovery.Failures) -> Todo:
+def select(items: Collection[Item], done: Collection[str], failures: recovery.Failures) -> Todo:
     """Sorts the items that are not done."""
-    groups = [], [], []
-    for item in items:
-        if item.id not in done:
-            groups[min(failures.counts[item.id], recovery.TRIES)].append(item)
-    return Todo(*groups)
+    tried = {name for name, count in failures.counts.items() if count} - set(done)
+    groups = [], []
+    for item in items_lib.named(items, tried):
+        groups[failures.counts[item.id] >= recovery.TRIES].append(item)
+    return Todo(items_lib.missing(items, tried.union(done)), *groups)
 
 
 def load_inverter(settings: config.Settings) -> worker.Engine:
@@ -101,23 +114,22 @@ def make_images(
     start = time.monotonic()
     report_rejected(run, rejected)
     done, made = run.done(), worker.Made()
-    run.check_space(len(texts) * command.settings.samples - len(done))  # at least so many are missing: said at once
-    items = items_lib.expand(texts, command.settings.samples)
+    items = items_lib.Items(texts, command.settings.samples)
     share = items if command.claim else items_lib.share(items, command.shard_index, command.shard_count)
     missing = len(items_lib.missing(items, done))  # of all processes, which write to the same disk
     todo = select(share, done, recovery.Failures.read(run))
-    if count := len(share) - len(todo.items) - len(todo.failed):
+    if count := len(share) - todo.count - len(todo.failed):
         say(f"{count} of {len(share)} images are there already")
-    if todo.items:
+    if todo.count:
         run.check_space(missing)
         check_weights(run, command.resume)
         engine = load_engine(run, load)
-        unfit = reject(engine, run, todo.items)
+        unfit = reject(engine, run, todo.prompts)
         rejected, todo = [*rejected, *unfit], todo.without({one.text for one in unfit})
-        if not todo.items and not run.done():
+        if not todo.count and not run.done():
             raise CommandError(f"no prompt can be used; {unfit[0]}")
         try:
-            made = generate(fitted(engine, command.settings, len(todo.items)), run, todo, command, stop)
+            made = generate(fitted(engine, command.settings, todo.count), run, todo, command, stop)
         except recovery.DeviceFailed as error:
             if stop():
                 raise
@@ -167,9 +179,9 @@ def note_checkpoints(run: run_directory.RunDirectory) -> None:
     run.note("licenses", {name: license for name, license in licenses.items() if license})
 
 
-def reject(engine: worker.Engine, run: run_directory.RunDirectory, items: Sequence[Item]) -> list[Rejected]:
+def reject(engine: worker.Engine, run: run_directory.RunDirectory, texts: Sequence[str]) -> list[Rejected]:
     """Reports and returns the prompts that the networks cannot read."""
-    reasons = {text: engine.check(text) for text in dict.fromkeys(item.prompt for item in items)}
+    reasons = {text: engine.check(text) for text in texts}
     unfit = [Rejected(text, "prompt", reason) for text, reason in reasons.items() if reason]
     report_rejected(run, unfit)
     return unfit
@@ -199,7 +211,7 @@ def generate(
 
     Raises what Worker.work raises.
     """
-    count = len(todo.items)
+    count = todo.count
     claims = run.storage.claims(command.claim_expiry) if command.claim else None
     checkpoints = in_flight(run)
     new = work_lib.Work(todo.new, checkpoints.begun(run.fingerprint), claims=claims, done=run.done)
@@ -221,11 +233,14 @@ def generate(
 def after_failure(error: recovery.DeviceFailed, run: run_directory.RunDirectory, todo: Todo) -> Todo:
     """Returns what is left out if nothing else is left to make; else raises `error`."""
     failures = recovery.Failures.read(run)
-    remaining = select(todo.items, run.done(), failures)
-    if not remaining.items:
-        return Todo(failed=[*todo.failed, *remaining.failed])
+    done = run.done()
+    groups = [select(items, done, failures) for items in (todo.new, todo.again)]
+    if not any(group.count for group in groups):
+        return Todo(failed=[*todo.failed, *(item for group in groups for item in group.failed)])
     if failures.in_a_row >= recovery.IN_A_ROW:
-        recovery.log_failed(run, [item for item in (*todo.failed, *todo.items) if failures.counts[item.id]])
+        recovery.log_failed(
+            run, [item for item in itertools.chain(todo.failed, todo.items) if failures.counts[item.id]]
+        )
         error.is_given_up = True
     raise error
 

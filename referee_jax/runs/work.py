@@ -6,11 +6,48 @@ a pool of workers that come and go, each claims items that no other has (`Claims
 
 import collections
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from referee_jax import items as items_lib
 from referee_jax.items import Item, Part
 from referee_jax.storage import claims as claims_lib
+
+
+class Fresh:
+    """A queue of the items of an iterator, which are made as they are needed, and of what is put before and behind them."""
+
+    def __init__(self, items: Iterable[Item]):
+        self.before, self.items, self.behind = collections.deque(), iter(items), collections.deque()
+        self.dropped: Collection[str] = ()
+
+    def __bool__(self) -> bool:
+        if not self.before:
+            if (item := next((item for item in self.items if item.id not in self.dropped), None)) is not None:
+                self.before.append(item)
+            else:
+                self.before, self.behind = self.behind, self.before
+        return bool(self.before)
+
+    def popleft(self) -> Item:
+        """Takes the first. Raises IndexError where there is none."""
+        bool(self)
+        return self.before.popleft()
+
+    def extendleft(self, items: Iterable[Item]) -> None:
+        """Puts items to the front, the last one first."""
+        self.before.extendleft(items)
+
+    def extend(self, items: Iterable[Item]) -> None:
+        """Puts items behind all others."""
+        self.behind.extend(items)
+
+    def drop(self, ids: Collection[str]) -> None:
+        """Drops items with these ids; until now there were no others."""
+        self.dropped = ids
+        for queue in (self.before, self.behind):
+            kept = items_lib.missing(list(queue), ids)
+            queue.clear()
+            queue.extend(kept)
 
 
 class Work:
@@ -25,21 +62,20 @@ class Work:
 
     def __init__(
         self,
-        items: Sequence[Item],
+        items: Collection[Item],
         begun: Sequence[Part] = (),
         *,
         claims: claims_lib.Claims | None = None,
         done: Callable[[], Collection[str]] = frozenset,
     ):
         self.claims, self.done, self.begun = claims, done, []
-        remaining = dict.fromkeys(items)
+        begun_items = set()
         for part in sorted(begun, key=lambda part: -part.step):
-            part = part.only(remaining.keys())
+            part = part.only([item for item in part.items if item in items and item not in begun_items])
             if part.items:
                 self.begun.append(part)
-            for item in part.items:
-                del remaining[item]
-        self.fresh = collections.deque(remaining)
+            begun_items.update(part.items)
+        self.fresh = Fresh(item for item in items if item not in begun_items)
 
     def take(
         self,
@@ -58,7 +94,7 @@ class Work:
                 continue  # others have claimed all of it
             finished = self.done()  # after the claim: others may have finished items before it
             self.claims.release({item.id for item in part.items} & set(finished))
-            self.fresh = collections.deque(items_lib.missing(self.fresh, finished))
+            self.fresh.drop(finished)
             if not part.items:
                 before_waiting()
                 time.sleep(claims_lib.WAIT if self.fresh else 0)

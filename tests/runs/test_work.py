@@ -76,6 +76,42 @@ def test_what_is_missing_is_done_once(prompts, samples, size, data):
     assert [item for batch in batches for item in batch] == [item for item in wanted if item.id not in done]
 
 
+@given(
+    st.lists(ANY_TEXT, unique=True, min_size=1, max_size=5), st.integers(1, 5), st.integers(0, 3), st.integers(1, 4), st.data()
+)  # fmt: skip
+def test_items_are_made_as_they_are_needed(prompts, samples, index, count, data):
+    """They are those of a list, and so are their number, their share, what is missing, and work on it."""
+    listed, items = items_lib.expand(prompts, samples), items_lib.Items(prompts, samples)
+    own, lazy = (items_lib.share(x, index % count, count) for x in (listed, items))
+    assert list(items) == listed and list(lazy) == own and len(lazy) == len(own)
+    some = st.lists(st.sampled_from(listed), unique=True)
+    done = {item.id for item in data.draw(some)} | {Item("another", 0).id, "x-s1", f"{listed[0].id}0"}
+    more, unfit = {item.id for item in data.draw(some)}, set(data.draw(st.lists(st.sampled_from(prompts))))
+    for left, expected in (
+        (items_lib.missing(lazy, done), [x for x in own if x.id not in done]),
+        (items_lib.missing(items_lib.missing(lazy, done), more), [x for x in own if x.id not in done | more]),
+        (items_lib.missing(lazy, done).without(unfit), [x for x in own if x.id not in done and x.prompt not in unfit]),
+    ):
+        assert list(left) == expected and len(left) == len(expected)
+        assert left.prompts == list(dict.fromkeys(item.prompt for item in expected))
+        assert [item for item in listed if item in left] == expected
+        assert items_lib.named(left, more) == [item for item in expected if item.id in more]
+        work = work_lib.Work(left, [Part(tuple(data.draw(some)), 3)])
+        given_out = []
+        while part := work.take(3):
+            given_out += part.items
+        assert sorted(given_out) == sorted(expected)
+
+
+def test_a_hundred_million_items_take_no_time():
+    begun = time.process_time()
+    items = items_lib.share(items_lib.Items(["a cat", "a dog"], 10**8), 1, 3)
+    left = items_lib.missing(items, {Item("a cat", 4).id, Item("a cat", 5).id})
+    work = work_lib.Work(left)
+    assert len(left) == len(items) - 1 and [item.sample for item in work.take(3).items] == [1, 7, 10]
+    assert time.process_time() - begun < 1
+
+
 @given(st.integers(0, 40), st.integers(1, 7))
 def test_shares_are_a_partition(count, processes):
     wanted = items_lib.expand(list(map(str, range(count))), 1)
