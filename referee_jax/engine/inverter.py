@@ -308,8 +308,8 @@ class Inverter:
 
     def preview(self, batch: Batch) -> np.ndarray:
         """The current images, uint8 `[item, H, W, 3]`."""
-        images = self._outputs(batch)[1]
-        return np.asarray(jnp.round(images[: len(batch.items)] * 255)).astype(np.uint8)
+        images = np.asarray(self._outputs(batch)[1])[: len(batch.items)]
+        return np.round(images * 255).astype(np.uint8)  # not by JAX, which would compile it
 
     def _outputs(self, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
         """Chosen latents, images and scores."""
