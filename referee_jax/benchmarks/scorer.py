@@ -32,7 +32,7 @@ class Scorer:
     ):
         self.tokenize, self.texts, self.mesh = tokenize or judge.tokenize, texts, parallel.prompt_mesh(devices)
         self.batch_size = batch_size * self.mesh.shape[parallel.AXIS]
-        self.preprocess = judge.preprocessing()
+        self.preprocess = judge.preprocess
         self.referee = parallel.place(judge.referee, self.mesh, batched=False)
         batched = parallel.across_devices(jax.vmap(_scores, in_axes=(None, 0, 0)), self.mesh, (False, True, True))
         self.program = jax.jit(batched)

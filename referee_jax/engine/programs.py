@@ -49,13 +49,13 @@ def _record_evaluation(state, losses, *, plan: inversion.Plan):
 def _finish(networks, prompt, state, *, plan: inversion.Plan, output: str):
     latents = inversion.output(state, output)
     image = inversion.decode(networks, latents, plan)
-    scores = {}
+    judged, scores = inversion.as_saved(image), {}
     for role, group, texts in (
         ("referee", networks.referees, prompt.texts),
         ("held_out", networks.held_out, prompt.held_out),
     ):
         for n, (referee, text) in enumerate(zip(group, texts, strict=True)):
-            named = referee.scores(referee.fit(image), text)
+            named = referee.scores(referee.fit(judged), text)
             scores |= {f"{role}_{n}/{name}": value for name, value in named.items()}
     return latents, image, scores
 

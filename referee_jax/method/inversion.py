@@ -193,6 +193,11 @@ def decode(networks: Networks, latents: Array, plan: Plan) -> Array:
     return objective.clamp(networks.vae.decode(latents[None])[0].astype(jnp.float32), plan.clamp)
 
 
+def as_saved(image: Array) -> Array:
+    """In steps of 1/255, like the file: what is judged here is what anyone can judge after."""
+    return jnp.round(255 * image) / 255
+
+
 def loss_names(plan: Plan) -> tuple[str, ...]:
     """The losses of an iteration: their weighted sum "loss", then each as "referee_0/itm"."""
     return "loss", *(f"referee_{n}/{name}" for n, plan_n in enumerate(plan.views) for name in plan_n.losses)
@@ -355,7 +360,8 @@ def step(
 
 @jax.named_scope("clean_losses")
 def clean_losses(networks: Networks, prompt: Prompt, hyper: Hyperparameters, plan: Plan, image: Array) -> Array:
-    """Weighted sums of the losses on an image as it is, of the referees and of the held-out ones: float32 `[2]`."""
+    """Weighted sums of the losses on an image as it is saved, of the referees and of the held-out ones: float32 `[2]`."""
+    image = as_saved(image)
     groups = (
         (networks.referees, prompt.texts, plan.views, hyper.weights),
         (networks.held_out, prompt.held_out, plan.held_out, hyper.held_out),

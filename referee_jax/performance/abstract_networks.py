@@ -79,14 +79,9 @@ PUBLISHED: dict[str, Any] = {
     "THUDM/ImageReward": image_reward.Config(),
     "kakaobrain/align-base": align.Config(),
 }
-# In place of a preprocessor_config.json; the sizes are ALIGN's, no other family reads them.
-_PREPROCESSING = {
-    "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3,
-    "do_center_crop": True,
-    "size": {"height": 346, "width": 346},
-    "crop_size": {"height": 289, "width": 289},
-}
+# In place of a preprocessor_config.json. Only ALIGN's network does not know the size of its pictures.
+_PREPROCESSING = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_ALIGN_SIZES = {"do_center_crop": True, "size": 346, "crop_size": 289}
 
 
 class Words:
@@ -178,7 +173,7 @@ def _prior(checkpoint: str, dtype: Any, assumed: list[str]) -> load.StableDiffus
 
 def _judge(spec: config.RefereeSpec, dtype: Any, assumed: list[str]) -> referees.Judge:
     family, directory = referees.REFEREES[spec.name], hub.local_path(spec.checkpoint)
-    preprocessing = _PREPROCESSING
+    preprocessing = _PREPROCESSING | (_ALIGN_SIZES if family.kind == "align" else {})
     if directory.is_dir():
         sizes = load.read_config(family.kind, directory)
         preprocessing = load.read_preprocessing(directory)

@@ -7,10 +7,11 @@ import numpy as np
 
 from referee_jax import config
 from referee_jax.models import align
-from referee_jax.referees import clip
+from referee_jax.referees import clip, resizing
 from referee_jax.referees.judge import Family, Judge
 
 TOKENS = 64  # both ends included, as ALIGN was trained
+RESIZED = 346  # where a preprocessor_config.json does not say it
 
 
 class AlignReferee(clip.ClipReferee):
@@ -25,27 +26,16 @@ def from_checkpoint(network: align.ALIGN, preprocessing: Mapping, *, image_size:
     `image_size` is the side of the views, 0 the checkpoint's; an image to be scored is cropped by the
     checkpoint's ratio. Raises ValueError where sizes are not of squares or the crop is the larger.
     """
-    size, crop = (_side(preprocessing, name) for name in ("size", "crop_size"))
-    if not preprocessing.get("do_center_crop"):
-        crop = size
-    if crop > size:
-        raise ValueError(f"preprocessor_config.json: crop_size={crop} is more than size={size}")
-    image_size = image_size or crop
+    fitting = resizing.fitting(preprocessing, RESIZED)
+    image_size = image_size or fitting.side
     black, white = (_pixel(value, preprocessing) for value in (0.0, 255.0))
     return AlignReferee(
         network=network,
         image_size=image_size,
-        resized=round(image_size * size / crop),
+        fitting=fitting,
         mean=tuple((-black / (white - black)).tolist()),
         std=tuple((1 / (white - black)).tolist()),
     )
-
-
-def _side(preprocessing: Mapping, name: str) -> int:
-    size = preprocessing[name]
-    if not isinstance(size, dict) or size.keys() != {"height", "width"} or size["height"] != size["width"]:
-        raise ValueError(f"preprocessor_config.json: {name}={size} is not implemented; supported: height = width")
-    return size["height"]
 
 
 def _pixel(value: float, preprocessing: Mapping) -> np.ndarray:

@@ -31,14 +31,18 @@ class BlipReferee(struct.PyTreeNode):
     Attributes:
         image_size: side of the views in pixels; positions are interpolated for another than the
             checkpoint's.
+        fitting: how an image becomes the view that is scored.
         first_token: id put first in a text that reads the image; None leaves [CLS].
     """
 
     network: blip.ImageTextRetrieval | blip.ConditionalGeneration | blip.QuestionAnswering
     image_size: int = struct.field(pytree_node=False)
+    fitting: resizing.Fitting = struct.field(pytree_node=False)
     mean: tuple[float, float, float] = struct.field(pytree_node=False)
     std: tuple[float, float, float] = struct.field(pytree_node=False)
     first_token: int | None = struct.field(pytree_node=False)
+
+    shape = resizing.SQUASHED
 
     def _states(self, views: Array) -> Array:
         return self.network.vision_model((views - jnp.asarray(self.mean)) / jnp.asarray(self.std))
@@ -50,8 +54,8 @@ class BlipReferee(struct.PyTreeNode):
         return jnp.asarray(input_ids).at[..., 0].set(self.network.config.text_config.bos_token_id)
 
     def fit(self, image: Array) -> Array:
-        """Resized."""
-        return resizing.resized(image, self.image_size)
+        """See method.referee."""
+        return self.fitting.at(self.image_size)(image)
 
     def _losses(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
         return {name: loss[0] for name, loss in self.views_losses(view[None], text).items()}
@@ -145,9 +149,11 @@ def from_checkpoint(
 
     `image_size` 0 is the checkpoint's; `attributes` are those that only this kind of referee has.
     """
+    side = network.config.vision_config.image_size
     return referee(
         network=network,
-        image_size=image_size or network.config.vision_config.image_size,
+        image_size=image_size or side,
+        fitting=resizing.fitting(preprocessing, side, referee.shape),
         mean=tuple(preprocessing["image_mean"]),
         std=tuple(preprocessing["image_std"]),
         first_token=first_token,

@@ -30,6 +30,7 @@ class Blip2Referee(struct.PyTreeNode):
     Attributes:
         image_size: side of the views in pixels; positions are interpolated for another than the
             checkpoint's.
+        fitting: how an image becomes the view that is scored.
         dec_token_id: id of [DEC], which begins a caption.
     """
 
@@ -37,6 +38,7 @@ class Blip2Referee(struct.PyTreeNode):
     mean: tuple[float, float, float] = struct.field(pytree_node=False)
     std: tuple[float, float, float] = struct.field(pytree_node=False)
     image_size: int = struct.field(pytree_node=False)
+    fitting: resizing.Fitting = struct.field(pytree_node=False)
     dec_token_id: int = struct.field(pytree_node=False)
 
     @property
@@ -74,8 +76,8 @@ class Blip2Referee(struct.PyTreeNode):
         return self.image_losses(self._encode_image(views), text)
 
     def fit(self, image: Array) -> Array:
-        """Resized."""
-        return resizing.resized(image, self.image_size)
+        """See method.referee."""
+        return self.fitting.at(self.image_size)(image)
 
     def scores(self, view: Array, text: dict[str, Any]) -> dict[str, Array]:
         """`itm_probability`, `cosine`; with a language head `caption_log_likelihood`, mean per token."""
@@ -99,11 +101,13 @@ def from_checkpoint(
     dec_token_id = network.dec_token_id if dec_token_id is None else dec_token_id
     if dec_token_id >= words:
         raise ValueError(f"the tokenizer's id of [DEC] is {dec_token_id}, but this BLIP-2 has {words} words")
+    side = network.config.vision_config.image_size
     return Blip2Referee(
         network=network,
         mean=tuple(preprocessing["image_mean"]),
         std=tuple(preprocessing["image_std"]),
-        image_size=image_size or network.config.vision_config.image_size,
+        image_size=image_size or side,
+        fitting=resizing.fitting(preprocessing, side),
         dec_token_id=dec_token_id,
     )
 

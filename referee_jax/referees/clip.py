@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 from flax import struct
 from jax import Array
 
@@ -31,16 +30,18 @@ class ClipReferee(struct.PyTreeNode):
 
     Attributes:
         image_size: side of the views in pixels.
-        resized: side to which an image is resized to be scored, of which the view is the middle.
+        fitting: how an image becomes the view that is scored.
+        shape: of the fitting, see resizing.Fitting.
     """
 
     network: clip.CLIP | siglip.SigLIP | align.ALIGN
     image_size: int = struct.field(pytree_node=False)
-    resized: int = struct.field(pytree_node=False)
+    fitting: resizing.Fitting = struct.field(pytree_node=False)
     mean: tuple[float, float, float] = struct.field(pytree_node=False)
     std: tuple[float, float, float] = struct.field(pytree_node=False)
 
     losses = config.LOSSES["clip"]
+    shape = "rounded"
 
     def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
         """Tokens of the prompt and its N negatives, `[1 + N, T]` each, and `real [1 + N]`.
@@ -75,8 +76,8 @@ class ClipReferee(struct.PyTreeNode):
         return {name: losses[name] for name in self.losses}
 
     def fit(self, image: Array) -> Array:
-        """Resized; of that, the middle."""
-        return resizing.middle(resizing.resized(image, self.resized), self.image_size)
+        """See method.referee."""
+        return self.fitting.at(self.image_size)(image)
 
     def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`cosine` and, where there are negatives, the `probability` of the prompt among them."""
@@ -93,6 +94,7 @@ class SiglipReferee(ClipReferee):
     """Also has the loss `sigmoid`."""
 
     losses = config.LOSSES["siglip"]
+    shape = resizing.SQUASHED
 
     def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`cosine`, and the `probability` of a match."""
@@ -104,6 +106,7 @@ class PickScore(ClipReferee):
     """CLIP's losses; the authors' score is the logit."""
 
     losses = config.LOSSES["pickscore"]
+    shape = "floored"  # the authors' own script asks transformers' processor
 
     def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`score` and, where there are negatives, the `probability` of the prompt among them."""
@@ -115,6 +118,7 @@ class Hps(ClipReferee):
     """Loss `cosine`; the authors' score is the cosine."""
 
     losses = config.LOSSES["hps"]
+    shape = "letterboxed"  # open_clip's ResizeMaxSize, of floats
 
     def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`score`."""
@@ -127,7 +131,8 @@ def from_checkpoint(
     """The referee of a loaded network and its preprocessor_config.json."""
     size = network.config.vision_config.image_size
     mean, std = tuple(preprocessing["image_mean"]), tuple(preprocessing["image_std"])
-    return referee(network=network, image_size=size, resized=size, mean=mean, std=std)
+    fitting = resizing.fitting(preprocessing, size, referee.shape, is_exact=referee is Hps)
+    return referee(network=network, image_size=size, fitting=fitting, mean=mean, std=std)
 
 
 def texts(judge: Judge, prompt: str) -> list[str]:
@@ -143,15 +148,6 @@ def tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
     rows = np.arange(1 + len(judge.spec.negatives) + judge.spec.near)
     real = rows < len(ids)
     return {"input_ids": ids[np.where(real, rows, 0)], "real": real}
-
-
-def _letterboxed(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
-    """The whole image in a square, the rest black: HPSv2's own way (open_clip's ResizeMaxSize)."""
-    size = [round(x * side / max(image.size)) for x in image.size]
-    square = PIL.Image.new("RGB", (side, side))
-    resized = image.resize(size, PIL.Image.Resampling.BICUBIC)
-    square.paste(resized, tuple((side - x) // 2 for x in size))
-    return square
 
 
 def _family(referee: type[ClipReferee], kind: str = "clip", **attributes: Any) -> Family:
@@ -188,5 +184,4 @@ HPS = _family(
     files=("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt"),
     is_converted=True,
     architecture="HPS",
-    squared=_letterboxed,
 )

@@ -7,7 +7,7 @@ from jax import Array
 
 from referee_jax import config
 from referee_jax.models import layers
-from referee_jax.referees import blip, resizing
+from referee_jax.referees import blip
 from referee_jax.referees.judge import Family
 
 TOKENS = 35  # both ends included, as ImageReward was trained
@@ -17,6 +17,7 @@ class Reward(blip.BlipReferee):
     """Loss `reward`: minus the reward, in standard deviations of the authors' data. [CLS] stays."""
 
     losses = config.LOSSES["image_reward"]
+    shape = "rounded"
 
     def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
         """`input_ids, mask [T]`, unchanged: all of the text reads the image."""
@@ -27,17 +28,15 @@ class Reward(blip.BlipReferee):
         ids, mask = (layers.repeat(text[name][None], len(views)) for name in ("input_ids", "mask"))
         return {"reward": -self.network.reward(self._states(views), ids, mask)}
 
-    def fit(self, image: Array) -> Array:
-        """The middle square, as the authors cut it."""
-        return resizing.cropped(image, self.image_size)
-
     def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
         """`reward`."""
         return {"reward": -self.views_losses(view[None], text)["reward"][0]}
 
 
 def _build(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any) -> Reward:
-    return blip.from_checkpoint(Reward, network, preprocessing, image_size=spec.image_size)
+    # The authors cut out the middle, whatever a file beside the weights says.
+    sizes = {"size": network.config.vision_config.image_size, "do_center_crop": False}
+    return blip.from_checkpoint(Reward, network, preprocessing | sizes, image_size=spec.image_size)
 
 
 FAMILY = Family(

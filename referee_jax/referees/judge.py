@@ -11,7 +11,6 @@ import PIL.Image
 
 from referee_jax import config, prompts
 from referee_jax.method.referee import Referee
-from referee_jax.weights import load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,6 @@ class Family:
         architecture: the name in its config.json, where it is not the name that `kind` has.
         files: the authors' original files, which weights.lavis converts.
         is_converted: whether `published` holds only such files.
-        squared: `(image, side)` to what the checkpoint's own preprocessing then reads.
         check: raises ValueError for a tokenizer that does not fit, before weights are read.
     """
 
@@ -46,7 +44,6 @@ class Family:
     architecture: str = ""
     files: tuple[str, ...] = ()
     is_converted: bool = False
-    squared: Callable[[PIL.Image.Image, int], PIL.Image.Image] = lambda image, side: image
     check: Callable[[Any], Any] = lambda tokenizer: None
 
 
@@ -98,35 +95,27 @@ class Judge:
     def score(self, images: Sequence[PIL.Image.Image], texts: Sequence[str]) -> list[list[dict[str, float]]]:
         """The scores of each image with each text, behind the checkpoint's own preprocessing.
 
-        Raises prompts.Unreadable for a text, and what `preprocessing` raises.
+        Raises prompts.Unreadable for a text, and what `preprocess` raises.
         """
-        preprocess = self.preprocessing()
         encoded = _encode(self.referee, jax.tree.map(lambda *x: np.stack(x), *map(self.tokenize, texts)))
         rows = []
         for image in images:
-            scores = _score(self.referee, jnp.asarray(preprocess(image)), encoded)
+            scores = _score(self.referee, jnp.asarray(self.preprocess(image)), encoded)
             rows.append([{name: float(x[n]) for name, x in scores.items()} for n in range(len(texts))])
         return rows
 
-    def preprocessing(self) -> Callable[[PIL.Image.Image], np.ndarray]:
-        """The checkpoint's own: image to the view that `referee.scores` reads.
+    def preprocess(self, picture: PIL.Image.Image) -> np.ndarray:
+        """A picture to the view that `referee.scores` reads, float32 `[S, S, 3]`, as its authors do.
 
-        The view is float32 `[S, S, 3]` in [0, 1]. Raises WeightsError where there is no image
-        processor; the function, ValueError where that gives another size than the referee's.
+        Raises ValueError where the checkpoint's own preprocessing gives another size than the network's.
         """
-        processor = load.load_image_processor(self.spec.checkpoint, revision=self.spec.revision or None)
-        side, mean, std = self.referee.image_size, np.asarray(self.referee.mean), np.asarray(self.referee.std)
-
-        def preprocess(image: PIL.Image.Image) -> np.ndarray:
-            square = self.family.squared(image.convert("RGB"), side)
-            pixels = np.asarray(processor(images=square, return_tensors="np")["pixel_values"][0])
-            if pixels.shape != (3, side, side):
-                raise ValueError(
-                    f"referee {self.spec.name} reads {side} x {side} pixels, its image processor gives {pixels.shape}"
-                )
-            return (pixels.transpose(1, 2, 0) * std + mean).astype(np.float32)
-
-        return preprocess
+        side, fitting = self.referee.image_size, self.referee.fitting
+        if not self.spec.image_size and fitting.side != side:
+            given = (3, fitting.side, fitting.side)
+            raise ValueError(
+                f"referee {self.spec.name} reads {side} x {side} pixels, its image processor gives {given}"
+            )
+        return fitting.at(side).of_picture(picture.convert("RGB"))
 
 
 # vmap over texts alone: the vision tower, which does not depend on them, runs once per image.

@@ -264,24 +264,6 @@ def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, kind:
     return tokenizers.read(directory, text_config(read_config(kind, directory)) if kind else None)
 
 
-def load_image_processor(path_or_id: str | Path, *, revision: str | None = None):
-    """Returns transformers' image processor (with PIL) of a directory or hub id.
-
-    Runs no code from there.
-    """
-    auto = tokenizers.transformers_class("AutoImageProcessor")
-    directory = hub.resolve(path_or_id, revision, [_IMAGE_PROCESSOR, _PROCESSOR])
-    settings = read_preprocessing(directory)
-    options = dict(local_files_only=True, trust_remote_code=False, backend="pil")
-    try:
-        return auto.from_pretrained(directory, **options)
-    except Exception as error:  # transformers raises errors of any type
-        reason = console.first_line(error)
-        if reason.startswith("Unrecognized"):  # and then a list of all types
-            reason = f"transformers knows no image_processor_type={settings.get('image_processor_type')!r}"
-        raise WeightsError(f"{directory}: no image processor can be read here ({reason})") from error
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StableDiffusion:
     """The parts of a Stable Diffusion checkpoint.

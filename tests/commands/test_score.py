@@ -85,17 +85,20 @@ def test_hps_sees_the_whole_image(images, tmp_path, file):
     """HPSv2's own: the longer side is brought to the network's, and black put beside the shorter."""
     networks.save_clip(tmp_path)
     (line,) = scored(str(tmp_path), images[file : file + 1], TEXTS[:1], name="hps")
-    image = PIL.Image.open(images[file])
-    size = {0: (32, 24), 1: (19, 32)}[file]
-    square = np.zeros((32, 32, 3), np.uint8)
-    top, left = (32 - size[1]) // 2, (32 - size[0]) // 2
-    square[top : top + size[1], left : left + size[0]] = image.resize(size, PIL.Image.Resampling.BICUBIC)
+    pixels = torch.tensor(np.asarray(PIL.Image.open(images[file])) / np.float32(255)).permute(2, 0, 1)[None]
+    height, width = {0: (24, 32), 1: (32, 19)}[file]
+    # Its ToTensor comes first: what torchvision resizes are floats.
+    resized = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    square = torch.zeros(1, 3, 32, 32)
+    top, left = (32 - height) // 2, (32 - width) // 2
+    square[:, :, top : top + height, left : left + width] = resized
+    mean, std = (torch.tensor(x)[:, None, None] for x in (networks.CLIP_MEAN, networks.CLIP_STD))
     network = transformers.CLIPModel.from_pretrained(tmp_path).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
-    pixels = processor(images=PIL.Image.fromarray(square), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        out = network(pixel_values=pixels, **tokenizer(TEXTS[:1], padding="max_length", return_tensors="pt"))
+        out = network(
+            pixel_values=(square - mean) / std, **tokenizer(TEXTS[:1], padding="max_length", return_tensors="pt")
+        )
     assert abs(line["score"] - (out.image_embeds @ out.text_embeds.T).item()) < 1e-5
     (cropped,) = scored(str(tmp_path), images[file : file + 1], TEXTS[:1], name="clip")
     assert abs(cropped["cosine"] - line["score"]) > 1e-3

@@ -1,5 +1,7 @@
 """ALIGN as a referee against transformers' AlignModel and its processor: losses, image gradients, scores, settings."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import PIL.Image
 import pytest
 
 from referee_jax import config, prompts, referees
-from referee_jax.referees import align, resizing
+from referee_jax.referees import align
 from tests.conftest import picture, relative_l2
 from tests.lazy import torch, transformers
 from tests.oracles import networks
@@ -123,12 +125,14 @@ def test_scores(larger, height, width):
         assert float(scores[name]) == pytest.approx(value, abs=1e-3)
     assert 0.01 < wanted["probability"] < 0.99
     # Looking at the whole image would not do.
-    assert abs(float(score(judge.referee.replace(resized=289), image, text)["cosine"]) - wanted["cosine"]) > 2e-3
+    whole = judge.referee.replace(fitting=dataclasses.replace(judge.referee.fitting, resized=289))
+    assert abs(float(score(whole, image, text)["cosine"]) - wanted["cosine"]) > 2e-3
 
-    # What is looked at differs by the processor's rounding alone: less than one of 255 steps, and nothing without it.
-    seen = np.asarray(resizing.middle(resizing.resized(image, judge.referee.resized), judge.referee.image_size))
-    steps = 255 * seen - 127.5 * (read["pixel_values"][0].permute(1, 2, 0).numpy() + 1)
-    assert np.abs(steps).max() < (0.01 if (height, width) == (346, 346) else 1.01)
+    # What is looked at is what the processor gives, but for pixels that lie between two of its 255 steps.
+    seen = np.asarray(judge.referee.fit(image))
+    steps = np.abs(255 * seen - 127.5 * (read["pixel_values"][0].permute(1, 2, 0).numpy() + 1))
+    assert steps.max() < (0.01 if (height, width) == (346, 346) else 1.01)
+    assert steps.mean() < 0.02
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,9 @@ def test_mean_and_std_are_the_processors(directory, changes):
 def test_sizes(directory):
     network = load(directory).referee.network
     settings = networks.align_processor(289, 346).to_dict()
-    sizes = lambda **how: (lambda r: (r.image_size, r.resized))(align.from_checkpoint(network, **how))
+    sizes = lambda **how: (lambda r: (r.image_size, r.fitting.at(r.image_size).resized))(
+        align.from_checkpoint(network, **how)
+    )
     assert sizes(preprocessing=settings) == (289, 346)
     assert sizes(preprocessing=settings, image_size=578) == (578, 692)
     assert sizes(preprocessing=settings | {"do_center_crop": False}) == (346, 346)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from referee_jax import config, prompts, referees
@@ -203,7 +204,9 @@ def test_scores(directories, task):
         assert 0.01 < scores["vqa_probability"] < 0.99
     # An image of another size is brought to that of the views.
     large = jnp.asarray(views(size=48, count=1)[0])
-    small = jax.image.resize(large, (32, 32, 3), "bilinear", antialias=True)
+    large = jnp.round(255 * large) / 255
+    small = PIL.Image.fromarray(np.asarray(255 * large).round().astype(np.uint8)).resize((32, 32), PIL.Image.BICUBIC)
+    small = jnp.asarray(np.asarray(small) / np.float32(255))
     of_large, of_small = (score(judge.referee, i) for i in (large, small))
     for name in scores:
         assert float(of_large[name]) == pytest.approx(float(of_small[name]), abs=1e-4)

@@ -9,6 +9,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import safetensors.numpy
 from flax import nnx
@@ -161,9 +162,9 @@ def test_scores(judge):
     plain = torch.nn.functional.cross_entropy(logits, labels)
     assert float(scores["caption_log_likelihood"]) == pytest.approx(-float(plain), rel=1e-5)
     # A larger image is shrunk first.
-    large = jnp.repeat(jnp.repeat(image, 2, 0), 2, 1)
-    shrunk = jax.image.resize(large, image.shape, "bilinear", antialias=True)
-    wanted = scores_of(referee, shrunk, text)["cosine"]
+    large = jnp.repeat(jnp.repeat(jnp.round(255 * image) / 255, 2, 0), 2, 1)
+    shrunk = referee.fitting.of_picture(PIL.Image.fromarray(np.asarray(255 * large).round().astype(np.uint8)))
+    wanted = scores_of(referee, jnp.asarray(shrunk), text)["cosine"]
     assert float(scores_of(referee, large, text)["cosine"]) == pytest.approx(float(wanted), abs=1e-5)
 
 

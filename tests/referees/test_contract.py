@@ -9,12 +9,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from referee_jax import config, prompts, referees
 from referee_jax.engine import parallel
 from referee_jax.performance import flops
-from tests.conftest import cosine, relative_l2
+from tests.conftest import cosine, picture, relative_l2
 from tests.lazy import transformers
 from tests.oracles import networks
 
@@ -147,8 +148,15 @@ def test_scores(judge, texts, views):
     large = jnp.repeat(jnp.repeat(image, 2, 0), 2, 1)
     shapes = jax.eval_shape(lambda r, i, t: r.scores(r.fit(i), t), judge.referee, large, of(texts, 0))
     assert shapes and all(x.shape == () and x.dtype == jnp.float32 for x in shapes.values())
-    scores = jax.jit(lambda r, i, t: r.scores(r.fit(i), t))(judge.referee, image, of(texts, 0))
+    score = jax.jit(lambda r, i, t: r.scores(r.fit(i), t))
+    scores = score(judge.referee, image, of(texts, 0))
     assert scores.keys() == shapes.keys() and all(np.isfinite(x) for x in scores.values())
+    # In a run and of its file, by the rules of `Judge.score`: one number for one picture.
+    pixels = np.round(255 * picture(height=3 * len(image), width=3 * len(image))).astype(np.uint8)
+    by_run = score(judge.referee, judge.referee.fit(jnp.asarray(pixels / np.float32(255))), of(texts, 0))
+    of_file = score(judge.referee, jnp.asarray(judge.preprocess(PIL.Image.fromarray(pixels))), of(texts, 0))
+    for name, value in of_file.items():
+        assert abs(float(by_run[name]) - float(value)) < 1e-4 * max(1, abs(float(value)))
 
 
 def test_transformations(judge, texts, views):

@@ -80,7 +80,7 @@ def test_score(oracle):
     loss = losses_and_gradient(judge.referee, image[None], text)[0][0]
     assert float(scores["reward"]) == pytest.approx(-float(loss), abs=1e-5)
     wide = jnp.asarray(picture(height=48, width=80))
-    middle = score(judge.referee, resizing.cropped(wide, 32))
+    middle = score(judge.referee, judge.referee.fit(wide))
     assert float(score(judge.referee, wide)["reward"]) == pytest.approx(float(middle["reward"]), abs=1e-5)
     assert abs(float(score(judge.referee, wide[:, :48])["reward"]) - float(middle["reward"])) > 1e-3
 
@@ -101,7 +101,8 @@ def test_crop_is_that_of_pil(size, contrast):
     wanted = PIL.Image.fromarray(pixels).resize((32 * width // short, 32 * height // short), PIL.Image.BICUBIC)
     top, left = (int(round((x - 32) / 2.0)) for x in (wanted.height, wanted.width))
     wanted = np.asarray(wanted)[top : top + 32, left : left + 32] / 255
-    made = jax.jit(resizing.cropped, static_argnums=1)(jnp.asarray(pixels / 255, jnp.float32), 32)
+    crop = resizing.Fitting(side=32, resized=32, shape="rounded")
+    made = jax.jit(crop)(jnp.asarray(pixels / 255, jnp.float32))
     assert made.shape == (32, 32, 3)
     np.testing.assert_allclose(made, wanted, atol=1.5 / 255)
     assert 0 <= float(made.min()) and float(made.max()) <= 1

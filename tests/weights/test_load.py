@@ -171,7 +171,7 @@ def test_preprocessing_of_a_processor_saved_today(tmp_path):
     assert not (path / "preprocessor_config.json").exists()
     settings = load.read_preprocessing(path)
     assert settings["size"] == {"height": 48, "width": 48} and settings["image_mean"] == list(networks.CLIP_MEAN)
-    processor = load.load_image_processor(path)
+    processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil")
     assert processor.to_dict() == transformers.BlipProcessor.from_pretrained(path).image_processor.to_dict()
 
 
@@ -185,14 +185,20 @@ def test_preprocessing_in_a_file_of_its_own(tmp_path):
     (path / "processor_config.json").write_text('{"num_query_tokens": 32, "processor_class": "Blip2Processor"}')
     for _ in range(2):
         assert load.read_preprocessing(path)["size"] == {"height": 40, "width": 40}
-        assert dict(load.load_image_processor(path).size) == {"height": 40, "width": 40}
+        assert dict(transformers.AutoImageProcessor.from_pretrained(path, backend="pil").size) == {
+            "height": 40,
+            "width": 40,
+        }
         (path / "processor_config.json").unlink(missing_ok=True)
 
 
 def test_of_two_preprocessings_the_one_that_transformers_takes(tmp_path):
     path = blip_directory(tmp_path / "blip")
     older_file(path, size={"height": 40, "width": 40}, image_mean=[0.0, 0.0, 0.0])
-    settings, processor = load.read_preprocessing(path), load.load_image_processor(path)
+    settings, processor = (
+        load.read_preprocessing(path),
+        transformers.AutoImageProcessor.from_pretrained(path, backend="pil"),
+    )
     assert settings["size"] == dict(processor.size) == {"height": 32, "width": 32}
     assert settings["image_mean"] == list(processor.image_mean) == list(networks.CLIP_MEAN)
 
@@ -222,22 +228,9 @@ def test_without_preprocessing(tmp_path, text, message):
     (path / "processor_config.json").unlink()
     if text is not None:
         (path / "processor_config.json").write_text(text)
-    for read in (load.read_preprocessing, load.load_image_processor):
-        with pytest.raises(load.WeightsError, match=message) as caught:
-            read(path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("settings", [{"image_processor_type": "Nope"}, {"feature_extractor_type": "Nope"}, {}])
-@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
-def test_unknown_image_processor(settings, name, tmp_path):
-    """One sentence with its type, not transformers' list of all."""
-    values = {"image_processor": settings} if name == "processor_config.json" else settings
-    (tmp_path / name).write_text(json.dumps(values))
-    kind = settings.get("image_processor_type")
-    message = rf"no image processor can be read here \(transformers knows no image_processor_type={kind!r}\)$"
-    with pytest.raises(load.WeightsError, match=message):
-        load.load_image_processor(tmp_path)
+    with pytest.raises(load.WeightsError, match=message) as caught:
+        load.read_preprocessing(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_hub_id_that_is_not_there_offline():
@@ -309,11 +302,9 @@ def test_either_file_of_preprocessing_is_fetched(monkeypatch, tmp_path):
     )
     networks.save_blip_processor(tmp_path, 32)
     load.fetch_referee("someone/some-model")
-    load.load_image_processor("someone/some-model")
     files = ["preprocessor_config.json", "processor_config.json"]
-    for patterns in requests:
-        assert list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=patterns)) == files
-    assert len(requests) == 2
+    (patterns,) = requests
+    assert list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=patterns)) == files
 
 
 LOAD = """
@@ -369,5 +360,4 @@ def test_pytorch_is_not_recommended(tmp_path, monkeypatch):
             patch.delitem(sys.modules, "transformers", raising=False)
             patch.delenv(advice, raising=False) if before is None else patch.setenv(advice, before)
             assert tokenizers.transformers_class("Auto") == ("Auto", "1", "1") and os.environ.get(advice) == before
-    for function in (tokenizers.read, load.load_image_processor):
-        assert "import transformers" not in inspect.getsource(function)
+    assert "import transformers" not in inspect.getsource(tokenizers.read)
