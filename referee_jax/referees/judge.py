@@ -1,6 +1,7 @@
 """A referee on the host: its network, its tokenizer and its settings."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import PIL.Image
 
 from referee_jax import config, prompts
 from referee_jax.method.referee import Referee
+from referee_jax.storage import images as images_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,20 +94,26 @@ class Judge:
             raise prompts.Unreadable(prompt, f"it holds {token}, for which {name} has no word")
         return self.family.tokens(self, ids)
 
-    def score(self, images: Sequence[PIL.Image.Image], texts: Sequence[str]) -> list[list[dict[str, float]]]:
+    def score(self, images: Sequence[images_lib.Picture], texts: Sequence[str]) -> list[list[dict[str, float]]]:
         """The scores of each image with each text, behind the checkpoint's own preprocessing.
 
-        Raises prompts.Unreadable for a text, and what `preprocess` raises.
+        An image is a file, an array or a picture of Pillow, see storage.images. Raises ValueError for
+        one that cannot be read, prompts.Unreadable for a text, and what `preprocess` raises.
         """
+        for name, values in (("images", images), ("texts", texts)):
+            if isinstance(values, str | os.PathLike | PIL.Image.Image):
+                raise ValueError(f"{name} is one of its kind; give a list: [{values!r}]")
+        if not len(images) or not texts:
+            return [[] for _ in images]
         encoded = _encode(self.referee, jax.tree.map(lambda *x: np.stack(x), *map(self.tokenize, texts)))
         rows = []
         for image in images:
-            scores = _score(self.referee, jnp.asarray(self.preprocess(image)), encoded)
+            scores = _score(self.referee, jnp.asarray(self.preprocess(images_lib.picture(image))), encoded)
             rows.append([{name: float(x[n]) for name, x in scores.items()} for n in range(len(texts))])
         return rows
 
-    def preprocess(self, picture: PIL.Image.Image) -> np.ndarray:
-        """A picture to the view that `referee.scores` reads, float32 `[S, S, 3]`, as its authors do.
+    def preprocess(self, image: PIL.Image.Image) -> np.ndarray:
+        """An RGB picture to the view that `referee.scores` reads, float32 `[S, S, 3]`, as its authors do.
 
         Raises ValueError where the checkpoint's own preprocessing gives another size than the network's.
         """
@@ -115,7 +123,7 @@ class Judge:
             raise ValueError(
                 f"referee {self.spec.name} reads {side} x {side} pixels, its image processor gives {given}"
             )
-        return fitting.at(side).of_picture(picture.convert("RGB"))
+        return fitting.at(side).of_picture(image)
 
 
 # vmap over texts alone: the vision tower, which does not depend on them, runs once per image.

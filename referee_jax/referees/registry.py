@@ -1,7 +1,7 @@
 """Referees by name: `load_referee(spec)` gives a `Judge`.
 
 judge = load_referee(config.RefereeSpec(name="blip_itm", checkpoint="Salesforce/blip-itm-base-coco", losses={}))
-judge.score([PIL.Image.open("a.png")], ["a red book"])  # [[{"itm_probability": ..., "cosine": ...}]]
+judge.score(["a.png"], ["a red book"])  # [[{"itm_probability": ..., "cosine": ...}]]
 """
 
 from collections.abc import Mapping

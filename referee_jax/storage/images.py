@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from referee_jax.storage import files, shards
 
 CHUNK = "referee_jax"  # keyword of the PNG text chunk; EXIF software of a WebP
 COMMENT = b"ASCII\0\0\0"  # prefix of an EXIF user comment
+
+Picture = str | os.PathLike | np.ndarray | Image.Image  # what `picture` takes
 
 
 def to_uint8(image: np.ndarray, *, stretch: bool = False) -> np.ndarray:
@@ -60,11 +62,42 @@ def encode_animation(frames: Sequence[np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any of Pillow's modes as RGB and the right way up, as viewers show it."""
+    is_wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # Pillow 10 says I
+    image = ImageOps.exif_transpose(image)
+    if is_wide:  # Pillow would cut values at 255
+        image = Image.fromarray(np.round(np.asarray(image, np.float32) / 257).astype(np.uint8))
+    elif image.mode == "La":  # of this mode Pillow converts to no other
+        image = image.convert("LA")
+    return image.convert("RGB")
+
+
+def picture(image: Picture) -> Image.Image:
+    """A file or shard, an array or a picture of Pillow as RGB.
+
+    An array is `[H, W]`, `[H, W, 3]` or `[H, W, 4]`, uint8 or floats in [0, 1]. Raises ValueError for
+    another, and for a file that cannot be read.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return as_rgb(image)
+    pixels = np.asarray(image)
+    is_float = pixels.dtype.kind == "f" or pixels.dtype.name == "bfloat16"
+    if not (is_float or pixels.dtype == np.uint8) or not (pixels.ndim == 2 or pixels.shape[2:] in ((3,), (4,))):
+        raise ValueError(
+            f"an image of {pixels.dtype} {list(pixels.shape)}: give a file, a picture of Pillow, or an array [H, W, 3] of "
+            "uint8 or of floats in [0, 1]"
+        )
+    return as_rgb(Image.fromarray(to_uint8(pixels) if is_float else pixels))
+
+
 def read_image(file: str | os.PathLike) -> Image.Image:
     """The image in a file or shard as RGB. ValueError if it cannot be read."""
     try:
         with Image.open(io.BytesIO(shards.read_bytes(Path(file)))) as image:
-            return image.convert("RGB")
+            return as_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # PIL's message names the buffer, not the file.
         reason = getattr(error, "strerror", None) or str(error).partition(" <_io.")[0]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -276,6 +277,24 @@ def test_the_command(images, tmp_path):
     wrong = command_line(f"--referee={tmp_path}", f"--image={images[0]}", "--text=a photo", "--template=a photo")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.strip() == "error: --template='a photo' is not a text with one {} where the prompt is put"
+
+
+def test_pictures_of_all_kinds_and_none(images, tmp_path):
+    """Files, arrays and Pillow's pictures have one score; nothing gives nothing."""
+    networks.save_clip(tmp_path)
+    judge = referees.load_referee(str(tmp_path))
+    image = PIL.Image.open(images[0])
+    kinds = [images[0], image, np.asarray(image), np.asarray(image) / np.float32(255), jnp.asarray(image) / 255]
+    (first, *others) = judge.score(kinds, ["red"])
+    assert others == [first] * 4 and 0 < abs(first[0]["cosine"]) < 1
+    assert judge.score([], ["red"]) == [] and judge.score(kinds[:2], []) == [[], []] and judge.score([], []) == []
+    for arguments, message in (
+        ((images[0], ["red"]), r"images is one of its kind; give a list: \['.*wide.png'\]"),
+        ((kinds, "red"), r"texts is one of its kind; give a list: \['red'\]"),
+        (([None], ["red"]), "an image of object"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            judge.score(*arguments)
 
 
 def test_bad_input(images, tmp_path):
