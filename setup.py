@@ -29,6 +29,7 @@ setuptools.setup(
         "filelock>=3.10",
         "flax>=0.12",
         "fsspec>=2025.3",
+        "ftfy>=6.1",
         "huggingface_hub>=2.4",
         "jax>=0.10",
         "jinja2>=3.1",

@@ -1,10 +1,12 @@
 """Texts made from a prompt (captions, questions, hard negatives) and their tokens."""
 
+import html
 import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import ftfy
 import numpy as np
 
 PLACES = re.compile(r"\{(caption)?\}")  # of the prompt in a template
@@ -45,6 +47,13 @@ def tokenize(
     if len(longest) > length:
         raise Unreadable(text, f"{len(longest)} tokens, {reader} reads {length}")
     return np.array(rows, np.int32)
+
+
+def repaired(text: str) -> str:
+    """A text as the tokenizers of OpenAI and open_clip are given it (`basic_clean`): quotes straightened, &amp; resolved,
+    full-width letters, ligatures and what was decoded wrongly put right; most texts stay as they are.
+    """
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
 def caption(text: str) -> str:

@@ -230,3 +230,28 @@ def test_fill(template, prompt, text):
 )
 def test_question(text, question):
     assert prompts.question(text) == question
+
+
+# What OpenAI's and open_clip's own tokenizers make of them, as words of theirs.
+REPAIRED = {
+    "It\u2019s a \u201cdog\u201d &amp; cat": 'It\'s a "dog" & cat',
+    "a &lt;b&gt; &quot;x&quot;": 'a <b> "x"',
+    "A&amp;amp;B": "A&B",
+    "\uff46\uff55\uff4c\uff4c width": "full width",
+    "\ufb01ne ligature": "fine ligature",
+    "sch\u00c3\u00b6n": "sch\u00f6n",
+    " a circle ": "a circle",
+}
+UNCHANGED = (
+    "a red circle and a blue square",
+    "caf\u00e9 na\u00efve \u00df",
+    "a \u2013 b \u2014 c",
+    "\U0001f469\u200d\U0001f680 rides",
+    "\u6f22\u5b57 \u3072\u3089\u304c\u306a",
+    '5,000 cats!! it\'s ("quoted")',
+)
+
+
+def test_repaired():
+    assert {text: prompts.repaired(text) for text in REPAIRED} == REPAIRED
+    assert [prompts.repaired(text) for text in UNCHANGED] == list(UNCHANGED)

@@ -174,7 +174,7 @@ def tokenize(
     is_guided = template.prompt != template.negative_prompt
     texts = [prompts.fill(template.prompt, prompt), template.negative_prompt][: 2 if is_guided else 1]
     return {
-        "prior": prompts.tokenize(tokenizer, texts, reader="the prior"),
+        "prior": prompts.tokenize(tokenizer, list(map(prompts.repaired, texts)), reader="the prior"),
         "referees": tuple(judge.read(prompt) for judge in judges),
         "held_out": tuple(judge.read(prompt) for judge in held_out),
     }

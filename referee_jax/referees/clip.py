@@ -157,6 +157,7 @@ def _family(referee: type[ClipReferee], kind: str = "clip", **attributes: Any) -
 
 CLIP = _family(
     ClipReferee,
+    clean=prompts.repaired,
     published=(
         "openai/clip-vit-base-patch32",
         "openai/clip-vit-large-patch14",
@@ -177,9 +178,11 @@ SIGLIP = _family(
         "google/siglip2-so400m-patch14-384",
     ),
 )
+# Its authors' script asks transformers' quick tokenizer, which repairs nothing.
 PICKSCORE = _family(PickScore, published=("yuvalkirstain/PickScore_v1",))
 HPS = _family(
     Hps,
+    clean=prompts.repaired,
     published=("xswu/HPSv2",),
     files=("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt"),
     is_converted=True,

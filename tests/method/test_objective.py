@@ -1,4 +1,6 @@
-"""The gradient of one referee in several passes over its views."""
+"""The gradient of one referee in several passes over its views, and its loss of a picture as it is."""
+
+import types
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,8 @@ import pytest
 
 from referee_jax import config
 from referee_jax.engine import builders, peak_memory
-from referee_jax.method import objective, views
+from referee_jax.method import inversion, objective, views
+from referee_jax.storage import images
 from tests.tools import hlo_surprises
 
 SIZE, NAMES = 16, ("Ji", "Er")
@@ -92,3 +95,21 @@ def test_passes_are_not_of_the_image():
     settings = config.Settings()
     other = config.override(settings, {"views.per_pass": 2})
     assert other.views.per_pass == 2 and config.fingerprint(other) == config.fingerprint(settings)
+
+
+def test_what_is_judged_is_what_is_saved():
+    """Steps of 1/255, for the referees and for the held-out ones; and as the referee fits an image, not as views are made."""
+    referee = types.SimpleNamespace(
+        fit=lambda image: image[:2, :2], views_losses=lambda views, text: {"red": text * views[..., 0].sum((1, 2))}
+    )
+    view_plan = objective.ViewPlan(losses=("red",), count=1, keep=1, augmentations=())
+    plan = inversion.Plan(latent=(1, 1, 4), views=(view_plan,), held_out=(view_plan,))
+    networks = inversion.Networks(prior=None, vae=None, referees=(referee,), held_out=(referee,))
+    prompt = inversion.Prompt(cond=None, uncond=None, texts=(1.0,), held_out=(2.0,))
+    weights = (objective.Weights((0.5,)),)
+    hyper = inversion.Hyperparameters(weights=weights, held_out=weights)
+    image = np.random.default_rng(0).uniform(size=(3, 3, 3)).astype(np.float32)
+    saved = (images.to_uint8(image) / np.float32(255))[:2, :2, 0].sum()
+    made = inversion.clean_losses(networks, prompt, hyper, plan, jnp.asarray(image))
+    np.testing.assert_allclose(made, [0.5 * saved, saved], rtol=1e-6)
+    assert abs(saved - image[:2, :2, 0].sum()) > 1e-4

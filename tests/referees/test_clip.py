@@ -1,5 +1,7 @@
 """CLIP as a referee against transformers' CLIPModel: losses, their image gradients, scores, and the near negatives."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +101,16 @@ def test_referees_of_preference(name, checkpoints):
     assert float(made["cosine"][0]) == pytest.approx(1 - float(cosine), abs=1e-5)
     if name == "pickscore":
         assert float(made["contrastive"][0]) == pytest.approx(-float(share.log()), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clip", "hps", "pickscore"])
+def test_texts_are_repaired_as_their_authors_do(name, judge):
+    """By OpenAI's and open_clip's own tokenizers; PickScore's authors ask transformers', which repairs nothing."""
+    spec = config.RefereeSpec(name=name, checkpoint=judge.spec.checkpoint, losses={})
+    reader = dataclasses.replace(judge, spec=spec, family=referees.REFEREES[name])
+    for text, wanted in (("a \u201cred\u201d circle &amp; a", 'a "red" circle & a'), ("\uff52\uff45\uff44", "red")):
+        read = [reader.tokenize(x)["input_ids"].tolist() for x in (text, wanted)]
+        assert (read[0] == read[1]) == (name != "pickscore")
 
 
 def test_names_agree_with_the_settings():

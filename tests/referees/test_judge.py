@@ -76,6 +76,14 @@ def test_a_prompt_is_read_once_from_the_check_to_its_batch(counted):
     assert calls() == [3] * 4
 
 
+def test_the_prior_reads_a_text_repaired(engine):
+    """As the CLIP that it has learnt from."""
+    odd, plain = (
+        engine._tokenize(text)["prior"] for text in ("it\u2019s a \uff52\uff45\uff44 circle", "it's a red circle")
+    )
+    np.testing.assert_array_equal(odd, plain)
+
+
 def test_few_prompts_are_kept(counted, monkeypatch):
     engine, _ = counted
     monkeypatch.setattr(inverter_lib, "TOKENIZED", 3)
