@@ -107,6 +107,7 @@ class RefereeSpec:
     keep: int = bounded(0, low=0)  # number of hardest views with a gradient; 0: views.keep, or all
     template: str = ""  # text with {} for the prompt; empty: the referee's own
     first_token: str = bounded("[ENC]", allowed=("[ENC]", "[CLS]"))  # of the text in blip_itm and blip_vqa
+    truncate: bool = False  # cut a text that is too long, as its authors' code does, instead of refusing it
     negatives: tuple[str, ...] = ()  # texts to contrast the prompt with
     near: int = bounded(0, low=0)  # number of hard negatives made from the prompt; see prompts.hard_negatives
     exchange: tuple[tuple[str, ...], ...] = ()  # groups of interchangeable words in those

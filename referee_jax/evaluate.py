@@ -45,6 +45,7 @@ def evaluate(args) -> str:
         clip=args.clip,
         rule=args.noun_phrases,
         import_scores=args.import_scores,
+        truncate=args.truncate,
     )
 
 
@@ -96,6 +97,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_enum(
         "noun_phrases", noun_phrases.NEW, list(noun_phrases.RULES), "which ones BLIP-VQA asks about: new, the first 8 but for "
         "places, as the official scorer does now; old, the first 2 of all, as it did at first", **common,
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        "truncate", None, "cut prompts that are too long for a measure, as its authors do; default: in folders in a benchmark's "
+        "layout; in a run directory they are named and left out", **common,
     )  # fmt: skip
     flags.DEFINE_enum(
         "export", None, ["t2i_compbench", "geneval"], "write the folder that its official scorers read", **common

@@ -31,17 +31,22 @@ def token_count(tokenizer: Any, text: str) -> int:
 
 
 def tokenize(
-    tokenizer: Any, texts: Sequence[str], length: int | None = None, *, reader: str = "the text encoder"
+    tokenizer: Any,
+    texts: Sequence[str],
+    length: int | None = None,
+    *,
+    reader: str = "the text encoder",
+    truncate: bool = False,
 ) -> np.ndarray:
     """Token ids, int32 `[text, length]`, padded as the tokenizer pads; `length` is by default the tokenizer's limit.
 
-    Nothing is cut: a text of more tokens raises Unreadable, which names the `reader`.
+    A text of more tokens is cut, its end token kept, if `truncate`; or else raises Unreadable, which names the `reader`.
     """
     length = tokenizer.model_max_length if length is None else length
     if not texts:
         return np.zeros((0, length), np.int32)
     # Position 0 is the first token, also for a tokenizer that would pad on the left.
-    options = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": False}
+    options = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": truncate}
     rows = tokenizer(list(texts), verbose=False, **options)["input_ids"]
     text, longest = max(zip(texts, rows, strict=True), key=lambda pair: len(pair[1]))
     if len(longest) > length:

@@ -3,12 +3,15 @@
     python -m referee_jax.score --referee=Salesforce/blip-itm-base-coco --image=a.png --image=b.png --text="a red book"
     python -m referee_jax.score --list
 
-There is one line for each image and text. Which referee a checkpoint is, is read from its
-config.json, unless --name is given. Exit codes: 0 done, 2 the command cannot be carried out.
+There is one line for each image and text; an image that cannot be read, and a text that is too long,
+are named at the end, and the rest is there (--truncate cuts it, as the referee's authors do). Which
+referee a checkpoint is, is read from its config.json, unless --name is given. Exit codes: 0 done, 2 the
+command cannot be carried out.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags, logging
 
@@ -28,9 +31,9 @@ def listing() -> str:
 
 
 def score(
-    referee: str, images: Sequence[str], texts: Sequence[str], *, name: str = "", revision: str = "", **reading: str
+    referee: str, images: Sequence[str], texts: Sequence[str], *, name: str = "", revision: str = "", **reading: Any
 ) -> str:
-    """Scores of each image with each text, as lines of JSON.
+    """Scores of each image with each text, as lines of JSON. Warns of what could not be read, and of what was cut.
 
     Args:
         referee: directory or hub id of a checkpoint.
@@ -38,24 +41,44 @@ def score(
         texts: any number, one at least.
         name: of the referee; empty: read from the checkpoint.
         revision: commit of a hub id; empty: the newest.
-        **reading: `template` and `first_token` of config.RefereeSpec.
+        **reading: `template`, `first_token` and `truncate` of config.RefereeSpec.
 
-    Raises ValueError, PromptError or WeightsError for what cannot be done.
+    Raises ValueError, PromptError or WeightsError for what cannot be done, or if no image or no text can be read.
     """
     if not images or not texts:
         raise ValueError("there is nothing to score; give --image=FILE and --text=TEXT, each as often as you like")
     if reading.get("template") and reading["template"].count("{}") != 1:
         raise ValueError(f"--template={reading['template']!r} is not a text with one {{}} where the prompt is put")
-    pixels = [images_lib.read_image(file) for file in images]
+    pixels, unread = _readable(images, images_lib.read_image)
     spec = config.RefereeSpec(
         name=name or referees.name_of(referee, revision or None), checkpoint=referee, revision=revision, losses={},
         **reading,
     )  # fmt: skip
     judge = referees.load_referee(spec)
+    tokens, long = _readable(texts, judge.tokenize)
     lines = []
-    for file, row in zip(images, judge.score(pixels, texts), strict=True):
-        lines += [json.dumps({"image": file, "text": text, **scores}) for text, scores in zip(texts, row, strict=True)]
+    for file, row in zip(pixels, judge.score(list(pixels.values()), list(tokens)), strict=True):
+        lines += [json.dumps({"image": file, "text": text, **x}) for text, x in zip(tokens, row, strict=True)]
+    for text in filter(judge.is_cut, tokens):
+        logging.warning(
+            "the prompt %r is cut to %d tokens, as by the authors of %s", text[:60], judge.length, spec.name
+        )
+    for error in unread + long:
+        logging.warning("not scored: %s", error)
     return "\n".join(lines)
+
+
+def _readable(values: Sequence[str], read: Callable[[str], Any]) -> tuple[dict[str, Any], list[ValueError]]:
+    """What can be read, with what it is, and the errors of the rest. Raises the first where that is all."""
+    results, errors = {}, []
+    for value in values:
+        try:
+            results[value] = read(value)
+        except ValueError as error:
+            errors.append(error)
+    if not results:
+        raise errors[0]
+    return results, errors
 
 
 def main(args: flags.FlagValues) -> str:
@@ -67,7 +90,7 @@ def main(args: flags.FlagValues) -> str:
     if not args.referee:
         raise ValueError("--referee is missing: a directory or a hub id, see --list")
     cli.prepare(args.device)
-    reading = {name: args[name].value for name in ("template", "first_token") if args[name].present}
+    reading = {name: args[name].value for name in ("template", "first_token", "truncate") if args[name].present}
     return score(args.referee, args.image, args.text, name=args.name or "", revision=args.revision, **reading)
 
 
@@ -79,6 +102,7 @@ if __name__ == "__main__":
         "first_token", "[ENC]", ["[ENC]", "[CLS]"], "of texts that read the image in blip_itm and blip_vqa: the authors' "
         "[ENC], or [CLS], as transformers has it",
     )  # fmt: skip
+    flags.DEFINE_bool("truncate", False, "cut texts that are too long, as the referee's authors do")
     flags.DEFINE_string("revision", "", "commit of a hub id; default: the newest")
     cli.define_device()
     flags.DEFINE_multi_string("image", [], "image file; may be repeated")

@@ -20,6 +20,7 @@ from absl import flags
 import referee_jax
 from referee_jax import cli, config, sweep
 from referee_jax.runs import command
+from referee_jax.storage import images
 from referee_jax.weights import hub, lavis
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -180,7 +181,7 @@ def test_snippets_run(page, monkeypatch):
     picture = PIL.Image.fromarray(np.full((64, 64, 3), 255, np.uint8))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(referee_jax, "load_config", load_config)
-    monkeypatch.setattr(PIL.Image, "open", lambda file: picture)
+    monkeypatch.setattr(images, "read_image", lambda file: picture)
     names = {"picture": picture}
     for block in BLOCKS:
         if block.page == page and block.language == "python" and not block.needs:

@@ -32,7 +32,9 @@ TABLE = {
         "engine", "config", "method", "models", "referees", "weights", "hardware", "prompts", "console", "items",
     },
     "shapes": {"models.bert", "cli"},
-    "benchmarks": {"engine", "referees", "storage", "shapes", "config", "cli", "console", "items", "weights.hub"},
+    "benchmarks": {
+        "engine", "referees", "storage", "shapes", "config", "cli", "console", "items", "prompts", "weights.hub",
+    },
     "runs": {
         "performance", "engine", "storage", "config", "cli", "console", "hardware", "items", "prompts", "weights",
     },

@@ -21,12 +21,17 @@ FOOLED = 8  # wrong pictures in fooled.png for each score
 Means = dict[str, dict[str, statistics.Mean]]  # part -> score -> mean
 
 
+def is_run(directory: Path) -> bool:
+    """Whether it is a run directory, and not a folder in a benchmark's layout."""
+    return any(directory.glob("metadata*.jsonl"))
+
+
 def read(directory: Path) -> list[layouts.Entry]:
     """The images of a run directory, or of a folder in T2I-CompBench's or GenEval's layout.
 
     Raises ValueError where there are none.
     """
-    if any(directory.glob("metadata*.jsonl")):
+    if is_run(directory):
         entries = layouts.read_run(directory)
     elif (directory / "samples").is_dir():
         entries = layouts.read_t2i_compbench(directory)
@@ -102,6 +107,7 @@ def evaluate(
     clip: str | None,
     rule: str,
     import_scores: str | None,
+    truncate: bool | None = None,
 ) -> str:
     """Measures the images of a directory and writes images.jsonl, scores.json and fooled.png.
 
@@ -116,9 +122,10 @@ def evaluate(
         clip: checkpoint for CLIPScore, as `vqa`.
         rule: one of noun_phrases.RULES.
         import_scores: where external scorers left their results.
+        truncate: whether prompts that are too long for a measure are cut, as its authors do; None: not in run directories.
 
     Returns:
-        The tables, as Markdown.
+        The tables, as Markdown, and what was cut or could not be measured.
 
     Raises:
         ValueError: if something is missing or does not fit.
@@ -131,13 +138,20 @@ def evaluate(
         imported = add_imported(evaluation, directory, import_scores, benchmark, {"blip_vqa": vqa, "clip": clip})
     if category == "complex" and not lists and "3_in_1" not in imported:
         logging.warning("there is no 3_in_1 by --category=complex alone: --lists says of what kind a complex prompt is")
-    work = plan(benchmark, evaluation, vqa=vqa, clip=clip, rule=rule, referees=referees)
+    truncate = not is_run(directory) if truncate is None else truncate
+    work = plan(benchmark, evaluation, vqa=vqa, clip=clip, rule=rule, referees=referees, truncate=truncate)
+    remarks = {}
     for measure, unscored in work:
-        evaluation.add(measures.collect(measure, unscored, out))
+        scores = measures.collect(measure, unscored, out)
+        remarks[measure.settings.get("label", measure.name)] = Remarks.of(unscored, scores)
+        evaluation.add(scores)
     if benchmark == "t2i_compbench":
         evaluation.add_three_in_one()
     means = evaluation.summary()
     if not means:
+        for name, own in remarks.items():
+            for about, reason in own.unread.items():
+                raise ValueError(f"{name} can measure none of the images: {about}: {reason}")
         raise ValueError("there is nothing to measure by: give --benchmark, --referee or --import_scores")
     if benchmark == "geneval" and imported:
         tags = [tag for tag in imported if tag != "geneval"]
@@ -150,6 +164,7 @@ def evaluate(
         "versions": run_directory.versions(),
         "scores": {part: {name: x._asdict() for name, x in scores.items()} for part, scores in means.items()},
     }
+    record["remarks"] = {name: dataclasses.asdict(own) for name, own in remarks.items() if own.cut or own.unread}
     agreements = agree(lines, out)
     if agreements:
         record["agreement"] = {name: x._asdict() for name, x in agreements.items()}
@@ -157,7 +172,50 @@ def evaluate(
     titles = {name: f"{name} (imported)" for name in imported if benchmark == "t2i_compbench"}
     if any(measure.name == "blip_vqa" for measure, _ in work):
         titles["blip_vqa"] = f"blip_vqa ({rule} noun phrases)"
-    return table(means, titles) + ("\n" + agreement.table(agreements) if agreements else "")
+    tables = table(means, titles) + ("\n" + agreement.table(agreements) if agreements else "")
+    return tables + "".join(f"\n{line}\n" for name, own in remarks.items() for line in own.lines(name, truncate))
+
+
+@dataclasses.dataclass(frozen=True)
+class Remarks:
+    """On the scores of a measure.
+
+    Attributes:
+        prompts: how many there are.
+        cut: those that were cut.
+        unread: prompt, or file of an image, -> why it could not be measured.
+    """
+
+    prompts: int
+    cut: list[str]
+    unread: dict[str, str]
+
+    @classmethod
+    def of(cls, entries: Sequence[layouts.Entry], scores: Mapping[str, measures.Scores]) -> "Remarks":
+        """Takes them out of a measure's scores by file."""
+        cut, unread = {}, {}
+        for entry in entries:
+            own = scores[str(entry.file)]
+            if own.pop(measures.CUT, False):
+                cut[entry.prompt] = None
+            if reason := own.pop(measures.UNREAD, ""):
+                about = str(entry.file) if str(entry.file) in reason else entry.prompt
+                unread[about] = reason.removeprefix(f"{about} ")
+        return cls(len({entry.prompt for entry in entries}), list(cut), unread)
+
+    def lines(self, name: str, truncate: bool) -> list[str]:
+        """A sentence for each."""
+        lines = []
+        if self.cut:
+            lines.append(
+                f"{name}: {len(self.cut)} of {self.prompts} prompts are too long and were cut as by its authors, "
+                f"{self.cut[0][:60]!r} for one"
+            )
+        if self.unread:
+            how = "" if truncate else "; --truncate cuts what is too long, as its authors do"
+            each = "; ".join(f"{about[:60]!r} ({reason})" for about, reason in self.unread.items())
+            lines.append(f"{name} could not measure {len(self.unread)}: {each}{how}")
+        return lines
 
 
 def table(means: Means, titles: Mapping[str, str]) -> str:
@@ -178,6 +236,7 @@ def plan(
     vqa: str | None = None,
     clip: str | None = None,
     rule: str = noun_phrases.NEW,
+    truncate: bool = False,
 ) -> list[tuple[measures.Measure, list[layouts.Entry]]]:
     """The measures, each with the images to measure: all, or for T2I-CompBench those without its score.
 
@@ -195,8 +254,10 @@ def plan(
         if vqa:
             builders["blip_vqa"] = lambda prompts: measures.blip_vqa(vqa, prompts, rule=rule)
         if clip:
-            builders["clip"] = lambda prompts: measures.clip_score(clip)
-            builders["clip_without_adjectives"] = lambda prompts: measures.clip_without_adjectives(clip, prompts)
+            builders["clip"] = lambda prompts: measures.clip_score(clip, truncate=truncate)
+            builders["clip_without_adjectives"] = lambda prompts: measures.clip_without_adjectives(
+                clip, prompts, truncate=truncate
+            )
         for name, build in builders.items():
             unscored = [
                 entry
@@ -206,22 +267,21 @@ def plan(
             ]
             if unscored:
                 work.append((build([entry.prompt for entry in unscored]), unscored))
-    return work + [(measure, entries) for measure in measures.by_referees(referees)]
+    return work + [(measure, entries) for measure in measures.by_referees(referees, truncate=truncate)]
 
 
 def agree(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, agreement.Agreement]:
     """How far each score agrees with `right`, where that is known; draws fooled.png."""
     (out / "fooled.png").unlink(missing_ok=True)  # of an evaluation before
-    names = [name for name, x in lines[0].items() if isinstance(x, float) and name not in ("right", "quality")]
-    if "right" not in lines[0] or not names:
-        return {}
-    right, prompts = [line["right"] == 1 for line in lines], [line["prompt"] for line in lines]
+    judged = [line for line in lines if "right" in line]
+    names = {name: None for line in judged for name, x in line.items() if isinstance(x, float)}
     agreements, pictures = {}, []
-    for name in names:
-        scores = [line[name] for line in lines]
-        agreements[name] = agreement.measure(prompts, scores, right)
+    for name in (name for name in names if name not in ("right", "quality")):
+        scored = [line for line in judged if name in line]
+        scores, right = [line[name] for line in scored], [line["right"] == 1 for line in scored]
+        agreements[name] = agreement.measure([line["prompt"] for line in scored], scores, right)
         for row in agreement.fooled(scores, right, FOOLED):
-            pictures.append((Path(lines[row]["file"]), lines[row]["prompt"], {name: scores[row]}))
+            pictures.append((Path(scored[row]["file"]), scored[row]["prompt"], {name: scores[row]}))
     if pictures:
         buffer = io.BytesIO()
         contact_sheet.draw_sheet(pictures, title="wrong pictures with the highest scores").save(buffer, "PNG")

@@ -19,6 +19,7 @@ import tqdm
 from referee_jax import config, referees
 from referee_jax.benchmarks import layouts, noun_phrases, t2i_compbench
 from referee_jax.benchmarks import scorer as scorer_lib
+from referee_jax.benchmarks.scorer import CUT, UNREAD
 from referee_jax.shapes import benchmark
 from referee_jax.storage import files, shards
 from referee_jax.storage import images as images_lib
@@ -26,7 +27,7 @@ from referee_jax.weights import hub
 
 Scores = dict[str, Any]
 
-VERSION = 1  # raised with every change of what a measure gives, so that no score from before it is taken for a new one
+VERSION = 2  # raised with every change of what a measure gives, so that no score from before it is taken for a new one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +64,15 @@ def ground_truth() -> Measure:
     return Measure("shapes", {}, lambda: (64, score))
 
 
-def by_referees(checkpoints: Sequence[str], *, batch_size: int = 16) -> list[Measure]:
+def by_referees(checkpoints: Sequence[str], *, truncate: bool = False, batch_size: int = 16) -> list[Measure]:
     """All scores of referees for the whole prompt, named by referee, or by checkpoint if several are of a kind."""
     kinds, result = [referees.name_of(checkpoint) for checkpoint in checkpoints], []
     for kind, checkpoint in zip(kinds, checkpoints, strict=True):
         label = kind if kinds.count(kind) == 1 else checkpoint
-        build = functools.partial(_prompted, checkpoint, kind, str, batch_size, functools.partial(_labelled, label))
-        result.append(Measure(kind, _of(checkpoint, label=label), build))
+        build = functools.partial(
+            _prompted, checkpoint, kind, str, batch_size, truncate, functools.partial(_labelled, label)
+        )
+        result.append(Measure(kind, _of(checkpoint, label=label) | _truncated(truncate), build))
     return result
 
 
@@ -77,13 +80,15 @@ def _labelled(label: str, scores: Scores) -> Scores:
     return {f"{label}_{name}": value for name, value in scores.items()}
 
 
-def clip_score(checkpoint: str, *, batch_size: int = 16) -> Measure:
+def clip_score(checkpoint: str, *, truncate: bool = False, batch_size: int = 16) -> Measure:
     """T2I-CompBench's CLIPScore: the cosine of the whole prompt."""
-    build = functools.partial(_prompted, checkpoint, "clip", str, batch_size, lambda x: {"clip": x["cosine"]})
-    return Measure("clip", _of(checkpoint, words="all"), build)
+    build = functools.partial(_prompted, checkpoint, "clip", str, batch_size, truncate, lambda x: {"clip": x["cosine"]})
+    return Measure("clip", _of(checkpoint, words="all") | _truncated(truncate), build)
 
 
-def clip_without_adjectives(checkpoint: str, prompts: Iterable[str], *, batch_size: int = 16) -> Measure:
+def clip_without_adjectives(
+    checkpoint: str, prompts: Iterable[str], *, truncate: bool = False, batch_size: int = 16
+) -> Measure:
     """CLIPScore of complex prompts: the cosine of their words that are no adjectives.
 
     Raises ValueError where one of `prompts` needs spaCy and it is not installed.
@@ -91,12 +96,12 @@ def clip_without_adjectives(checkpoint: str, prompts: Iterable[str], *, batch_si
     name = "clip_without_adjectives"
     label, words = noun_phrases.find(prompts, noun_phrases.WORDS)
     read = lambda prompt: " ".join(words[prompt])
-    build = functools.partial(_prompted, checkpoint, "clip", read, batch_size, lambda x: {name: x["cosine"]})
-    return Measure(name, _of(checkpoint, words=label), build, read)
+    build = functools.partial(_prompted, checkpoint, "clip", read, batch_size, truncate, lambda x: {name: x["cosine"]})
+    return Measure(name, _of(checkpoint, words=label) | _truncated(truncate), build, read)
 
 
 def blip_vqa(checkpoint: str, prompts: Iterable[str], *, rule: str = noun_phrases.NEW, batch_size: int = 4) -> Measure:
-    """T2I-CompBench's BLIP-VQA of the prompts' noun phrases, by one of noun_phrases.RULES.
+    """T2I-CompBench's BLIP-VQA of the prompts' noun phrases, by one of noun_phrases.RULES; long ones are cut, as there.
 
     Raises ValueError where one of `prompts` needs spaCy and it is not installed.
     """
@@ -104,13 +109,8 @@ def blip_vqa(checkpoint: str, prompts: Iterable[str], *, rule: str = noun_phrase
     questions = {prompt: noun_phrases.RULES[rule].select(texts) for prompt, texts in phrases.items()}
 
     def build():
-        judge = _judge(checkpoint, "blip_vqa")
-        scorer = scorer_lib.Scorer(
-            judge,
-            texts=noun_phrases.RULES[rule].limit,
-            batch_size=batch_size,
-            tokenize=functools.partial(t2i_compbench.tokenize, judge),
-        )
+        limit = noun_phrases.RULES[rule].limit
+        scorer = scorer_lib.Scorer(_judge(checkpoint, "blip_vqa"), texts=limit, batch_size=batch_size, truncate=True)
 
         def score(images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> list[Scores]:
             return t2i_compbench.blip_vqa(scorer, images, [questions[prompt] for prompt in prompts])
@@ -129,20 +129,39 @@ def _judge(checkpoint: str, name: str) -> referees.Judge:
     return referees.load_referee(config.RefereeSpec(name=name, checkpoint=checkpoint, losses={}))
 
 
+def _truncated(truncate: bool) -> dict[str, bool]:
+    """Of a measure's settings."""
+    return {"truncate": True} if truncate else {}
+
+
 def _prompted(
-    checkpoint: str, name: str, read: Callable[[str], str], batch_size: int, select: Callable[[Scores], Scores]
+    checkpoint: str,
+    name: str,
+    read: Callable[[str], str],
+    batch_size: int,
+    truncate: bool,
+    select: Callable[[Scores], Scores],
 ):
     """What `Measure.build` returns, for a referee that scores one text made of the prompt by `read`."""
-    scorer = scorer_lib.Scorer(_judge(checkpoint, name), batch_size=batch_size)
+    scorer = scorer_lib.Scorer(_judge(checkpoint, name), batch_size=batch_size, truncate=truncate)
+
+    def result(own: list[Scores] | str) -> Scores:
+        if isinstance(own, str):
+            return {UNREAD: own}
+        (scores,) = own
+        cut = {CUT: True} if scores.pop(CUT, False) else {}
+        return select(scores) | cut
 
     def score(images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> list[Scores]:
-        return [select(scores) for (scores,) in scorer(images, [(read(prompt),) for prompt in prompts])]
+        return list(map(result, scorer(images, [(read(prompt),) for prompt in prompts])))
 
     return scorer.batch_size, score
 
 
 def collect(measure: Measure, entries: Sequence[layouts.Entry], out: Path) -> dict[str, Scores]:
     """The scores of each entry, by the path of its file; `out` is the directory of the files of scores.
+
+    Of an image that cannot be measured, UNREAD says why; CUT is beside the scores of a prompt that was cut.
 
     An image that has changed since is measured again, and so is one whose text has.
     """
@@ -160,9 +179,22 @@ def collect(measure: Measure, entries: Sequence[layouts.Entry], out: Path) -> di
         with tqdm.tqdm(total=len(todo), desc=measure.name, unit="image", dynamic_ncols=True) as bar:
             for start in range(0, len(todo), size):
                 batch = todo[start : start + size]
-                images = [images_lib.read_image(entry.file) for entry in batch]
-                for entry, scores in zip(batch, score(images, [entry.prompt for entry in batch]), strict=True):
+                for entry, scores in zip(batch, _scores(score, batch), strict=True):
                     known[key(stamps[entry])] = scores
                     files.append(file, {**stamps[entry], "prompt": entry.prompt, "scores": scores})
                 bar.update(len(batch))
     return {str(entry.file): known[key(stamps[entry])] for entry in entries}
+
+
+def _scores(score: Callable[..., list[Scores]], entries: Sequence[layouts.Entry]) -> list[Scores]:
+    """The scores of some entries, or in their place why a file cannot be read."""
+    images, results = {}, {}
+    for n, entry in enumerate(entries):
+        try:
+            images[n] = images_lib.read_image(entry.file)
+        except ValueError as error:
+            results[n] = {UNREAD: str(error)}
+    if images:
+        measured = score(list(images.values()), [entries[n].prompt for n in images])
+        results |= zip(images, measured, strict=True)
+    return [results[n] for n in range(len(entries))]

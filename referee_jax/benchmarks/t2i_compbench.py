@@ -13,14 +13,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 
-from referee_jax import referees
 from referee_jax.benchmarks import scorer as scorer_lib
 
 DIGITS = 4  # the official scorers round to
-QUESTION = 35  # tokens of a question that BLIP reads, both ends included
 # Category -> its measures; the official measure of the other categories is an external detector.
 MEASURES = {
     **dict.fromkeys(("color", "shape", "texture"), ("blip_vqa",)),
@@ -82,14 +79,6 @@ def is_measured(parts: Sequence[str], measure: str) -> bool:
     return any(measure in MEASURES.get(part, ()) for part in parts)
 
 
-def tokenize(judge: referees.Judge, phrase: str) -> dict[str, np.ndarray]:
-    """The question about a phrase, `input_ids, mask [T]`; like the official scorer's, cut to QUESTION tokens."""
-    length = min(QUESTION, judge.length)
-    options = {"padding": "max_length", "padding_side": "right", "max_length": length, "truncation": True}
-    ids = np.array(judge.tokenizer(judge.text(phrase), **options)["input_ids"], np.int32)
-    return {"input_ids": ids, "mask": ids != judge.tokenizer.pad_token_id}
-
-
 def blip_vqa(
     scorer: scorer_lib.Scorer, images: Sequence[PIL.Image.Image], phrases: Sequence[Sequence[str]]
 ) -> list[dict[str, float]]:
@@ -100,8 +89,12 @@ def blip_vqa(
     texts = [list(group) or ["picture"] for group in phrases]
     results = []
     for group, scores in zip(phrases, scorer(images, texts), strict=True):
+        if isinstance(scores, str):
+            results.append({scorer_lib.UNREAD: scores})
+            continue
         yes = {phrase: round(score["vqa_probability"], DIGITS) for phrase, score in zip(group, scores, strict=False)}
-        results.append({"blip_vqa": math.prod(yes[phrase] for phrase in group), "questions": yes})
+        cut = {scorer_lib.CUT: True} if any(scorer_lib.CUT in score for score in scores) else {}
+        results.append({"blip_vqa": math.prod(yes[phrase] for phrase in group), "questions": yes} | cut)
     return results
 
 

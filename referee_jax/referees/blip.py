@@ -203,6 +203,7 @@ _family = functools.partial(Family, clean=prompts.caption, length=TOKENS)
 
 ITM = _family(
     kind="blip_itm",
+    cut=35,  # https://github.com/salesforce/BLIP, models/blip_itm.py, blip.py and blip_vqa.py
     build=functools.partial(_build, Itm),
     tokens=tokens,
     published=(
@@ -220,6 +221,7 @@ ITM = _family(
 )
 CAPTION = _family(
     kind="blip_caption",
+    cut=40,
     build=functools.partial(_build, Caption),
     texts=caption_texts,
     tokens=caption_tokens,
@@ -229,6 +231,7 @@ CAPTION = _family(
 )
 VQA = _family(
     kind="blip_vqa",
+    cut=35,
     build=functools.partial(_build, Vqa),
     tokens=tokens,
     clean=prompts.question,

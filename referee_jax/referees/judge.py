@@ -28,6 +28,7 @@ class Family:
         clean: what is done to the prompt before it is put into the template.
         template: text with one {} where the prompt is put; the settings may have another.
         length: the most tokens of a text; None: the tokenizer's limit.
+        cut: tokens that the authors' code cuts a text to; None: the most.
         published: hub ids of its checkpoints.
         architecture: the name in its config.json, where it is not the name that `kind` has.
         files: the authors' original files, which weights.lavis converts.
@@ -42,6 +43,7 @@ class Family:
     clean: Callable[[str], str] = str
     template: str = "{}"
     length: int | None = None
+    cut: int | None = None
     published: tuple[str, ...] = ()
     architecture: str = ""
     files: tuple[str, ...] = ()
@@ -67,7 +69,17 @@ class Judge:
     def length(self) -> int:
         """The most tokens of a text, both ends included."""
         limit = self.tokenizer.model_max_length
-        return min(self.family.length or limit, limit)
+        own = self.spec.truncate and self.family.cut or self.family.length
+        return min(own or limit, limit)
+
+    def cutting(self) -> "Judge":
+        """The same, with texts cut that are too long."""
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, truncate=True))
+
+    def is_cut(self, prompt: str) -> bool:
+        """Whether `tokenize` cuts it."""
+        texts = self.family.texts(self, prompt) if self.spec.truncate else ()
+        return any(prompts.token_count(self.tokenizer, text) > self.length for text in texts)
 
     def text(self, prompt: str) -> str:
         """The template with the prompt, cleaned as texts were in training."""
@@ -80,13 +92,14 @@ class Judge:
         return self.tokenize(prompt)
 
     def tokenize(self, prompt: str) -> dict[str, np.ndarray]:
-        """What `referee.encode` reads of any text; the tokenizer is called once. Nothing is cut.
+        """What `referee.encode` reads of any text; the tokenizer is called once.
 
-        Raises prompts.Unreadable for too many tokens and for one that the network has no embedding
+        Raises prompts.Unreadable for too many tokens, unless `spec.truncate`, and for one that the network has no embedding
         of, as the tokenizer of a processor may add ("<image>").
         """
         name = self.spec.name
-        ids = prompts.tokenize(self.tokenizer, self.family.texts(self, prompt), self.length, reader=name)
+        texts = self.family.texts(self, prompt)
+        ids = prompts.tokenize(self.tokenizer, texts, self.length, reader=name, truncate=self.spec.truncate)
         sizes = self.referee.network.config
         last = int(ids.max())
         if last >= (getattr(sizes, "text_config", None) or sizes.qformer_config).vocab_size:

@@ -19,7 +19,6 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from referee_jax import console
 from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
 from referee_jax.weights import config_json, convert, hub, tensors, tokenizers
 from referee_jax.weights.convert import WeightsError

@@ -48,7 +48,7 @@ def command(workdir, **given):
     """The command's flags with their defaults."""
     known = dict(
         benchmark=None, referee=[], lists=None, category=None, vqa=None, clip=None, noun_phrases="new",
-        export=None, metadata=None, import_scores=None, out=None, per_prompt=None,
+        export=None, metadata=None, import_scores=None, out=None, per_prompt=None, truncate=None,
     )  # fmt: skip
     return evaluate.evaluate(types.SimpleNamespace(workdir=str(workdir), **(known | given)))
 
@@ -93,6 +93,46 @@ def test_any_referee_scores(run, tmp_path_factory):
         assert all(f"{mean:.3f} (" in printed for mean in means) and all(name in printed for name in names)
         measured = json.loads((run / "evaluation" / "scores.json").read_text())["measures"]
         assert sorted(own["checkpoint"] for own in measured.values()) == sorted(given)
+
+
+LONG = "a red circle" + " !" * 90
+
+
+@pytest.mark.parametrize("is_run", [True, False])
+@pytest.mark.parametrize("truncate", [None, True, False])
+def test_one_prompt_or_picture_spoils_no_other(run, tmp_path_factory, is_run, truncate):
+    """What is too long is cut in folders of others, or on demand; what cannot be measured is named, and the rest is there."""
+    networks.save_clip(checkpoint := tmp_path_factory.mktemp("clip"))
+    drawn(PROMPTS[0], right=True).save(run / "images" / "3-0.png")
+    files.append(run / "metadata.jsonl", {"file_name": "images/3-0.png", "text": LONG, "sample": 0})
+    (run / "images" / "1-1.png").write_bytes(b"no picture")
+    if not is_run:
+        (run / "samples").mkdir()
+        for n, line in enumerate(files.read_lines(run / "metadata.jsonl")):
+            (run / line["file_name"]).rename(run / "samples" / f"{line['text']}_{n:06}.png")
+        (run / "metadata.jsonl").unlink()
+    given = {"referee": [str(checkpoint)], "truncate": truncate}
+    printed = command(run, **given)
+    lines = files.read_lines(run / "evaluation" / "images.jsonl")
+    is_cut = truncate or (truncate is None and not is_run)
+    missing = [line for line in lines if "clip_cosine" not in line]
+    assert len(lines) == 7 and len(missing) == (1 if is_cut else 2) and f"| all | {7 - len(missing)} |" in printed
+    assert all(line.keys() == {"file", "prompt", "sample"} for line in missing)
+    assert ("clip: 1 of 4 prompts are too long and were cut as by its authors, 'a red circle" in printed) == is_cut
+    assert (
+        f"clip could not measure {len(missing)}: " in printed
+        and "cannot be read as an image: cannot identify" in printed
+    )
+    assert ("95 tokens, clip reads 77" in printed) == ("--truncate cuts what is too long" in printed) == (not is_cut)
+    assert command(run, **given) == printed  # from what it has kept
+
+
+def test_nothing_that_can_be_measured(run, tmp_path_factory):
+    networks.save_clip(checkpoint := tmp_path_factory.mktemp("clip"))
+    lines = files.read_lines(run / "metadata.jsonl")
+    (run / "metadata.jsonl").write_text("".join(json.dumps(line | {"text": LONG}) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="clip can measure none of the images: a red .*: 95 tokens, clip reads 77"):
+        command(run, referee=[str(checkpoint)])
 
 
 def test_scores_are_compared_with_the_truth(run, tmp_path_factory):

@@ -316,6 +316,21 @@ def test_bad_input(images, tmp_path):
         score.score(clip, images, ["red"])
 
 
+def test_what_cannot_be_read_is_named_and_the_rest_is_there(images, tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(score.logging, "warning", lambda text, *given: warned.append(text % given))
+    networks.save_clip(tmp_path)
+    files, long = [images[0], str(tmp_path / "none.png"), images[1]], "red " * 100
+    lines = scored(str(tmp_path), files, [long, "red"])
+    assert lines == scored(str(tmp_path), images, ["red"])
+    assert len(warned) == 2 and warned[0].startswith(f"not scored: {files[1]} cannot be read as an image")
+    assert warned[1].endswith("red ': 102 tokens, clip reads 77")
+    warned.clear()
+    longest = "red " * 75
+    (cut, whole) = scored(str(tmp_path), images[:1], [long, longest], truncate=True)
+    assert cut["cosine"] == whole["cosine"] and len(warned) == 1 and "is cut to 77 tokens, as by" in warned[0]
+
+
 def test_another_size_is_refused(images, tmp_path):
     networks.save_clip(tmp_path)
     values = json.loads((tmp_path / "preprocessor_config.json").read_text())

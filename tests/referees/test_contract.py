@@ -215,3 +215,12 @@ def test_what_is_too_long_is_counted_and_refused(judge):
         prompts.PromptError, match=f"red .*': {judge.length + 1} tokens, {judge.spec.name} reads {judge.length}"
     ):
         judge.tokenize(longest + " red")
+    # Or cut to what the authors read, both ends kept.
+    cutting = judge.cutting()
+    lengths = {"blip_itm": 35, "blip_caption": 40, "blip_vqa": 35}
+    assert cutting.length == lengths.get(judge.spec.name, judge.length) <= judge.length
+    long = "red " * judge.length + "blue circle"
+    options = {"truncation": True, "padding": "max_length", "max_length": cutting.length}
+    wanted = judge.tokenizer(judge.family.texts(judge, long)[0], **options)["input_ids"]
+    assert np.atleast_2d(cutting.tokenize(long)["input_ids"])[0].tolist() == wanted
+    assert cutting.is_cut(long) and not cutting.is_cut("red") and not judge.is_cut(long)
