@@ -164,6 +164,7 @@ CLIP = _family(
         "openai/clip-vit-large-patch14-336",
         "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     ),
+    files=("ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt"),
 )
 # SigLIP 2's tokenizer_config.json asks for lower case, which transformers 5 ignores, and no file of
 # it has the length of texts. SigLIP 1's tokenizer has both, and drops punctuation.

@@ -9,6 +9,7 @@
     blip_vqa      BLIP: model_base_vqa_capfilt_large.pth and the like, at 480 pixels
     image_reward  ImageReward.pt
     clip          HPS_v2_compressed.pt, HPS_v2.1_compressed.pt: CLIP H/14 by the names of open_clip
+    openai_clip   OpenAI's own archives of its vision transformers: ViT-B-32.pt, ViT-L-14.pt and the like
 
 The names of the tensors tell the kind. A pickled file can run code: torch (the extra `train`) reads
 only tensors and plain values, and refuses the rest. Every tensor is renamed by a row of
@@ -21,6 +22,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import pickle
 import re
 import sys
 import zipfile
@@ -32,7 +34,7 @@ import numpy as np
 
 from referee_jax.weights import convert, load
 from referee_jax.weights.convert import WeightsError
-from referee_jax.weights.lavis_tables import BERT, CLIP_H, CLIP_MEAN, CLIP_STD, KINDS, Row, ShapesByName
+from referee_jax.weights.lavis_tables import BERT, CLIP_H, CLIP_MEAN, CLIP_STD, KINDS, OPENAI, Row, ShapesByName
 
 # --- names ---
 
@@ -56,6 +58,10 @@ def _fill(patterns: str, stars: Iterable[str]) -> list[str]:
 
 def _fits(patterns: Iterable[str], name: str) -> bool:
     return any(_bind(pattern, name) is not None for pattern in patterns)
+
+
+def _network(kind: str) -> load.Kind:
+    return load.KINDS[KINDS[kind].network or kind]
 
 
 def _kind(names: Iterable[str]) -> str:
@@ -85,6 +91,8 @@ def read(file: str | Path) -> dict[str, np.ndarray]:
         raise WeightsError(f"{file} is missing")
     with open(file, "rb") as opened:
         print(f"SHA-256 {hashlib.file_digest(opened, 'sha256').hexdigest()}  {file}")
+    if zipfile.is_zipfile(file) and (values := _scripted(file)):
+        return values
     try:
         values = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
     except Exception as error:  # torch and pickle raise errors of any type
@@ -124,6 +132,83 @@ def _unwrapped(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     for prefix in ("module.", "_orig_mod.") * 2:  # in either order
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
+    return tensors
+
+
+class _Part:
+    """A module of a TorchScript archive, by its attributes: those of a class whose code is not looked at."""
+
+
+class _Scripted(pickle.Unpickler):
+    """Reads the tensors of a TorchScript archive, and makes nothing else than modules without code."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(archive.open(f"{root}data.pkl"))
+        self.archive, self.root = archive, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The few names that such an archive needs. Raises UnpicklingError for another."""
+        if module.partition(".")[0] == "__torch__":
+            return _Part
+        if module in ("torch", "torch.cuda") and name in STORAGES:
+            return STORAGES[name]
+        makers = {
+            ("collections", "OrderedDict"): dict,
+            ("torch._utils", "_rebuild_tensor_v2"): _strided,
+            ("torch.jit._pickle", "build_intlist"): list,
+            ("torch.jit._pickle", "build_tensorlist"): list,
+        }
+        if (module, name) not in makers:
+            raise pickle.UnpicklingError(f"{module}.{name} is not read")
+        return makers[module, name]
+
+    def persistent_load(self, pid: tuple) -> np.ndarray:
+        """The numbers of a tensor."""
+        _, dtype, key, *_ = pid
+        return np.frombuffer(self.archive.read(f"{self.root}data/{key}"), dtype)
+
+
+STORAGES = {
+    "FloatStorage": "<f4",
+    "HalfStorage": "<f2",
+    "DoubleStorage": "<f8",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+}
+
+
+def _strided(numbers: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if min(offset, *size, *stride, 0) < 0 or last >= max(len(numbers), 1):
+        raise pickle.UnpicklingError("a tensor is larger than its numbers")
+    steps = [step * numbers.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(numbers[offset:], size, steps, writeable=False)
+
+
+def _scripted(file: str | Path) -> dict[str, np.ndarray] | None:
+    """The tensors of a TorchScript archive by their names; None where it is none.
+
+    Torch would run code of it. Raises WeightsError for what holds anything else than modules of tensors.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            root = names[0].partition("/")[0] + "/" if names else ""
+            if f"{root}constants.pkl" not in names:
+                return None
+            top = _Scripted(archive, root).load()
+    except Exception as error:  # a damaged pickle raises errors of any type
+        raise WeightsError(f"{file} is damaged, or no TorchScript archive of tensors ({error})") from error
+    tensors: dict[str, np.ndarray] = {}
+
+    def walk(part: _Part, prefix: str) -> None:
+        for name, value in vars(part).items():
+            if isinstance(value, _Part):
+                walk(value, f"{prefix}{name}.")
+            elif isinstance(value, np.ndarray):
+                tensors[prefix + name] = value
+
+    walk(top, "")
     return tensors
 
 
@@ -183,7 +268,7 @@ def check(kind: str, tensors: Mapping[str, np.ndarray], origins: Mapping[str, st
         config: the contents of config.json.
     """
     could_be = lambda name: " or ".join(" and ".join(_fill(row[0], stars)) for row, stars in _matches(kind, name, 1))
-    row = load.KINDS[kind]
+    row = _network(kind)
     parsed = row.config(config, where="config.json")
     parsed = dataclasses.replace(parsed, **load.optional_parts(row, tensors))
     module = load.unfilled(row, parsed)
@@ -264,7 +349,7 @@ def main(files: list[str], out: str | Path, *, kind: str | None = None, tokenize
         check(kind, renamed, origins, values)
     except WeightsError as error:
         raise WeightsError(f"{' and '.join(files)}: {error}") from error
-    weights = {name: x for name, x in renamed.items() if name not in load.KINDS[kind].ties}
+    weights = {name: x for name, x in renamed.items() if name not in _network(kind).ties}
     source = tokenizer or KINDS[kind].tokenizer
     words, vocabulary = _tokenizer(kind, source), values.get("text_config", values.get("qformer_config"))
     if len(words) != vocabulary["vocab_size"]:
@@ -293,7 +378,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("vision", metavar="VISION.pth", nargs="?", help="the file of BLIP-2's vision transformer")
     parser.add_argument("out", metavar="OUT_DIR", help="the directory to write; it must be new, or empty")
     parser.add_argument("--kind", choices=KINDS, help="what the file is; by default, what its names say")
-    parser.add_argument("--tokenizer", help=f"directory or hub id; by default {BERT}, {CLIP_H} for clip")
+    parser.add_argument(
+        "--tokenizer", help=f"directory or hub id; by default {BERT}, that of a clip from {CLIP_H}, {OPENAI}"
+    )
     return parser.parse_args(arguments)
 
 

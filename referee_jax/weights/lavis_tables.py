@@ -13,6 +13,7 @@ from referee_jax.weights.convert import WeightsError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 BERT, CLIP_H = "google-bert/bert-base-uncased", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+OPENAI = "openai/clip-vit-base-patch32"
 DEC, ENC = {"bos_token": "[DEC]"}, {"additional_special_tokens": ["[ENC]"]}
 
 Row = tuple[str, str] | tuple[str, str, Callable[..., Iterable[np.ndarray]]]
@@ -236,18 +237,26 @@ def _image_reward(shapes: Shapes) -> dict:
     return {"architectures": ["ImageReward"], "mlp_sizes": sizes} | _blip_parts(shapes, "text_encoder.")
 
 
-def _clip(shapes: Shapes) -> dict:
+def _clip(shapes: Shapes, architecture: str, head_width: int, act: str) -> dict:
+    """`head_width` is of the vision transformer; texts are read by heads of 64."""
     words, width = shapes["text_model.embeddings.token_embedding.weight"]
     sizes = _sizes(shapes, "text_model.encoder.layers.", "mlp.fc1", width, 64)
-    common = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "projection_dim": shapes["text_projection.weight"][0]}
+    common = {"hidden_act": act, "layer_norm_eps": 1e-5, "projection_dim": shapes["text_projection.weight"][0]}
     positions = shapes["text_model.embeddings.position_embedding.weight"][0]
     ids = {"bos_token_id": words - 2, "eos_token_id": words - 1}  # as in all vocabularies of CLIP
+    vision = _vision(shapes, "position_embedding.weight", head_width, **common)
+    if vision["hidden_size"] % head_width:
+        raise WeightsError(
+            f"a vision transformer {vision['hidden_size']} wide is not HPSv2's; of other CLIPs by these names only OpenAI's own "
+            "archives are converted, since the tensors do not say which activation a network has: get its directory in "
+            f"transformers' layout from the hub, as {OPENAI}"
+        )
     return {
         "model_type": "clip",
-        "architectures": ["HPS"],
+        "architectures": [architecture],
         "projection_dim": common["projection_dim"],
         "text_config": sizes | common | ids | {"vocab_size": words, "max_position_embeddings": positions},
-        "vision_config": _vision(shapes, "position_embedding.weight", 80, **common),
+        "vision_config": vision,
     }
 
 
@@ -256,9 +265,10 @@ def _clip(shapes: Shapes) -> dict:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
-    """How one kind of file is converted; the keys of the table are those of `load.KINDS`.
+    """How one kind of file is converted.
 
     Attributes:
+        network: of `load.KINDS`, where it has not the kind's own name.
         has, lacks: patterns that identify the kind: the file has a tensor of each of the first,
             none of the second.
         rows: names of its tensors and ours; the first row that matches is used.
@@ -269,6 +279,7 @@ class Kind:
         crop: whether images are cropped to a square; else they are resized to one.
     """
 
+    network: str = ""
     has: tuple[str, ...]
     lacks: tuple[str, ...] = ()
     rows: tuple[Row, ...]
@@ -293,11 +304,22 @@ KINDS = {
         config=_image_reward,
         crop=True,
     ),
+    "openai_clip": Kind(
+        network="clip",
+        has=("visual.transformer.**", "input_resolution"),
+        rows=OPEN_CLIP,
+        ignore=("input_resolution", "context_length", "vocab_size"),
+        config=lambda shapes: _clip(shapes, "CLIPModel", 64, "quick_gelu"),
+        tokenizer=OPENAI,
+        special=(),
+        crop=True,
+    ),
     "clip": Kind(
         has=("visual.transformer.**",),
+        lacks=("input_resolution",),
         rows=OPEN_CLIP,
         ignore=("attn_mask",),
-        config=_clip,
+        config=lambda shapes: _clip(shapes, "HPS", 80, "gelu"),
         tokenizer=CLIP_H,
         special=(),
         crop=True,

@@ -6,12 +6,15 @@ import hashlib
 import io
 import json
 import pathlib
+import pickle
 import re
+import zipfile
 
 import jax
 import numpy as np
 import pytest
 
+from referee_jax import referees
 from referee_jax.weights import convert, lavis, load
 from tests.conftest import relative_l2
 from tests.lazy import nn, torch, transformers
@@ -144,11 +147,11 @@ VISUAL = (
 )
 
 
-def hps():
+def hps(width=160, act="gelu"):
     """An oracle of CLIP whose heads are 64 and 80 wide, as H/14's, and the state of HPS' file."""
-    text = networks.text_config(128, act="gelu") | {"num_attention_heads": 2}
-    vision = dict(hidden_size=160, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32)
-    vision |= dict(patch_size=8, hidden_act="gelu", projection_dim=24)
+    text = networks.text_config(128, act=act) | {"num_attention_heads": 2}
+    vision = dict(hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32)
+    vision |= dict(patch_size=8, hidden_act=act, projection_dim=24)
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     oracle = networks.redraw(transformers.CLIPModel(config), 0)
     names = (
@@ -345,6 +348,54 @@ def test_hps(tokenizers, tmp_path):
         "height": 32,
         "width": 32,
     }
+
+
+def scripted(state, path):
+    """An archive of TorchScript with these tensors, in half precision, as OpenAI published its CLIPs."""
+    top = torch.nn.Module()
+    for name, x in state.items():
+        *parts, last = name.split(".")
+        module = top
+        for part in parts:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.register_buffer(last, x.detach().half() if x.is_floating_point() else x)
+    torch.jit.save(torch.jit.script(top), path)
+    return str(path)
+
+
+def test_openai(tokenizers, tmp_path):
+    """The archive is read without torch.jit, and is transformers' CLIP with quick GELUs."""
+    oracle, state = hps(128, act="quick_gelu")
+    del state["attn_mask"]
+    numbers = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77), "vocab_size": torch.tensor(93)}
+    file = scripted(state | numbers, tmp_path / "ViT-B-32.pt")
+    oracle = oracle.half().float()
+    assert lavis.main([file], tmp_path / "out", tokenizer=str(tokenizers / "clip")) == "openai_clip"
+    network = load.load("clip", tmp_path / "out")
+    assert exact(network, oracle) == set() and network.config.vision_config.hidden_act == "quick_gelu"
+    assert referees.name_of(str(tmp_path / "out")) == "clip"
+    again, info = transformers.CLIPModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert again.config.vision_config.hidden_act == again.config.text_config.hidden_act == "quick_gelu"
+    # Their state alone does not say that it is OpenAI's.
+    message = r"128 wide is not HPSv2's; .*get its directory in transformers' layout"
+    fails(message, tokenizers, tmp_path, state, words="clip", out="other")
+
+
+def test_an_archive_with_more_than_tensors(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("run",)
+
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps(Evil()))
+        archive.writestr("x/constants.pkl", b"")
+    with pytest.raises(
+        load.WeightsError, match=r"x.pt is damaged, or no TorchScript archive .*\(builtins.print is not read"
+    ):
+        lavis.read(tmp_path / "x.pt")
 
 
 def test_files_of_pretraining_need_the_kind(tokenizers, tmp_path):
@@ -571,4 +622,4 @@ def test_command_line():
     args = lavis.parse(["in.pth", "vision.pth", "out", "--kind=blip2", "--tokenizer=words"])
     assert (args.input, args.vision, args.out, args.kind) == ("in.pth", "vision.pth", "out", "blip2")
     assert args.tokenizer == "words"
-    assert set(lavis.KINDS) <= set(load.KINDS)
+    assert {row.network or kind for kind, row in lavis.KINDS.items()} <= set(load.KINDS)
