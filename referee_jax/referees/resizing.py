@@ -92,11 +92,11 @@ def _weights(old: int, new: int, method: int, one: float) -> tuple[np.ndarray, n
 
 def _resampled(image: Array, new: int, axis: int, method: int, is_exact: bool) -> Array:
     """`[H, W, 3]` with `new` pixels along an axis."""
-    places, weights = _weights(image.shape[axis], new, method, 1.0 if is_exact else 1 << BITS)
+    places, weights = map(jnp.asarray, _weights(image.shape[axis], new, method, 1.0 if is_exact else 1 << BITS))
+    here = places[:, :, None] == jnp.arange(image.shape[axis])
 
-    def mixed(weights: np.ndarray, pixels: Array) -> Array:
+    def mixed(weights: Array, pixels: Array) -> Array:
         # The matrix is made in the program: as a constant it would be most of it.
-        here = places[:, :, None] == jnp.arange(image.shape[axis])
         matrix = jnp.where(here, weights[:, :, None], 0).sum(1, dtype=jnp.float32)
         return jnp.moveaxis(jnp.tensordot(matrix, pixels, axes=(1, axis), precision="highest"), 0, axis)
 
