@@ -126,7 +126,8 @@ def fitting(preprocessing: Mapping, side: int, shape: str = SQUASHED, *, is_exac
     if size.keys() == {"shortest_edge"} and shape != SQUASHED:
         resized, is_cropped = size["shortest_edge"], preprocessing.get("do_center_crop", True)
     else:
-        resized, is_cropped, shape = _side("size", size), preprocessing.get("do_center_crop", False), SQUASHED
+        resized, is_cropped = _side("size", size), preprocessing.get("do_center_crop", False)
+        shape = shape if shape == "letterboxed" else SQUASHED  # HPSv2 pads, whatever a file beside it says
     side = _side("crop_size", crop) if is_cropped and crop else resized
     if side > resized:
         raise ValueError(f"preprocessor_config.json: crop_size={side} is more than size={resized}")

@@ -91,6 +91,12 @@ def test_where_the_middle_is(size, rounded, floored):
     )
 
 
+def test_what_a_square_size_says():
+    """Of CLIP's processor, to squash; HPSv2 knows no other way than its own."""
+    shapes = {shape: resizing.fitting(SQUARE, 8, shape).shape for shape in ("rounded", "floored", "letterboxed")}
+    assert shapes == {"rounded": "squashed", "floored": "squashed", "letterboxed": "letterboxed"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
