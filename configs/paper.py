@@ -16,10 +16,15 @@ from referee_jax import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Numbers are the defaults: they are the paper's. Its images were stretched to the whole range as they were written."""
+    """Numbers are the defaults: they are the paper's.
+
+    Its images were stretched to the whole range as they were written, and a restart made latents
+    and average one tensor, which is not recommended elsewhere: the referees then move both.
+    """
     settings = config.default()
     settings.referees = (
         config.referee(name="blip2", checkpoint="checkpoints/blip2-stage1", losses={"itm": 1.0, "itg": 1.0}),
     )
+    settings.ema.alias = True
     settings.outputs.stretch = True
     return settings

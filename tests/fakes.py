@@ -122,7 +122,7 @@ def command(*arguments, path=CONFIG):
     return command_lib.read_command(values, command_lib.parse_flags(argv, values)[1:])
 
 
-def execute(*arguments, failures=(), stop=None):
+def execute(*arguments, failures=(), stop=None, path=CONFIG):
     """Exit code and engine (None where it was not loaded)."""
     engines = []
 
@@ -130,7 +130,7 @@ def execute(*arguments, failures=(), stop=None):
         engines.append(FakeInverter(settings, failures))
         return engines[-1]
 
-    code = run.main(command("--config.steps=25", *arguments), load=load, stop=stop)
+    code = run.main(command("--config.steps=25", *arguments, path=path), load=load, stop=stop)
     return code, engines[0] if engines else None
 
 

@@ -252,7 +252,8 @@ def test_every_config_is_possible(file):
 def test_configs():
     base = config.Settings()
     paper = load("paper")
-    assert dataclasses.replace(paper, referees=base.referees, outputs=base.outputs) == base
+    assert dataclasses.replace(paper, referees=base.referees, outputs=base.outputs, ema=base.ema) == base
+    assert paper.ema == dataclasses.replace(base.ema, alias=True)
     assert paper.outputs == dataclasses.replace(base.outputs, stretch=True)
     assert [(spec.name, spec.losses) for spec in paper.referees] == [("blip2", {"itg": 1.0, "itm": 1.0})]
     changed = {line.split(":")[0] for line in config.diff(base, load("clip")).splitlines()}

@@ -260,7 +260,7 @@ def finish(run: run_directory.RunDirectory, made: worker.Made, skipped: int, sec
     hacked = [record["id"] for record in finished if record.get("hacked")]
     if hacked:
         say(
-            f"pleases the referees more than its start did, and the held-out ones less ({len(hacked)} of "
+            f"pleases the referees more than its start did, and the held-out ones doubt it ({len(hacked)} of "
             f'{len(finished)} images, "hacked" in {run.journal.name}): {shorten(hacked)}'
         )
     run.log(

@@ -86,6 +86,7 @@ class Writer:
     def __init__(self, path: Path, journal: Path, settings: config.Settings, *, process: int | str = 0):
         self.path, self.journal, self.settings, self.process = path, journal, settings, process
         self.origin = {"fingerprint": config.fingerprint(settings), "settings": config.image_settings(settings)}
+        self.doubt = held_out.doubt(spec.losses for spec in settings.referees if spec.role == "held_out")
         self._pool, self._shard, self._journalled = Pool(), None, queue.SimpleQueue()
 
     def write(self, picture: Picture, *, seconds: float, frames: Sequence[np.ndarray] = ()) -> str:
@@ -103,7 +104,7 @@ class Writer:
             "seed": self.settings.seed,
             "scores": scores,
             "status": picture.status if is_finite else "nonfinite",
-            **_held_out(picture.losses),
+            **_held_out(picture.losses, self.doubt),
         }
         # No time in the image file: its bytes are the same whenever it is made.
         chunk = record | self.origin
@@ -171,6 +172,9 @@ def ending(outputs: config.Outputs) -> str:
     return outputs.shard_images if outputs.format == "webdataset" else outputs.format
 
 
-def _held_out(losses: Mapping[str, Sequence[float]] | None) -> dict[str, Any]:
-    """Journal keys of held-out referees: first and last losses, and the reward hacking flag."""
-    return {"losses": files.finite(losses), "hacked": held_out.is_hacked(losses)} if losses else {}
+def _held_out(losses: Mapping[str, Sequence[float]] | None, doubt: float | None) -> dict[str, Any]:
+    """Journal keys of held-out referees: first and last losses, and the reward hacking flag where they answer."""
+    if not losses:
+        return {}
+    flag = {} if doubt is None else {"hacked": held_out.is_hacked(losses, doubt)}
+    return {"losses": files.finite(losses), **flag}

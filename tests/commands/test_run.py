@@ -24,12 +24,21 @@ from tests.fakes import ROOT, FakeInverter, colours, command, execute, lines, pi
 
 
 def test_reward_hacking_is_told(tmp_path, capsys):
-    execute("--prompt=one", "--prompt=hacked one", f"--workdir={tmp_path}")
-    flagged = [line for line in lines(tmp_path / "metadata.jsonl") if line.get("hacked")]
+    (tmp_path / "with_held_out.py").write_text(
+        "from referee_jax import config\n"
+        "def get_config():\n"
+        "    settings = config.default()\n"
+        "    matching = config.referee(name='blip2', checkpoint='shapes/blip2', role='held_out', losses={'itm': 1.0})\n"
+        "    settings.referees = (*settings.referees, matching)\n"
+        "    return settings\n"
+    )
+    workdir, prompts = tmp_path / "run", ("--prompt=one", "--prompt=hacked one")
+    execute(*prompts, f"--workdir={workdir}", path=tmp_path / "with_held_out.py")
+    flagged = [line for line in lines(workdir / "metadata.jsonl") if line.get("hacked")]
     assert [line["text"] for line in flagged] == ["hacked one"]
-    assert lines(tmp_path / "log.jsonl")[-1]["hacked"] == [flagged[0]["id"]]
+    assert lines(workdir / "log.jsonl")[-1]["hacked"] == [flagged[0]["id"]]
     out = capsys.readouterr().out
-    assert "pleases the referees more than its start did, and the held-out ones less (1 of 2 images" in out
+    assert "pleases the referees more than its start did, and the held-out ones doubt it (1 of 2 images" in out
     assert flagged[0]["id"] in out
 
 

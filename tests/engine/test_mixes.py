@@ -166,10 +166,16 @@ def test_patience(history):
 
 
 def test_reward_hacking():
-    assert held_out.is_hacked({"referee": (0.5, 0.4), "held_out": (0.5, 0.6)})
-    assert not held_out.is_hacked({"referee": (0.5, 0.4), "held_out": (0.5, 0.5)})
-    assert not held_out.is_hacked({"referee": (0.5, 0.6), "held_out": (0.5, 0.6)})
-    assert not held_out.is_hacked({"referee": (0.5, float("nan")), "held_out": (0.5, 0.6)})
+    doubt = held_out.doubt([{"itm": 2.0}, {"vqa": 0.5}])
+    assert doubt == pytest.approx(0.3 * 2.5)
+    assert held_out.is_hacked({"referee": (0.5, 0.4), "held_out": (0.9, 0.8)}, doubt)
+    assert not held_out.is_hacked({"referee": (0.5, 0.4), "held_out": (0.1, 0.7)}, doubt)
+    assert not held_out.is_hacked({"referee": (0.5, 0.5), "held_out": (0.5, 0.8)}, doubt)
+    assert not held_out.is_hacked({"referee": (0.5, float("nan")), "held_out": (0.5, 0.8)}, doubt)
+    # Of a cosine nothing says from which value on a picture is wrong.
+    assert (
+        held_out.doubt([]) is held_out.doubt([{"cosine": 1.0}]) is held_out.doubt([{"itm": 1.0, "cosine": 1.0}]) is None
+    )
 
 
 @pytest.mark.parametrize(

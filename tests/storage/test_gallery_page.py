@@ -17,7 +17,7 @@ from referee_jax import cli, config, gallery, items
 from referee_jax.items import Item
 from referee_jax.storage import gallery_page, run_directory
 from tests import pages
-from tests.storage.test_run_directory import SETTINGS, picture
+from tests.storage.test_run_directory import SETTINGS, WITH_HELD_OUT, picture
 
 MARKUP = [
     "</script>",
@@ -57,7 +57,7 @@ def open_image(uri):
 
 
 def test_what_the_page_shows(tmp_path):
-    run = run_directory.RunDirectory.open(tmp_path / "mine", SETTINGS, device="cpu x 1")
+    run = run_directory.RunDirectory.open(tmp_path / "mine", WITH_HELD_OUT, device="cpu x 1")
     run.write(picture(), seconds=1.5)
     losses = {"referee": (2.0, 1.0), "held_out": (0.5, 0.75)}
     other = dataclasses.replace(picture("a blue ring", 2, losses=losses), scores={"cosine": float("nan"), "itm": 0.25})
@@ -82,7 +82,7 @@ def test_what_the_page_shows(tmp_path):
     assert second["losses"] == {"referee": [2.0, 1.0], "held_out": [0.5, 0.75]}
     assert second["trajectory"] == f"./trajectories/{other.item.id}.webp"
     assert page.data["scores"] == ["cosine", "held_out", "itm"]
-    assert json.loads(page.texts["pre"]) == config.image_settings(SETTINGS)
+    assert json.loads(page.texts["pre"]) == config.image_settings(WITH_HELD_OUT)
     assert (page.texts["title"], page.texts["h1"]) == ("mine", "mine")
     chosen = [attributes["value"] for tag, attributes, _ in page.elements if tag == "option" and "value" in attributes]
     assert chosen.count("scores.itm") == 2 and "hacked" in chosen  # to sort by, and to filter by

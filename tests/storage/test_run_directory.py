@@ -27,6 +27,8 @@ from referee_jax.items import Item
 from referee_jax.storage import contact_sheet, files, gallery_page, images, run_directory
 
 SETTINGS = config.from_config({"seed": 7, "image_size": 16})
+HELD_OUT = {"name": "blip_itm", "checkpoint": "any", "role": "held_out", "losses": {"itm": 1.0}}
+WITH_HELD_OUT = config.from_config({"seed": 7, "image_size": 16, "referees": ({}, HELD_OUT)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +78,8 @@ def test_an_image_and_its_line(tmp_path):
 
 
 def test_a_watched_image_and_its_line(tmp_path):
-    """First and last losses, and the reward hacking flag."""
-    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
+    """First and last losses, and the reward hacking flag where the held-out referee answers yes or no."""
+    run = run_directory.RunDirectory.open(tmp_path, WITH_HELD_OUT)
     parting, agreeing = ({"referee": (2.0, 1.0), "held_out": (0.5, last)} for last in (0.75, 0.25))
     run.write(picture("parting", losses=parting), seconds=1)
     run.write(picture("agreeing", losses=agreeing), seconds=1)
@@ -85,6 +87,12 @@ def test_a_watched_image_and_its_line(tmp_path):
     assert (first["hacked"], second["hacked"]) == (True, False)
     assert first["losses"] == {"referee": [2.0, 1.0], "held_out": [0.5, 0.75]}
     assert images.read_settings(run.images / f"{first['id']}.png")["hacked"] is True
+    cosine = dataclasses.replace(WITH_HELD_OUT.referees[1], losses={"cosine": 1.0}, name="clip")
+    unmarked = dataclasses.replace(SETTINGS, referees=(*SETTINGS.referees, cosine))
+    run = run_directory.RunDirectory.open(tmp_path / "unmarked", unmarked)
+    run.write(picture("parting", losses=parting), seconds=1)
+    (line,) = lines(run.journal)
+    assert "hacked" not in line and line["losses"] == first["losses"]
 
 
 def test_settings_in_the_image(tmp_path):
