@@ -15,8 +15,9 @@ from referee_jax.weights.convert import WeightsError
 CONFIG = "tokenizer_config.json"
 # The files of words of each class of tokenizers: all of a row. The first is read where it is there.
 WORDS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",))
-# How many words tokenizer and network may be apart. BLIP's tokenizer lacks [DEC] and [ENC], BLIP-2's
-# has <image> besides; tables of embeddings are rounded up, to a multiple of 128 at most.
+# How many words tokenizer and network may be apart: NAMED in either direction, since BLIP's tokenizer
+# lacks [DEC] and [ENC] and BLIP-2's has <image> besides; and the network may have ROUNDED more, since
+# tables of embeddings are rounded up, to a multiple of 128 at most.
 NAMED, ROUNDED = 2, 127
 PATTERNS = ("*token*.json", "vocab.*", "merges.txt", "spiece.model")
 # Network -> its tokenizer in transformers. Another's class is told by config.json, or CONFIG alone.
@@ -70,7 +71,7 @@ def read(directory: Path, network: Any = None) -> Any:
     if network is None:
         return tokenizer
     reason = absent(directory)
-    if abs(len(tokenizer) - network.vocab_size) > (NAMED if reason else ROUNDED):
+    if not -NAMED <= network.vocab_size - len(tokenizer) <= (NAMED if reason else ROUNDED):
         sizes = f"the tokenizer has {len(tokenizer)} words, the network {network.vocab_size}"
         raise WeightsError(f"{directory}: {sizes}: {reason or 'it is another one'}{_REMEDY}")
     tokenizer.model_max_length = min(tokenizer.model_max_length, network.max_position_embeddings)

@@ -171,6 +171,7 @@ def test_another_networks_words(checkpoint):
         (30522, 30524, True),  # BLIP
         (30524, 30523, True),  # BLIP-2, with <image>
         (30522, 30592, True),  # rounded up
+        (30592, 30522, False),  # words without a row
         (49408, 30522, False),
         (30522, 49408, False),
     ],
