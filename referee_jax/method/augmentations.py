@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from referee_jax.method.registry import Registry
+
 GREY = (0.299, 0.587, 0.114)
 ELASTIC_RADIUS = 31  # half width of the elastic transform's Gaussian, in pixels (kornia's kernel of 63)
 
@@ -391,17 +393,40 @@ def _apply_resized(view: Array, params: Params, warp: Warp) -> Array:
     return warp(view, x, y)
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {
-    "Af": Augmentation(_sample_affine, _apply_affine, draws=4),
-    "Pe": Augmentation(_sample_perspective, _apply_perspective, draws=9),
-    "Ji": Augmentation(_sample_jitter, _apply_jitter, draws=9),
-    "Er": Augmentation(_sample_erasing, _apply_erasing, draws=6),
-    "Hf": Augmentation(_sample_flip, _apply_flip, draws=1),
-    "Sh": Augmentation(_sample_sharpness, _apply_sharpness, draws=2),
-    "Gn": Augmentation(_sample_gaussian, _apply_gaussian, draws=1, channels=3),
-    "Ro": Augmentation(_sample_rotation, _apply_rotation, draws=2),
-    "Et": Augmentation(_sample_elastic, _apply_elastic, draws=1, channels=2),
-    "Ts": Augmentation(_sample_spline, _apply_spline, draws=11),
-    "Cr": Augmentation(_sample_crop, _apply_crop, draws=3),
-    "Re": Augmentation(_sample_resized, _apply_resized, draws=5),
-}
+# Random numbers of a view are these rows' in this order (views.COLUMNS); what a user adds has numbers of its own.
+AUGMENTATIONS = Registry(
+    "augmentations.register",
+    {
+        "Af": Augmentation(_sample_affine, _apply_affine, draws=4),
+        "Pe": Augmentation(_sample_perspective, _apply_perspective, draws=9),
+        "Ji": Augmentation(_sample_jitter, _apply_jitter, draws=9),
+        "Er": Augmentation(_sample_erasing, _apply_erasing, draws=6),
+        "Hf": Augmentation(_sample_flip, _apply_flip, draws=1),
+        "Sh": Augmentation(_sample_sharpness, _apply_sharpness, draws=2),
+        "Gn": Augmentation(_sample_gaussian, _apply_gaussian, draws=1, channels=3),
+        "Ro": Augmentation(_sample_rotation, _apply_rotation, draws=2),
+        "Et": Augmentation(_sample_elastic, _apply_elastic, draws=1, channels=2),
+        "Ts": Augmentation(_sample_spline, _apply_spline, draws=11),
+        "Cr": Augmentation(_sample_crop, _apply_crop, draws=3),
+        "Re": Augmentation(_sample_resized, _apply_resized, draws=5),
+    },
+)
+
+
+def register(name: str, *, draws: int = 0, p: float = 1.0) -> Callable[[Callable], Callable]:
+    """A decorator that adds `(view [S, S, 3], u [draws], warp) -> view`, differentiable in the view.
+
+    Args:
+        name: in `views.augmentations`.
+        draws: uniform numbers of [0, 1) that each view gets.
+        p: the probability that a view is touched.
+    """
+
+    def row(augment: Callable[[Array, Array, Warp], Array]) -> Augmentation:
+        return Augmentation(
+            sample=lambda u, settings, size: {"on": u[0] < p, "u": u[1:]},
+            apply=lambda view, params, warp: augment(view, params["u"], warp),
+            draws=1 + draws,
+        )
+
+    return AUGMENTATIONS.register(name, row)

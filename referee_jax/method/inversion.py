@@ -19,7 +19,7 @@ import optax
 from flax import struct
 from jax import Array
 
-from referee_jax.method import augmentations, objective, optim, sds, views
+from referee_jax.method import augmentations, latent_losses, objective, optim, sds, views
 from referee_jax.method import held_out as held_out_lib
 from referee_jax.method.referee import Referee
 from referee_jax.models import vae as vae_lib
@@ -49,7 +49,8 @@ class Prompt(struct.PyTreeNode):
 class Hyperparameters(struct.PyTreeNode):
     """Every number of the method, traced; may have a leading axis for a sweep under vmap.
 
-    `weights` has one entry per referee, `held_out` one per held-out referee.
+    `weights` has one entry per referee, `held_out` one per held-out referee, `latent_losses` one per
+    name of the plan's.
     """
 
     prior: sds.Hyper = sds.Hyper()
@@ -58,6 +59,7 @@ class Hyperparameters(struct.PyTreeNode):
     views: augmentations.Settings = augmentations.Settings()
     weights: tuple[objective.Weights, ...] = ()
     held_out: tuple[objective.Weights, ...] = ()
+    latent_losses: tuple[Array | float, ...] = ()
 
 
 class Plan(struct.PyTreeNode):
@@ -76,6 +78,7 @@ class Plan(struct.PyTreeNode):
         use_sds: whether the prior has a gradient.
         use_balance: whether the referees' gradient is brought to the prior's length.
         normalise: whether each referee's gradient is brought to its weight's length.
+        latent_losses: keys of latent_losses.LATENT_LOSSES.
     """
 
     latent: tuple[int, int, int] = struct.field(pytree_node=False)
@@ -91,6 +94,7 @@ class Plan(struct.PyTreeNode):
     use_sds: bool = struct.field(pytree_node=False, default=True)
     use_balance: bool = struct.field(pytree_node=False, default=True)
     normalise: bool = struct.field(pytree_node=False, default=False)
+    latent_losses: tuple[str, ...] = struct.field(pytree_node=False, default=())
 
 
 class InversionState(struct.PyTreeNode):
@@ -136,11 +140,15 @@ class Noise(struct.PyTreeNode):
 
 
 class Gradients(NamedTuple):
-    """Of the latents `[h, w, C]`: the prior's and the referees'; and the referees' losses by name."""
+    """Of the latents `[h, w, C]`: the prior's, the referees', and that of losses of the latents, None without any.
+
+    And the losses by name.
+    """
 
     prior: Array
     referee: Array
     losses: dict[str, Array]
+    latents: Array | None = None
 
 
 def init(
@@ -241,7 +249,7 @@ def gradients(
     *,
     referees_active: bool = True,
 ) -> Gradients:
-    """Both gradients at iteration `i`.
+    """All gradients at iteration `i`.
 
     Args:
         networks: the prior, the autoencoder and the referees.
@@ -273,7 +281,11 @@ def gradients(
         # Selected, not branched: where rows of a sweep differ, a branch would compute both sides.
         evaluated = referees_gradient(networks, prompt, hyper, plan, latents, noise)
         referee, losses = optax.tree.where(hyper.referee.is_active(i), evaluated, (referee, losses))
-    return Gradients(prior, referee, losses)
+    if not plan.latent_losses:
+        return Gradients(prior, referee, losses)
+    with jax.named_scope("latent_losses"):
+        term, term_losses = latent_losses.gradient(plan.latent_losses, hyper.latent_losses, latents)
+    return Gradients(prior, referee, losses | term_losses, term)
 
 
 @jax.named_scope("update")
@@ -304,7 +316,7 @@ def update(
         The new state, and scalars: the losses, the norms of both gradients, their ratio, and the
         standard deviation of the latents. Of an item that has stopped all of them are NaN.
     """
-    latents, (prior, referee, losses) = state.latents, found
+    latents, (prior, referee, losses, term) = state.latents, found
     active = hyper.referee.is_active(i) if referees_active else jnp.zeros((), bool)
     epsilon = hyper.referee.balance_epsilon
     ratio = objective.balance(prior, referee, epsilon) if plan.use_balance else jnp.ones(())
@@ -314,8 +326,9 @@ def update(
     pull = hyper.referee.weight_at(i) * ratio * referee
     shake = jnp.where(active, -rate * hyper.update.noise * noise.n1, 0.0)
     tail = jnp.where(active, hyper.update.noise, hyper.update.tail_noise) * noise.n2
+    descent = prior if term is None else prior + term
     updates, optimizer = _optimizer(plan, hyper).update(
-        prior + rate / hyper.update.lr * pull,
+        descent + rate / hyper.update.lr * pull,
         state.optimizer,
         latents,
         step=i,

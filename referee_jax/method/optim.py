@@ -19,9 +19,11 @@ from flax import struct
 from jax import Array
 
 from referee_jax.method import schedules
+from referee_jax.method.registry import Registry
 
-# The authors' choice is plain gradient descent.
-OPTIMIZERS = {"sgd": optax.identity, "adam": optax.scale_by_adam}
+# Functions without arguments, to transformations of the gradient. The authors' choice is plain gradient descent.
+OPTIMIZERS = Registry("optim.register", {"sgd": optax.identity, "adam": optax.scale_by_adam})
+register = OPTIMIZERS.register
 
 
 class Hyper(struct.PyTreeNode):

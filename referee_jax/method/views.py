@@ -5,6 +5,7 @@ augmentations (augmentations.py) and gets its own noise. All that is random is d
 given to `apply`, which is deterministic. All of it is for one image: vmap adds prompts.
 """
 
+import zlib
 from collections.abc import Sequence
 
 import jax
@@ -17,7 +18,7 @@ from referee_jax.method import augmentations
 AUGMENTATIONS = augmentations.AUGMENTATIONS
 Settings = augmentations.Settings
 DEFAULT = ("Af", "Pe", "Ji", "Er")
-# Which columns of a view's uniforms are each augmentation's; the last is the amplitude of the noise, which follows.
+# Which columns of a view's uniforms are each of the package's augmentations'; the last is the amplitude of the noise after them.
 _ENDS = np.cumsum([0, *(row.draws for row in AUGMENTATIONS.values())]).tolist()
 COLUMNS = {name: slice(*ends) for name, *ends in zip(AUGMENTATIONS, _ENDS[:-1], _ENDS[1:], strict=True)}
 DRAWS = _ENDS[-1] + 1
@@ -29,7 +30,7 @@ def check(names: Sequence[str]) -> None:
     """Raises ValueError unless `names` are different augmentations of the table."""
     unknown = [name for name in names if name not in AUGMENTATIONS]
     if unknown:
-        raise ValueError(f"augmentations {unknown} are unknown; known are {list(AUGMENTATIONS)}")
+        raise ValueError(f"augmentations {unknown} are unknown; known are {AUGMENTATIONS.known()}")
     if len(set(names)) != len(names):
         raise ValueError(f"augmentations {tuple(names)}: one of them is named twice")
 
@@ -130,10 +131,14 @@ def sample(
     params: Params = {}
     for name in names:
         augmentation = AUGMENTATIONS[name]
-        u = uniforms[:, COLUMNS[name]]
+        if name in COLUMNS:
+            u, number = uniforms[:, COLUMNS[name]], COLUMNS[name].start
+        else:  # a user's own: more columns would change the numbers of all others
+            number = zlib.crc32(name.encode())
+            u = jax.random.uniform(jax.random.fold_in(key, number), (count, augmentation.draws))
         if augmentation.channels:
             shape = (count, size, size, augmentation.channels)
-            u = u, jax.random.uniform(jax.random.fold_in(key, COLUMNS[name].start), shape)
+            u = u, jax.random.uniform(jax.random.fold_in(key, number), shape)
         params[name] = jax.vmap(lambda u, sample=augmentation.sample: sample(u, settings, size))(u)
     shared = [("Ji", "order")] + [("Er", "box"), ("Er", "on")] * shared_erase
     for name, leaf in shared:
