@@ -12,13 +12,16 @@ import os
 import pathlib
 import re
 import runpy
+import sys
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 import ml_collections
 
-from referee_jax import prompts
+from referee_jax import prompts, schema
 from referee_jax.method import augmentations, optim, views
+from referee_jax.method.latent_losses import LATENT_LOSSES
 from referee_jax.schema import ConfigError, bounded, parse, wrong
 
 # Referee -> its losses. Referees with the contrastive loss use negatives. BLIP-2 has itg only if
@@ -35,6 +38,8 @@ LOSSES = {
     "image_reward": ("reward",),
     "align": ("cosine", "contrastive"),
 }
+
+ENTRY_POINTS = "referee_jax.referees"  # the group of packages' own referees
 
 WEBP_SIDE = 16383  # pixels, the largest side of a WebP
 
@@ -98,8 +103,9 @@ class Referee:
 class RefereeSpec:
     """One vision-language model, which is optimised or held out."""
 
-    name: str = bounded("clip", allowed=tuple(LOSSES))  # kind of referee
-    checkpoint: str = "openai/clip-vit-large-patch14"  # hub id, local directory, or shapes/...
+    name: str = "clip"  # kind of referee, of the table above; or your own "module:function", see referees.md
+    # Hub id, local directory, or shapes/...; of a referee of your own whatever it reads, or empty.
+    checkpoint: str = "openai/clip-vit-large-patch14"
     revision: str = ""  # commit of a hub id; empty: the latest
     losses: dict[str, float] = dataclasses.field(default_factory=lambda: {"cosine": 1.0})  # loss: weight
     weight: float = bounded(1.0, above=0)  # of all its losses in a mix
@@ -119,7 +125,7 @@ class RefereeSpec:
 class Optim:
     """The latents' update (method/optim.py): `noise` while the referees act, `tail_noise` after."""
 
-    name: str = bounded("sgd", allowed=tuple(optim.OPTIMIZERS))  # adam, or plain gradient descent
+    name: str = "sgd"  # plain gradient descent, adam, or a plugin's
     lr: float = bounded(1.0, above=0)  # step size
     lr_final: float = bounded(0.5, low=0)  # of the referees' step, at the last iteration
     warmup: int = bounded(10, low=0)  # iterations in which the referees' step grows to lr
@@ -186,10 +192,13 @@ class Settings:
     samples: int = bounded(1, low=1)  # images per prompt
     workdir: str = ""  # the run directory; empty: runs/<config>-<fingerprint>
     prompts: tuple[str, ...] = ()  # used where none are given on the command line
+    plugins: tuple[str, ...] = ()  # modules of your own, imported before the settings are read; see plugins.md
     generator: Generator = _group(Generator)
     sds: Sds = _group(Sds)
     referee: Referee = _group(Referee)
     referees: tuple[RefereeSpec, ...] = (RefereeSpec(),)
+    # Name: weight of losses of the latents that plugins register; their gradients are added to the prior's.
+    latent_losses: dict[str, float] = _group(dict)
     optim: Optim = _group(Optim)
     ema: Ema = _group(Ema)
     views: Views = _group(Views)
@@ -225,16 +234,48 @@ def default() -> ml_collections.ConfigDict:
 
 
 def referee(**changes: Any) -> ml_collections.ConfigDict:
-    """An entry of `config.referees`: the defaults with `changes`. Raises ConfigError."""
-    return _config_dict(dataclasses.asdict(parse(changes, RefereeSpec, "referee", {})))
+    """An entry of `config.referees`: the defaults with `changes`. Raises ConfigError.
+
+    The checkpoint of a referee of one's own is by default empty.
+    """
+    spec = parse(changes, RefereeSpec, "referee", {})
+    if "checkpoint" not in changes and own_referee(spec.name, "referee.name"):
+        spec = dataclasses.replace(spec, checkpoint="")
+    return _config_dict(dataclasses.asdict(spec))
+
+
+def own_referee(name: str, key: str = "name") -> str:
+    """The "module:function" of a referee that is not the package's: its name, or the entry point so called.
+
+    Empty for one of LOSSES. Raises ConfigError for any other name, of the setting `key`.
+    """
+    if name in LOSSES:
+        return ""
+    points = {point.name: point.value for point in own_referees()}
+    if name in points or ":" in name:
+        return points.get(name, name)
+    known = ", ".join(map(repr, [*LOSSES, *points]))
+    raise wrong(key, name, f'one of {known}, or your own: "module:function", see docs/referees.md')
+
+
+def own_referees() -> metadata.EntryPoints:
+    """The referees of installed packages: their entry points."""
+    return metadata.entry_points(group=ENTRY_POINTS)
 
 
 def find(config: str | os.PathLike) -> str:
-    """The path of a config: a name, as "shapes", is one of the package's. Raises ConfigError."""
+    """The path of a config: a name, as "shapes", is one of the package's. Raises ConfigError.
+
+    Modules beside a file of the user's can be imported from then on.
+    """
     name = os.fspath(config)
-    if not re.fullmatch(r"[\w-]+", name) or pathlib.Path(name).is_file():
-        return name
     package = pathlib.Path(__file__).parent
+    if not re.fullmatch(r"[\w-]+", name) or pathlib.Path(name).is_file():
+        directory = pathlib.Path(name).absolute().parent
+        # Last, so that it hides no other module; the package's own configs have names of others ("clip").
+        if directory not in (package / "configs", package.parent / "configs") and str(directory) not in sys.path:
+            sys.path.append(str(directory))
+        return name
     # An installed package has them inside, a checkout beside it.
     paths = sorted(package.glob("configs/*.py")) or sorted(package.parent.glob("configs/*.py"))
     files = {path.stem: str(path) for path in paths}
@@ -263,10 +304,18 @@ def load(path: str | os.PathLike) -> Settings:
 
 
 def from_config(config: Settings | ml_collections.ConfigDict | Mapping) -> Settings:
-    """The checked settings of a ConfigDict or dictionary, with defaults. Raises ConfigError."""
+    """The checked settings of a ConfigDict or dictionary, with defaults; imports their plugins. Raises ConfigError."""
+    if isinstance(config, Mapping | ml_collections.ConfigDict):
+        for n, name in enumerate(parse(config.get("plugins", ()), tuple[str, ...], "plugins", {})):
+            schema.imported(name, f"plugins[{n}]")
     settings = parse(config, Settings, "", {})
     _check(settings)
     return settings
+
+
+def recorded(values: Mapping) -> Settings:
+    """The settings of a record that others may have written: imports nothing and checks types and ranges alone."""
+    return parse(values, Settings, "", {})
 
 
 def override(settings: Settings, changes: Mapping[str, Any]) -> Settings:
@@ -303,6 +352,11 @@ def _check(settings: Settings) -> None:
         )
     if settings.init_candidates > 1 and settings.init != "sample":
         raise wrong("init_candidates", settings.init_candidates, 'one, unless init = "sample"')
+    if settings.optim.name not in optim.OPTIMIZERS:
+        raise wrong("optim.name", settings.optim.name, f"one of {optim.OPTIMIZERS.known()}")
+    if settings.latent_losses.keys() - LATENT_LOSSES:
+        known = f"a dictionary of weights of {LATENT_LOSSES.known()}"
+        raise wrong("latent_losses", settings.latent_losses, known)
     _check_views(settings.views)
     _check_referees(settings)
 
@@ -332,21 +386,14 @@ def _check_views(settings: Views) -> None:
 def _check_referees(settings: Settings) -> None:
     for n, spec in enumerate(settings.referees):
         key = f"referees[{n}]"
-        if spec.losses.keys() - set(LOSSES[spec.name]):
-            known = ", ".join(LOSSES[spec.name])
-            raise wrong(f"{key}.losses", spec.losses, f"a dictionary of weights of {spec.name}'s losses: {known}")
+        if build := own_referee(spec.name, f"{key}.name"):
+            schema.function(build, f"{key}.name")  # what it reads, and which losses it has, is seen when it is built
+        else:
+            _check_known_referee(spec, key)
         if min(spec.losses.values(), default=0) < 0 or not any(spec.losses.values()):
             raise wrong(f"{key}.losses", spec.losses, "weights of at least 0, one of them more")
-        if "contrastive" in spec.losses and not (spec.negatives or spec.near):
-            raise wrong(
-                f"{key}.negatives", spec.negatives, f"some texts, or {key}.near some number, for the contrastive loss"
-            )
-        if (spec.negatives or spec.near) and "contrastive" not in LOSSES[spec.name]:
-            raise wrong(f"{key}.negatives", spec.negatives, f"empty, and {key}.near 0: {spec.name} reads none")
         if spec.template and spec.template.count("{}") != 1:
             raise wrong(f"{key}.template", spec.template, "empty, or a text with one {} where the prompt is put")
-        if not spec.checkpoint:
-            raise wrong(f"{key}.checkpoint", "", "a directory, a hub id, or shapes/...")
         count = spec.views or settings.views.count
         if spec.keep > count:
             raise wrong(f"{key}.keep", spec.keep, f"at most its number of views, {count}")
@@ -363,6 +410,20 @@ def _check_referees(settings: Settings) -> None:
             settings.referees,
             'one with role="optimise" at least, unless referee.weight and weight_final are 0 and init_candidates is 1',
         )
+
+
+def _check_known_referee(spec: RefereeSpec, key: str) -> None:
+    known = LOSSES[spec.name]
+    if spec.losses.keys() - set(known):
+        text = f"a dictionary of weights of {spec.name}'s losses: {', '.join(known)}"
+        raise wrong(f"{key}.losses", spec.losses, text)
+    if "contrastive" in spec.losses and not (spec.negatives or spec.near):
+        text = f"some texts, or {key}.near some number, for the contrastive loss"
+        raise wrong(f"{key}.negatives", spec.negatives, text)
+    if (spec.negatives or spec.near) and "contrastive" not in known:
+        raise wrong(f"{key}.negatives", spec.negatives, f"empty, and {key}.near 0: {spec.name} reads none")
+    if not spec.checkpoint:
+        raise wrong(f"{key}.checkpoint", "", "a directory, a hub id, or shapes/...")
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -396,8 +457,15 @@ def image_part(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(settings: Settings) -> str:
-    """SHA-256 of `image_settings`, in hex. Checkpoints count by name and revision, not content."""
-    return hashlib.sha256(json.dumps(image_settings(settings), sort_keys=True).encode()).hexdigest()
+    """SHA-256 of `image_settings` and of the source of modules of one's own, in hex.
+
+    Checkpoints count by name and revision, not content.
+    """
+    names = {*settings.plugins, *(own_referee(spec.name).partition(":")[0] for spec in settings.referees)} - {""}
+    files = [getattr(schema.imported(name, "plugins"), "__file__", None) for name in sorted(names)]
+    code = [hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest() for file in files if file]
+    values = image_settings(settings) | ({"code": code} if code else {})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def diff(old: Settings | Mapping, new: Settings | Mapping) -> str:
@@ -421,7 +489,8 @@ def _flat(values: Any, key: str = "") -> dict[str, Any]:
 
 def checkpoints(settings: Settings) -> list[tuple[str, str]]:
     """(name, revision) of each checkpoint in the settings, once."""
-    return list(dict.fromkeys((x.checkpoint, x.revision) for x in (settings.generator, *settings.referees)))
+    named = (x for x in (settings.generator, *settings.referees) if x.checkpoint)
+    return list(dict.fromkeys((x.checkpoint, x.revision) for x in named))
 
 
 def pinned(settings: Settings, commits: Mapping[str, str]) -> Settings:

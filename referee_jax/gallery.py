@@ -26,7 +26,7 @@ def read(path: Path) -> run_directory_lib.RunDirectory:
         settings = json.loads((path / "config.json").read_bytes())["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise run_directory_lib.RunError(f"{path} is not a run directory (no config.json that can be read)") from error
-    return run_directory_lib.RunDirectory(local.Disk(path), config.from_config(settings))
+    return run_directory_lib.RunDirectory(local.Disk(path), config.recorded(settings))
 
 
 def main(_: Any, run_directory: str = "") -> str:

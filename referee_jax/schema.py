@@ -5,10 +5,13 @@ The dataclass' fields define names, types and ranges. An error is one sentence.
 
 import dataclasses
 import difflib
+import importlib
 import math
 import numbers
+import traceback
+import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -109,3 +112,32 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, list(known), n=1)
     hint = f"did you mean {'.'.join([*path, matches[0]])}?" if matches else f"there are {', '.join(sorted(known))}"
     return f"{key} is not a setting; {hint}"
+
+
+def imported(name: str, key: str) -> types.ModuleType:
+    """A user's module, named by the setting `key`. Raises ConfigError."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a module is code, and may raise anything
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            places = "in the current directory, beside the config file, or installed"
+            raise wrong(key, name, f"a module that Python finds: {places}") from error
+        raise ConfigError(f"{key} = {name!r} cannot be imported: {failure(error)}") from error
+
+
+def function(name: str, key: str) -> Callable:
+    """What a user's "module:function" names. Raises ConfigError."""
+    module, _, attribute = name.partition(":")
+    value = getattr(imported(module, key), attribute, None)
+    if not callable(value):
+        raise wrong(key, name, f'"{module}:function", and there is no function {attribute!r} in {module}')
+    return value
+
+
+def failure(error: Exception) -> str:
+    """An error of a user's code in one line: its type, its text, and the last line that is no library's."""
+    text = " ".join(str(error).split())[:300]
+    libraries = ("site-packages", "<frozen", "importlib")
+    frames = [x for x in traceback.extract_tb(error.__traceback__) if not any(y in x.filename for y in libraries)]
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text}{place}"

@@ -5,8 +5,9 @@
 
 There is one line for each image and text; an image that cannot be read, and a text that is too long,
 are named at the end, and the rest is there (--truncate cuts it, as the referee's authors do). Which
-referee a checkpoint is, is read from its config.json, unless --name is given. Exit codes: 0 done, 2 the
-command cannot be carried out.
+referee a checkpoint is, is read from its config.json, unless --name is given; --name=module:function
+is one of your own, perhaps without a checkpoint. Exit codes: 0 done, 2 the command cannot be carried
+out.
 """
 
 import json
@@ -27,6 +28,7 @@ def listing() -> str:
         note = "  (its files, by the line below)" if family.is_converted else ""
         lines += [f"    {published}{note}" for published in family.published]
         lines += [f"    python -m referee_jax.weights.lavis {file} OUT_DIR" for file in family.files]
+    lines += [f"{point.name} (a package's own: {point.value})" for point in config.own_referees()]
     return "\n".join(lines)
 
 
@@ -36,7 +38,7 @@ def score(
     """Scores of each image with each text, as lines of JSON. Warns of what could not be read, and of what was cut.
 
     Args:
-        referee: directory or hub id of a checkpoint.
+        referee: directory or hub id of a checkpoint; empty for one of the user's own that has none.
         images: files.
         texts: any number, one at least.
         name: of the referee; empty: read from the checkpoint.
@@ -49,6 +51,8 @@ def score(
         raise ValueError("there is nothing to score; give --image=FILE and --text=TEXT, each as often as you like")
     if reading.get("template") and reading["template"].count("{}") != 1:
         raise ValueError(f"--template={reading['template']!r} is not a text with one {{}} where the prompt is put")
+    if name:
+        config.own_referee(name, "--name")  # an unknown name is an error
     pixels, unread = _readable(images, images_lib.read_image)
     spec = config.RefereeSpec(
         name=name or referees.name_of(referee, revision or None), checkpoint=referee, revision=revision, losses={},
@@ -87,16 +91,18 @@ def main(args: flags.FlagValues) -> str:
         logging.set_verbosity(logging.WARNING)
     if args.list:
         return listing()
-    if not args.referee:
+    if not args.referee and not (args.name and config.own_referee(args.name, "--name")):
         raise ValueError("--referee is missing: a directory or a hub id, see --list")
     cli.prepare(args.device)
     reading = {name: args[name].value for name in ("template", "first_token", "truncate") if args[name].present}
-    return score(args.referee, args.image, args.text, name=args.name or "", revision=args.revision, **reading)
+    return score(args.referee or "", args.image, args.text, name=args.name or "", revision=args.revision, **reading)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("referee", None, "directory or hub id of a checkpoint")
-    flags.DEFINE_enum("name", None, list(referees.REFEREES), "which referee it is; default: read from the checkpoint")
+    flags.DEFINE_string(
+        "name", None, "which referee it is, see --list, or module:function; default: read from the checkpoint"
+    )
     flags.DEFINE_string("template", "", "text with {} in the prompt's place; default: the referee's own")
     flags.DEFINE_enum(
         "first_token", "[ENC]", ["[ENC]", "[CLS]"], "of texts that read the image in blip_itm and blip_vqa: the authors' "

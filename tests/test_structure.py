@@ -22,7 +22,9 @@ TABLE = {
     "method": {"models"},
     "weights": {"models", "console"},
     "config": {"method", "schema", "prompts"},
-    "referees": {"config", "method", "models", "weights", "prompts", "hardware.chips", "storage.images"},
+    "referees": {
+        "config", "schema", "method", "models", "weights", "prompts", "hardware.chips", "storage.images",
+    },
     "storage": {"config", "items", "hardware.processes", "method.held_out"},
     "cli": {"config", "hardware", "console", "schema"},
     "engine": {

@@ -100,6 +100,7 @@ def make_plan(
         use_sds=bool(settings.sds.weight or settings.sds.weight_final),
         use_balance=settings.referee.balance,
         normalise=settings.referee.normalise,
+        latent_losses=tuple(sorted(settings.latent_losses)),
     )
 
 
@@ -145,6 +146,7 @@ def make_hyper(settings: config.Settings) -> inversion.Hyperparameters:
         views=fill(augmentations.Settings),
         weights=tuple(make_weights(spec) for spec in settings.referees if spec.role == "optimise"),
         held_out=tuple(make_weights(spec) for spec in settings.referees if spec.role == "held_out"),
+        latent_losses=tuple(weight for _, weight in sorted(settings.latent_losses.items())),
     )
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32), hyper)
 
@@ -159,7 +161,8 @@ def structure(settings: config.Settings) -> config.Settings:
         changes["sds"] |= {"weight": settings.sds.weight, "weight_final": settings.sds.weight_final}
     groups = {name: dataclasses.replace(getattr(settings, name), **fields) for name, fields in changes.items()}
     alike = [dataclasses.replace(x, weight=1.0, losses=dict.fromkeys(x.losses, 1.0)) for x in settings.referees]
-    return dataclasses.replace(settings, **groups, referees=tuple(alike))
+    terms = dict.fromkeys(settings.latent_losses, 1.0)
+    return dataclasses.replace(settings, **groups, referees=tuple(alike), latent_losses=terms)
 
 
 def tokenize(

@@ -51,8 +51,30 @@ class Family:
     check: Callable[[Any], Any] = lambda tokenizer: None
 
 
+class Scoring:
+    """Scores of images, for a judge with `referee`, `tokenize` and `preprocess`."""
+
+    def score(self, images: Sequence[images_lib.Picture], texts: Sequence[str]) -> list[list[dict[str, float]]]:
+        """The scores of each image with each text, behind the checkpoint's own preprocessing.
+
+        An image is a file, an array or a picture of Pillow, see storage.images. Raises ValueError for
+        one that cannot be read, prompts.Unreadable for a text, and what `preprocess` raises.
+        """
+        for name, values in (("images", images), ("texts", texts)):
+            if isinstance(values, str | os.PathLike | PIL.Image.Image):
+                raise ValueError(f"{name} is one of its kind; give a list: [{values!r}]")
+        if not len(images) or not texts:
+            return [[] for _ in images]
+        encoded = _encode(self.referee, jax.tree.map(lambda *x: np.stack(x), *map(self.tokenize, texts)))
+        rows = []
+        for image in images:
+            scores = _score(self.referee, jnp.asarray(self.preprocess(images_lib.picture(image))), encoded)
+            rows.append([{name: float(x[n]) for name, x in scores.items()} for n in range(len(texts))])
+        return rows
+
+
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class Judge(Scoring):
     """A referee with its tokenizer and its part of the settings."""
 
     spec: config.RefereeSpec
@@ -106,24 +128,6 @@ class Judge:
             token = self.tokenizer.convert_ids_to_tokens(last)
             raise prompts.Unreadable(prompt, f"it holds {token}, for which {name} has no word")
         return self.family.tokens(self, ids)
-
-    def score(self, images: Sequence[images_lib.Picture], texts: Sequence[str]) -> list[list[dict[str, float]]]:
-        """The scores of each image with each text, behind the checkpoint's own preprocessing.
-
-        An image is a file, an array or a picture of Pillow, see storage.images. Raises ValueError for
-        one that cannot be read, prompts.Unreadable for a text, and what `preprocess` raises.
-        """
-        for name, values in (("images", images), ("texts", texts)):
-            if isinstance(values, str | os.PathLike | PIL.Image.Image):
-                raise ValueError(f"{name} is one of its kind; give a list: [{values!r}]")
-        if not len(images) or not texts:
-            return [[] for _ in images]
-        encoded = _encode(self.referee, jax.tree.map(lambda *x: np.stack(x), *map(self.tokenize, texts)))
-        rows = []
-        for image in images:
-            scores = _score(self.referee, jnp.asarray(self.preprocess(images_lib.picture(image))), encoded)
-            rows.append([{name: float(x[n]) for name, x in scores.items()} for n in range(len(texts))])
-        return rows
 
     def preprocess(self, image: PIL.Image.Image) -> np.ndarray:
         """An RGB picture to the view that `referee.scores` reads, float32 `[S, S, 3]`, as its authors do.

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from referee_jax import config
 from referee_jax.hardware import chips
 from referee_jax.models import layers
-from referee_jax.referees import align, blip, blip2, clip, image_reward
+from referee_jax.referees import align, blip, blip2, clip, image_reward, own
 from referee_jax.referees.judge import Judge
 from referee_jax.weights import config_json, hub, load
 
-# The names of config.LOSSES. A new referee is a row here and there, models/x.py and referees/x.py.
+# The names of config.LOSSES. A new referee is a row here and there, models/x.py and referees/x.py; or own.py's.
 REFEREES = {
     "clip": clip.CLIP,
     "siglip": clip.SIGLIP,
@@ -50,7 +50,7 @@ def name_of(path_or_id: str, revision: str | None = None) -> str:
     )
 
 
-def load_referee(spec: config.RefereeSpec | str, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Judge:
+def load_referee(spec: config.RefereeSpec | str, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Judge | own.OwnJudge:
     """Loads the referee of `spec`, or, to score with, of a directory or hub id.
 
     Raises WeightsError where it cannot be had, and ConfigError for a loss that it does not have:
@@ -58,6 +58,10 @@ def load_referee(spec: config.RefereeSpec | str, *, dtype: jax.typing.DTypeLike 
     """
     if isinstance(spec, str):
         spec = config.RefereeSpec(name=name_of(spec), checkpoint=spec, losses={})
+    if config.own_referee(spec.name):
+        judge = own.load(spec, dtype=dtype)
+        _check_fits(spec, judge.referee)
+        return judge
     _check_losses(spec, config.LOSSES[spec.name])
     family = REFEREES[spec.name]
     directory = load.fetch_referee(spec.checkpoint, revision=spec.revision or None)
@@ -80,13 +84,17 @@ def build(spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokeni
     """
     family = REFEREES[spec.name]
     referee = family.build(spec, network, preprocessing, tokenizer)
+    _check_fits(spec, referee)
+    referee = layers.configured(referee, hardware=chips.traits())  # an engine sets that of its own devices
+    return Judge(spec, family, referee, tokenizer)
+
+
+def _check_fits(spec: config.RefereeSpec, referee: Any) -> None:
     _check_losses(spec, referee.losses)
     if spec.image_size not in (0, referee.image_size):
         raise config.ConfigError(
             f"referee {spec.name}: image_size = {spec.image_size}, but it reads {referee.image_size}"
         )
-    referee = layers.configured(referee, hardware=chips.traits())  # an engine sets that of its own devices
-    return Judge(spec, family, referee, tokenizer)
 
 
 def _check_losses(spec: config.RefereeSpec, known: tuple[str, ...]) -> None:

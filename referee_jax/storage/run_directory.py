@@ -114,7 +114,11 @@ class RunDirectory:
         self.settings, self.process = settings, process
         journal = f"metadata-{process}.jsonl" if process else "metadata.jsonl"
         self.images, self.journal, self.log_file = (self.path / x for x in ("images", journal, "log.jsonl"))
-        self.fingerprint = config.fingerprint(settings)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the settings."""
+        return config.fingerprint(self.settings)
 
     @classmethod
     def open(
@@ -234,7 +238,8 @@ class RunDirectory:
             raise RunError(f"{self.name}/{file.name} is damaged ({error!r}); choose another --workdir") from error
         if fingerprint == self.fingerprint:
             return ""
-        return config.diff(config.image_part(settings), config.image_settings(self.settings)) or "(of another version)"
+        changes = config.diff(config.image_part(settings), config.image_settings(self.settings))
+        return changes or "(of another version of the program, or of a module of one's own)"
 
     def noted(self, kind: str) -> dict[str, str]:
         """One of NOTED of the checkpoints, by name, as noted in config.json."""
