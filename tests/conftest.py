@@ -72,6 +72,7 @@ KINDS = {
     "performance/test_flops.py": "unit",
     "performance/test_hlo.py": "unit",
     "referees": "compiled",
+    "referees/test_questions.py": "unit",
     "runs/test_failures.py": "process",
     "runs/test_recovery.py": "process",
     "runs/test_reliability.py": "process",
