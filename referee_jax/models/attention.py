@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from referee_jax.hardware import chips
@@ -30,7 +31,8 @@ def attend(
     processed in blocks.
 
     Args:
-        query, key, value: `[B, T, N, D], [B, S, N, D], [B, S, N, D]`, of the dtype of the result.
+        query, key, value: `[B, T, N, D], [B, S, N, D], [B, S, N, D]`, of the dtype of the result; keys
+            and values may have fewer heads, each of which serves as many queries in a row.
         hardware: what is compiled for.
         bias: is added to the logits, broadcast to `[B, N, T, S]`.
         is_causal: whether a query attends only to itself and what is before it.
@@ -101,3 +103,15 @@ def split_heads(x: Array, heads: int) -> Array:
 def merge_heads(x: Array) -> Array:
     """`[B, T, N, D] -> [B, T, N * D]`."""
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def frequencies(count: int, theta: float) -> np.ndarray:
+    """Of rotary positions, falling from 1 towards 1 / theta: float32 `[count]` (Su et al. 2021, arXiv 2104.09864)."""
+    return (1 / theta ** (np.arange(count, dtype=np.float32) / np.float32(count))).astype(np.float32)
+
+
+def rotate(x: Array, angles: np.ndarray) -> Array:
+    """Rotary positions: elements i and i + D / 2 of each head of `[B, T, N, D]` turned by `angles [T, D / 2]`."""
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -128,6 +128,19 @@ def _of_features(x: Array) -> Array:
     return x.mean(-1, keepdims=True)
 
 
+class RMSNorm(nnx.Module):
+    """Division by the root of the mean square over the last axis, in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, features: int, *, epsilon: float, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
 class GroupNorm(nnx.Module):
     """Group normalisation of `[B, H, W, C]`, statistics in float32 (torch.nn.GroupNorm)."""
 
@@ -257,21 +270,24 @@ def unrolls(depth: int) -> bool:
     return depth <= UNROLLED
 
 
-def scan_layers(stack: Stack, x: Array, *args, remat: bool = False) -> Array:
+def scan_layers(stack: Stack, x: Array, *args, each: Array | None = None, remat: bool = False) -> Array:
     """Applies the layers one after the other, each as `layer(x, *args)`.
 
-    With `remat` only what `stack.remat` names is stored for the backward pass.
+    With `each` `[depth, ...]` a layer's part of it is its last argument. With `remat` only what
+    `stack.remat` names is stored for the backward pass.
     """
+    xs = (stack.layer,) if each is None else (stack.layer, each)
 
-    def body(x, layer):
-        return layer(x, *args), None
+    def body(x, parts):
+        layer, *own = parts
+        return layer(x, *args, *own), None
 
     if not remat:
-        return jax.lax.scan(body, x, stack.layer, unroll=unrolls(stack.depth))[0]
+        return jax.lax.scan(body, x, xs, unroll=unrolls(stack.depth))[0]
     # Not unrolled: XLA:CPU would store what should be recomputed, and compiling a vision tower for
     # a GPU would take minutes. prevent_cse is not needed in a loop: no forward pass is there to be
     # merged with.
-    return jax.lax.scan(jax.checkpoint(body, policy=POLICIES[stack.remat], prevent_cse=False), x, stack.layer)[0]
+    return jax.lax.scan(jax.checkpoint(body, policy=POLICIES[stack.remat], prevent_cse=False), x, xs)[0]
 
 
 def float_dtype(module: nnx.Module) -> jnp.dtype:

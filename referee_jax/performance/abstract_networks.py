@@ -15,7 +15,7 @@ import numpy as np
 
 from referee_jax import config, referees
 from referee_jax.engine import builders
-from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
+from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip, unet, vae
 from referee_jax.weights import config_json, hub, load
 
 _SD = {
@@ -50,6 +50,16 @@ def _blip(width: int = 768, layers: int = 12, heads: int = 12) -> blip.Config:
     return blip.Config(text_config=blip.TextConfig(num_attention_heads=12), vision_config=vision)
 
 
+def _qwen3_vl(width: int, hidden: int, layers: int, heads: int, *, is_large: bool = False) -> qwen3_vl.Config:
+    text = _tower(
+        qwen3_vl.TextConfig, width, layers, heads, hidden, num_key_value_heads=8, max_position_embeddings=262144,
+        rope_theta=5e6,
+    )  # fmt: skip
+    tower = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": (5, 11, 17)}
+    vision = qwen3_vl.VisionConfig(out_hidden_size=width, **({} if is_large else tower))
+    return qwen3_vl.Config(text_config=text, vision_config=vision, tie_word_embeddings=not is_large)
+
+
 _BLIP_L = _blip(1024, 24, 16)
 _SIGLIP_2 = siglip.TextConfig(vocab_size=256000)
 # Published checkpoint -> its sizes, of its config.json or its paper.
@@ -78,6 +88,9 @@ PUBLISHED: dict[str, Any] = {
     "Salesforce/blip2-itm-vit-g-coco": blip2.Config(),
     "THUDM/ImageReward": image_reward.Config(),
     "kakaobrain/align-base": align.Config(),
+    "Qwen/Qwen3-VL-2B-Instruct": _qwen3_vl(2048, 6144, 28, 16),
+    "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(2560, 9728, 36, 32),
+    "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(4096, 12288, 36, 32, is_large=True),
 }
 # In place of a preprocessor_config.json. Only ALIGN's network does not know the size of its pictures.
 _PREPROCESSING = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
+from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip, unet, vae
 from referee_jax.weights.convert import WeightsError
 
 
@@ -108,6 +108,12 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     | _any("image_size hidden_dim num_hidden_layers batch_norm_momentum drop_connect_rate dropout_rate")
     | {"model_type": ("align_vision_model",), "num_channels": (3,), "pooling_type": ("mean",)},
     align.Config: _PRETRAINED | {"model_type": ("align",)},
+    qwen3_vl.TextConfig: _PRETRAINED | {"model_type": ("qwen3_vl_text",), "attention_bias": (False,)},
+    qwen3_vl.VisionConfig: _PRETRAINED | {"model_type": ("qwen3_vl", "qwen3_vl_vision"), "in_channels": (3,)},
+    # Ids of tokens that the processor puts around a picture.
+    qwen3_vl.Config: _PRETRAINED
+    | _any("image_token_id video_token_id vision_start_token_id vision_end_token_id")
+    | {"model_type": ("qwen3_vl",)},
     unet.Config: _DIFFUSERS
     | unet.REFUSED
     | {"_class_name": ("UNet2DConditionModel",), "addition_embed_type_num_heads": None},
@@ -215,6 +221,31 @@ def schedule(values: Mapping, *, where: str) -> Schedule:
             f"{where}: _class_name={name!r} without beta_schedule is not implemented: it was trained as EDM"
         )
     return config_from_json(Schedule, values, where=where)
+
+
+# What rotary positions may be, besides the numbers that are fields -> the values that are implemented.
+_ROTARY = {"text_config": {"rope_type": "default", "type": "default", "mrope_interleaved": True}}
+_ROTARY["vision_config"] = {"rope_type": "axial"}
+
+
+def qwen3_vl_config(values: Mapping, *, where: str) -> qwen3_vl.Config:
+    """Reads config.json of a Qwen3VLForConditionalGeneration.
+
+    Its rotary positions are in `rope_parameters`, or, before transformers 5, in `rope_scaling` and
+    beside it.
+    """
+    values = dict(values)
+    for key, allowed in _ROTARY.items():
+        part = dict(values.get(key) or {})
+        rotary = {**(part.pop("rope_scaling", None) or {}), **(part.pop("rope_parameters", None) or {})}
+        for name, value in rotary.items():
+            if name in allowed and value != allowed[name]:
+                raise WeightsError(
+                    f"{where}: {key}: {name}={value!r} of the rotary positions is not implemented; "
+                    f"supported: {allowed[name]!r}"
+                )
+        values[key] = part | {name: value for name, value in rotary.items() if name not in allowed}
+    return config_from_json(qwen3_vl.Config, values, where=where)
 
 
 def reader(cls: type) -> Callable:

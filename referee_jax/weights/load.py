@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
+from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip, unet, vae
 from referee_jax.weights import config_json, convert, hub, tensors, tokenizers
 from referee_jax.weights.convert import WeightsError
 from referee_jax.weights.tensors import Tensors
@@ -40,7 +40,8 @@ class Kind:
         architecture: its name in config.json, if that distinguishes it from other kinds.
         stem: name of its files of weights, without ending.
         renames, ignore, float32: of `convert.fill`.
-        ties: name of a tensor that is not read -> name of the tensor that it repeats.
+        ties: name of a tensor that is not read -> name of the tensor that it repeats; without effect
+            where the config gives the network a parameter of its own for it.
         optional: parts of some checkpoints: the config's field that has them -> a glob pattern of
             their tensors.
     """
@@ -120,6 +121,12 @@ KINDS: dict[str, Kind] = {
         ignore=("*.position_ids", "*.token_type_ids", "*.num_batches_tracked"),
         float32=("*.batchnorm.*", "*_bn.*", "*.depthwise_norm.*"),
     ),
+    "qwen3_vl": Kind(
+        config=config_json.qwen3_vl_config,
+        network=qwen3_vl.Qwen3VL,
+        architecture="Qwen3VLForConditionalGeneration",
+        ties={"lm_head.weight": "model.language_model.embed_tokens.weight"},
+    ),
     "unet": Kind(config=config_json.reader(unet.Config), network=unet.UNet, stem=DIFFUSERS),
     "vae_decoder": Kind(
         config=config_json.reader(vae.Config),
@@ -156,6 +163,8 @@ def load(
     weights = Tensors(directory, row.stem)
     config = dataclasses.replace(config, **optional_parts(row, weights))
     module = unfilled(row, config)
+    own = {name for target in convert.targets(module) for name in target.names}
+    row = dataclasses.replace(row, ties={copy: name for copy, name in row.ties.items() if copy not in own})
     try:
         check_ties(row, weights)
         return convert.fill(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from referee_jax import console
-from referee_jax.models import bert, blip2, clip
+from referee_jax.models import bert, blip2, clip, qwen3_vl
 from referee_jax.weights.convert import WeightsError
 
 CONFIG = "tokenizer_config.json"
@@ -19,6 +19,7 @@ WORDS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("sp
 # lacks [DEC] and [ENC] and BLIP-2's has <image> besides; and the network may have ROUNDED more, since
 # tables of embeddings are rounded up, to a multiple of 128 at most.
 NAMED, ROUNDED = 2, 127
+SPARE = {qwen3_vl.TextConfig: 512}  # Qwen's tables have rows for hundreds of words to come
 PATTERNS = ("*token*.json", "vocab.*", "merges.txt", "spiece.model")
 # Network -> its tokenizer in transformers. Another's class is told by config.json, or CONFIG alone.
 _TYPES = {clip.TextConfig: "clip", bert.Config: "bert", blip2.QFormerConfig: "bert"}
@@ -71,7 +72,8 @@ def read(directory: Path, network: Any = None) -> Any:
     if network is None:
         return tokenizer
     reason = absent(directory)
-    if not -NAMED <= network.vocab_size - len(tokenizer) <= (NAMED if reason else ROUNDED):
+    spare = NAMED if reason else SPARE.get(type(network), ROUNDED)
+    if not -NAMED <= network.vocab_size - len(tokenizer) <= spare:
         sizes = f"the tokenizer has {len(tokenizer)} words, the network {network.vocab_size}"
         raise WeightsError(f"{directory}: {sizes}: {reason or 'it is another one'}{_REMEDY}")
     tokenizer.model_max_length = min(tokenizer.model_max_length, network.max_position_embeddings)

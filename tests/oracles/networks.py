@@ -7,10 +7,13 @@ drawn anew: libraries initialise towers so small that outputs hardly see their i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
+
+import tokenizers
 
 from tests.lazy import diffusers, nn, safetensors_torch, torch, transformers
 
@@ -377,6 +380,108 @@ def save_align(
     """Write network and ALIGN's own processor of these sizes; `how` is for save_pretrained."""
     module.save_pretrained(path, **how)
     transformers.AlignProcessor(align_processor(side, resized), blip_tokenizer(64)).save_pretrained(path)
+    return path
+
+
+def qwen3_vl_config(text: dict | None = None, vision: dict | None = None, **how) -> transformers.Qwen3VLConfig:
+    """Four layers each, three of which deepstack adds to; patches of 4 and 6 x 6 learned positions; the sections of the
+    rotary positions leave frequencies over."""
+    sizes = dict(
+        vocab_size=len(qwen_tokenizer()),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        rope_parameters={
+            "mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_theta": 5e6, "rope_type": "default",
+        },
+    )  # fmt: skip
+    tower = dict(
+        depth=4,
+        hidden_size=32,
+        intermediate_size=40,
+        num_heads=4,
+        patch_size=4,
+        out_hidden_size=32,
+        num_position_embeddings=36,
+        deepstack_visual_indexes=[0, 1, 2],
+    )
+    words = qwen_tokenizer().get_vocab()
+    ids = {f"{name}_token_id": words[f"<|{mark}|>"] for name, mark in (("image", "image_pad"), ("video", "video_pad"))}
+    ids |= {f"vision_{end}_token_id": words[f"<|vision_{end}|>"] for end in ("start", "end")}
+    return transformers.Qwen3VLConfig(
+        text_config=sizes | (text or {}),
+        vision_config=tower | (vision or {}),
+        **ids | {"tie_word_embeddings": True} | how,
+    )
+
+
+def qwen3_vl(seed: int = 6, **config) -> transformers.Qwen3VLForConditionalGeneration:
+    """Qwen3-VL, the sizes of `qwen3_vl_config`."""
+    return redraw_qwen3_vl(transformers.Qwen3VLForConditionalGeneration(qwen3_vl_config(**config)), seed)
+
+
+def redraw_qwen3_vl(module: transformers.Qwen3VLForConditionalGeneration, seed: int) -> nn.Module:
+    """`redraw`, with norms that are no LayerNorms about 1 too; the last is small, so that no next word is certain."""
+    redraw(module, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.model.language_model.named_parameters():
+        if p.ndim == 1:
+            p.copy_(1 + 0.3 * torch.randn(p.shape, generator=generator))
+    width = module.config.text_config.hidden_size
+    module.model.language_model.norm.weight.mul_(width**-0.5)
+    return module
+
+
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_QWEN_WORDS = [
+    *"Does this image show Answer the question with Yes yes or No user assistant".split(), *_MERGED_WORDS
+]  # fmt: skip
+
+
+def qwen_tokenizer() -> transformers.Qwen2Tokenizer:
+    """Qwen's tokenizer, pairs of bytes, over all bytes and a few whole words, with its marks of a conversation."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # one for each byte
+    vocab, merges = {letter: n for n, letter in enumerate(letters)}, {}
+    for word in (start + word for word in _QWEN_WORDS for start in ("", "\u0120")):  # the latter stands for a space
+        parts = list(word)
+        while known := [pair for pair in itertools.pairwise(parts) if pair in merges]:
+            n = list(itertools.pairwise(parts)).index(min(known, key=merges.get))
+            parts[n : n + 2] = ["".join(parts[n : n + 2])]
+        for n in range(1, len(parts)):
+            left = "".join(parts[:n])
+            merges[left, parts[n]] = len(merges)
+            vocab[left + parts[n]] = len(vocab)
+    marks = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab=vocab, merges=list(merges), eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=512,
+    )  # fmt: skip
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{mark}|>" for mark in marks]})
+    tokenizer.chat_template = QWEN_TEMPLATE
+    return tokenizer
+
+
+def qwen_image_processor(least: int = 16**2, most: int = 40**2) -> transformers.Qwen2VLImageProcessorPil:
+    """The published preprocessing, but for the patches and the numbers of pixels."""
+    return transformers.Qwen2VLImageProcessorPil(
+        size={"shortest_edge": least, "longest_edge": most}, patch_size=4, temporal_patch_size=2, merge_size=2,
+        image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    )  # fmt: skip
+
+
+def save_qwen3_vl(path: pathlib.Path, module: nn.Module | None = None, **how) -> pathlib.Path:
+    """Write `qwen3_vl()`, or a network, and the files of tokenizer and processor; `how` is for save_pretrained."""
+    (module or qwen3_vl()).save_pretrained(path, **how)
+    qwen_tokenizer().save_pretrained(path)
+    qwen_image_processor().save_pretrained(path)
     return path
 
 
