@@ -37,7 +37,11 @@ LOSSES = {
     "blip2": ("itm", "itc", "itg"),
     "image_reward": ("reward",),
     "align": ("cosine", "contrastive"),
+    "qwen3_vl": ("vqa",),
 }
+# Referees that are asked where things are and how many, and the augmentations that make true answers false.
+WHOLE = ("qwen3_vl",)
+FLIPS_AND_CROPS = ("Hf", "Cr", "Re")
 
 ENTRY_POINTS = "referee_jax.referees"  # the group of packages' own referees
 
@@ -111,6 +115,7 @@ class RefereeSpec:
     weight: float = bounded(1.0, above=0)  # of all its losses in a mix
     views: int = bounded(0, low=0)  # number of its views; 0: views.count
     keep: int = bounded(0, low=0)  # number of hardest views with a gradient; 0: views.keep, or all
+    augmentations: tuple[str, ...] = ()  # of its views; empty: views.augmentations, and none for qwen3_vl
     template: str = ""  # text with {} for the prompt; empty: the referee's own
     first_token: str = bounded("[ENC]", allowed=("[ENC]", "[CLS]"))  # of the text in blip_itm and blip_vqa
     truncate: bool = False  # cut a text that is too long, as its authors' code does, instead of refusing it
@@ -364,10 +369,7 @@ def _check(settings: Settings) -> None:
 def _check_views(settings: Views) -> None:
     if settings.keep > settings.count:
         raise wrong("views.keep", settings.keep, f"at most views.count = {settings.count}")
-    try:
-        views.check(settings.augmentations)
-    except ValueError as error:
-        raise ConfigError(f"views.augmentations = {settings.augmentations!r} is not possible: {error}") from error
+    _check_augmentations("views.augmentations", settings.augmentations)
     for field in dataclasses.fields(augmentations.Settings):
         key, value = field.name, getattr(settings, field.name)
         amounts = value if isinstance(value, tuple) else (value,)
@@ -383,6 +385,13 @@ def _check_views(settings: Views) -> None:
         raise wrong("views.elastic_sigma", 0.0, "more than 0")
 
 
+def _check_augmentations(key: str, names: tuple[str, ...]) -> None:
+    try:
+        views.check(names)
+    except ValueError as error:
+        raise ConfigError(f"{key} = {names!r} is not possible: {error}") from error
+
+
 def _check_referees(settings: Settings) -> None:
     for n, spec in enumerate(settings.referees):
         key = f"referees[{n}]"
@@ -392,6 +401,10 @@ def _check_referees(settings: Settings) -> None:
             _check_known_referee(spec, key)
         if min(spec.losses.values(), default=0) < 0 or not any(spec.losses.values()):
             raise wrong(f"{key}.losses", spec.losses, "weights of at least 0, one of them more")
+        _check_augmentations(f"{key}.augmentations", spec.augmentations)
+        if spec.name in WHOLE and set(spec.augmentations) & set(FLIPS_AND_CROPS):
+            words = f"without flips and crops ({', '.join(FLIPS_AND_CROPS)}), as {spec.name} is asked where things are"
+            raise wrong(f"{key}.augmentations", spec.augmentations, f"{words} and how many")
         if spec.template and spec.template.count("{}") != 1:
             raise wrong(f"{key}.template", spec.template, "empty, or a text with one {} where the prompt is put")
         count = spec.views or settings.views.count

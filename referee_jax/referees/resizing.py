@@ -7,6 +7,7 @@ first where a picture is more than twice as high as wide), each a sum of whole n
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,8 +47,11 @@ class Fitting:
         return dataclasses.replace(self, side=side, resized=round(side * self.resized / self.side))
 
     def __call__(self, image: Array) -> Array:
-        """`[H, W, 3]` in [0, 1] to `[side, side, 3]`, in a program; one of the view's size stays as it is."""
-        height, width = self._size(*image.shape[:2])
+        """`[H, W, 3]` in [0, 1] to `[side, side, 3]`, in a program; one of the view's size stays as it is.
+
+        Its gradient is that without rounding.
+        """
+        height, width = self.size(*image.shape[:2])
         for axis, length in ((1, width), (0, height)):
             if image.shape[axis] != length:
                 image = _resampled(image, length, axis, self.method, self.is_exact)
@@ -55,7 +59,7 @@ class Fitting:
 
     def of_picture(self, picture: PIL.Image.Image) -> np.ndarray:
         """An RGB picture to float32 `[side, side, 3]` in [0, 1], by Pillow."""
-        height, width = self._size(picture.height, picture.width)
+        height, width = self.size(picture.height, picture.width)
         if self.is_exact:  # Pillow does not round where a channel is a picture of floats
             bands = [band.convert("F").resize((width, height), self.method) for band in picture.split()]
             pixels = np.stack([np.asarray(band) for band in bands], axis=-1)
@@ -63,7 +67,7 @@ class Fitting:
             pixels = np.asarray(picture.resize((width, height), self.method), np.float32)
         return self._square(pixels / np.float32(255))
 
-    def _size(self, height: int, width: int) -> tuple[int, int]:
+    def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing."""
         if self.shape == SQUASHED:
             return self.resized, self.resized
@@ -81,6 +85,38 @@ class Fitting:
         return image[top : top + self.side, left : left + self.side]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole(Fitting):
+    """All of a picture, in its ratio of sides: these become multiples of `factor`, as Qwen's `smart_resize` has it.
+
+    Attributes:
+        side: of the views of a run.
+        factor: what both sides are multiples of.
+        least, most: pixels of a picture.
+    """
+
+    factor: int
+    least: int
+    most: int
+
+    def at(self, side: int) -> "Whole":
+        """The same: sizes are those of the picture."""
+        return self
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        size = tuple(round(x / self.factor) * self.factor for x in (height, width))
+        if math.prod(size) > self.most:
+            scale = math.sqrt(height * width / self.most)
+            return tuple(max(1, math.floor(x / scale / self.factor)) * self.factor for x in (height, width))
+        if math.prod(size) < self.least:
+            scale = math.sqrt(self.least / (height * width))
+            return tuple(math.ceil(x * scale / self.factor) * self.factor for x in (height, width))
+        return size
+
+    def _square(self, image: Any) -> Any:
+        return image
+
+
 @functools.lru_cache
 def _weights(old: int, new: int, method: int, one: float) -> tuple[np.ndarray, np.ndarray]:
     """What each of `new` pixels is made of, `[new, taps]`: places int32, and Pillow's weights, of an impulse of `one`."""
@@ -90,23 +126,35 @@ def _weights(old: int, new: int, method: int, one: float) -> tuple[np.ndarray, n
     return places, np.take_along_axis(matrix, places, axis=1)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
 def _resampled(image: Array, new: int, axis: int, method: int, is_exact: bool) -> Array:
     """`[H, W, 3]` with `new` pixels along an axis."""
-    places, weights = map(jnp.asarray, _weights(image.shape[axis], new, method, 1.0 if is_exact else 1 << BITS))
-    here = places[:, :, None] == jnp.arange(image.shape[axis])
-
-    def mixed(weights: Array, pixels: Array) -> Array:
-        # The matrix is made in the program: as a constant it would be most of it.
-        matrix = jnp.where(here, weights[:, :, None], 0).sum(1, dtype=jnp.float32)
-        return jnp.moveaxis(jnp.tensordot(matrix, pixels, axes=(1, axis), precision="highest"), 0, axis)
-
     if is_exact:
-        return mixed(weights, image)
+        return _exact(image, new, axis, method)
+    places, weights = map(jnp.asarray, _weights(image.shape[axis], new, method, 1 << BITS))
     # In two halves, whose sums float32 holds exactly: no order of them and no device rounds otherwise.
     pixels, half = jnp.round(255 * image), BITS // 2
-    high, low = (mixed(x, pixels).astype(jnp.int32) for x in (weights >> half, weights & ((1 << half) - 1)))
+    parts = weights >> half, weights & ((1 << half) - 1)
+    high, low = (_mixed(places, x, pixels, axis).astype(jnp.int32) for x in parts)
     whole = (high << half) + low + (1 << (BITS - 1))
     return jnp.clip(whole >> BITS, 0, 255).astype(jnp.float32) / 255
+
+
+@_resampled.defjvp
+def _resampled_jvp(new: int, axis: int, method: int, is_exact: bool, primals: tuple, tangents: tuple) -> tuple:
+    return _resampled(*primals, new, axis, method, is_exact), _exact(*tangents, new, axis, method)
+
+
+def _exact(image: Array, new: int, axis: int, method: int) -> Array:
+    places, weights = map(jnp.asarray, _weights(image.shape[axis], new, method, 1.0))
+    return _mixed(places, weights, image, axis)
+
+
+def _mixed(places: Array, weights: Array, pixels: Array, axis: int) -> Array:
+    # The matrix is made in the program: as a constant it would be most of it.
+    here = places[:, :, None] == jnp.arange(pixels.shape[axis])
+    matrix = jnp.where(here, weights[:, :, None], 0).sum(1, dtype=jnp.float32)
+    return jnp.moveaxis(jnp.tensordot(matrix, pixels, axes=(1, axis), precision="highest"), 0, axis)
 
 
 def fitting(preprocessing: Mapping, side: int, shape: str = SQUASHED, *, is_exact: bool = False) -> Fitting:
@@ -131,10 +179,33 @@ def fitting(preprocessing: Mapping, side: int, shape: str = SQUASHED, *, is_exac
     side = _side("crop_size", crop) if is_cropped and crop else resized
     if side > resized:
         raise ValueError(f"preprocessor_config.json: crop_size={side} is more than size={resized}")
+    return Fitting(side=side, resized=resized, shape=shape, method=_method(preprocessing), is_exact=is_exact)
+
+
+def whole(preprocessing: Mapping, factor: int, *, side: int, least: int, most: int) -> Whole:
+    """The rules of a preprocessor_config.json with Qwen's limits.
+
+    Args:
+        preprocessing: its contents.
+        factor: of `Whole`.
+        side: of the views of a run, brought within the limits.
+        least, most: pixels of a picture, where it names none.
+
+    Raises ValueError for what is not implemented.
+    """
+    size = preprocessing.get("size") or {}
+    least = preprocessing.get("min_pixels") or size.get("shortest_edge", least)
+    most = preprocessing.get("max_pixels") or size.get("longest_edge", most)
+    rules = Whole(side=side, resized=side, method=_method(preprocessing), factor=factor, least=least, most=most)
+    side = rules.size(side, side)[0]
+    return dataclasses.replace(rules, side=side, resized=side)
+
+
+def _method(preprocessing: Mapping) -> int:
     method = preprocessing.get("resample", PIL.Image.Resampling.BICUBIC)
     if method not in METHODS:
         raise ValueError(f"preprocessor_config.json: resample={method} is not implemented; supported: {METHODS}")
-    return Fitting(side=side, resized=resized, shape=shape, method=method, is_exact=is_exact)
+    return method
 
 
 def _side(name: str, size: Mapping | int) -> int:

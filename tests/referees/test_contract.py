@@ -36,6 +36,7 @@ DIRECTORIES = {
     "blip2": functools.partial(networks.save_blip2, lm_head=True, older=False),
     "image_reward": networks.save_image_reward,
     "align": lambda path: networks.save_align(networks.align(), path),
+    "qwen3_vl": networks.save_qwen3_vl,
 }
 PROMPTS = ("a red circle and a blue square", "a green square", "a blue circle and a photo", "red and green")
 STEPS, VIEWS = 2, 2
@@ -139,7 +140,7 @@ def test_a_text_is_encoded_once(judge, texts, images):
     assert of_text_alone(lambda r, x, text: r.views_losses(x, text), texts) == 0
     assert of_text_alone(lambda r, x, read: r.views_losses(x, r.encode(read)), tokens) == encoding
     # What reads its image from the first layer on has nothing to encode.
-    assert (encoding == 0) == (judge.spec.name in ("blip_caption", "blip_vqa", "image_reward"))
+    assert (encoding == 0) == (judge.spec.name in ("blip_caption", "blip_vqa", "image_reward", "qwen3_vl"))
 
 
 def test_scores(judge, texts, views):
