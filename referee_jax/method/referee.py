@@ -25,7 +25,10 @@ class Referee(Protocol):
         """Views `[V, S, S, 3]` in [0, 1] (noise may leave it) and `encode`'s result to each loss, float32 `[V]`."""
 
     def fit(self, image: Array) -> Array:
-        """An image `[H, W, 3]` in [0, 1] of any size to the view `[S, S, 3]` that its authors would score it by."""
+        """An image `[H, W, 3]` in [0, 1] of any size to the view that its authors would score it by.
+
+        `[S, S, 3]`, unless they keep its ratio of sides.
+        """
 
     def scores(self, view: Array, text: Any) -> dict[str, Array]:
-        """One clean view `[S, S, 3]` in [0, 1] to scalars, the higher the better."""
+        """One clean view of `fit` in [0, 1] to scalars, the higher the better."""

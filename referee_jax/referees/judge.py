@@ -130,7 +130,7 @@ class Judge(Scoring):
         return self.family.tokens(self, ids)
 
     def preprocess(self, image: PIL.Image.Image) -> np.ndarray:
-        """An RGB picture to the view that `referee.scores` reads, float32 `[S, S, 3]`, as its authors do.
+        """An RGB picture to the view that `referee.scores` reads, float32, as its authors do; see `Referee.fit`.
 
         Raises ValueError where the checkpoint's own preprocessing gives another size than the network's.
         """

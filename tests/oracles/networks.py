@@ -481,6 +481,16 @@ def qwen_image_processor(least: int = 16**2, most: int = 40**2) -> transformers.
     )  # fmt: skip
 
 
+def qwen_processor(**sizes) -> transformers.Qwen3VLProcessor:
+    """Qwen3-VL's own processor, without the part for videos, which needs torchvision; `sizes` of `qwen_image_processor`."""
+
+    class Processor(transformers.Qwen3VLProcessor):
+        def check_argument_for_proper_class(self, name, argument):
+            return type(argument)
+
+    return Processor(qwen_image_processor(**sizes), qwen_tokenizer(), None, chat_template=QWEN_TEMPLATE)
+
+
 def save_qwen3_vl(path: pathlib.Path, module: nn.Module | None = None, **how) -> pathlib.Path:
     """Write `qwen3_vl()`, or a network, and the files of tokenizer and processor; `how` is for save_pretrained."""
     (module or qwen3_vl()).save_pretrained(path, **how)
