@@ -137,10 +137,14 @@ def check(tokenizer: Any) -> None:
     missing = [mark for text in (BEFORE, AFTER, END) for mark in _MARK.findall(text) if mark not in words]
     if missing:
         raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no {missing[0]}; is it Qwen3-VL's?")
-    if "<think>" in str(tokenizer.chat_template):
-        raise ValueError(
-            f"{tokenizer.name_or_path}: its first word is no answer, as it thinks before; take the Instruct checkpoint"
-        )
+    if tokenizer.chat_template:
+        options = {"tokenize": False, "add_generation_prompt": True}
+        asked = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], **options)
+        if not asked.endswith(END):
+            raise ValueError(
+                f"{tokenizer.name_or_path}: an answer begins behind {asked[-30:]!r}, not {END!r}, as of a checkpoint that "
+                "thinks before it answers; take the Instruct checkpoint"
+            )
     for answer in YES:
         if len(row := tokenizer(answer, add_special_tokens=False)["input_ids"]) != 1:
             pieces = " ".join(tokenizer.convert_ids_to_tokens(row))
