@@ -40,6 +40,7 @@ KINDS: dict[type, dict[str, tuple[str, Callable[[int], tuple[int, ...]]]]] = {
     nnx.Conv: {"kernel": ("weight", _out_last), "bias": ("bias", _same)},
     nnx.Embed: {"embedding": ("weight", _same)},
     layers.LayerNorm: {"scale": ("weight", _same), "bias": ("bias", _same)},
+    layers.RMSNorm: {"scale": ("weight", _same)},
     layers.GroupNorm: {"scale": ("weight", _same), "bias": ("bias", _same)},
 }
 
