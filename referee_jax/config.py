@@ -24,7 +24,7 @@ from referee_jax.method import augmentations, optim, views
 from referee_jax.method.latent_losses import LATENT_LOSSES
 from referee_jax.schema import ConfigError, bounded, parse, wrong
 
-# Referee -> its losses. Referees with the contrastive loss use negatives. BLIP-2 has itg only if
+# Referee -> its losses. Referees with one of CONTRASTS use negatives. BLIP-2 has itg only if
 # its weights have a language head, which is known when they are loaded.
 LOSSES = {
     "clip": ("cosine", "contrastive"),
@@ -37,7 +37,13 @@ LOSSES = {
     "blip2": ("itm", "itc", "itg"),
     "image_reward": ("reward",),
     "align": ("cosine", "contrastive"),
+    "vqascore": ("vqa", "versus"),
 }
+CONTRASTS = {"contrastive", "versus"}  # losses that tell the prompt from other texts
+# Referees that are asked where things are, and the augmentations that make true answers false.
+WHOLE = ("vqascore",)
+MOVING = ("Af", "Er", "Hf", "Ro", "Et", "Ts", "Cr", "Re")
+_WHY = 'is asked where things are, and these cut things off or turn "left of" round'
 
 ENTRY_POINTS = "referee_jax.referees"  # the group of packages' own referees
 
@@ -111,6 +117,7 @@ class RefereeSpec:
     weight: float = bounded(1.0, above=0)  # of all its losses in a mix
     views: int = bounded(0, low=0)  # number of its views; 0: views.count
     keep: int = bounded(0, low=0)  # number of hardest views with a gradient; 0: views.keep, or all
+    augmentations: tuple[str, ...] = ()  # of its views; empty: views.augmentations, and none for vqascore
     template: str = ""  # text with {} for the prompt; empty: the referee's own
     first_token: str = bounded("[ENC]", allowed=("[ENC]", "[CLS]"))  # of the text in blip_itm and blip_vqa
     truncate: bool = False  # cut a text that is too long, as its authors' code does, instead of refusing it
@@ -364,10 +371,7 @@ def _check(settings: Settings) -> None:
 def _check_views(settings: Views) -> None:
     if settings.keep > settings.count:
         raise wrong("views.keep", settings.keep, f"at most views.count = {settings.count}")
-    try:
-        views.check(settings.augmentations)
-    except ValueError as error:
-        raise ConfigError(f"views.augmentations = {settings.augmentations!r} is not possible: {error}") from error
+    _check_augmentations("views.augmentations", settings.augmentations)
     for field in dataclasses.fields(augmentations.Settings):
         key, value = field.name, getattr(settings, field.name)
         amounts = value if isinstance(value, tuple) else (value,)
@@ -383,6 +387,13 @@ def _check_views(settings: Views) -> None:
         raise wrong("views.elastic_sigma", 0.0, "more than 0")
 
 
+def _check_augmentations(key: str, names: tuple[str, ...]) -> None:
+    try:
+        views.check(names)
+    except ValueError as error:
+        raise ConfigError(f"{key} = {names!r} is not possible: {error}") from error
+
+
 def _check_referees(settings: Settings) -> None:
     for n, spec in enumerate(settings.referees):
         key = f"referees[{n}]"
@@ -392,11 +403,17 @@ def _check_referees(settings: Settings) -> None:
             _check_known_referee(spec, key)
         if min(spec.losses.values(), default=0) < 0 or not any(spec.losses.values()):
             raise wrong(f"{key}.losses", spec.losses, "weights of at least 0, one of them more")
+        _check_augmentations(f"{key}.augmentations", spec.augmentations)
+        if spec.name in WHOLE and set(spec.augmentations) & set(MOVING):
+            raise wrong(f"{key}.augmentations", spec.augmentations, f"without {', '.join(MOVING)}: {spec.name} {_WHY}")
         if spec.template and spec.template.count("{}") != 1:
             raise wrong(f"{key}.template", spec.template, "empty, or a text with one {} where the prompt is put")
         count = spec.views or settings.views.count
         if spec.keep > count:
             raise wrong(f"{key}.keep", spec.keep, f"at most its number of views, {count}")
+    shared, judges = settings.views.augmentations, [spec for spec in settings.referees if spec.role == "optimise"]
+    if shared != views.DEFAULT and set(shared) & set(MOVING) and judges and all(x.name in WHOLE for x in judges):
+        raise wrong("views.augmentations", shared, f"without {', '.join(MOVING)}: {judges[0].name} {_WHY}")
     if all(spec.role != "held_out" for spec in settings.referees):
         for key, is_needed in (("output", settings.output == "best_held_out"), ("patience", settings.patience > 0)):
             if is_needed:
@@ -417,10 +434,11 @@ def _check_known_referee(spec: RefereeSpec, key: str) -> None:
     if spec.losses.keys() - set(known):
         text = f"a dictionary of weights of {spec.name}'s losses: {', '.join(known)}"
         raise wrong(f"{key}.losses", spec.losses, text)
-    if "contrastive" in spec.losses and not (spec.negatives or spec.near):
-        text = f"some texts, or {key}.near some number, for the contrastive loss"
-        raise wrong(f"{key}.negatives", spec.negatives, text)
-    if (spec.negatives or spec.near) and "contrastive" not in known:
+    for loss in sorted(CONTRASTS & spec.losses.keys()):
+        if not (spec.negatives or spec.near):
+            text = f"some texts, or {key}.near some number, for the {loss} loss"
+            raise wrong(f"{key}.negatives", spec.negatives, text)
+    if (spec.negatives or spec.near) and not CONTRASTS & set(known):
         raise wrong(f"{key}.negatives", spec.negatives, f"empty, and {key}.near 0: {spec.name} reads none")
     if not spec.checkpoint:
         raise wrong(f"{key}.checkpoint", "", "a directory, a hub id, or shapes/...")

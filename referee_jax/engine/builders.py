@@ -28,14 +28,15 @@ def make_mesh(settings: config.Settings, devices: Sequence[jax.Device] | None = 
 
 
 def make_view_plan(settings: config.Settings, spec: config.RefereeSpec, *, dense: bool = False) -> objective.ViewPlan:
-    """How a referee's views are made; its own number of views, where it has one, wins."""
+    """How a referee's views are made; its own number of views and augmentations, where it has some, win."""
+    common = () if spec.name in config.WHOLE else settings.views.augmentations
     count = spec.views or settings.views.count
     keep = spec.keep or (count if spec.views else settings.views.keep)
     return objective.ViewPlan(
         losses=tuple(sorted(spec.losses)),
         count=count,
         keep=keep,
-        augmentations=tuple(settings.views.augmentations),
+        augmentations=tuple(spec.augmentations or common),
         passes=make_passes(keep, settings.views.per_pass),
         dense=dense,
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from referee_jax import config, referees
 from referee_jax.engine import builders
-from referee_jax.models import align, blip, blip2, clip, image_reward, siglip, unet, vae
+from referee_jax.models import align, blip, blip2, clip, clip_t5, image_reward, siglip, unet, vae
 from referee_jax.weights import config_json, hub, load
 
 _SD = {
@@ -50,6 +50,12 @@ def _blip(width: int = 768, layers: int = 12, heads: int = 12) -> blip.Config:
     return blip.Config(text_config=blip.TextConfig(num_attention_heads=12), vision_config=vision)
 
 
+def _clip_t5(width: int, heads: int, hidden: int) -> clip_t5.Config:
+    vision = _CLIP_L(336).vision_config
+    sizes = dict(num_layers=24, d_model=width, num_heads=heads, d_ff=hidden, vision_config=vision)
+    return clip_t5.Config(**sizes, tie_word_embeddings=False, lm_head=True)
+
+
 _BLIP_L = _blip(1024, 24, 16)
 _SIGLIP_2 = siglip.TextConfig(vocab_size=256000)
 # Published checkpoint -> its sizes, of its config.json or its paper.
@@ -78,6 +84,8 @@ PUBLISHED: dict[str, Any] = {
     "Salesforce/blip2-itm-vit-g-coco": blip2.Config(),
     "THUDM/ImageReward": image_reward.Config(),
     "kakaobrain/align-base": align.Config(),
+    "zhiqiulin/clip-flant5-xl": _clip_t5(2048, 32, 5120),
+    "zhiqiulin/clip-flant5-xxl": _clip_t5(4096, 64, 10240),
 }
 # In place of a preprocessor_config.json. Only ALIGN's network does not know the size of its pictures.
 _PREPROCESSING = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -91,6 +99,9 @@ class Words:
 
     def __init__(self, length: int):
         self.model_max_length = length
+
+    def __len__(self) -> int:
+        return 2  # the word, and what pads
 
     def get_vocab(self) -> dict[str, int]:
         """An empty vocabulary."""

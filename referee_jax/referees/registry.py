@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from referee_jax import config
 from referee_jax.hardware import chips
 from referee_jax.models import layers
-from referee_jax.referees import align, blip, blip2, clip, image_reward, own
+from referee_jax.referees import align, blip, blip2, clip, image_reward, own, vqascore
 from referee_jax.referees.judge import Judge
 from referee_jax.weights import config_json, hub, load
 
@@ -29,6 +29,7 @@ REFEREES = {
     "blip2": blip2.FAMILY,
     "image_reward": image_reward.FAMILY,
     "align": align.FAMILY,
+    "vqascore": vqascore.FAMILY,
 }
 
 

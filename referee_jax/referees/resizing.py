@@ -30,9 +30,11 @@ class Fitting:
         resized: side of what the picture is resized to, of which the view is the middle.
         shape: what is done to one that is not square: "squashed" to a square; "rounded", its middle,
             as torchvision cuts it; "floored", as transformers cuts it, a pixel higher or
-            further left for a quarter of all sizes; "letterboxed", black put beside it.
+            further left for a quarter of all sizes; "letterboxed", black put beside it; "padded",
+            `colour` put beside it before it is resized.
         method: Pillow's number of the filter.
         is_exact: whether pixels are not rounded to 8 bits.
+        colour: of what is put beside a "padded" picture, 0 to 255.
     """
 
     side: int
@@ -40,6 +42,7 @@ class Fitting:
     shape: str = SQUASHED
     method: int = PIL.Image.Resampling.BICUBIC
     is_exact: bool = False
+    colour: tuple[int, int, int] = (0, 0, 0)
 
     def at(self, side: int) -> "Fitting":
         """The same for views of another size."""
@@ -47,6 +50,12 @@ class Fitting:
 
     def __call__(self, image: Array) -> Array:
         """`[H, W, 3]` in [0, 1] to `[side, side, 3]`, in a program; one of the view's size stays as it is."""
+        height, width = image.shape[:2]
+        if self.shape == "padded" and height != width:
+            colour = jnp.asarray(self.colour, jnp.float32) / 255
+            left, top, length = self._margins(height, width)
+            square = jnp.broadcast_to(colour, (length, length, 3))
+            image = square.at[top : top + height, left : left + width].set(image)
         height, width = self._size(*image.shape[:2])
         for axis, length in ((1, width), (0, height)):
             if image.shape[axis] != length:
@@ -55,6 +64,11 @@ class Fitting:
 
     def of_picture(self, picture: PIL.Image.Image) -> np.ndarray:
         """An RGB picture to float32 `[side, side, 3]` in [0, 1], by Pillow."""
+        if self.shape == "padded":
+            left, top, length = self._margins(picture.height, picture.width)
+            square = PIL.Image.new("RGB", (length, length), self.colour)
+            square.paste(picture, (left, top))
+            picture = square
         height, width = self._size(picture.height, picture.width)
         if self.is_exact:  # Pillow does not round where a channel is a picture of floats
             bands = [band.convert("F").resize((width, height), self.method) for band in picture.split()]
@@ -62,6 +76,11 @@ class Fitting:
         else:
             pixels = np.asarray(picture.resize((width, height), self.method), np.float32)
         return self._square(pixels / np.float32(255))
+
+    def _margins(self, height: int, width: int) -> tuple[int, int, int]:
+        """Columns and rows before a picture in the middle of a square, and the square's side."""
+        length = max(height, width)
+        return (length - width) // 2, (length - height) // 2, length
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing."""
@@ -109,14 +128,14 @@ def _resampled(image: Array, new: int, axis: int, method: int, is_exact: bool) -
     return jnp.clip(whole >> BITS, 0, 255).astype(jnp.float32) / 255
 
 
-def fitting(preprocessing: Mapping, side: int, shape: str = SQUASHED, *, is_exact: bool = False) -> Fitting:
+def fitting(preprocessing: Mapping, side: int, shape: str = SQUASHED, **other: Any) -> Fitting:
     """The rules of a preprocessor_config.json; where it is silent, those of transformers' class.
 
     Args:
         preprocessing: its contents.
         side: of the network's pictures, where it names no size.
         shape: of `Fitting`, where the ratio of sides is kept.
-        is_exact: of `Fitting`.
+        other: `is_exact` and `colour` of `Fitting`.
 
     Raises ValueError for what is not implemented.
     """
@@ -127,14 +146,15 @@ def fitting(preprocessing: Mapping, side: int, shape: str = SQUASHED, *, is_exac
         resized, is_cropped = size["shortest_edge"], preprocessing.get("do_center_crop", True)
     else:
         resized, is_cropped = _side("size", size), preprocessing.get("do_center_crop", False)
-        shape = shape if shape == "letterboxed" else SQUASHED  # HPSv2 pads, whatever a file beside it says
+        # HPSv2 and VQAScore pad, whatever a file beside them says.
+        shape = shape if shape in ("letterboxed", "padded") else SQUASHED
     side = _side("crop_size", crop) if is_cropped and crop else resized
     if side > resized:
         raise ValueError(f"preprocessor_config.json: crop_size={side} is more than size={resized}")
     method = preprocessing.get("resample", PIL.Image.Resampling.BICUBIC)
     if method not in METHODS:
         raise ValueError(f"preprocessor_config.json: resample={method} is not implemented; supported: {METHODS}")
-    return Fitting(side=side, resized=resized, shape=shape, method=method, is_exact=is_exact)
+    return Fitting(side=side, resized=resized, shape=shape, method=method, **other)
 
 
 def _side(name: str, size: Mapping | int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from referee_jax import console
-from referee_jax.models import bert, blip2, clip
+from referee_jax.models import bert, blip2, clip, t5
 from referee_jax.weights.convert import WeightsError
 
 CONFIG = "tokenizer_config.json"
@@ -21,7 +21,7 @@ WORDS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("sp
 NAMED, ROUNDED = 2, 127
 PATTERNS = ("*token*.json", "vocab.*", "merges.txt", "spiece.model")
 # Network -> its tokenizer in transformers. Another's class is told by config.json, or CONFIG alone.
-_TYPES = {clip.TextConfig: "clip", bert.Config: "bert", blip2.QFormerConfig: "bert"}
+_TYPES = {clip.TextConfig: "clip", bert.Config: "bert", blip2.QFormerConfig: "bert", t5.Config: "t5"}
 _REMEDY = "; copy the tokenizer's files from where the checkpoint is from"
 
 

@@ -235,6 +235,7 @@ ARCHITECTURES = {
     "blip2": "Blip2ForImageTextRetrieval",
     "image_reward": "ImageReward",
     "align": "AlignModel",
+    "vqascore": "CLIPT5ForConditionalGeneration",
 }
 
 

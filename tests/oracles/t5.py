@@ -132,7 +132,7 @@ def save_clip_t5(network: ClipT5, path: pathlib.Path, *, texts: dict | None = No
     """Write the directory that the conversion makes of the authors' files."""
     tensors = {name: x.clone() for name, x in network.tensors().items()}
     safetensors.torch.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    values = network.values() | (TEXTS if texts is None else texts)
+    values = network.values() | {"model_type": "t5"} | (TEXTS if texts is None else texts)
     (path / "config.json").write_text(json.dumps(values))
     tokenizer(length).save_pretrained(path)
     save_preprocessing(path, network.tower.config.image_size)
