@@ -21,7 +21,8 @@ from flax import struct
 from jax import Array
 
 from referee_jax import config, prompts
-from referee_jax.models import bert, clip_t5
+from referee_jax.models import bert
+from referee_jax.models.flan_t5 import clip_t5
 from referee_jax.referees import resizing
 from referee_jax.referees.judge import Family, Judge
 

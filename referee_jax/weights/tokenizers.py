@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from referee_jax import console
-from referee_jax.models import bert, blip2, clip, t5
+from referee_jax.models import bert, blip2, clip
+from referee_jax.models.flan_t5 import t5
 from referee_jax.weights.convert import WeightsError
 
 CONFIG = "tokenizer_config.json"

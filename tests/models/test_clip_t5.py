@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from referee_jax.models import clip, clip_t5
+from referee_jax.models import clip
+from referee_jax.models.flan_t5 import clip_t5
 from referee_jax.weights import convert, load
 from tests.conftest import cosine, gradient_memory, relative_l2
 from tests.lazy import t5_oracles, torch, transformers

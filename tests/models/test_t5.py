@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from referee_jax.models import t5
+from referee_jax.models.flan_t5 import t5
 from referee_jax.weights import convert, load
 from tests.conftest import cosine, gradient_memory, relative_l2
 from tests.lazy import t5_oracles, torch, transformers

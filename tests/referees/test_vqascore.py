@@ -10,7 +10,7 @@ import pytest
 
 from referee_jax import config, prompts, referees
 from referee_jax.engine import builders
-from referee_jax.models import clip_t5
+from referee_jax.models.flan_t5 import clip_t5
 from tests.conftest import picture, relative_l2
 from tests.lazy import functional, t5_oracles, torch, transformers
 from tests.oracles import networks

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from referee_jax.models import clip, layers, t5
+from referee_jax.models import clip, layers
+from referee_jax.models.flan_t5 import t5
 
 IMAGE = "<image>"  # where the patch tokens stand in a conversation
 SYSTEM = (
