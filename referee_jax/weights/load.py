@@ -226,6 +226,15 @@ def read_config(kind: str, directory: Path) -> Any:
     return KINDS[kind].config(values, where=str(file))
 
 
+def check_names(kind: str, directory: Path) -> None:
+    """Raises WeightsError unless a local directory has all tensors of its network, by name, and no others."""
+    row, config = KINDS[kind], read_config(kind, directory)
+    names = Tensors(directory, row.stem)
+    module = unfilled(row, dataclasses.replace(config, **optional_parts(row, names)))
+    parameters = {name for target in convert.targets(module) for name in target.names}
+    convert.matched(names, parameters, row.renames, (*row.ignore, *row.ties, *row.unread(config)))
+
+
 def text_config(config: Any) -> Any:
     """The part of a network's config that has `vocab_size` and `max_position_embeddings`."""
     return getattr(config, "text_config", None) or getattr(config, "qformer_config", None) or config

@@ -174,7 +174,7 @@ def test_published_config(name):
         oracle = t5_oracles.ClipT5(text, vision)
     expected = {n: tuple(x.shape) for n, x in oracle.tensors().items()}
     module = load.unfilled(row, config)
-    kept = convert._sources(
+    kept = convert.matched(
         expected, {n for t in convert.targets(module) for n in t.names}, row.renames, (*row.ties, *row.unread(config))
     )
     for target in convert.targets(module):
