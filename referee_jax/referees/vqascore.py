@@ -26,7 +26,9 @@ from referee_jax.models.flan_t5 import clip_t5
 from referee_jax.referees import resizing
 from referee_jax.referees.judge import Family, Judge
 
-TOKENS = 128  # behind the image, of which the question's words are some 20; there is no limit
+# Behind the image, of which the question's words are some 20. There is no limit: the authors cut at 2048, where a cut text
+# is asked for, which nobody's prompts reach, and a compiled program computes all of them.
+TOKENS, CUT = 128, 256
 
 
 class Vqascore(struct.PyTreeNode):
@@ -150,6 +152,7 @@ FAMILY = Family(
     texts=texts,
     tokens=tokens,
     length=TOKENS,
+    cut=CUT,
     published=("zhiqiulin/clip-flant5-xl", "zhiqiulin/clip-flant5-xxl"),
     files=("clip-flant5-xl", "clip-flant5-xxl"),
     is_converted=True,

@@ -73,7 +73,9 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(authors, tmp_path):
     directory, tower, _ = authors
     out = tmp_path / "out"
     (directory / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(load.WeightsError, match=rf"{directory}: parameters without a tensor: .*decoder.final_layer_norm.weight"):
+    with pytest.raises(
+        load.WeightsError, match=rf"{directory}: parameters without a tensor: .*decoder.final_layer_norm.weight"
+    ):
         convert(authors, out)
     assert not out.exists() and not list(tmp_path.glob(".*"))
     (tower / "model.safetensors").unlink()
