@@ -1,6 +1,7 @@
 """CLIP-FlanT5 against torch's classes put together as the authors do, with the same weights, and as directories."""
 
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from referee_jax.models import clip
 from referee_jax.models.flan_t5 import clip_t5
 from referee_jax.weights import convert, load
 from tests.conftest import cosine, gradient_memory, relative_l2
-from tests.lazy import t5_oracles, torch, transformers
+from tests.lazy import safetensors_torch, t5_oracles, torch, transformers
 from tests.models import test_t5
 from tests.weights.checkpoints import edit_json, edit_tensors, same
 
@@ -160,7 +161,8 @@ AUTHORS |= {"tune_mm_mlp_adapter": False, "use_mm_proj": True, "vocab_size": 321
 L14 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 L14 |= {"image_size": 336, "patch_size": 14, "model_type": "clip_vision_model", "hidden_act": "quick_gelu"}
 PUBLISHED = {
-    f"zhiqiulin/clip-{name.removeprefix('google/')}": values | AUTHORS for name, values in test_t5.PUBLISHED.items()
+    name.replace("google/flan-t5", "zhiqiulin/clip-flant5"): values | AUTHORS
+    for name, values in test_t5.PUBLISHED.items()
 }
 
 
@@ -185,3 +187,45 @@ def test_published_config(name):
         **{f: getattr(config, f) for f in ("d_model", "d_ff", "num_heads", "num_layers", "num_decoder_layers")},
         vision_config=config.vision_config, tie_word_embeddings=False, lm_head=True,
     )  # fmt: skip
+
+
+def save_in_parts(oracle, path):
+    """`save_clip_t5` with a file for each part of the network, so that not all of it is copied at once."""
+    tensors = {name: x for name, x in oracle.tensors().items() if "embed_tokens" not in name}
+    files = {name: f"model-{name.partition('.')[0]}.safetensors" for name in tensors}
+    for file in set(files.values()):
+        safetensors_torch.save_file({name: tensors[name] for name in files if files[name] == file}, path / file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (path / "config.json").write_text(json.dumps(oracle.values()))
+
+
+@pytest.mark.slow
+def test_full_size_matches_torch(tmp_path):
+    """CLIP-FlanT5-XL at 336 pixels in bfloat16: random weights go through a file, and each side is freed.
+
+    Up to 12 GB of memory, 7 GB of disk; some twenty minutes on two cores.
+    """
+    values = PUBLISHED["zhiqiulin/clip-flant5-xl"]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        oracle = t5_oracles.ClipT5(
+            transformers.T5Config.from_dict(values), transformers.CLIPVisionConfig.from_dict(L14)
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    t5_oracles.draw_gently(oracle)
+    save_in_parts(oracle, tmp_path)
+    x, after = images(336, 1), np.arange(40, dtype=np.int32)[None] % 30 + 3
+    pixels = torch.from_numpy(x).permute(0, 3, 1, 2).bfloat16().requires_grad_()
+    expected = oracle(pixels, [[*BEFORE, t5_oracles.IMAGE_ID, *after[0].tolist()]], ANSWER).float()
+    cotangent = np.random.default_rng(1).normal(size=expected.shape).astype(np.float32)
+    exact = torch.autograd.grad((expected * torch.from_numpy(cotangent)).sum(), pixels)[0]
+    exact, expected = exact.float().permute(0, 2, 3, 1).numpy(), expected.detach().numpy()
+    del oracle, pixels
+    network = load.load("clip_t5", tmp_path, dtype=jnp.bfloat16)
+    actual, gradient = ours(network, x, after, cotangent)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"logits {relative_l2(actual, expected):.4f}, gradient {cosine(gradient, exact):.5f}, {peak:.1f} GiB")
+    # Either side rounds to 8 bits, each in its own places.
+    assert relative_l2(actual, expected) < 0.05 and cosine(gradient, exact) > 0.99
+    assert peak < 12

@@ -124,6 +124,20 @@ def clip_t5(seed: int = 16, vision: dict | None = None, **text) -> ClipT5:
     return network
 
 
+@torch.no_grad()
+def draw_gently(network: ClipT5) -> None:
+    """Draws a network of any type anew as it is drawn for training, so that rounding does not grow from layer to layer."""
+    network.text.lm_head.weight = nn.Parameter(network.text.lm_head.weight.clone())
+    generator = torch.Generator().manual_seed(0)
+    for name, p in network.eval().requires_grad_(False).named_parameters():
+        if p.ndim == 1:
+            p.fill_("norm" in name and name.endswith("weight"))
+            continue
+        spread = 1.0 if "shared" in name else p[0].numel() ** -0.5
+        spread *= network.text.config.d_kv**-0.5 if name.endswith("Attention.q.weight") else 1.0
+        p.normal_(0, spread, generator=generator)
+
+
 def token_ids(words: transformers.PreTrainedTokenizerBase, text: str) -> list[int]:
     """As t2v_metrics reads a text with <image>: each part by itself, so each ends with </s>."""
     before, after = (words(part)["input_ids"] for part in text.split("<image>"))

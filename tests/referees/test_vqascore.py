@@ -185,12 +185,14 @@ def asked(common=None, **changes):
 @pytest.mark.parametrize("name", ["Af", "Er", "Hf", "Ro", "Et", "Ts", "Cr", "Re"])
 def test_views_that_move_things_are_refused(name):
     """Asked for by the referee's settings, or by those of all views where there is no other referee."""
-    reason = 'must be without Af, Er, Hf, Ro, Et, Ts, Cr, Re: vqascore is asked where things are, and these cut things off or'
+    reason = "must be without Af, Er, Hf, Ro, Et, Ts, Cr, Re: vqascore is asked where things are, and these cut things off or"
     for key, settings in (
         (r"referees\[0\].augmentations", {"augmentations": ("Ji", name)}),
         (r"views.augmentations", {"common": ("Ji", name)}),
     ):
-        with pytest.raises(config.ConfigError, match=rf"^{key} = \('Ji', '{name}'\) is not possible: it {reason} turn \"left of"):
+        with pytest.raises(
+            config.ConfigError, match=rf"^{key} = \('Ji', '{name}'\) is not possible: it {reason} turn \"left of"
+        ):
             asked(**settings)
 
 
