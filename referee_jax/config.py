@@ -24,7 +24,7 @@ from referee_jax.method import augmentations, optim, views
 from referee_jax.method.latent_losses import LATENT_LOSSES
 from referee_jax.schema import ConfigError, bounded, parse, wrong
 
-# Referee -> its losses. Referees with the contrastive loss use negatives. BLIP-2 has itg only if
+# Referee -> its losses. Referees with one of CONTRASTS use negatives. BLIP-2 has itg only if
 # its weights have a language head, which is known when they are loaded.
 LOSSES = {
     "clip": ("cosine", "contrastive"),
@@ -38,10 +38,13 @@ LOSSES = {
     "image_reward": ("reward",),
     "align": ("cosine", "contrastive"),
     "qwen3_vl": ("vqa",),
+    "vqascore": ("vqa", "versus"),
 }
+CONTRASTS = {"contrastive", "versus"}  # losses that tell the prompt from other texts
 # Referees that are asked where things are and how many, and the augmentations that make true answers false.
-WHOLE = ("qwen3_vl",)
-FLIPS_AND_CROPS = ("Hf", "Cr", "Re")
+WHOLE = ("qwen3_vl", "vqascore")
+MOVING = ("Af", "Er", "Hf", "Ro", "Et", "Ts", "Cr", "Re")
+_WHY = 'is asked where things are, and these cut things off or turn "left of" round'
 
 ENTRY_POINTS = "referee_jax.referees"  # the group of packages' own referees
 
@@ -115,7 +118,7 @@ class RefereeSpec:
     weight: float = bounded(1.0, above=0)  # of all its losses in a mix
     views: int = bounded(0, low=0)  # number of its views; 0: views.count
     keep: int = bounded(0, low=0)  # number of hardest views with a gradient; 0: views.keep, or all
-    augmentations: tuple[str, ...] = ()  # of its views; empty: views.augmentations, and none for qwen3_vl
+    augmentations: tuple[str, ...] = ()  # of its views; empty: views.augmentations; none for qwen3_vl, vqascore
     template: str = ""  # text with {} for the prompt; empty: the referee's own
     first_token: str = bounded("[ENC]", allowed=("[ENC]", "[CLS]"))  # of the text in blip_itm and blip_vqa
     truncate: bool = False  # cut a text that is too long, as its authors' code does, instead of refusing it
@@ -186,7 +189,7 @@ class Settings:
     image_size: int = bounded(512, low=8)  # side of the square image, in pixels
     precision: str = bounded("float32", allowed=("float32", "bfloat16"))  # of weights and activations
     batch_size: int = bounded(8, low=0)  # items per device (or group); 0: what an accelerator's memory holds
-    # What each layer of BLIP, BLIP-2, ALIGN and Qwen3-VL keeps for the backward pass: full: its input; dots:
+    # What each layer of BLIP, BLIP-2, ALIGN, Qwen3-VL and CLIP-FlanT5 keeps for the backward pass: full: its input; dots:
     # also products with weights; none: everything. auto: dots if it fits into the memory.
     remat: str = bounded("auto", allowed=("auto", "full", "dots", "none"))
     mesh: Mesh = _group(Mesh)
@@ -402,14 +405,16 @@ def _check_referees(settings: Settings) -> None:
         if min(spec.losses.values(), default=0) < 0 or not any(spec.losses.values()):
             raise wrong(f"{key}.losses", spec.losses, "weights of at least 0, one of them more")
         _check_augmentations(f"{key}.augmentations", spec.augmentations)
-        if spec.name in WHOLE and set(spec.augmentations) & set(FLIPS_AND_CROPS):
-            words = f"without flips and crops ({', '.join(FLIPS_AND_CROPS)}), as {spec.name} is asked where things are"
-            raise wrong(f"{key}.augmentations", spec.augmentations, f"{words} and how many")
+        if spec.name in WHOLE and set(spec.augmentations) & set(MOVING):
+            raise wrong(f"{key}.augmentations", spec.augmentations, f"without {', '.join(MOVING)}: {spec.name} {_WHY}")
         if spec.template and spec.template.count("{}") != 1:
             raise wrong(f"{key}.template", spec.template, "empty, or a text with one {} where the prompt is put")
         count = spec.views or settings.views.count
         if spec.keep > count:
             raise wrong(f"{key}.keep", spec.keep, f"at most its number of views, {count}")
+    shared, judges = settings.views.augmentations, [spec for spec in settings.referees if spec.role == "optimise"]
+    if shared != views.DEFAULT and set(shared) & set(MOVING) and judges and all(x.name in WHOLE for x in judges):
+        raise wrong("views.augmentations", shared, f"without {', '.join(MOVING)}: {judges[0].name} {_WHY}")
     if all(spec.role != "held_out" for spec in settings.referees):
         for key, is_needed in (("output", settings.output == "best_held_out"), ("patience", settings.patience > 0)):
             if is_needed:
@@ -430,10 +435,11 @@ def _check_known_referee(spec: RefereeSpec, key: str) -> None:
     if spec.losses.keys() - set(known):
         text = f"a dictionary of weights of {spec.name}'s losses: {', '.join(known)}"
         raise wrong(f"{key}.losses", spec.losses, text)
-    if "contrastive" in spec.losses and not (spec.negatives or spec.near):
-        text = f"some texts, or {key}.near some number, for the contrastive loss"
-        raise wrong(f"{key}.negatives", spec.negatives, text)
-    if (spec.negatives or spec.near) and "contrastive" not in known:
+    for loss in sorted(CONTRASTS & spec.losses.keys()):
+        if not (spec.negatives or spec.near):
+            text = f"some texts, or {key}.near some number, for the {loss} loss"
+            raise wrong(f"{key}.negatives", spec.negatives, text)
+    if (spec.negatives or spec.near) and not CONTRASTS & set(known):
         raise wrong(f"{key}.negatives", spec.negatives, f"empty, and {key}.near 0: {spec.name} reads none")
     if not spec.checkpoint:
         raise wrong(f"{key}.checkpoint", "", "a directory, a hub id, or shapes/...")

@@ -103,6 +103,36 @@ def hard_negatives(prompt: str, exchange: Sequence[Sequence[str]]) -> list[str]:
     return [text for text in dict.fromkeys(negatives) if text.lower() != prompt.lower()]
 
 
+# Where one thing is, seen from another; each word with its opposite.
+_OPPOSITES = {"left": "right", "above": "below", "over": "under", "top": "bottom", "in front of": "behind"}
+_OPPOSITES |= {other: word for word, other in _OPPOSITES.items()}
+_RELATION = re.compile(
+    r"\s(?:(?:is|are)\s)?(?:(?:(?:on|to|at)\s)?(?:the\s)?(left|right|top|bottom)(?:\sside)?\sof|"
+    r"(above|below|over|under|in front of|behind))\s",
+    re.IGNORECASE,
+)
+
+
+def exchanged(prompt: str) -> list[str]:
+    """Texts that are wrong where the prompt is right, as its relations are turned round; none without one.
+
+    First, if there is one relation, its arguments change places ("a left of b": "b left of a"); then each relation
+    becomes its opposite.
+    """
+    relations = list(_RELATION.finditer(prompt))
+    texts = []
+    if len(relations) == 1:
+        sentence = prompt.rstrip(" .")
+        first, second = sentence[: relations[0].start()], sentence[relations[0].end() :]
+        if first[:1].isupper() and second[:1].islower():
+            first, second = first[0].lower() + first[1:], second[0].upper() + second[1:]
+        texts.append(second + relations[0][0] + first + prompt[len(sentence) :])
+    for relation in relations:
+        n = relation.lastindex
+        texts.append(prompt[: relation.start(n)] + _OPPOSITES[relation[n].lower()] + prompt[relation.end(n) :])
+    return [text for text in dict.fromkeys(texts) if text.lower() != prompt.lower()]
+
+
 def _article(words: Sequence[str], i: int) -> str:
     """Word `i`, with an article adapted to the next word: "a red ..." becomes "an orange ..."."""
     if words[i] not in ("a", "an") or i + 1 == len(words):

@@ -32,6 +32,7 @@ torch, nn, functional = map(Module, ("torch", "torch.nn", "torch.nn.functional")
 diffusers, transformers, kornia = map(Module, ("diffusers", "transformers", "kornia"))
 safetensors_torch = Module("safetensors.torch")
 oracle, judges = Module("tests.oracles.inversion"), Module("tests.oracles.judges")
+t5_oracles = Module("tests.oracles.t5")
 against_torch = Module("tests.tools.against_torch")
 recipes_generator, recipes_referees, train = (
     Module(f"referee_jax.shapes.{name}") for name in ("recipes_generator", "recipes_referees", "train")

@@ -255,3 +255,25 @@ UNCHANGED = (
 def test_repaired():
     assert {text: prompts.repaired(text) for text in REPAIRED} == REPAIRED
     assert [prompts.repaired(text) for text in UNCHANGED] == list(UNCHANGED)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        ("a cat left of a dog", ["a dog left of a cat", "a cat right of a dog"]),
+        ("A cat is on the left of a dog.", ["A dog is on the left of a cat.", "A cat is on the right of a dog."]),
+        ("a ring above a disc", ["a disc above a ring", "a ring below a disc"]),
+        ("a cup on top of the book", ["the book on top of a cup", "a cup on bottom of the book"]),
+        ("two men in front of one bus", ["one bus in front of two men", "two men behind one bus"]),
+        ("a cat to the right side of a car", ["a car to the right side of a cat", "a cat to the left side of a car"]),
+        # Of two relations no arguments change places: which they are is not known.
+        ("a cup left of a mug over a rug", ["a cup right of a mug over a rug", "a cup left of a mug under a rug"]),
+        ("a cat left of a cat", ["a cat right of a cat"]),
+        ("a red circle and a blue square", []),
+        ("a cat next to a dog", []),
+        ("the left shoe, leftover of a man", []),
+        ("above", []),
+    ],
+)  # fmt: skip
+def test_exchanged(prompt, texts):
+    assert prompts.exchanged(prompt) == texts

@@ -23,10 +23,11 @@ def attend(
     *,
     bias: Array | None = None,
     is_causal: bool = False,
+    scale: float | None = None,
 ) -> Array:
     """Softmax attention with float32 probabilities, `[B, T, N, D]`.
 
-    Without `bias` and `is_causal`, cuDNN's kernel, which stores no probabilities, is used if
+    Without `bias`, `is_causal` and `scale`, cuDNN's kernel, which stores no probabilities, is used if
     `hardware` has it and the inputs suit it; with `hardware.attention_block` long queries are
     processed in blocks.
 
@@ -36,13 +37,14 @@ def attend(
         hardware: what is compiled for.
         bias: is added to the logits, broadcast to `[B, N, T, S]`.
         is_causal: whether a query attends only to itself and what is before it.
+        scale: factor of the products of queries and keys; None: D^-1/2.
     """
-    if bias is None and not is_causal:
+    if bias is None and not is_causal and scale is None:
         if hardware.cudnn and _suits_cudnn(query, key):
             return _cudnn_attention(query, key, value)
         if (blocks := _block_count(query, key, hardware.attention_block)) > 1:
             return _attention_in_blocks(query, key, value, blocks)
-    return jax.nn.dot_product_attention(query, key, value, bias=bias, is_causal=is_causal)
+    return jax.nn.dot_product_attention(query, key, value, bias=bias, is_causal=is_causal, scale=scale)
 
 
 def _suits_cudnn(query: Array, key: Array) -> bool:

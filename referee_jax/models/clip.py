@@ -117,14 +117,15 @@ class EncoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """A stack of equal blocks."""
+    """A stack of equal blocks; `remat`, whether they are recomputed in the backward pass."""
 
-    def __init__(self, config: TowerConfig, *, is_causal: bool, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, *, is_causal: bool, remat: bool = False, rngs: nnx.Rngs):
         build = lambda rngs: EncoderLayer(config, is_causal=is_causal, rngs=rngs)
         self.layers = layers.stack(build, config.num_hidden_layers, rngs)
+        self.remat = remat
 
     def __call__(self, x: Array) -> Array:
-        return layers.scan_layers(self.layers, x)
+        return layers.scan_layers(self.layers, x, remat=self.remat)
 
 
 class TextEmbeddings(nnx.Module):

@@ -32,6 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": exact_gelu,
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -129,16 +130,19 @@ def _of_features(x: Array) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    """Division by the root of the mean square over the last axis, in float32 (Zhang & Sennrich 2019)."""
+    """Division by the root of the mean square over the last axis, in float32 (Zhang & Sennrich 2019).
+
+    The result has the weights' dtype. Its input may have more digits, as a residual stream in float32 has.
+    """
 
     def __init__(self, features: int, *, epsilon: float, rngs: nnx.Rngs):
         self.scale = nnx.Param(jnp.ones(features))
         self.epsilon = epsilon
 
     def __call__(self, x: Array) -> Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        y, scale = x.astype(jnp.float32), self.scale[...]
+        rate = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return (y * rate * scale.astype(jnp.float32)).astype(scale.dtype)
 
 
 class GroupNorm(nnx.Module):

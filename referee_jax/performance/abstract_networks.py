@@ -16,6 +16,7 @@ import numpy as np
 from referee_jax import config, referees
 from referee_jax.engine import builders
 from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip, unet, vae
+from referee_jax.models.flan_t5 import clip_t5
 from referee_jax.weights import config_json, hub, load
 
 _SD = {
@@ -60,6 +61,12 @@ def _qwen3_vl(width: int, hidden: int, layers: int, heads: int, *, is_large: boo
     return qwen3_vl.Config(text_config=text, vision_config=vision, tie_word_embeddings=not is_large)
 
 
+def _clip_t5(width: int, heads: int, hidden: int) -> clip_t5.Config:
+    vision = _CLIP_L(336).vision_config
+    sizes = dict(num_layers=24, d_model=width, num_heads=heads, d_ff=hidden, vision_config=vision)
+    return clip_t5.Config(**sizes, tie_word_embeddings=False, lm_head=True)
+
+
 _BLIP_L = _blip(1024, 24, 16)
 _SIGLIP_2 = siglip.TextConfig(vocab_size=256000)
 # Published checkpoint -> its sizes, of its config.json or its paper.
@@ -91,6 +98,8 @@ PUBLISHED: dict[str, Any] = {
     "Qwen/Qwen3-VL-2B-Instruct": _qwen3_vl(2048, 6144, 28, 16),
     "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(2560, 9728, 36, 32),
     "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(4096, 12288, 36, 32, is_large=True),
+    "zhiqiulin/clip-flant5-xl": _clip_t5(2048, 32, 5120),
+    "zhiqiulin/clip-flant5-xxl": _clip_t5(4096, 64, 10240),
 }
 # In place of a preprocessor_config.json. Only ALIGN's network does not know the size of its pictures.
 _PREPROCESSING = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -104,6 +113,9 @@ class Words:
 
     def __init__(self, length: int):
         self.model_max_length = length
+
+    def __len__(self) -> int:
+        return 2  # the word, and what pads
 
     def get_vocab(self) -> dict[str, int]:
         """An empty vocabulary."""

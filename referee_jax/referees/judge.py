@@ -26,7 +26,8 @@ class Family:
         tokens: `(judge, ids [text, T])` of those texts to what the referee's `encode` reads, of one
             shape for all prompts.
         clean: what is done to the prompt before it is put into the template.
-        template: text with one {} where the prompt is put; the settings may have another.
+        template: text with one {} where the prompt is put; the settings, or a `template` of the
+            referee itself, which its checkpoint has, may be another.
         length: the most tokens of a text; None: the tokenizer's limit.
         cut: tokens that the authors' code cuts a text to; None: the most.
         published: hub ids of its checkpoints.
@@ -85,7 +86,7 @@ class Judge(Scoring):
     @property
     def template(self) -> str:
         """Text with one {} where the prompt is put."""
-        return self.spec.template or self.family.template
+        return self.spec.template or getattr(self.referee, "template", self.family.template)
 
     @property
     def length(self) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from referee_jax import config
 from referee_jax.hardware import chips
 from referee_jax.models import layers
-from referee_jax.referees import align, blip, blip2, clip, image_reward, own, qwen3_vl
+from referee_jax.referees import align, blip, blip2, clip, image_reward, own, qwen3_vl, vqascore
 from referee_jax.referees.judge import Judge
 from referee_jax.weights import config_json, hub, load
 
@@ -30,6 +30,7 @@ REFEREES = {
     "image_reward": image_reward.FAMILY,
     "align": align.FAMILY,
     "qwen3_vl": qwen3_vl.FAMILY,
+    "vqascore": vqascore.FAMILY,
 }
 
 

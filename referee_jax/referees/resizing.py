@@ -31,9 +31,11 @@ class Fitting:
         resized: side of what the picture is resized to, of which the view is the middle.
         shape: what is done to one that is not square: "squashed" to a square; "rounded", its middle,
             as torchvision cuts it; "floored", as transformers cuts it, a pixel higher or
-            further left for a quarter of all sizes; "letterboxed", black put beside it.
+            further left for a quarter of all sizes; "letterboxed", black put beside it; "padded",
+            `colour` put beside it before it is resized.
         method: Pillow's number of the filter.
         is_exact: whether pixels are not rounded to 8 bits.
+        colour: of what is put beside a "padded" picture, 0 to 255.
     """
 
     side: int
@@ -41,6 +43,7 @@ class Fitting:
     shape: str = SQUASHED
     method: int = PIL.Image.Resampling.BICUBIC
     is_exact: bool = False
+    colour: tuple[int, int, int] = (0, 0, 0)
 
     def at(self, side: int) -> "Fitting":
         """The same for views of another size."""
@@ -51,6 +54,12 @@ class Fitting:
 
         Its gradient is that without rounding.
         """
+        height, width = image.shape[:2]
+        if self.shape == "padded" and height != width:
+            colour = jnp.asarray(self.colour, jnp.float32) / 255
+            left, top, length = self._margins(height, width)
+            square = jnp.broadcast_to(colour, (length, length, 3))
+            image = square.at[top : top + height, left : left + width].set(image)
         height, width = self.size(*image.shape[:2])
         for axis, length in ((1, width), (0, height)):
             if image.shape[axis] != length:
@@ -59,6 +68,11 @@ class Fitting:
 
     def of_picture(self, picture: PIL.Image.Image) -> np.ndarray:
         """An RGB picture to float32 `[side, side, 3]` in [0, 1], by Pillow."""
+        if self.shape == "padded":
+            left, top, length = self._margins(picture.height, picture.width)
+            square = PIL.Image.new("RGB", (length, length), self.colour)
+            square.paste(picture, (left, top))
+            picture = square
         height, width = self.size(picture.height, picture.width)
         if self.is_exact:  # Pillow does not round where a channel is a picture of floats
             bands = [band.convert("F").resize((width, height), self.method) for band in picture.split()]
@@ -66,6 +80,11 @@ class Fitting:
         else:
             pixels = np.asarray(picture.resize((width, height), self.method), np.float32)
         return self._square(pixels / np.float32(255))
+
+    def _margins(self, height: int, width: int) -> tuple[int, int, int]:
+        """Columns and rows before a picture in the middle of a square, and the square's side."""
+        length = max(height, width)
+        return (length - width) // 2, (length - height) // 2, length
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing."""
@@ -157,14 +176,14 @@ def _mixed(places: Array, weights: Array, pixels: Array, axis: int) -> Array:
     return jnp.moveaxis(jnp.tensordot(matrix, pixels, axes=(1, axis), precision="highest"), 0, axis)
 
 
-def fitting(preprocessing: Mapping, side: int, shape: str = SQUASHED, *, is_exact: bool = False) -> Fitting:
+def fitting(preprocessing: Mapping, side: int, shape: str = SQUASHED, **other: Any) -> Fitting:
     """The rules of a preprocessor_config.json; where it is silent, those of transformers' class.
 
     Args:
         preprocessing: its contents.
         side: of the network's pictures, where it names no size.
         shape: of `Fitting`, where the ratio of sides is kept.
-        is_exact: of `Fitting`.
+        other: `is_exact` and `colour` of `Fitting`.
 
     Raises ValueError for what is not implemented.
     """
@@ -175,11 +194,12 @@ def fitting(preprocessing: Mapping, side: int, shape: str = SQUASHED, *, is_exac
         resized, is_cropped = size["shortest_edge"], preprocessing.get("do_center_crop", True)
     else:
         resized, is_cropped = _side("size", size), preprocessing.get("do_center_crop", False)
-        shape = shape if shape == "letterboxed" else SQUASHED  # HPSv2 pads, whatever a file beside it says
+        # HPSv2 and VQAScore pad, whatever a file beside them says.
+        shape = shape if shape in ("letterboxed", "padded") else SQUASHED
     side = _side("crop_size", crop) if is_cropped and crop else resized
     if side > resized:
         raise ValueError(f"preprocessor_config.json: crop_size={side} is more than size={resized}")
-    return Fitting(side=side, resized=resized, shape=shape, method=_method(preprocessing), is_exact=is_exact)
+    return Fitting(side=side, resized=resized, shape=shape, method=_method(preprocessing), **other)
 
 
 def whole(preprocessing: Mapping, factor: int, *, side: int, least: int, most: int) -> Whole:

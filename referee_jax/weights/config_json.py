@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip, unet, vae
+from referee_jax.models.flan_t5 import clip_t5, t5
 from referee_jax.weights.convert import WeightsError
 
 
@@ -68,6 +69,11 @@ _PRETRAINED = _any(
     "add_cross_attention": (False,),
     "pruned_heads": ({}, None),
 }
+_T5 = (
+    _PRETRAINED
+    | _any("dropout_rate classifier_dropout is_encoder_decoder dense_act_fn is_gated_act output_past")
+    | {"model_type": ("t5",)}
+)
 _DIFFUSERS = _any("_class_name _diffusers_version _name_or_path _use_default_values sample_size force_upcast dropout")
 
 # Keys without a field in the config -> the values they may have; None: any.
@@ -114,6 +120,21 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     qwen3_vl.Config: _PRETRAINED
     | _any("image_token_id video_token_id vision_start_token_id vision_end_token_id")
     | {"model_type": ("qwen3_vl",)},
+    t5.Config: _T5,
+    clip_t5.Config: _T5
+    # settings of training; the hub id of the tower, and what is also in vision_config
+    | _any(
+        "freeze_mm_mlp_adapter tune_mm_mlp_adapter pretrain_mm_mlp_adapter mm_vision_tower mm_hidden_size use_mm_proj"
+    )
+    | {
+        "model_type": ("clip_t5", "t5"),
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_vision_select_feature": ("patch",),
+        "mm_use_im_start_end": (False,),
+        "mm_use_im_patch_token": (False,),
+        "image_aspect_ratio": ("pad", None),
+        "image_grid_pinpoints": (None,),
+    },
     unet.Config: _DIFFUSERS
     | unet.REFUSED
     | {"_class_name": ("UNet2DConditionModel",), "addition_embed_type_num_heads": None},
@@ -246,6 +267,23 @@ def qwen3_vl_config(values: Mapping, *, where: str) -> qwen3_vl.Config:
                 )
         values[key] = part | {name: value for name, value in rotary.items() if name not in allowed}
     return config_from_json(qwen3_vl.Config, values, where=where)
+
+
+def t5_config(values: Mapping, *, where: str, cls: type = t5.Config) -> t5.Config:
+    """Reads config.json of a T5: with words that are not tied there is a head of its own."""
+    # Where the key is absent, transformers means the feed-forward of the first version.
+    values = {"feed_forward_proj": "relu", "lm_head": values.get("tie_word_embeddings") is False} | dict(values)
+    return config_from_json(cls, values, where=where)
+
+
+def clip_t5_config(values: Mapping, *, where: str) -> clip_t5.Config:
+    """Reads config.json of a CLIP-FlanT5. Raises WeightsError where it has no `vision_config`."""
+    if "vision_config" not in values:
+        raise WeightsError(
+            f"{where} has no vision_config, as the authors' files name the vision tower by its hub id alone: make a "
+            "directory of both with `python -m referee_jax.weights.lavis DIRECTORY OUT_DIR`"
+        )
+    return t5_config(values, where=where, cls=clip_t5.Config)
 
 
 def reader(cls: type) -> Callable:

@@ -133,7 +133,7 @@ def fill(
         float32: glob patterns of further parameters that are float32.
     """
     parameters = targets(module)
-    sources = _sources(tensors, {name for target in parameters for name in target.names}, renames, ignore)
+    sources = matched(tensors, {name for target in parameters for name in target.names}, renames, ignore)
     dtypes = _dtypes(parameters, dtype, float32)
     leaves = [_read(tensors, sources, target, kind) for target, kind in zip(parameters, dtypes, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(module), leaves)
@@ -151,8 +151,8 @@ def _dtypes(parameters: Sequence[Target], dtype: jax.typing.DTypeLike, float32: 
     return [jnp.float32 if x.shape == () or _matches(x.names[0], float32) else dtype for x in parameters]
 
 
-def _sources(tensors: Mapping, parameters: set[str], renames: Iterable, ignore: Iterable) -> dict[str, str]:
-    """Name in the network -> name in the source; checks that they match one to one."""
+def matched(tensors: Mapping, parameters: set[str], renames: Iterable, ignore: Iterable) -> dict[str, str]:
+    """Name in the network -> name in the source. Raises WeightsError unless they match one to one."""
     renames, ignore = tuple(renames), tuple(ignore)
     sources: dict[str, list[str]] = {}
     for source in tensors:

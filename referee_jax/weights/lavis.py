@@ -1,6 +1,6 @@
 """Converts authors' files to directories that weights.load reads:
 
-    python -m referee_jax.weights.lavis IN.pth [VISION.pth] OUT_DIR [--kind=KIND] [--tokenizer=DIR]
+    python -m referee_jax.weights.lavis IN [VISION] OUT_DIR [--kind=KIND] [--tokenizer=DIR]
 
     blip2         LAVIS' stage 1: blip2_pretrained.pth with eva_vit_g.pth, or
                   blip2_pretrained_vitL.pth with clip_vit_L.pth; fine-tuned files need no second one
@@ -10,6 +10,8 @@
     image_reward  ImageReward.pt
     clip          HPS_v2_compressed.pt, HPS_v2.1_compressed.pt: CLIP H/14 by the names of open_clip
     openai_clip   OpenAI's own archives of its vision transformers: ViT-B-32.pt, ViT-L-14.pt and the like
+    clip_t5       directories of CLIP-FlanT5, clip-flant5-xl and the like; VISION is a directory or hub id
+                  of its vision tower, by default the one that its config.json names (clip_flant5.py)
 
 The names of the tensors tell the kind. A pickled file can run code: torch (the extra `train`) reads
 only tensors and plain values, and refuses the rest. Every tensor is renamed by a row of
@@ -32,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from referee_jax.weights import convert, load
+from referee_jax.weights import clip_flant5, convert, load
 from referee_jax.weights.convert import WeightsError
 from referee_jax.weights.lavis_tables import BERT, CLIP_H, CLIP_MEAN, CLIP_STD, KINDS, OPENAI, Row, ShapesByName
 
@@ -330,6 +332,10 @@ def main(files: list[str], out: str | Path, *, kind: str | None = None, tokenize
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise WeightsError(f"{out} is there already")
+    if Path(files[0]).is_dir():
+        count = clip_flant5.convert(Path(files[0]), out, read, vision=(*files, None)[1], tokenizer=tokenizer)
+        print(f"{out}: a clip_t5 of {count} tensors")
+        return "clip_t5"
     tensors: dict[str, np.ndarray] = {}
     for file, prefix in zip(files, ("", "visual_encoder."), strict=False):
         new = {prefix + name: x for name, x in read(file).items()}
@@ -374,8 +380,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("input", metavar="IN.pth", help="the authors' file")
-    parser.add_argument("vision", metavar="VISION.pth", nargs="?", help="the file of BLIP-2's vision transformer")
+    parser.add_argument("input", metavar="IN", help="the authors' file, or directory")
+    parser.add_argument("vision", metavar="VISION", nargs="?", help="the file of BLIP-2's vision transformer")
     parser.add_argument("out", metavar="OUT_DIR", help="the directory to write; it must be new, or empty")
     parser.add_argument("--kind", choices=KINDS, help="what the file is; by default, what its names say")
     parser.add_argument(

@@ -20,6 +20,7 @@ import safetensors.numpy
 from flax import nnx
 
 from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip, unet, vae
+from referee_jax.models.flan_t5 import clip_t5, t5
 from referee_jax.weights import config_json, convert, hub, tensors, tokenizers
 from referee_jax.weights.convert import WeightsError
 from referee_jax.weights.tensors import Tensors
@@ -44,6 +45,7 @@ class Kind:
             where the config gives the network a parameter of its own for it.
         optional: parts of some checkpoints: the config's field that has them -> a glob pattern of
             their tensors.
+        unread: a config to glob patterns of tensors that the network does not read.
     """
 
     config: Callable
@@ -55,6 +57,7 @@ class Kind:
     float32: Sequence[str] = ()
     ties: Mapping[str, str] = dataclasses.field(default_factory=dict)
     optional: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unread: Callable[[Any], Sequence[str]] = lambda config: ()
 
 
 def _blip(network: Callable[..., nnx.Module], architecture: str) -> Kind:
@@ -66,6 +69,12 @@ def _blip(network: Callable[..., nnx.Module], architecture: str) -> Kind:
         ignore=("*.position_ids",),
         ties={f"{predictions}.decoder.weight": words, f"{predictions}.decoder.bias": f"{predictions}.bias"},
     )
+
+
+# transformers names the table of words by each of its readers, too, and keeps that of distances in
+# the first block.
+_T5_RENAMES = ((r"\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.", ".relative_attention_bias."),)
+_T5_TIES = {f"{part}embed_tokens.weight": "shared.weight" for part in ("", "encoder.", "decoder.")}
 
 
 KINDS: dict[str, Kind] = {
@@ -127,6 +136,42 @@ KINDS: dict[str, Kind] = {
         architecture="Qwen3VLForConditionalGeneration",
         ties={"lm_head.weight": "model.language_model.embed_tokens.weight"},
     ),
+    "t5": Kind(
+        config=config_json.t5_config,
+        network=t5.T5,
+        architecture="T5ForConditionalGeneration",
+        renames=_T5_RENAMES,
+        ties=_T5_TIES,
+        optional={"lm_head": "lm_head.*"},
+    ),
+    "t5_encoder": Kind(
+        config=config_json.t5_config,
+        network=t5.T5Encoder,
+        architecture="T5EncoderModel",
+        renames=_T5_RENAMES,
+        ties=_T5_TIES,
+    ),
+    "clip_t5": Kind(
+        config=config_json.clip_t5_config,
+        network=clip_t5.CLIPT5,
+        architecture="CLIPT5ForConditionalGeneration",
+        # The authors wrap transformers' class, which version 5 writes without the second prefix.
+        renames=(
+            *_T5_RENAMES,
+            (r"^vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision_tower."),
+            (r"^mm_projector\.2\.", "mm_projector.1."),  # 1 is the activation
+        ),
+        ignore=("*.position_ids",),
+        ties=_T5_TIES,
+        optional={"lm_head": "lm_head.*"},
+        unread=lambda config: (
+            "vision_tower.*post_layernorm.*",
+            *(
+                f"vision_tower.*encoder.layers.{n}.*"
+                for n in range(config.tower.num_hidden_layers, config.vision_config.num_hidden_layers)
+            ),
+        ),
+    ),
     "unet": Kind(config=config_json.reader(unet.Config), network=unet.UNet, stem=DIFFUSERS),
     "vae_decoder": Kind(
         config=config_json.reader(vae.Config),
@@ -167,9 +212,8 @@ def load(
     row = dataclasses.replace(row, ties={copy: name for copy, name in row.ties.items() if copy not in own})
     try:
         check_ties(row, weights)
-        return convert.fill(
-            module, weights, dtype=dtype, renames=row.renames, ignore=(*row.ignore, *row.ties), float32=row.float32
-        )
+        ignore = (*row.ignore, *row.ties, *row.unread(config))
+        return convert.fill(module, weights, dtype=dtype, renames=row.renames, ignore=ignore, float32=row.float32)
     except WeightsError as error:
         raise WeightsError(f"{weights.source}: {error}") from error
 
@@ -189,6 +233,15 @@ def read_config(kind: str, directory: Path) -> Any:
     values = config_json.read_json(file)
     _check_kind(kind, values, file)
     return KINDS[kind].config(values, where=str(file))
+
+
+def check_names(kind: str, directory: Path) -> None:
+    """Raises WeightsError unless a local directory has all tensors of its network, by name, and no others."""
+    row, config = KINDS[kind], read_config(kind, directory)
+    names = Tensors(directory, row.stem)
+    module = unfilled(row, dataclasses.replace(config, **optional_parts(row, names)))
+    parameters = {name for target in convert.targets(module) for name in target.names}
+    convert.matched(names, parameters, row.renames, (*row.ignore, *row.ties, *row.unread(config)))
 
 
 def text_config(config: Any) -> Any:

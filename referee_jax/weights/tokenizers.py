@@ -10,6 +10,7 @@ from typing import Any
 
 from referee_jax import console
 from referee_jax.models import bert, blip2, clip, qwen3_vl
+from referee_jax.models.flan_t5 import t5
 from referee_jax.weights.convert import WeightsError
 
 CONFIG = "tokenizer_config.json"
@@ -22,7 +23,7 @@ NAMED, ROUNDED = 2, 127
 SPARE = {qwen3_vl.TextConfig: 512}  # Qwen's tables have rows for hundreds of words to come
 PATTERNS = ("*token*.json", "vocab.*", "merges.txt", "spiece.model")
 # Network -> its tokenizer in transformers. Another's class is told by config.json, or CONFIG alone.
-_TYPES = {clip.TextConfig: "clip", bert.Config: "bert", blip2.QFormerConfig: "bert"}
+_TYPES = {clip.TextConfig: "clip", bert.Config: "bert", blip2.QFormerConfig: "bert", t5.Config: "t5"}
 _REMEDY = "; copy the tokenizer's files from where the checkpoint is from"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from referee_jax import config, referees, score
 from tests import programs
-from tests.lazy import torch, transformers
+from tests.lazy import t5_oracles, torch, transformers
 from tests.oracles import networks
 
 TEXTS = ["a red circle and a blue square", "a photo"]
@@ -190,6 +190,26 @@ def test_blip_vqa(images, tmp_path, first):
     compare(scored(str(tmp_path), images, TEXTS, first_token=first), asked, "vqa_probability")
 
 
+def test_vqascore(images, tmp_path):
+    """exp of minus the mean cross-entropy of "Yes" and its end, of a picture padded with the mean colour to a square."""
+    network = t5_oracles.clip_t5()
+    t5_oracles.save_clip_t5(network, tmp_path)
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(str(tmp_path))
+    words = t5_oracles.tokenizer()
+    labels = words("Yes")["input_ids"]
+
+    def asked(image, text):
+        side = max(image.size)
+        square = PIL.Image.new("RGB", (side, side), tuple(int(255 * x) for x in processor.image_mean))
+        square.paste(image, tuple((side - x) // 2 for x in image.size))
+        conversation = f'a photo USER: <image>\nDoes this show "{text}"? ASSISTANT: '
+        pixels = processor(images=square, return_tensors="pt")["pixel_values"]
+        logits = network(pixels, [t5_oracles.token_ids(words, conversation)], labels)[0, :, : len(words)]
+        return [(-torch.nn.functional.cross_entropy(logits, torch.tensor(labels))).exp().item()]
+
+    compare(scored(str(tmp_path), images, TEXTS), asked, "vqascore")
+
+
 @pytest.mark.parametrize("older", [True, False], ids=["published", "saved today"])
 def test_siglip(images, tmp_path, older):
     """Cosine and probability of a match: Google's files, and the processor's own, which resizes otherwise."""
@@ -236,6 +256,7 @@ ARCHITECTURES = {
     "image_reward": "ImageReward",
     "align": "AlignModel",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "vqascore": "CLIPT5ForConditionalGeneration",
 }
 
 

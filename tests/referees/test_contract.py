@@ -16,7 +16,7 @@ from referee_jax import config, prompts, referees
 from referee_jax.engine import parallel
 from referee_jax.performance import flops
 from tests.conftest import cosine, picture, relative_l2
-from tests.lazy import transformers
+from tests.lazy import t5_oracles, transformers
 from tests.oracles import networks
 
 
@@ -37,6 +37,7 @@ DIRECTORIES = {
     "image_reward": networks.save_image_reward,
     "align": lambda path: networks.save_align(networks.align(), path),
     "qwen3_vl": networks.save_qwen3_vl,
+    "vqascore": lambda path: t5_oracles.save_clip_t5(t5_oracles.clip_t5(), path),
 }
 PROMPTS = ("a red circle and a blue square", "a green square", "a blue circle and a photo", "red and green")
 STEPS, VIEWS = 2, 2
@@ -53,7 +54,8 @@ def judge(request, tmp_path_factory):
     if name not in DIRECTORIES:
         pytest.fail(f"the referee {name} is not in DIRECTORIES: add what writes a tiny checkpoint of it")
     DIRECTORIES[name](path)
-    negatives = {"near": 2, "exchange": (("red", "blue", "green"),)} if "contrastive" in config.LOSSES[name] else {}
+    negatives = {"near": 2, "exchange": (("red", "blue", "green"),)}
+    negatives = negatives if config.CONTRASTS & set(config.LOSSES[name]) else {}
     losses = dict.fromkeys(config.LOSSES[name], 1.0)
     return referees.load_referee(config.RefereeSpec(name=name, checkpoint=str(path), losses=losses, **negatives))
 
@@ -140,7 +142,8 @@ def test_a_text_is_encoded_once(judge, texts, images):
     assert of_text_alone(lambda r, x, text: r.views_losses(x, text), texts) == 0
     assert of_text_alone(lambda r, x, read: r.views_losses(x, r.encode(read)), tokens) == encoding
     # What reads its image from the first layer on has nothing to encode.
-    assert (encoding == 0) == (judge.spec.name in ("blip_caption", "blip_vqa", "image_reward", "qwen3_vl"))
+    at_once = ("blip_caption", "blip_vqa", "image_reward", "qwen3_vl", "vqascore")
+    assert (encoding == 0) == (judge.spec.name in at_once)
 
 
 def test_scores(judge, texts, views):

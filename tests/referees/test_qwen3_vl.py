@@ -210,7 +210,7 @@ def test_tokenizers_that_are_refused(judge):
 
 
 def test_views_of_its_own(directory):
-    """None of the common augmentations, unless it asks for some itself; flips and crops are refused."""
+    """None of the common augmentations, unless it asks for some itself; what moves things is refused."""
     settings = config.load("configs/qwen3_vl.py")
     (spec,) = settings.referees
     settings = dataclasses.replace(settings, views=dataclasses.replace(settings.views, augmentations=("Hf", "Af")))
@@ -223,8 +223,8 @@ def test_views_of_its_own(directory):
         with pytest.raises(config.ConfigError) as error:
             config.override(settings, {"referees": (dataclasses.replace(spec, augmentations=names),)})
         assert str(error.value) == (
-            f"referees[0].augmentations = {names!r} is not possible: it must be without flips and crops (Hf, Cr, Re), as "
-            "qwen3_vl is asked where things are and how many"
+            f"referees[0].augmentations = {names!r} is not possible: it must be without Af, Er, Hf, Ro, Et, Ts, Cr, Re: "
+            'qwen3_vl is asked where things are, and these cut things off or turn "left of" round'
         )
     with pytest.raises(config.ConfigError, match=r"referees\[0\].augmentations = \('Xy',\) is not possible"):
         config.override(settings, {"referees": (config.RefereeSpec(augmentations=("Xy",)),)})

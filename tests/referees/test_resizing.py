@@ -58,7 +58,7 @@ def test_a_program_sees_what_is_in_the_file(shape, method, is_exact):
 
 def test_a_view_stays_as_it_is():
     view = jnp.asarray(picture(height=32, width=32))
-    for shape in ("squashed", "rounded", "floored", "letterboxed"):
+    for shape in ("squashed", "rounded", "floored", "letterboxed", "padded"):
         assert (resizing.Fitting(side=32, resized=32, shape=shape)(view) == view).all()
 
 
