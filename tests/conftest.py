@@ -113,6 +113,7 @@ def _free_programs():
     """Drops what a module has compiled: XLA maps memory for each program, and a process may have only so many maps."""
     yield
     jax.clear_caches()
+    gc.collect()  # which holds networks and programs in circles
 
 
 @pytest.fixture(scope="session")

@@ -310,6 +310,9 @@ def test_a_first_look_comes_before_the_first_image(tmp_path, capsys, init):
         False,
     ]
     assert not preview.exists() and f"a first look will be in {preview}\n" in capsys.readouterr().out
+    preview.touch()  # of a process that was killed, whose images others have made
+    execute(*asked)
+    assert not preview.exists()
     execute(*asked, "--prompt=three")
     assert "first look" not in capsys.readouterr().out
 
