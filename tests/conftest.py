@@ -78,6 +78,7 @@ KINDS = {
     "runs/test_reliability.py": "process",
     "shapes/test_assets.py": "compiled",
     "shapes/test_train.py": "compiled",
+    "shapes/test_vqascore.py": "compiled",
     "test_docs.py": "process",
     "tools": "compiled",
     "weights": "compiled",

@@ -34,6 +34,7 @@ safetensors_torch = Module("safetensors.torch")
 oracle, judges = Module("tests.oracles.inversion"), Module("tests.oracles.judges")
 t5_oracles = Module("tests.oracles.t5")
 against_torch = Module("tests.tools.against_torch")
-recipes_generator, recipes_referees, train = (
-    Module(f"referee_jax.shapes.{name}") for name in ("recipes_generator", "recipes_referees", "train")
+recipes_generator, recipes_referees, recipes_vqascore, train = (
+    Module(f"referee_jax.shapes.{name}")
+    for name in ("recipes_generator", "recipes_referees", "recipes_vqascore", "train")
 )

@@ -95,7 +95,7 @@ def test_rooms_are_small():
 
 
 def test_torch_only_in_training_and_conversion():
-    training = {f"shapes/{name}.py" for name in ("train", "recipes_generator", "recipes_referees")}
+    training = {f"shapes/{name}.py" for name in ("train", "recipes_generator", "recipes_referees", "recipes_vqascore")}
     # The last reads, once, files that are pickles of torch; what it writes, and the program reads, are safetensors.
     assert using("torch", "diffusers", "pickle") == training | {"weights/lavis.py"}
     assert not using("referee_jax.weights.lavis")

@@ -139,18 +139,12 @@ def caption(rng: np.random.Generator, size: int, *, noise: float, named: bool, s
     return Captioned(scenes, prompts, near)
 
 
-def pictures(rng: np.random.Generator, captioned: Captioned) -> Arrays:
-    """The scenes' pictures, then those of scenes with an extra object, of which no caption is true.
+def labelled(scenes: list[world.Scene], views: list[np.ndarray | None]) -> Arrays:
+    """Images as of `drawn`, and `shown [scene, patch, KINDS]`, which labels each patch.
 
-    `parents` are the indices of the scenes that got an extra object. `shown [scene, patch, KINDS]` labels each
-    patch with the shape, colour and texture of the objects in it, and with their relation to the other of two.
+    Labels are the shape, colour and texture of the objects in it, and their relation to the other of two.
     """
-    pairs = [
-        i for i, scene in enumerate(captioned.scenes) if len({(item.shape, item.colour) for item in scene.objects}) == 2
-    ]
-    parents = np.array(pairs[: len(captioned.scenes) // 4])
-    scenes = [*captioned.scenes, *(world.crowd(rng, captioned.scenes[i]) for i in parents)]
-    batch = drawn(scenes, [random_view(rng) for _ in scenes])
+    batch = drawn(scenes, views)
     side = world.SIZE // PATCH
     covered = batch.pop("cover").reshape(len(scenes), -1, side, PATCH, side, PATCH).mean((3, 5)) > 0.08
     labels = np.zeros((len(scenes), world.MAX_OBJECTS, len(KINDS)), bool)
@@ -161,7 +155,20 @@ def pictures(rng: np.random.Generator, captioned: Captioned) -> Arrays:
                 kinds += [relation for relation in world.RELATIONS if world.holds(relation, item, scene.objects[1 - j])]
             labels[i, j, [KINDS.index(kind) for kind in kinds]] = True
     shown = np.einsum("bjp,bjk->bpk", covered.reshape(len(scenes), world.MAX_OBJECTS, -1), labels)
-    return batch | {"shown": shown, "parents": parents}
+    return batch | {"shown": shown}
+
+
+def pictures(rng: np.random.Generator, captioned: Captioned) -> Arrays:
+    """The scenes' pictures, then those of scenes with an extra object, of which no caption is true.
+
+    `parents` are the indices of the scenes that got an extra object.
+    """
+    pairs = [
+        i for i, scene in enumerate(captioned.scenes) if len({(item.shape, item.colour) for item in scene.objects}) == 2
+    ]
+    parents = np.array(pairs[: len(captioned.scenes) // 4])
+    scenes = [*captioned.scenes, *(world.crowd(rng, captioned.scenes[i]) for i in parents)]
+    return labelled(scenes, [random_view(rng) for _ in scenes]) | {"parents": parents}
 
 
 def true_words(captioned: Captioned) -> np.ndarray:
@@ -217,3 +224,75 @@ def blip_batch(rng: np.random.Generator, size: int = 48, *, noise: float = 0.0, 
     captioned = caption(rng, size, noise=noise, named=named, swaps=0.5)
     texts = {"input_ids": tokens.wordpieces(captioned.texts), "caption_ids": read_captions(captioned.texts)}
     return pictures(rng, captioned) | texts | {"facts": true_words(captioned)} | questions(rng, captioned)
+
+
+def mirrored(scene: world.Scene, axis: str) -> world.Scene:
+    """The scene with its left and right (`axis` "x") or its top and bottom ("y") exchanged; shapes stay upright."""
+    moved = (dataclasses.replace(x, **{axis: world.SIZE - getattr(x, axis)}) for x in scene.objects)
+    return dataclasses.replace(scene, objects=tuple(moved))
+
+
+def turned(prompt: world.Prompt) -> world.Prompt:
+    """The prompt with the two arguments of its relation exchanged, which makes it false."""
+    return dataclasses.replace(prompt, things=prompt.things[::-1])
+
+
+FORMS = ("exactly", "contains")  # nothing else is there; other objects may be
+
+
+def answer(form: str, prompt: world.Prompt, scene: world.Scene) -> bool:
+    """Whether a scene shows exactly what a caption says, or contains it."""
+    return world.matches(prompt, scene) if form == "exactly" else not (facts(prompt, scene) == 0).any()
+
+
+def centres(prompt: world.Prompt, scene: world.Scene, view: np.ndarray | None) -> np.ndarray:
+    """Where a view shows the objects that a caption names, float32 `[T5_LENGTH, 2]` at their nouns.
+
+    -1..1 is from side to side; NaN where not exactly one object fits.
+    """
+    where, words = np.full((tokens.T5_LENGTH, 2), np.nan, np.float32), prompt.text.split()
+    nouns = [i for i, word in enumerate(words) if word in world.SHAPES or word in world.PLURALS.values()]
+    for noun, thing in zip(nouns, prompt.things, strict=True):
+        fitting = [item for item in scene.objects if thing.fits(item)]
+        if len(fitting) == 1:
+            offset = np.array([fitting[0].x, fitting[0].y]) - world.SIZE / 2
+            if view is not None:  # which maps canvas to world
+                offset = np.linalg.solve(view[:, :2], offset - view[:, 2])
+            where[1 + noun] = offset / (world.SIZE / 2)
+    return where
+
+
+def vqascore_batch(rng: np.random.Generator, size: int = 24, *, mirror: bool = True, crowd: bool = True) -> Arrays:
+    """Scenes, their twins and mirrored ones, with true captions and hard negatives as questions of yes and no.
+
+    `mirror` and `crowd`: whether there are mirrored scenes, and such with an extra object.
+    `pictures [question]` is the picture that is asked about, `answers` the truth, `facts [question, T5_LENGTH]` that of
+    each word, `centres [question, T5_LENGTH, 2]` of `centres`, in the view's coordinates.
+    """
+    captioned = caption(rng, size, noise=0.0, named=False, swaps=0.5)
+    scenes, asked = list(captioned.scenes), []
+    for i, (prompt, near) in enumerate(zip(captioned.prompts, captioned.near, strict=True)):
+        asked += [(i, prompt), (i, captioned.prompts[i ^ 1]), *((i, other) for other in near)]
+        if prompt.relation and mirror:
+            asked += [(i, turned(prompt)), (len(scenes), prompt), (len(scenes), turned(prompt))]
+            scenes.append(mirrored(scenes[i], "x" if "the" in prompt.relation else "y"))
+    if crowd:
+        pairs = [i for i in range(2 * size) if len({(item.shape, item.colour) for item in scenes[i].objects}) == 2]
+        for i in pairs[: size // 2]:
+            asked.append((len(scenes), captioned.prompts[i]))
+            scenes.append(world.crowd(rng, scenes[i]))
+    forms = [FORMS[int(rng.random() < 0.25)] for _ in asked]
+    views = [random_view(rng) for _ in scenes]
+    words = np.full((len(asked), tokens.T5_LENGTH), -1, np.int8)
+    words[:, : tokens.LENGTH] = [
+        facts(prompt, scenes[i]) for i, prompt in asked
+    ]  # one word of the template, one start token
+    return labelled(scenes, views) | {
+        "pictures": np.array([i for i, _ in asked]),
+        "question_ids": tokens.t5_words(
+            [f"{form} {prompt.text}" for form, (_, prompt) in zip(forms, asked, strict=True)]
+        ),
+        "answers": np.array([answer(form, p, scenes[i]) for form, (i, p) in zip(forms, asked, strict=True)]),
+        "facts": words,
+        "centres": np.stack([centres(prompt, scenes[i], views[i]) for i, prompt in asked]),
+    }

@@ -89,3 +89,35 @@ def wordpieces(texts: list[str], first: str = "[CLS]") -> np.ndarray:
         words = [WORDPIECES[word] for word in text.split()]
         row[: len(words) + 2] = WORDPIECES[first], *words, WORDPIECES["[SEP]"]
     return ids
+
+
+# --- T5 ---------------------------------------------------------------------------------------------------------------
+
+_WORDS_OF_T5 = ["<pad>", "</s>", "<unk>", *WORDS, "yes", "no"]
+T5_WORDS = {word: i for i, word in enumerate(dict.fromkeys(_WORDS_OF_T5))}
+T5_LENGTH = LENGTH + 4  # a caption with its template
+
+
+def save_t5(directory: pathlib.Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json: words in lower case, and </s> at the end, as T5's tokenizer."""
+    import tokenizers  # as above
+    import transformers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(T5_WORDS, unk_token="<unk>"))
+    words.normalizer = tokenizers.normalizers.Lowercase()
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", T5_WORDS["</s>"])]
+    )
+    ends = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=T5_LENGTH, **ends)
+    tokenizer.save_pretrained(directory)
+
+
+def t5_words(texts: list[str]) -> np.ndarray:
+    """Token ids of texts, int32 `[text, T5_LENGTH]`: words, </s>, padded, as the saved tokenizer's."""
+    ids = np.full((len(texts), T5_LENGTH), T5_WORDS["<pad>"], np.int32)
+    for row, text in zip(ids, texts, strict=True):
+        words = [T5_WORDS[word] for word in text.split()]
+        row[: len(words) + 1] = *words, T5_WORDS["</s>"]
+    return ids

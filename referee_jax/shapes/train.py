@@ -23,7 +23,7 @@ import torch
 from absl import flags, logging
 
 from referee_jax import cli
-from referee_jax.shapes import recipes_generator, recipes_referees
+from referee_jax.shapes import recipes_generator, recipes_referees, recipes_vqascore
 from referee_jax.shapes.recipes_referees import Batch
 
 NETWORKS = {
@@ -34,6 +34,7 @@ NETWORKS = {
     "align": recipes_referees.Align,
     "blip": recipes_referees.Blip,
     "blip2": recipes_referees.Blip2,
+    "vqascore": recipes_vqascore.Vqascore,
 }
 SAVE_EVERY = 500
 
