@@ -58,6 +58,9 @@ def pytest_configure(config):
 
 # Folder or file of tests -> their kind, the longest match; see docs/testing.md. What is not named is a unit test.
 KINDS = {
+    "benchmarks/test_binding.py": "compiled",
+    "benchmarks/test_scorer.py": "compiled",
+    "benchmarks/test_t2i_compbench.py": "compiled",
     "commands": "process",
     "engine": "compiled",
     "engine/test_peak_memory.py": "unit",
@@ -80,6 +83,7 @@ KINDS = {
     "shapes/test_train.py": "compiled",
     "shapes/test_vqascore.py": "compiled",
     "test_docs.py": "process",
+    "test_launch.py": "process",
     "tools": "compiled",
     "weights": "compiled",
 }
