@@ -126,7 +126,12 @@ def clip_t5(seed: int = 16, vision: dict | None = None, **text) -> ClipT5:
 
 @torch.no_grad()
 def draw_gently(network: ClipT5) -> None:
-    """Draws a network of any type anew as it is drawn for training, so that rounding does not grow from layer to layer."""
+    """Draws a network as for training, so that rounding does not grow from layer to layer.
+
+    It may be empty, as after a start on the device "meta".
+    """
+    for _, x in network.tower.named_buffers():  # position_ids
+        x.copy_(torch.arange(x.numel()).reshape(x.shape))
     network.text.lm_head.weight = nn.Parameter(network.text.lm_head.weight.clone())
     generator = torch.Generator().manual_seed(0)
     for name, p in network.eval().requires_grad_(False).named_parameters():

@@ -101,19 +101,20 @@ class CLIPT5(t5.T5):
         first, second = self.mm_projector
         return second(layers.exact_gelu(first(self.vision_tower(images))))
 
-    def answer_logits(self, image: Array, before: Array, after: Array, mask: Array, answer: Array) -> Array:
-        """Logits of each token of the answer, given those before it: float32 `[B, L, V]`.
+    def read(self, image: Array, before: Array, after: Array, mask: Array) -> tuple[Array, Array]:
+        """The encoder's states `[B, S, D]` of words, image and words, and their mask, bool `[B, S]`.
 
         Args:
             image: `[B, P, D]`, of `encode_image`.
             before: int32 `[T]`, tokens before the image.
             after: int32 `[B, T']`, tokens behind it.
             mask: bool `[B, T']`, False on padding of those.
-            answer: int32 `[L]`.
         """
-        batch = len(image)
-        first = layers.repeat(self.embed(before)[None], batch).astype(image.dtype)
+        first = layers.repeat(self.embed(before)[None], len(image)).astype(image.dtype)
         spliced = jnp.concatenate([first, image, self.embed(after).astype(image.dtype)], axis=1)
         real = jnp.pad(mask, ((0, 0), (first.shape[1] + image.shape[1], 0)), constant_values=True)
-        states = self.encoder(spliced, real)
-        return self.logits(layers.repeat(answer[None], batch), states, real)
+        return self.encoder(spliced, real), real
+
+    def answer_logits(self, image: Array, before: Array, after: Array, mask: Array, answer: Array) -> Array:
+        """Logits of each token of the answer `int32[L]`, given those before it: float32 `[B, L, V]`; see `read`."""
+        return self.logits(layers.repeat(answer[None], len(image)), *self.read(image, before, after, mask))
