@@ -132,6 +132,7 @@ def draw_gently(network: ClipT5) -> None:
     """
     for _, x in network.tower.named_buffers():  # position_ids
         x.copy_(torch.arange(x.numel()).reshape(x.shape))
+    network.text.set_input_embeddings(network.text.shared)  # what is moved from "meta" is no longer one
     network.text.lm_head.weight = nn.Parameter(network.text.lm_head.weight.clone())
     generator = torch.Generator().manual_seed(0)
     for name, p in network.eval().requires_grad_(False).named_parameters():
