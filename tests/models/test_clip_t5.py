@@ -199,43 +199,11 @@ def save_in_parts(oracle, path):
     (path / "config.json").write_text(json.dumps(oracle.values()))
 
 
-def in_stages(path, x, after, cotangent):
-    """`ours`, with one part of the network in memory at a time: XLA:CPU makes float32 of all weights of a program."""
-
-    def part(*names):
-        network = load.load("clip_t5", path, dtype=jnp.bfloat16)
-        for name in {"vision_tower", "mm_projector", "encoder", "decoder", "lm_head"} - {*names}:
-            setattr(network, name, None)
-        return network
-
-    def pull(fn, network, y, cotangent):
-        return jax.jit(lambda network, y, cotangent: jax.vjp(lambda y: fn(network, y), y)[1](cotangent)[0])(
-            network, y, cotangent
-        )
-
-    def see(network, x):
-        return network.encode_image(x)
-
-    def read(network, image):
-        return network.read(image, jnp.array(BEFORE), after, after != 0)[0]
-
-    def write(network, states):
-        return network.logits(jnp.array([ANSWER]), states, jnp.ones(states.shape[:2], bool))
-
-    image = jax.jit(see)(part("vision_tower", "mm_projector"), x)
-    states = jax.jit(read)(part("encoder"), image)
-    decoder = part("decoder", "lm_head")
-    logits, gradient = jax.jit(write)(decoder, states), pull(write, decoder, states, cotangent)
-    del decoder
-    gradient = pull(read, part("encoder"), image, gradient)
-    return logits, pull(see, part("vision_tower", "mm_projector"), x, gradient)
-
-
 @pytest.mark.slow
 def test_full_size_matches_torch(tmp_path):
     """CLIP-FlanT5-XL at 336 pixels in bfloat16: random weights go through a file, and each side is freed.
 
-    Up to 12 GB of memory, 7 GB of disk; some twenty minutes on two cores.
+    Measured on a CPU: relative L2 error of the logits 0.015, cosine of the image gradients 0.9998; three minutes, 9.4 GiB.
     """
     values = PUBLISHED["zhiqiulin/clip-flant5-xl"]
     with torch.device("meta"):
@@ -251,9 +219,13 @@ def test_full_size_matches_torch(tmp_path):
     exact = torch.autograd.grad((expected * torch.from_numpy(cotangent)).sum(), pixels)[0]
     exact, expected = exact.float().permute(0, 2, 3, 1).numpy(), expected.detach().numpy()
     del oracle, pixels
-    actual, gradient = in_stages(tmp_path, x, after, cotangent)
+    network = load.load("clip_t5", tmp_path, dtype=jnp.bfloat16)
+    # XLA:CPU computes in float32, and would make that of all layers' weights before their loop.
+    options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+    program = ours.lower(network, x, after, cotangent).compile(compiler_options=options)
+    actual, gradient = program(network, x, after, cotangent)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"logits {relative_l2(actual, expected):.4f}, gradient {cosine(gradient, exact):.5f}, {peak:.1f} GiB")
     # Either side rounds to 8 bits, each in its own places.
     assert relative_l2(actual, expected) < 0.05 and cosine(gradient, exact) > 0.99
-    assert peak < 12
+    assert peak < 11.1  # 12 GB
