@@ -254,8 +254,7 @@ def in_flight(run: run_directory.RunDirectory) -> checkpoints_lib.Checkpoints:
 def finish(run: run_directory.RunDirectory, made: worker.Made, skipped: int, seconds: float) -> None:
     """Merges the journals, draws contact sheet and gallery, and prints a summary."""
     in_flight(run).forget(run.done())
-    if run.preview:
-        run.preview.unlink(missing_ok=True)  # of a process that was killed before its first images
+    run.remove_preview()
     run.merge()
     finished = run.finished()
     sheet, page = run.contact_sheet(finished), gallery_page.write(run, finished)

@@ -257,8 +257,7 @@ class Worker:
             self.made.nonfinite += status != "done"
         self.saver.is_settled = False
         self.made.images += count
-        if self.run.preview:
-            self.run.preview.unlink(missing_ok=True)
+        self.run.remove_preview()
         self.bar.finished(count)
         if self.run.storage.is_remote:
             # At once: with this machine all that is only here would be lost, open shards included.

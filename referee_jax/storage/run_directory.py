@@ -341,6 +341,11 @@ class RunDirectory:
         """The file of `show_preview`; None in a bucket, and for all processes but number 0."""
         return None if self.process or self.storage.is_remote else self.path / "preview.png"
 
+    def remove_preview(self) -> None:
+        """Removes the file of `show_preview`, also one that a killed process left."""
+        if self.preview:
+            self.preview.unlink(missing_ok=True)
+
     def show_preview(self, prompts: Sequence[str], images: np.ndarray, title: str) -> None:
         """Draws unfinished images, uint8 `[image, H, W, 3]`, each with its prompt."""
         pictures = [
