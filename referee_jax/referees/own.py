@@ -5,6 +5,7 @@ function that reads a text for it. docs/referees.md has a complete one.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,11 +46,15 @@ class OwnJudge(Scoring):
             raise
         except Exception as error:  # one text that it did not expect should not end a run
             raise prompts.Unreadable(text, f"{self.spec.name} cannot read it: {schema.failure(error)}") from error
-        if _shapes(tokens) != _shapes(self.reader(TEXT)):
+        if _shapes(tokens) != self._expected:
             raise prompts.Unreadable(text, f"{self.spec.name} reads other shapes of it than of {TEXT!r}")
         return tokens
 
     read = tokenize  # of a prompt to make an image of
+
+    @functools.cached_property
+    def _expected(self) -> Any:
+        return _shapes(self.reader(TEXT))
 
     def preprocess(self, image: PIL.Image.Image) -> np.ndarray:
         """An RGB picture to the view that `referee.scores` reads: `referee.fit`, on pixels in [0, 1]."""
