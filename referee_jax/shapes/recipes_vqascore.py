@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import transformers
 
 from referee_jax.shapes import batches, tokens, world
-from referee_jax.shapes.recipes_referees import Batch, degraded_input, patch_loss, save_preprocessing, word_loss
+from referee_jax.shapes.recipes_referees import Batch, degraded_input, patch_loss, save_preprocessing, trim, word_loss
 
 WIDTH = 96
 PAD, END, YES, NO = (tokens.T5_WORDS[word] for word in ("<pad>", "</s>", "yes", "no"))
@@ -57,8 +57,7 @@ class Vqascore(torch.nn.Module):
         self.register_buffer("before", before[:, : int((before != PAD).sum())])
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict]:
-        parts, ids = self.trained, batch["question_ids"]
-        ids = ids[:, : int((ids != PAD).sum(1).max())]
+        parts, ids = self.trained, trim(batch["question_ids"], PAD)
         states = parts["vision_tower"](degraded_input(batch["image"]), output_hidden_states=True).hidden_states[-1][
             :, 1:
         ]

@@ -7,6 +7,7 @@ import functools
 import json
 import pathlib
 import string
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -59,10 +60,14 @@ def _words(text: str) -> tuple[int, ...]:
 
 def encode(texts: list[str]) -> np.ndarray:
     """Token ids of captions, int32 `[text, LENGTH]`: start, words, end, padded with end, as the saved tokenizer's."""
-    ids = np.full((len(texts), LENGTH), END, np.int32)
-    for row, text in zip(ids, texts, strict=True):
-        words = _words(text)
-        row[0], row[1 : len(words) + 1] = START, words
+    return _padded([(START, *_words(text)) for text in texts], LENGTH, END)
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> np.ndarray:
+    """Rows of token ids, int32 `[row, length]`."""
+    ids = np.full((len(rows), length), pad, np.int32)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[: len(row)] = row
     return ids
 
 
@@ -84,11 +89,8 @@ def save_wordpieces(directory: pathlib.Path) -> None:
 
 def wordpieces(texts: list[str], first: str = "[CLS]") -> np.ndarray:
     """Token ids of texts, int32 `[text, LENGTH]`: `first`, words, [SEP], padded, as the saved tokenizer's."""
-    ids = np.full((len(texts), LENGTH), WORDPIECES["[PAD]"], np.int32)
-    for row, text in zip(ids, texts, strict=True):
-        words = [WORDPIECES[word] for word in text.split()]
-        row[: len(words) + 2] = WORDPIECES[first], *words, WORDPIECES["[SEP]"]
-    return ids
+    rows = [[WORDPIECES[piece] for piece in (first, *text.split(), "[SEP]")] for text in texts]
+    return _padded(rows, LENGTH, WORDPIECES["[PAD]"])
 
 
 # --- T5 ---------------------------------------------------------------------------------------------------------------
@@ -116,8 +118,5 @@ def save_t5(directory: pathlib.Path) -> None:
 
 def t5_words(texts: list[str]) -> np.ndarray:
     """Token ids of texts, int32 `[text, T5_LENGTH]`: words, </s>, padded, as the saved tokenizer's."""
-    ids = np.full((len(texts), T5_LENGTH), T5_WORDS["<pad>"], np.int32)
-    for row, text in zip(ids, texts, strict=True):
-        words = [T5_WORDS[word] for word in text.split()]
-        row[: len(words) + 1] = *words, T5_WORDS["</s>"]
-    return ids
+    rows = [[T5_WORDS[word] for word in (*text.split(), "</s>")] for text in texts]
+    return _padded(rows, T5_LENGTH, T5_WORDS["<pad>"])
