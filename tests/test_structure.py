@@ -33,7 +33,7 @@ TABLE = {
     "performance": {
         "engine", "config", "method", "models", "referees", "weights", "hardware", "prompts", "console", "items",
     },
-    "shapes": {"models.bert", "cli"},
+    "shapes": {"models.bert", "referees.questions", "cli"},
     "benchmarks": {
         "engine", "referees", "storage", "shapes", "config", "cli", "console", "items", "prompts", "weights.hub",
         "method.held_out",

@@ -12,6 +12,7 @@ import dataclasses
 
 import numpy as np
 
+from referee_jax.referees import questions as questions_lib
 from referee_jax.shapes import tokens, world
 
 MIX = {
@@ -262,20 +263,39 @@ def centres(prompt: world.Prompt, scene: world.Scene, view: np.ndarray | None) -
     return where
 
 
+_IN_QUESTIONS = {"to the left of": "on the left of", "to the right of": "on the right of", "above": "above", "below": "below"}
+
+
+def is_true(atom: questions_lib.Atom, scene: world.Scene) -> bool:
+    """Whether the answer to an atom's question, of a caption of the world, is yes; no where what it is about is missing."""
+    fitting = lambda words: [item for item in scene.objects if world.thing(words).fits(item)]
+    if atom.kind == questions_lib.NUMBER:
+        number, _, words = atom.text.partition(" ")
+        return len(fitting(words)) == world.NUMBERS[number]
+    if atom.kind != questions_lib.RELATION:
+        return bool(fitting(atom.text))
+    relation = next(text for text in _IN_QUESTIONS if f" {text} " in atom.text)
+    first, second = map(fitting, atom.text.split(f" {relation} "))
+    return any(world.holds(_IN_QUESTIONS[relation], a, b) for a in first for b in second if a is not b)
+
+
 def vqascore_batch(rng: np.random.Generator, size: int = 24, *, mirror: bool = True, crowd: bool = True) -> Arrays:
-    """Scenes, their twins and mirrored ones, with true captions and hard negatives as questions of yes and no.
+    """Scenes, their twins and mirrored ones, with true captions, hard negatives and their atoms as questions of yes and no.
 
     `mirror` and `crowd`: whether there are mirrored scenes, and such with an extra object.
     `pictures [question]` is the picture that is asked about, `answers` the truth, `facts [question, T5_LENGTH]` that of
     each word, `centres [question, T5_LENGTH, 2]` of `centres`, in the view's coordinates.
     """
     captioned = caption(rng, size, noise=0.0, named=False, swaps=0.5)
-    scenes, asked = list(captioned.scenes), []
+    scenes, asked, atoms = list(captioned.scenes), [], []
     for i, (prompt, near) in enumerate(zip(captioned.prompts, captioned.near, strict=True)):
         asked += [(i, prompt), (i, captioned.prompts[i ^ 1]), *((i, other) for other in near)]
         if prompt.relation and mirror:
             asked += [(i, turned(prompt)), (len(scenes), prompt), (len(scenes), turned(prompt))]
             scenes.append(mirrored(scenes[i], "x" if "the" in prompt.relation else "y"))
+        others = [atom for text in near for atom in questions_lib.atoms(text.text)]
+        false = [atom for atom in others if not is_true(atom, scenes[i])]
+        atoms += [(i, world.pick(rng, questions_lib.atoms(prompt.text))), (i, world.pick(rng, false or others))]
     if crowd:
         pairs = [i for i in range(2 * size) if len({(item.shape, item.colour) for item in scenes[i].objects}) == 2]
         for i in pairs[: size // 2]:
@@ -283,16 +303,18 @@ def vqascore_batch(rng: np.random.Generator, size: int = 24, *, mirror: bool = T
             scenes.append(world.crowd(rng, scenes[i]))
     forms = [FORMS[int(rng.random() < 0.25)] for _ in asked]
     views = [random_view(rng) for _ in scenes]
-    words = np.full((len(asked), tokens.T5_LENGTH), -1, np.int8)
-    words[:, : tokens.LENGTH] = [
-        facts(prompt, scenes[i]) for i, prompt in asked
-    ]  # one word of the template, one start token
+    count = len(asked) + len(atoms)
+    words = np.full((count, tokens.T5_LENGTH), -1, np.int8)
+    where = np.full((count, tokens.T5_LENGTH, 2), np.nan, np.float32)
+    for n, (i, prompt) in enumerate(asked):
+        words[n, : tokens.LENGTH] = facts(prompt, scenes[i])  # one word of the template, one start token
+        where[n] = centres(prompt, scenes[i], views[i])
+    texts = [f"{form} {prompt.text}" for form, (_, prompt) in zip(forms, asked, strict=True)]
+    answers = [answer(form, prompt, scenes[i]) for form, (i, prompt) in zip(forms, asked, strict=True)]
     return labelled(scenes, views) | {
-        "pictures": np.array([i for i, _ in asked]),
-        "question_ids": tokens.t5_words(
-            [f"{form} {prompt.text}" for form, (_, prompt) in zip(forms, asked, strict=True)]
-        ),
-        "answers": np.array([answer(form, p, scenes[i]) for form, (i, p) in zip(forms, asked, strict=True)]),
+        "pictures": np.array([i for i, _ in asked + atoms]),
+        "question_ids": tokens.t5_words(texts + [atom.question for _, atom in atoms]),
+        "answers": np.array(answers + [is_true(atom, scenes[i]) for i, atom in atoms]),
         "facts": words,
-        "centres": np.stack([centres(prompt, scenes[i], views[i]) for i, prompt in asked]),
+        "centres": where,
     }

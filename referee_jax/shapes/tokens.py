@@ -6,6 +6,7 @@ Each word of the world is one token, all others are spelled letter by letter.
 import functools
 import json
 import pathlib
+import re
 import string
 from collections.abc import Sequence
 
@@ -95,7 +96,7 @@ def wordpieces(texts: list[str], first: str = "[CLS]") -> np.ndarray:
 
 # --- T5 ---------------------------------------------------------------------------------------------------------------
 
-_WORDS_OF_T5 = ["<pad>", "</s>", "<unk>", *WORDS, "yes", "no"]
+_WORDS_OF_T5 = ["<pad>", "</s>", "<unk>", *WORDS, "yes", "no", "is", "are", "there", "to", "another", "other", "?"]
 T5_WORDS = {word: i for i, word in enumerate(dict.fromkeys(_WORDS_OF_T5))}
 T5_LENGTH = LENGTH + 4  # a caption with its template
 
@@ -117,6 +118,6 @@ def save_t5(directory: pathlib.Path) -> None:
 
 
 def t5_words(texts: list[str]) -> np.ndarray:
-    """Token ids of texts, int32 `[text, T5_LENGTH]`: words, </s>, padded, as the saved tokenizer's."""
-    rows = [[T5_WORDS[word] for word in (*text.split(), "</s>")] for text in texts]
+    """Token ids of texts, int32 `[text, T5_LENGTH]`: words and marks, </s>, padded, as the saved tokenizer's."""
+    rows = [[T5_WORDS[word] for word in (*re.findall(r"\w+|[^\w\s]+", text.lower()), "</s>")] for text in texts]
     return _padded(rows, T5_LENGTH, T5_WORDS["<pad>"])

@@ -124,7 +124,8 @@ class Prompt:
         return dataclasses.replace(self, things=things)
 
 
-def _thing(words: str) -> Thing:
+def thing(words: str) -> Thing:
+    """The Thing of its words without an article, as "striped red circle" or "red circles". Raises ValueError."""
     attributes = {"shape": None, "colour": None, "texture": None}
     singular = {plural: shape for shape, plural in PLURALS.items()}
     for word in words.split():
@@ -144,12 +145,12 @@ def parse(text: str) -> Prompt:
     """The Prompt of a caption. Raises ValueError for a text that is no caption of the world."""
     words = " ".join(text.lower().replace(".", " ").split())
     if match := re.fullmatch(rf"({'|'.join(NUMBERS)}) (.+)", words):
-        return Prompt(things=(_thing(match[2]),), count=NUMBERS[match[1]])
+        return Prompt(things=(thing(match[2]),), count=NUMBERS[match[1]])
     parts = re.split(rf" ({'|'.join(('and', *RELATIONS))}) an? ", words)
     first = re.fullmatch(r"an? (.+)", parts[0])
     if not first or len(parts) not in (1, 3):
         raise ValueError(f"not a caption of the shapes world: {text!r}")
-    things = (_thing(first[1]), *(_thing(part) for part in parts[2::2]))
+    things = (thing(first[1]), *(thing(part) for part in parts[2::2]))
     relation = parts[1] if len(parts) == 3 and parts[1] != "and" else None
     return Prompt(things=things, relation=relation)
 

@@ -133,7 +133,7 @@ def test_captions_name_their_things(without_spacy):
     _, phrases = noun_phrases.find(captions, noun_phrases.PHRASES)
     for caption in captions:
         things = [phrase for phrase in phrases[caption] if phrase not in ("the left", "the right")]
-        assert [world._thing(thing.partition(" ")[2]) for thing in things] == list(world.parse(caption).things)
+        assert [world.thing(thing.partition(" ")[2]) for thing in things] == list(world.parse(caption).things)
 
 
 @hypothesis.given(st.text())

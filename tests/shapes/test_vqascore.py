@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from referee_jax import config, referees
+from referee_jax.referees import questions
 from referee_jax.shapes import batches, tokens, world
 from referee_jax.weights import load
 from tests.conftest import relative_l2
@@ -27,6 +28,23 @@ SCENE = world.Scene((RED, BLUE))
 def test_answers(text, exactly, contains):
     prompt = world.parse(text)
     assert [batches.answer(form, prompt, SCENE) for form in batches.FORMS] == [exactly, contains]
+
+
+@pytest.mark.parametrize(
+    ("text", "answers"),
+    [
+        ("a red circle on the left of a striped blue square", {"striped square": False}),
+        ("a blue square on the left of a green circle", {"green circle": False, "square to the left of circle": False}),
+        ("two red circles", {"two circles": False}),
+        ("a red circle above a red star", {"star": False, "red star": False, "circle above star": False}),
+        ("a red circle and a blue circle", {"blue circle": False}),
+    ],
+)
+def test_answers_to_atoms(text, answers):
+    """All but these are true of SCENE."""
+    atoms = questions.atoms(text)
+    assert answers.keys() <= {atom.text for atom in atoms}
+    assert [batches.is_true(atom, SCENE) for atom in atoms] == [answers.get(atom.text, True) for atom in atoms]
 
 
 def test_mirrors_and_turned_texts_make_a_relation_false():
@@ -54,8 +72,10 @@ def test_a_batch():
     batch = batches.vqascore_batch(np.random.default_rng(0), 6)
     words = {i: word for word, i in tokens.T5_WORDS.items()}
     texts = [" ".join(words[i] for i in row if i > 1) for row in batch["question_ids"]]
-    assert {text.split()[0] for text in texts} == set(batches.FORMS)
-    assert not any(thing.is_unseen() for text in texts for thing in world.parse(text.partition(" ")[2]).things)
+    captions = [text for text in texts if not text.endswith("?")]
+    assert {text.split()[0] for text in captions} == set(batches.FORMS)
+    assert not any(thing.is_unseen() for text in captions for thing in world.parse(text.partition(" ")[2]).things)
+    assert len(texts) - len(captions) == 24 and batch["answers"][len(captions) :].mean() > 0.4
     assert 0.2 < batch["answers"].mean() < 0.5 and len(batch["image"]) > batch["pictures"].max() >= 12
     assert set(np.unique(batch["facts"])) == {-1, 0, 1}
     # All words of what is answered with yes are true.
