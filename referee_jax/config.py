@@ -43,6 +43,7 @@ LOSSES = {
 CONTRASTS = {"contrastive", "versus"}  # losses that tell the prompt from other texts
 # Referees that are asked where things are and how many, and the augmentations that make true answers false.
 WHOLE = ("qwen3_vl", "vqascore")
+ASKED = ("blip_vqa", "qwen3_vl", "vqascore")  # referees that answer the questions a prompt is taken apart into
 MOVING = ("Af", "Er", "Hf", "Ro", "Et", "Ts", "Cr", "Re")
 _WHY = 'is asked where things are, and these cut things off or turn "left of" round'
 
@@ -120,6 +121,9 @@ class RefereeSpec:
     keep: int = bounded(0, low=0)  # number of hardest views with a gradient; 0: views.keep, or all
     augmentations: tuple[str, ...] = ()  # of its views; empty: views.augmentations; none for qwen3_vl, vqascore
     template: str = ""  # text with {} for the prompt; empty: the referee's own
+    # The most questions that a prompt is taken apart into, each of one fact; 0: one question, about the whole prompt.
+    # For blip_vqa, qwen3_vl and vqascore; see questions.md.
+    questions: int = bounded(0, low=0)
     first_token: str = bounded("[ENC]", allowed=("[ENC]", "[CLS]"))  # of the text in blip_itm and blip_vqa
     truncate: bool = False  # cut a text that is too long, as its authors' code does, instead of refusing it
     negatives: tuple[str, ...] = ()  # texts to contrast the prompt with
@@ -439,6 +443,12 @@ def _check_known_referee(spec: RefereeSpec, key: str) -> None:
         if not (spec.negatives or spec.near):
             text = f"some texts, or {key}.near some number, for the {loss} loss"
             raise wrong(f"{key}.negatives", spec.negatives, text)
+    if spec.questions and spec.name not in ASKED:
+        raise wrong(
+            f"{key}.questions", spec.questions, f"0: {spec.name} answers none; those that do are {', '.join(ASKED)}"
+        )
+    if spec.questions and CONTRASTS & spec.losses.keys():
+        raise wrong(f"{key}.questions", spec.questions, "0, or without the versus loss, which asks about whole prompts")
     if (spec.negatives or spec.near) and not CONTRASTS & set(known):
         raise wrong(f"{key}.negatives", spec.negatives, f"empty, and {key}.near 0: {spec.name} reads none")
     if not spec.checkpoint:

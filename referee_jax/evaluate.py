@@ -4,6 +4,7 @@
     python -m referee_jax.evaluate --workdir=runs/mine --benchmark=t2i_compbench --lists=T2I-CompBench/examples/dataset
     python -m referee_jax.evaluate --workdir=runs/mine --referee=yuvalkirstain/PickScore_v1 --referee=shapes/blip_itm
     python -m referee_jax.evaluate --workdir=runs/mine --benchmark=shapes --vqa=shapes/blip_vqa --referee=shapes/clip
+    python -m referee_jax.evaluate --workdir=runs/mine --benchmark=geneval2 --metadata=geneval2_data.jsonl
     python -m referee_jax.evaluate --workdir=runs/mine --export=t2i_compbench --out=exported \
         --lists=T2I-CompBench/examples/dataset
     python -m referee_jax.evaluate --workdir=exported --benchmark=t2i_compbench --import_scores=exported \
@@ -25,18 +26,19 @@ from pathlib import Path
 from absl import flags, logging
 
 from referee_jax import cli
-from referee_jax.benchmarks import evaluation, layouts, noun_phrases, t2i_compbench
+from referee_jax.benchmarks import evaluation, geneval2, layouts, noun_phrases, t2i_compbench
 from referee_jax.storage import bucket
 
 
 def evaluate(args) -> str:
     """Carries out the command; returns what to print. Raises ValueError for what cannot be done."""
     directory = bucket.local_only(args.workdir)
+    folder = directory.parent if directory.is_file() else directory
     if args.export:
-        return export(args.export, evaluation.read(directory), Path(args.out or directory / args.export), args)
+        return export(args.export, evaluation.read(directory), Path(args.out or folder / args.export), args)
     return evaluation.evaluate(
         directory,
-        Path(args.out or directory / "evaluation"),
+        Path(args.out or folder / "evaluation"),
         benchmark=args.benchmark,
         referees=args.referee,
         lists=args.lists,
@@ -46,6 +48,7 @@ def evaluate(args) -> str:
         rule=args.noun_phrases,
         import_scores=args.import_scores,
         truncate=args.truncate,
+        data=args.metadata,
     )
 
 
@@ -56,6 +59,9 @@ def export(benchmark: str, entries: Sequence[layouts.Entry], out: Path, args) ->
             raise ValueError("--metadata is missing: GenEval's evaluation_metadata.jsonl")
         count = layouts.export_geneval(entries, out, args.metadata, per_prompt=args.per_prompt or 4)
         return f"{count} images in {out}\n"
+    if benchmark == "geneval2":
+        count, samples = geneval2.export(entries, out, evaluation.read_rows(benchmark, args.metadata))
+        return f"{count} images in {out}, {', '.join(geneval2.PATHS.format(n) for n in range(samples))}\n"
     order, note = None, ""
     if args.lists:
         prompts = {entry.prompt for entry in entries}
@@ -71,7 +77,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     common = {"flag_values": values}
     flags.DEFINE_string("workdir", None, "run directory, or a folder of images in a benchmark's layout", **common)
     flags.DEFINE_enum(
-        "benchmark", None, ["shapes", "t2i_compbench", "geneval"], "the benchmark that the images are for", **common
+        "benchmark",
+        None,
+        ["shapes", "t2i_compbench", "geneval", "geneval2"],
+        "the benchmark that the images are for",
+        **common,
     )
     cli.define_device(values)
     flags.DEFINE_multi_string(
@@ -85,8 +95,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "category", None, list(t2i_compbench.CATEGORIES), "of all prompts; without --lists there are no parts of it", **common,
     )  # fmt: skip
     flags.DEFINE_string(
-        "vqa", None, "BLIP for BLIP-VQA, as weights.lavis converts it; what is imported of it is left out; empty: none; default: "
-        f"{evaluation.VQA}, for shapes none", **common,
+        "vqa", None, "BLIP for BLIP-VQA, as weights.lavis converts it, or what answers GenEval 2's questions; what is imported "
+        f"of it is left out; empty: none; default: {evaluation.VQA}, of shapes none, of geneval2 {evaluation.QUESTIONED}",
+        **common,
     )  # fmt: skip
     flags.DEFINE_string(
         "clip",
@@ -103,13 +114,21 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "layout; in a run directory they are named and left out", **common,
     )  # fmt: skip
     flags.DEFINE_enum(
-        "export", None, ["t2i_compbench", "geneval"], "write the folder that its official scorers read", **common
+        "export",
+        None,
+        ["t2i_compbench", "geneval", "geneval2"],
+        "write the folder that its official scorers read",
+        **common,
     )
-    flags.DEFINE_string("metadata", None, "GenEval's evaluation_metadata.jsonl, for --export=geneval", **common)
+    flags.DEFINE_string(
+        "metadata", None, "GenEval's evaluation_metadata.jsonl, for --export=geneval; GenEval 2's geneval2_data.jsonl", **common
+    )  # fmt: skip
     flags.DEFINE_integer(
         "per_prompt", None, "images of each prompt, for --export; default: the benchmark's", lower_bound=1, **common
     )
-    flags.DEFINE_string("import_scores", None, "exported folder with results, or GenEval's results.jsonl", **common)
+    flags.DEFINE_string(
+        "import_scores", None, "exported folder with results, or the result file of GenEval or GenEval 2", **common
+    )
     flags.DEFINE_string("out", None, "directory to write; default: within --workdir", **common)
 
 
@@ -119,7 +138,7 @@ def main(args: flags.FlagValues) -> str:
         logging.set_verbosity(logging.WARNING)
     if not args.workdir:
         raise ValueError("--workdir is missing: a run directory, or a folder of images in a benchmark's layout")
-    if args.referee or args.vqa or args.benchmark == "t2i_compbench":  # networks need a device
+    if args.referee or args.vqa or args.benchmark in ("t2i_compbench", "geneval2"):  # networks need a device
         cli.prepare(args.device)
     return evaluate(args)
 

@@ -43,7 +43,7 @@ def score(
         texts: any number, one at least.
         name: of the referee; empty: read from the checkpoint.
         revision: commit of a hub id; empty: the newest.
-        **reading: `template`, `first_token` and `truncate` of config.RefereeSpec.
+        **reading: `template`, `first_token`, `truncate` and `questions` of config.RefereeSpec.
 
     Raises ValueError, PromptError or WeightsError for what cannot be done, or if no image or no text can be read.
     """
@@ -53,16 +53,18 @@ def score(
         raise ValueError(f"--template={reading['template']!r} is not a text with one {{}} where the prompt is put")
     if name:
         config.own_referee(name, "--name")  # an unknown name is an error
+    kind = name or referees.name_of(referee, revision or None)
+    if reading.get("questions") and kind not in config.ASKED:
+        raise ValueError(f"--questions: {kind} answers none; {', '.join(config.ASKED)} do")
     pixels, unread = _readable(images, images_lib.read_image)
-    spec = config.RefereeSpec(
-        name=name or referees.name_of(referee, revision or None), checkpoint=referee, revision=revision, losses={},
-        **reading,
-    )  # fmt: skip
+    spec = config.RefereeSpec(name=kind, checkpoint=referee, revision=revision, losses={}, **reading)
     judge = referees.load_referee(spec)
     tokens, long = _readable(texts, judge.tokenize)
     lines = []
     for file, row in zip(pixels, judge.score(list(pixels.values()), list(tokens)), strict=True):
-        lines += [json.dumps({"image": file, "text": text, **x}) for text, x in zip(tokens, row, strict=True)]
+        for text, scores in zip(tokens, row, strict=True):
+            asked = {x["question"]: x["probability"] for x in judge.answered(scores, text)} if spec.questions else {}
+            lines.append(json.dumps({"image": file, "text": text, **scores, **({"questions": asked} if asked else {})}))
     for text in filter(judge.is_cut, tokens):
         logging.warning(
             "the prompt %r is cut to %d tokens, as by the authors of %s", text[:60], judge.length, spec.name
@@ -94,7 +96,8 @@ def main(args: flags.FlagValues) -> str:
     if not args.referee and not (args.name and config.own_referee(args.name, "--name")):
         raise ValueError("--referee is missing: a directory or a hub id, see --list")
     cli.prepare(args.device)
-    reading = {name: args[name].value for name in ("template", "first_token", "truncate") if args[name].present}
+    names = ("template", "first_token", "truncate", "questions")
+    reading = {name: args[name].value for name in names if args[name].present}
     return score(args.referee or "", args.image, args.text, name=args.name or "", revision=args.revision, **reading)
 
 
@@ -107,6 +110,10 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "first_token", "[ENC]", ["[ENC]", "[CLS]"], "of texts that read the image in blip_itm and blip_vqa: the authors' "
         "[ENC], or [CLS], as transformers has it",
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "questions", 0, "take each text apart into at most so many questions of one fact, and print their probabilities",
+        lower_bound=0,
     )  # fmt: skip
     flags.DEFINE_bool("truncate", False, "cut texts that are too long, as the referee's authors do")
     flags.DEFINE_string("revision", "", "commit of a hub id; default: the newest")

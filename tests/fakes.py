@@ -49,6 +49,7 @@ class Picture:
     latents: np.ndarray
     status: str = "done"
     losses: dict | None = None
+    questions: dict = dataclasses.field(default_factory=dict)
 
 
 class FakeInverter:
@@ -63,6 +64,10 @@ class FakeInverter:
 
     def check(self, prompt):
         return "99 tokens, the prior reads 77" if "too long" in prompt else None
+
+    def asking(self, questions):
+        self.questions = questions
+        return self
 
     def begin(self, items, seed):
         self.begun.append(tuple(items))

@@ -1,6 +1,7 @@
 """Prompt files with all kinds of content, texts made from prompts, and tokens."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -64,6 +65,42 @@ def test_prompts_of_records(tmp_path, ending, content, is_named):
     file.write_bytes(b"\xef\xbb\xbf" + content.encode())
     texts, rejected = prompt_file.sift(prompt_file.read_prompts(file))
     assert (texts, rejected) == (TWO, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "a.jsonl",
+            '{"prompt": "two dogs", "questions": [["How many dogs?", "two"], "Are they red?"]}\n{"prompt": "b"}',
+        ),
+        ("a.csv", 'prompt,questions\ntwo dogs,"[[""How many dogs?"", ""two""], ""Are they red?""]"\nb,\n'),
+        ("a.jsonl", '{"prompt": "two dogs", "vqa_list": [["How many dogs?", "two"], ["Are they red?", "Yes"]]}\n"b"'),
+    ],
+)
+def test_questions_of_prompts(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    entries = prompt_file.read_prompts(tmp_path / name)
+    asked = prompt_file.questions(entries)
+    assert [entry.text for entry in entries] == ["two dogs", "b"] and asked.keys() == {"two dogs"}
+    assert [x[2:] for x in asked["two dogs"]] == [("How many dogs?", "two"), ("Are they red?", "yes")]
+
+
+def test_plain_questions_and_their_kinds(tmp_path):
+    (tmp_path / "a.tsv").write_text("prompt\tquestions\na\tIs it red? | Is it round?\na\tIs it blue?\n")
+    asked = prompt_file.questions(prompt_file.read_prompts(tmp_path / "a.tsv"))
+    assert [atom.question for atom in asked["a"]] == ["Is it red?", "Is it round?"]
+    line = {"prompt": "a", "vqa_list": [["Is it red?", "Yes"], ["How many?", "3"]], "skills": ["attribute", "count"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    asked = prompt_file.questions(prompt_file.read_prompts(tmp_path / "a.jsonl"))
+    assert [atom.kind for atom in asked["a"]] == ["attribute", "count"]
+
+
+@pytest.mark.parametrize("asked", [[1], [["a", "b", "c"]], [["a", ""]], {"a": "yes"}, "[1", 5])
+def test_questions_that_are_none(tmp_path, asked):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "questions": asked}))
+    entries = prompt_file.read_prompts(tmp_path / "a.jsonl")
+    assert entries[0].reason.startswith("its questions: ") and not prompt_file.questions(entries)
 
 
 @pytest.mark.parametrize(

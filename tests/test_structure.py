@@ -40,6 +40,7 @@ TABLE = {
     },
     "runs": {
         "performance", "engine", "storage", "config", "cli", "console", "hardware", "items", "prompts", "weights",
+        "referees.questions",
     },
 }  # fmt: skip
 TABLE |= {command: {*TABLE, "benchmarks", "runs"} for command in COMMANDS}

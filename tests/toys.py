@@ -73,6 +73,7 @@ class Referee(struct.PyTreeNode):
     matrices: Array
     losses: tuple[str, ...] = struct.field(pytree_node=False)
     image_size: int = struct.field(pytree_node=False)
+    questions: int = struct.field(pytree_node=False, default=0)
     network = types.SimpleNamespace(
         config=types.SimpleNamespace(text_config=types.SimpleNamespace(vocab_size=VOCABULARY))
     )
@@ -93,8 +94,9 @@ class Referee(struct.PyTreeNode):
         return jax.image.resize(image, (self.image_size, self.image_size, 3), "linear")
 
     def scores(self, view: Array, text: Array) -> dict[str, Array]:
-        """exp(-loss) of each."""
-        return {name: jnp.exp(-loss[0]) for name, loss in self.views_losses(view[None], text).items()}
+        """exp(-loss) of each; of single questions the mean of their features."""
+        scores = {name: jnp.exp(-loss[0]) for name, loss in self.views_losses(view[None], text).items()}
+        return scores | {f"question_{n}": jax.nn.sigmoid(text[n].mean()) for n in range(self.questions)}
 
 
 def prior(seed: int = 0) -> load.StableDiffusion:
@@ -115,7 +117,7 @@ def judge(spec: config.RefereeSpec, seed: int = 1) -> referees.Judge:
     """In place of the referee of this name, with its losses; the texts are those that its family reads."""
     rng, names, size = np.random.default_rng(seed), config.LOSSES[spec.name], 32 if spec.name == "clip" else 24
     matrices = _normal(rng, len(names), CELLS * CELLS * 3, FEATURES)
-    referee = Referee(_table(rng, FEATURES), matrices, losses=tuple(names), image_size=size)
+    referee = Referee(_table(rng, FEATURES), matrices, losses=tuple(names), image_size=size, questions=spec.questions)
     return referees.Judge(spec, referees.REFEREES[spec.name], referee, Words(LENGTH))
 
 

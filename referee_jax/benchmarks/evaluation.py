@@ -10,12 +10,13 @@ from typing import Any
 from absl import logging
 
 from referee_jax import console
-from referee_jax.benchmarks import agreement, layouts, measures, noun_phrases, statistics, t2i_compbench
+from referee_jax.benchmarks import agreement, geneval2, layouts, measures, noun_phrases, statistics, t2i_compbench
 from referee_jax.shapes import benchmark as shapes_benchmark
 from referee_jax.storage import contact_sheet, files, run_directory
 
 ALL = "all"  # the part that every image counts in
 VQA, CLIP = "checkpoints/blip-vqa-480", "openai/clip-vit-base-patch32"
+QUESTIONED = "Qwen/Qwen3-VL-8B-Instruct"  # GenEval 2's
 FOOLED = 8  # wrong pictures in fooled.png for each score
 
 Means = dict[str, dict[str, statistics.Mean]]  # part -> score -> mean
@@ -27,7 +28,7 @@ def is_run(directory: Path) -> bool:
 
 
 def read(directory: Path) -> list[layouts.Entry]:
-    """The images of a run directory, or of a folder in T2I-CompBench's or GenEval's layout.
+    """The images of a run directory, of a folder in T2I-CompBench's or GenEval's layout, or of GenEval 2's {prompt: path}.
 
     Raises ValueError where there are none.
     """
@@ -37,8 +38,10 @@ def read(directory: Path) -> list[layouts.Entry]:
         entries = layouts.read_t2i_compbench(directory)
     elif directory.is_dir() and any(directory.glob("*/metadata.jsonl")):
         entries = layouts.read_geneval(directory)
+    elif directory.suffix == ".json" and directory.is_file() or any(directory.glob(geneval2.PATHS.format("*"))):
+        entries = geneval2.read_paths(directory)
     else:
-        raise ValueError(f"{directory} is neither a run directory nor a folder in T2I-CompBench's or GenEval's layout")
+        raise ValueError(f"{directory} is neither a run directory nor a folder in a benchmark's layout")
     if not entries:
         raise ValueError(f"{directory} holds no finished image")
     return entries
@@ -108,21 +111,23 @@ def evaluate(
     rule: str,
     import_scores: str | None,
     truncate: bool | None = None,
+    data: str | None = None,
 ) -> str:
     """Measures the images of a directory and writes images.jsonl, scores.json and fooled.png.
 
     Args:
         directory: a run directory, or a folder in a benchmark's layout.
         out: the directory to write; it also holds a file of scores for each measure.
-        benchmark: "shapes", "t2i_compbench", "geneval" or None.
+        benchmark: "shapes", "t2i_compbench", "geneval", "geneval2" or None.
         referees: checkpoints of referees that score each image.
         lists: directory of T2I-CompBench's lists.
         category: T2I-CompBench's category of all prompts.
-        vqa: checkpoint for BLIP-VQA; None is the benchmark's default, "" none.
+        vqa: checkpoint for BLIP-VQA, or that answers GenEval 2's questions; None is the benchmark's default, "" none.
         clip: checkpoint for CLIPScore, as `vqa`.
         rule: one of noun_phrases.RULES.
         import_scores: where external scorers left their results.
         truncate: whether prompts that are too long for a measure are cut, as its authors do; None: not in run directories.
+        data: GenEval 2's geneval2_data.jsonl.
 
     Returns:
         The tables, as Markdown, and what was cut or could not be measured.
@@ -131,15 +136,17 @@ def evaluate(
         ValueError: if something is missing or does not fit.
     """
     entries = read(directory)
+    rows = read_rows(benchmark, data)
+    evaluation = Evaluation.of(entries, parts(benchmark, entries, lists, category, rows))
     out.mkdir(parents=True, exist_ok=True)
-    evaluation = Evaluation.of(entries, parts(benchmark, entries, lists, category))
     imported = []
     if import_scores:
-        imported = add_imported(evaluation, directory, import_scores, benchmark, {"blip_vqa": vqa, "clip": clip})
+        checkpoints = {"blip_vqa": vqa, "clip": clip}
+        imported = add_imported(evaluation, directory, import_scores, benchmark, checkpoints, rows)
     if category == "complex" and not lists and "3_in_1" not in imported:
         logging.warning("there is no 3_in_1 by --category=complex alone: --lists says of what kind a complex prompt is")
     truncate = not is_run(directory) if truncate is None else truncate
-    work = plan(benchmark, evaluation, vqa=vqa, clip=clip, rule=rule, referees=referees, truncate=truncate)
+    work = plan(benchmark, evaluation, vqa=vqa, clip=clip, rule=rule, referees=referees, truncate=truncate, rows=rows)
     remarks = {}
     for measure, unscored in work:
         scores = measures.collect(measure, unscored, out)
@@ -165,6 +172,9 @@ def evaluate(
         "scores": {part: {name: x._asdict() for name, x in scores.items()} for part, scores in means.items()},
     }
     record["remarks"] = {name: dataclasses.asdict(own) for name, own in remarks.items() if own.cut or own.unread}
+    if benchmark == "geneval2":
+        skills = geneval2.by_skill(rows, [(x["prompt"], x[geneval2.ATOMS]) for x in lines if geneval2.ATOMS in x])
+        record["skills"] = {skill: mean._asdict() for skill, mean in skills.items()}
     agreements = agree(lines, out)
     if agreements:
         record["agreement"] = {name: x._asdict() for name, x in agreements.items()}
@@ -173,6 +183,10 @@ def evaluate(
     if any(measure.name == "blip_vqa" for measure, _ in work):
         titles["blip_vqa"] = f"blip_vqa ({rule} noun phrases)"
     tables = table(means, titles) + ("\n" + agreement.table(agreements) if agreements else "")
+    if benchmark == "geneval2":
+        tables += "\n" + console.markdown(
+            ["skill", "questions", geneval2.AM], {k: [x.images, x] for k, x in skills.items()}
+        )
     return tables + "".join(f"\n{line}\n" for name, own in remarks.items() for line in own.lines(name, truncate))
 
 
@@ -237,6 +251,7 @@ def plan(
     clip: str | None = None,
     rule: str = noun_phrases.NEW,
     truncate: bool = False,
+    rows: Mapping[str, geneval2.Row] | None = None,
 ) -> list[tuple[measures.Measure, list[layouts.Entry]]]:
     """The measures, each with the images to measure: all, or for T2I-CompBench those without its score.
 
@@ -248,6 +263,10 @@ def plan(
         work.append((measures.ground_truth(), entries))
         if vqa:
             work.append((measures.blip_vqa(vqa, [entry.prompt for entry in entries], rule=rule), entries))
+    elif benchmark == "geneval2":
+        unscored = [entry for entry in entries if geneval2.AM not in evaluation.scores[str(entry.file)]]
+        if unscored and vqa != "":
+            work.append((measures.soft_tifa(vqa or QUESTIONED, rows), unscored))
     elif benchmark == "t2i_compbench":
         vqa, clip = VQA if vqa is None else vqa, CLIP if clip is None else clip
         builders = {}
@@ -289,13 +308,28 @@ def agree(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, agreement.
     return agreements
 
 
+def read_rows(benchmark: str | None, data: str | None) -> dict[str, geneval2.Row]:
+    """GenEval 2's rows; none for another benchmark. ValueError where they are missing or damaged."""
+    if benchmark != "geneval2":
+        return {}
+    if not data:
+        raise ValueError("--metadata is missing: GenEval 2's geneval2_data.jsonl")
+    return geneval2.read_data(data)
+
+
 def parts(
-    benchmark: str | None, entries: Sequence[layouts.Entry], lists: str | None, category: str | None
+    benchmark: str | None,
+    entries: Sequence[layouts.Entry],
+    lists: str | None,
+    category: str | None,
+    rows: Mapping[str, geneval2.Row] | None = None,
 ) -> dict[str, list[str]]:
     """The parts that each prompt counts in besides ALL. Raises ValueError where they are unknown."""
     prompts = dict.fromkeys(entry.prompt for entry in entries)
     if benchmark == "shapes":
         return {prompt: shapes_benchmark.parts(prompt) for prompt in prompts}
+    if benchmark == "geneval2":
+        return geneval2.parts(rows, list(prompts))
     if benchmark != "t2i_compbench":
         return {prompt: [] for prompt in prompts}
     if not lists:
@@ -322,6 +356,7 @@ def add_imported(
     results: str,
     benchmark: str | None,
     checkpoints: Mapping[str, str | None],
+    rows: Mapping[str, geneval2.Row],
 ) -> list[str]:
     """Adds the scores that external scorers gave the images of an exported folder.
 
@@ -329,8 +364,9 @@ def add_imported(
         evaluation: takes the scores.
         directory: of the images.
         results: the folder or file that the scorers left.
-        benchmark: "t2i_compbench" or "geneval".
+        benchmark: "t2i_compbench", "geneval" or "geneval2".
         checkpoints: measure -> checkpoint that measures it here; its imported scores are left out.
+        rows: GenEval 2's.
 
     Returns:
         The names of the scores.
@@ -343,8 +379,13 @@ def add_imported(
         for tag, scores in by_tag.items():
             evaluation.add({str(directory / file): {"geneval": x, tag: x} for file, x in scores.items()})
         return ["geneval", *by_tag]
+    if benchmark == "geneval2":
+        scores = geneval2.import_scores(results, rows)
+        files = {(entry.prompt, entry.sample): str(entry.file) for entry in evaluation.entries}
+        evaluation.add({files[key]: x for key, x in scores.items() if key in files})
+        return [geneval2.AM, geneval2.GM]
     if benchmark != "t2i_compbench":
-        raise ValueError("--import_scores is of --benchmark=t2i_compbench or geneval")
+        raise ValueError("--import_scores is of --benchmark=t2i_compbench, geneval or geneval2")
     prompts = {str(entry.file): entry.prompt for entry in evaluation.entries}
     names: dict[str, None] = {}
     for measure, scores in layouts.import_t2i_compbench(results).items():

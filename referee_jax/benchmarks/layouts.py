@@ -112,11 +112,11 @@ def export_t2i_compbench(
     `per_prompt` - 1 (None: any), is none of `prompts` or cannot be in a name, or if `out` holds other
     images; OSError as from the system.
     """
-    groups = _by_prompt(entries, prompts, per_prompt)
+    groups = by_prompt(entries, prompts, per_prompt)
     ordered = [entry for group in groups.values() for entry in group]
     plan = {f"samples/{t2i_compbench_name(entry.prompt, n)}": entry.file for n, entry in enumerate(ordered)}
     samples = Path(out) / "samples"
-    _write(Path(out), plan, [f"samples/{name}" for name in os.listdir(samples)] if samples.exists() else [])
+    write(Path(out), plan, [f"samples/{name}" for name in os.listdir(samples)] if samples.exists() else [])
     return len(ordered)
 
 
@@ -176,7 +176,7 @@ def _numbered(directory: Path) -> list[tuple[int, str, Path]]:
 
 def _read_answers(file: Path) -> dict[int, float]:
     """question_id -> score, of a vqa_result.json: a list of {"question_id": 0, "answer": 0.25 or "0.2500"}."""
-    answers = _json(file.read_bytes(), str(file))
+    answers = parsed(file.read_bytes(), str(file))
     if not isinstance(answers, list):
         raise ValueError(f"{file} is damaged: no list of answers")
     scores: dict[int, float] = {}
@@ -215,14 +215,14 @@ def export_geneval(
     as from the system.
     """
     lines = _read_metadata(Path(metadata_file))
-    groups = _by_prompt(entries, [prompt for prompt, _ in lines], per_prompt)
+    groups = by_prompt(entries, [prompt for prompt, _ in lines], per_prompt)
     plan: dict[str, Path | bytes] = {}
     for place, (prompt, line) in enumerate(lines):
         if group := groups[prompt]:
             plan[f"{place:05d}/metadata.jsonl"] = line + b"\n"
             plan |= {f"{place:05d}/samples/{entry.sample:05d}.png": entry.file for entry in group}
     present = [file for folder in _places(Path(out)) for file in (folder / "metadata.jsonl", *folder.glob("samples/*"))]
-    _write(Path(out), plan, [file.relative_to(out).as_posix() for file in present if file.exists()])
+    write(Path(out), plan, [file.relative_to(out).as_posix() for file in present if file.exists()])
     return sum(not isinstance(source, bytes) for source in plan.values())
 
 
@@ -231,7 +231,7 @@ def read_geneval(directory: str | os.PathLike) -> list[Entry]:
     entries = []
     for folder in _places(Path(directory)):
         file = folder / "metadata.jsonl"
-        match _json(file.read_bytes(), str(file)) if file.is_file() else None:
+        match parsed(file.read_bytes(), str(file)) if file.is_file() else None:
             case {"prompt": str(prompt)}:
                 images = [x for x in folder.glob("samples/*.png") if re.fullmatch("[0-9]+", x.stem)]
                 entries += [Entry(x, prompt, int(x.stem)) for x in sorted(images, key=lambda x: int(x.stem))]
@@ -249,8 +249,8 @@ def import_geneval(results: str | os.PathLike) -> dict[str, dict[str, float]]:
     the mean of the tags' means. Raises ValueError for a damaged file.
     """
     path, by_tag, names = Path(results), {}, set()
-    for number, line in enumerate(_lines(path), 1):
-        match _json(line, f"line {number} of {path}"):
+    for number, line in enumerate(read_lines(path), 1):
+        match parsed(line, f"line {number} of {path}"):
             case {"filename": str(file_name), "tag": str(tag), "correct": bool(correct)}:
                 # The path is of the machine where the scorer ran; this class splits at either kind of slash.
                 name = "/".join(PureWindowsPath(file_name).parts[-3:])
@@ -276,8 +276,8 @@ def _places(directory: Path) -> list[Path]:
 def _read_metadata(file: Path) -> list[tuple[str, bytes]]:
     """Prompt and whole line of each line of evaluation_metadata.jsonl."""
     lines = []
-    for number, line in enumerate(_lines(file), 1):
-        match _json(line, f"line {number} of {file}"):
+    for number, line in enumerate(read_lines(file), 1):
+        match parsed(line, f"line {number} of {file}"):
             case {"prompt": str(prompt), "tag": str()}:
                 lines.append((prompt, line))
             case _:
@@ -285,10 +285,10 @@ def _read_metadata(file: Path) -> list[tuple[str, bytes]]:
     return lines
 
 
-# --- both -------------------------------------------------------------------------------------------------------------
+# --- all --------------------------------------------------------------------------------------------------------------
 
 
-def _by_prompt(
+def by_prompt(
     entries: Iterable[Entry], prompts: Sequence[str] | None, per_prompt: int | None
 ) -> dict[str, list[Entry]]:
     """The entries of each of `prompts`, by sample."""
@@ -309,7 +309,7 @@ def _by_prompt(
     return groups
 
 
-def _write(out: Path, plan: Mapping[str, Path | bytes], present: Sequence[str]) -> None:
+def write(out: Path, plan: Mapping[str, Path | bytes], present: Sequence[str]) -> None:
     """Writes the files of `plan` (name -> file to copy, or content); `present` are those that a scorer sees now."""
     if other := [name for name in present if name not in plan or (out / name).read_bytes() != _content(plan[name])]:
         raise ValueError(f"{out} holds other files already, choose another folder: {_list(other)}")
@@ -326,14 +326,15 @@ def _content(source: Path | bytes) -> bytes:
     return source if isinstance(source, bytes) else images_lib.read_png(source)
 
 
-def _json(data: bytes, where: str) -> Any:
+def parsed(data: bytes, where: str) -> Any:
+    """The JSON value. Raises ValueError, with `where` it is from."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is damaged: {error}") from error
 
 
-def _lines(file: Path) -> list[bytes]:
+def read_lines(file: Path) -> list[bytes]:
     """The lines of a file, without an empty last one."""
     lines = [line.removesuffix(b"\r") for line in file.read_bytes().split(b"\n")]
     return lines if lines[-1] else lines[:-1]

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import PIL.Image
 import tqdm
 
 from referee_jax import config, referees
-from referee_jax.benchmarks import layouts, noun_phrases, t2i_compbench
+from referee_jax.benchmarks import geneval2, layouts, noun_phrases, t2i_compbench
 from referee_jax.benchmarks import scorer as scorer_lib
 from referee_jax.benchmarks.scorer import CUT, UNREAD
+from referee_jax.referees.judge import QUESTION
 from referee_jax.shapes import benchmark
 from referee_jax.storage import files, shards
 from referee_jax.storage import images as images_lib
@@ -118,6 +119,31 @@ def blip_vqa(checkpoint: str, prompts: Iterable[str], *, rule: str = noun_phrase
         return scorer.batch_size, score
 
     return Measure("blip_vqa", _of(checkpoint, noun_phrases=rule, chunker=label), build, questions.__getitem__)
+
+
+def soft_tifa(checkpoint: str, rows: Mapping[str, geneval2.Row], *, batch_size: int = 4) -> Measure:
+    """GenEval 2's Soft-TIFA of the rows' questions, by any referee of config.ASKED."""
+    kind, most = referees.name_of(checkpoint), max(len(row.atoms) for row in rows.values())
+    if kind not in config.ASKED:
+        raise ValueError(f"{checkpoint} is a {kind}, which answers no questions; {', '.join(config.ASKED)} do")
+
+    def build():
+        spec = config.RefereeSpec(name=kind, checkpoint=checkpoint, losses={}, questions=most)
+        asked = {prompt: row.atoms for prompt, row in rows.items()}
+        scorer = scorer_lib.Scorer(referees.load_referee(spec), batch_size=batch_size, questions=asked)
+
+        def result(own: list[Scores] | str, prompt: str) -> Scores:
+            if isinstance(own, str):
+                return {UNREAD: own}
+            return geneval2.soft_tifa([own[0][f"{QUESTION}{n}"] for n in range(len(asked[prompt]))])
+
+        def score(images: Sequence[PIL.Image.Image], prompts: Sequence[str]) -> list[Scores]:
+            return list(map(result, scorer(images, [(prompt,) for prompt in prompts]), prompts))
+
+        return scorer.batch_size, score
+
+    text = lambda prompt: [list(atom[2:]) for atom in rows[prompt].atoms]
+    return Measure("soft_tifa", _of(checkpoint, most=str(most)), build, text)
 
 
 def _of(checkpoint: str, **settings: str) -> dict[str, Any]:

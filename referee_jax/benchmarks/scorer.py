@@ -1,6 +1,6 @@
 """A referee's scores of images, each with its own texts, in batches over the devices of this process."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -8,6 +8,8 @@ import PIL.Image
 
 from referee_jax import prompts, referees
 from referee_jax.engine import parallel
+from referee_jax.referees.judge import asked_alone
+from referee_jax.referees.questions import Atom
 
 CUT, UNREAD = "cut", "unread"  # beside the scores of a text that was cut, or in their place: why it has none
 
@@ -21,6 +23,7 @@ class Scorer:
         batch_size: images at once on each device.
         truncate: whether a text that is too long is cut, as the referee's authors do.
         devices: by default all of this process.
+        questions: text -> what is asked about it, for a judge whose spec takes texts apart.
     """
 
     def __init__(
@@ -31,7 +34,9 @@ class Scorer:
         batch_size: int = 16,
         truncate: bool = False,
         devices: Sequence[jax.Device] | None = None,
+        questions: Mapping[str, Sequence[Atom]] | None = None,
     ):
+        self.questions = questions or {}
         self.judge, self.texts, self.mesh = judge.cutting() if truncate else judge, texts, parallel.prompt_mesh(devices)
         self.batch_size = batch_size * self.mesh.shape[parallel.AXIS]
         self.referee = parallel.place(judge.referee, self.mesh, batched=False)
@@ -62,7 +67,7 @@ class Scorer:
         scores = jax.tree.map(np.asarray, scores)
         for row, n in enumerate(dict.fromkeys(rows)):
             results[n] = [
-                {name: float(x[row, m]) for name, x in scores.items()}
+                asked_alone({name: float(x[row, m]) for name, x in scores.items()})
                 | ({CUT: True} if self.judge.is_cut(text) else {})
                 for m, text in enumerate(texts[n])
             ]
@@ -71,7 +76,7 @@ class Scorer:
     def _tokens(self, texts: Sequence[str]) -> dict[str, np.ndarray] | str:
         """Of an image's texts, the last of which fills up what is missing; or why one cannot be read."""
         try:
-            tokens = list(map(self.judge.tokenize, texts))
+            tokens = [self.judge.tokenize(text, self.questions.get(text, ())) for text in texts]
         except prompts.Unreadable as error:
             return error.reason
         return jax.tree.map(lambda *x: np.stack(x), *tokens, *tokens[-1:] * (self.texts - len(texts)))

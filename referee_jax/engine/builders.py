@@ -14,6 +14,7 @@ from referee_jax.engine import parallel
 from referee_jax.hardware import chips
 from referee_jax.method import augmentations, inversion, objective, optim, sds
 from referee_jax.models import layers
+from referee_jax.referees.questions import Atom
 from referee_jax.weights import load
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -172,15 +173,16 @@ def tokenize(
     judges: Sequence[referees.Judge],
     held_out: Sequence[referees.Judge],
     prompt: str,
+    questions: Sequence[Atom] = (),
 ) -> dict[str, Any]:
-    """A prompt as `encode` reads it. Raises prompts.Unreadable."""
+    """A prompt as `encode` reads it, with the user's questions about it. Raises prompts.Unreadable."""
     template = settings.sds
     is_guided = template.prompt != template.negative_prompt
     texts = [prompts.fill(template.prompt, prompt), template.negative_prompt][: 2 if is_guided else 1]
     return {
         "prior": prompts.tokenize(tokenizer, list(map(prompts.repaired, texts)), reader="the prior"),
-        "referees": tuple(judge.read(prompt) for judge in judges),
-        "held_out": tuple(judge.read(prompt) for judge in held_out),
+        "referees": tuple(judge.read(prompt, questions) for judge in judges),
+        "held_out": tuple(judge.read(prompt, questions) for judge in held_out),
     }
 
 

@@ -11,7 +11,8 @@ need to stop or inspect between chunks. It reads no files but checkpoints, and w
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from referee_jax.hardware import chips, compile_cache
 from referee_jax.hardware import devices as hardware_devices
 from referee_jax.items import Item, Part
 from referee_jax.method import ddim, inversion
+from referee_jax.referees.questions import Atom
 from referee_jax.weights import load
 
 TOKENIZED = 4096  # prompts whose tokens stay in memory, some kilobytes each
@@ -44,6 +46,7 @@ class Picture:
         status: "done" or "nonfinite".
         losses: where there are held-out referees, the losses of "referee" and "held_out", each a
             pair of the first and the last (held_out.is_hacked).
+        questions: "referee_0" -> what it was asked about the prompt, see Judge.answered.
     """
 
     item: Item
@@ -52,6 +55,7 @@ class Picture:
     latents: np.ndarray
     status: str = "done"
     losses: dict[str, tuple[float, float]] | None = None
+    questions: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Inverter:
         self.plan = builders.make_plan(settings, prior, self.judges, self.held_out, dense=hardware.dense)
         self.hyper = builders.make_hyper(settings)
         self.compiled, self._programs, self._tokens = False, {}, {}
+        self.questions: Mapping[str, Sequence[Atom]] = {}
         self._encode = self._jit(jax.vmap(builders.encode, in_axes=(None, None, 0)))
 
     @classmethod
@@ -147,6 +152,12 @@ class Inverter:
         directory = compile_cache.directory()
         cache = f"; programs are kept in {directory}" if directory else ""
         return f"compiling for {self.devices}, {self.batch_size} images at once{cache}"
+
+    def asking(self, questions: Mapping[str, Sequence[Atom]]) -> "Inverter":
+        """The same, with its compiled programs, where some prompts have questions of their user's."""
+        other = copy.copy(self)
+        other.questions, other._tokens = questions, {}
+        return other
 
     def check(self, prompt: str) -> str | None:
         """Why this prompt cannot be used, or None."""
@@ -220,14 +231,25 @@ class Inverter:
         """The state of a batch between two chunks as arrays, to be saved."""
         leaves = jax.tree_util.tree_leaves_with_path(batch.state)
         state = {jax.tree_util.keystr(path): np.asarray(x)[: len(batch.items)] for path, x in leaves}
-        return Part(batch.items, batch.step, state)
+        return Part(batch.items, batch.step, state | self._asked(batch.items))
+
+    def _asked(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
+        """Where referees are asked questions, a hash of those about each item's prompt, to be saved."""
+        judges = [judge for judge in (*self.judges, *self.held_out) if judge.spec.questions]
+        if not judges:
+            return {}
+        asked = lambda prompt: [judge.atoms(prompt, self.questions.get(prompt, ())) for judge in judges]
+        return {"questions": np.array([zlib.crc32(repr(asked(item.prompt)).encode()) for item in items], np.uint32)}
 
     def resume(self, part: Part, seed: int) -> Batch:
         """The batch of a part of `snapshot`, of this or another batch. ValueError for a state of other settings."""
         prompt, hyper, keys = self._encode_items(part.items, seed)
         paths, structure = jax.tree_util.tree_flatten_with_path(self._abstract_state(hyper))
         expected = {jax.tree_util.keystr(path): x for path, x in paths}
-        saved = part.state or {}
+        saved = dict(part.state or {})
+        asked = self._asked(part.items)
+        if any(not np.array_equal(saved.pop(name, None), x) for name, x in asked.items()):
+            raise ValueError("the saved state is one of other questions")
         types = lambda arrays: {name: (x.shape[1:], x.dtype) for name, x in arrays.items()}
         if types(expected) != types(saved):
             raise ValueError("the saved state is not one of these settings")
@@ -331,8 +353,18 @@ class Inverter:
                 pairs = zip(("referee", "held_out"), first[n], last[n], strict=True)
                 losses = {name: (float(start), float(end)) for name, start, end in pairs}
             status = "nonfinite" if frozen[n] else "done"
-            pictures.append(Picture(item, images[n], item_scores, latents[n], status, losses))
+            asked = self._answered(item.prompt, item_scores)
+            pictures.append(Picture(item, images[n], item_scores, latents[n], status, losses, asked))
         return pictures
+
+    def _answered(self, prompt: str, scores: dict[str, float]) -> dict[str, list[dict[str, Any]]]:
+        """Takes the answers to questions out of an item's scores, by referee."""
+        groups = (("referee", self.judges), ("held_out", self.held_out))
+        judges = [(f"{role}_{n}", judge) for role, group in groups for n, judge in enumerate(group)]
+        given = self.questions.get(prompt, ())
+        return {
+            name: judge.answered(scores, prompt, given, f"{name}/") for name, judge in judges if judge.spec.questions
+        }
 
     def __call__(self, texts: Sequence[str], *, samples: int = 1, seed: int = 0) -> Result:
         """All of `texts` x `samples`, batch by batch. ValueError for a prompt that cannot be used."""
@@ -386,7 +418,8 @@ class Inverter:
     def _tokenize(self, prompt: str) -> dict[str, Any]:
         """A prompt's tokens. Those of the last TOKENIZED are kept: `begin` need not read again after `check`."""
         if prompt not in self._tokens:
-            tokens = builders.tokenize(self.settings, self.tokenizer, self.judges, self.held_out, prompt)
+            given = self.questions.get(prompt, ())
+            tokens = builders.tokenize(self.settings, self.tokenizer, self.judges, self.held_out, prompt, given)
             if len(self._tokens) == TOKENIZED:
                 del self._tokens[next(iter(self._tokens))]
             self._tokens[prompt] = tokens

@@ -17,12 +17,12 @@ from jax import Array
 
 from referee_jax import config, prompts
 from referee_jax.models import bert, blip, layers
-from referee_jax.referees import resizing
-from referee_jax.referees.judge import Family, Judge
+from referee_jax.referees import questions, resizing
+from referee_jax.referees.judge import Family, Judge, answer_scores, filled
 
 ANSWERS = ("yes", "no")
 # BLIP was trained on texts of 35 to 40 wordpieces, but its table of positions is BERT's, of 512.
-TOKENS = 64
+TOKENS, QUESTION = 64, 32
 
 
 class BlipReferee(struct.PyTreeNode):
@@ -109,31 +109,39 @@ class Caption(BlipReferee):
 
 
 class Vqa(BlipReferee):
-    """Loss `vqa` = -log p("yes"), of the answers "yes" and "no" to a question made of the prompt.
+    """Loss `vqa` = -log p("yes"), of the answers "yes" and "no" to a question made of the prompt, or the mean over several.
 
     By the first token of the answer, as in T2I-CompBench ("disentangled BLIP-VQA", arXiv 2307.06350).
 
     Attributes:
         answers: ids of "yes" and of "no".
+        questions: how many of a prompt are scored one by one.
     """
 
     answers: tuple[int, int] = struct.field(pytree_node=False)
+    questions: int = struct.field(pytree_node=False)
 
     losses = config.LOSSES["blip_vqa"]
 
     def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
-        """The question's `input_ids, mask [T]`."""
+        """Q questions' `input_ids, mask [Q, T]`, and which are `real [Q]`."""
         return tokens | {"input_ids": self._reading(tokens["input_ids"])}
+
+    def _log_yes(self, views: Array, text: dict[str, Array]) -> Array:
+        """Log-probability of "yes" to each question about each view, `[V, Q]`."""
+        count = len(text["input_ids"])
+        ids, mask = (jnp.tile(text[name], (len(views), 1)) for name in ("input_ids", "mask"))
+        states = jnp.repeat(self._states(views), count, axis=0)
+        logits = self.network.answer_logits(states, ids, mask)[:, jnp.asarray(self.answers)]
+        return jax.nn.log_softmax(logits)[:, 0].reshape(len(views), count)
 
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
         """See method.referee."""
-        ids, mask = (layers.repeat(text[name][None], len(views)) for name in ("input_ids", "mask"))
-        logits = self.network.answer_logits(self._states(views), ids, mask)[:, jnp.asarray(self.answers)]
-        return {"vqa": -jax.nn.log_softmax(logits)[:, 0]}
+        return {"vqa": -self._log_yes(views, text).mean(-1, where=text["real"])}
 
     def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
-        """`vqa_probability` of "yes"."""
-        return {"vqa_probability": jnp.exp(-self._losses(view, text)["vqa"])}
+        """`vqa_probability` of "yes", over several questions the geometric mean, and of each one."""
+        return answer_scores("vqa_probability", self._log_yes(view[None], text)[0], text["real"], self.questions)
 
 
 def from_checkpoint(
@@ -176,6 +184,12 @@ def tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
     return {"input_ids": ids[0], "mask": ids[0] != judge.tokenizer.pad_token_id}
 
 
+def question_tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """`input_ids, mask [Q, T]`, `real [Q]`; for missing questions the first is repeated, not real."""
+    ids, real = filled(ids, max(1, judge.spec.questions))
+    return {"input_ids": ids, "mask": ids != judge.tokenizer.pad_token_id, "real": real}
+
+
 def caption_texts(judge: Judge, prompt: str) -> list[str]:
     """The caption, then the template's beginning, to know how many of its tokens that is."""
     return [judge.text(prompt), judge.template.partition("{}")[0]]
@@ -191,7 +205,7 @@ def caption_tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
 def _build(
     referee: type[BlipReferee], spec: config.RefereeSpec, network: Any, preprocessing: Mapping, tokenizer: Any
 ) -> BlipReferee:
-    attributes = {"answers": answer_tokens(tokenizer)} if referee is Vqa else {}
+    attributes = {"answers": answer_tokens(tokenizer), "questions": spec.questions} if referee is Vqa else {}
     if spec.first_token == "[ENC]":
         # The authors' tokenizer adds [DEC], then [ENC]; that of published directories has neither.
         enc = network.config.text_config.bos_token_id + 1
@@ -233,7 +247,9 @@ VQA = _family(
     kind="blip_vqa",
     cut=35,
     build=functools.partial(_build, Vqa),
-    tokens=tokens,
+    tokens=question_tokens,
+    asked=lambda judge, atom: f"{prompts.question(questions.closed(atom).question.rstrip('?'))}?",
+    question_length=QUESTION,
     clean=prompts.question,
     template="{}?",  # T2I-CompBench's question
     published=("Salesforce/blip-vqa-base", "Salesforce/blip-vqa-capfilt-large"),

@@ -22,7 +22,7 @@ from jax import Array
 from referee_jax import config, prompts
 from referee_jax.models import align, clip, siglip
 from referee_jax.referees import resizing
-from referee_jax.referees.judge import Family, Judge
+from referee_jax.referees.judge import Family, Judge, filled
 
 
 class ClipReferee(struct.PyTreeNode):
@@ -145,9 +145,8 @@ def texts(judge: Judge, prompt: str) -> list[str]:
 
 def tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
     """`input_ids [1 + N, T]`, `real [1 + N]`; for missing negatives the prompt is repeated, not real."""
-    rows = np.arange(1 + len(judge.spec.negatives) + judge.spec.near)
-    real = rows < len(ids)
-    return {"input_ids": ids[np.where(real, rows, 0)], "real": real}
+    ids, real = filled(ids, 1 + len(judge.spec.negatives) + judge.spec.near)
+    return {"input_ids": ids, "real": real}
 
 
 def _family(referee: type[ClipReferee], kind: str = "clip", **attributes: Any) -> Family:

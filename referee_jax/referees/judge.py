@@ -12,7 +12,29 @@ import PIL.Image
 
 from referee_jax import config, prompts
 from referee_jax.method.referee import Referee
+from referee_jax.referees import questions
 from referee_jax.storage import images as images_lib
+
+QUESTION = "question_"  # scores of single questions are QUESTION and their number, NaN where fewer are asked
+
+
+def asked_alone(scores: dict[str, float]) -> dict[str, float]:
+    """Scores without those of questions that were not asked."""
+    return {name: x for name, x in scores.items() if not (name.startswith(QUESTION) and np.isnan(x))}
+
+
+def filled(ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of texts `[text, T]` as `count` of them, the first in place of missing ones, and which are `real [count]`."""
+    places = np.arange(count)
+    real = places < len(ids)
+    return ids[np.where(real, places, 0)], real
+
+
+def answer_scores(name: str, log_probabilities: jax.Array, real: jax.Array, count: int) -> dict[str, jax.Array]:
+    """`name`, the geometric mean of the probabilities of `real` questions `[Q]`; and each of them, if `count` are asked."""
+    scores = {name: jnp.exp(log_probabilities.mean(where=real))}
+    each = jnp.where(real, jnp.exp(log_probabilities), jnp.nan)
+    return scores | {f"{QUESTION}{n}": each[n] for n in range(count)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,10 +47,14 @@ class Family:
         texts: `(judge, prompt)` to all texts that are read for it, templates included.
         tokens: `(judge, ids [text, T])` of those texts to what the referee's `encode` reads, of one
             shape for all prompts.
+        asked: `(judge, atom)` to the text that asks it, where `spec.questions` takes prompts apart; ValueError where
+            the answer is none that the referee gives.
+        answers: `(judge, atoms)` to what is read beside `tokens` of their answers; of the whole prompt, of none.
         clean: what is done to the prompt before it is put into the template.
         template: text with one {} where the prompt is put; the settings, or a `template` of the
             referee itself, which its checkpoint has, may be another.
         length: the most tokens of a text; None: the tokenizer's limit.
+        question_length: the most tokens of an atom's text.
         cut: tokens that the authors' code cuts a text to; None: the most.
         published: hub ids of its checkpoints.
         architecture: the name in its config.json, where it is not the name that `kind` has.
@@ -41,9 +67,12 @@ class Family:
     build: Callable[[config.RefereeSpec, Any, Mapping, Any], Referee]
     texts: Callable[["Judge", str], list[str]] = lambda judge, prompt: [judge.text(prompt)]
     tokens: Callable[["Judge", np.ndarray], dict[str, np.ndarray]]
+    asked: Callable[["Judge", questions.Atom], str] = lambda judge, atom: atom.question
+    answers: Callable[["Judge", Sequence[questions.Atom]], dict[str, np.ndarray]] = lambda judge, atoms: {}
     clean: Callable[[str], str] = str
     template: str = "{}"
     length: int | None = None
+    question_length: int | None = None
     cut: int | None = None
     published: tuple[str, ...] = ()
     architecture: str = ""
@@ -70,7 +99,8 @@ class Scoring:
         rows = []
         for image in images:
             scores = _score(self.referee, jnp.asarray(self.preprocess(images_lib.picture(image))), encoded)
-            rows.append([{name: float(x[n]) for name, x in scores.items()} for n in range(len(texts))])
+            scores = jax.tree.map(np.asarray, scores)
+            rows.append([asked_alone({name: float(x[n]) for name, x in scores.items()}) for n in range(len(texts))])
         return rows
 
 
@@ -93,6 +123,8 @@ class Judge(Scoring):
         """The most tokens of a text, both ends included."""
         limit = self.tokenizer.model_max_length
         own = self.spec.truncate and self.family.cut or self.family.length
+        if self.spec.questions:
+            own = self.family.question_length
         return min(own or limit, limit)
 
     def cutting(self) -> "Judge":
@@ -101,34 +133,69 @@ class Judge(Scoring):
 
     def is_cut(self, prompt: str) -> bool:
         """Whether `tokenize` cuts it."""
-        texts = self.family.texts(self, prompt) if self.spec.truncate else ()
+        texts = self.texts(prompt, self.atoms(prompt)) if self.spec.truncate else ()
         return any(prompts.token_count(self.tokenizer, text) > self.length for text in texts)
+
+    def atoms(self, prompt: str, given: Sequence[questions.Atom] = ()) -> tuple[questions.Atom, ...]:
+        """What is asked about a prompt: `given`, or its atoms; nothing where it is asked as a whole.
+
+        Raises prompts.Unreadable for more than `spec.questions`, which `spec.truncate` cuts.
+        """
+        if not self.spec.questions:
+            return ()
+        atoms = tuple(given) or questions.atoms(prompt)
+        if len(atoms) > self.spec.questions and not self.spec.truncate:
+            reason = f"{len(atoms)} questions, {self.spec.name} is asked {self.spec.questions} (its setting questions)"
+            raise prompts.Unreadable(prompt, reason)
+        return atoms[: self.spec.questions]
+
+    def texts(self, prompt: str, atoms: Sequence[questions.Atom]) -> list[str]:
+        """All texts that are read for a prompt with these atoms."""
+        try:
+            return [self.family.asked(self, atom) for atom in atoms] or self.family.texts(self, prompt)
+        except prompts.Unreadable:
+            raise
+        except ValueError as error:
+            raise prompts.Unreadable(prompt, str(error)) from error
 
     def text(self, prompt: str) -> str:
         """The template with the prompt, cleaned as texts were in training."""
         return self.template.replace("{}", self.family.clean(prompt))
 
-    def read(self, prompt: str) -> dict[str, np.ndarray]:
+    def read(self, prompt: str, given: Sequence[questions.Atom] = ()) -> dict[str, np.ndarray]:
         """`tokenize` of a prompt to make an image of: one with nothing to read is Unreadable too."""
         if not self.family.clean(prompt):
             raise prompts.Unreadable(prompt, f"nothing in it that {self.spec.name} reads")
-        return self.tokenize(prompt)
+        return self.tokenize(prompt, given)
 
-    def tokenize(self, prompt: str) -> dict[str, np.ndarray]:
-        """What `referee.encode` reads of any text; the tokenizer is called once.
+    def tokenize(self, prompt: str, given: Sequence[questions.Atom] = ()) -> dict[str, np.ndarray]:
+        """What `referee.encode` reads of any text, with the user's questions about it; the tokenizer is called once.
 
         Raises prompts.Unreadable for too many tokens, unless `spec.truncate`, and for one that the network has no embedding
         of, as the tokenizer of a processor may add ("<image>").
         """
         name = self.spec.name
-        texts = self.family.texts(self, prompt)
+        atoms = self.atoms(prompt, given)
+        texts = self.texts(prompt, atoms)
         ids = prompts.tokenize(self.tokenizer, texts, self.length, reader=name, truncate=self.spec.truncate)
         sizes = self.referee.network.config
         last = int(ids.max())
         if last >= (getattr(sizes, "text_config", None) or sizes.qformer_config).vocab_size:
             token = self.tokenizer.convert_ids_to_tokens(last)
             raise prompts.Unreadable(prompt, f"it holds {token}, for which {name} has no word")
-        return self.family.tokens(self, ids)
+        return self.family.tokens(self, ids) | self.family.answers(self, atoms)
+
+    def answered(
+        self, scores: dict[str, float], prompt: str, given: Sequence[questions.Atom] = (), prefix: str = ""
+    ) -> list[dict[str, Any]]:
+        """Takes the answers to questions out of an image's scores, whose names begin with `prefix`.
+
+        Each is the question with its `kind`, the `answer` that is right, and that one's `probability`.
+        """
+        atoms = self.atoms(prompt, given)
+        probabilities = [scores.pop(f"{prefix}{QUESTION}{n}", np.nan) for n in range(self.spec.questions)]
+        named = ({"question": x.question, "kind": x.kind, "answer": x.answer} for x in atoms)
+        return [row | {"probability": p} for row, p in zip(named, probabilities, strict=False)]
 
     def preprocess(self, image: PIL.Image.Image) -> np.ndarray:
         """An RGB picture to the view that `referee.scores` reads, float32, as its authors do; see `Referee.fit`.

@@ -35,8 +35,8 @@ class OwnJudge(Scoring):
     referee: Referee
     reader: Callable[[str], Any]
 
-    def tokenize(self, text: str) -> Any:
-        """What `referee.encode` reads of a text.
+    def tokenize(self, text: str, given: Any = ()) -> Any:
+        """What `referee.encode` reads of a text; questions that a user gave are not asked.
 
         Raises prompts.Unreadable, whatever `reader` raises, and for other shapes than those of TEXT.
         """

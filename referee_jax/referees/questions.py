@@ -11,22 +11,33 @@ A parser by rules, without a model: closed classes of words (determiners, number
 adjectives and verbs) cut a text into noun phrases, verbs and relations. In a noun phrase what is not
 known as an adjective belongs to the noun, so a word that is missing here makes a longer noun and
 no wrong question. Actions are no atoms, nor is what a text of many clauses tells.
+
+Users may give questions of their own (`given`), also with other answers, as GenEval 2's "How many bicycles are
+in the image?", "four".
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 OBJECT, ATTRIBUTE, NUMBER, RELATION = KINDS = ("object", "attribute", "number", "relation")
 
 
+YES = "yes"
+
+
 class Atom(NamedTuple):
-    """One fact of a prompt: its kind, of KINDS; itself in short; and the question whose answer is yes."""
+    """One fact of a prompt: its kind, of KINDS; itself in short; and a question with the answer that makes it true.
+
+    Of a question that was given the kind is the user's, or empty, and `text` the question.
+    """
 
     kind: str
     text: str
     question: str
+    answer: str = YES
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -338,6 +349,62 @@ def atoms(prompt: str) -> tuple[Atom, ...]:
     made = [atom for thing in things for atom in _of_thing(thing, things)]
     made += [_of_relation(*found, things) for found in _relations(parts)]
     return tuple({atom.question: atom for atom in made}.values())
+
+
+def given(values: Any, kinds: Sequence[str] = ()) -> tuple[Atom, ...]:
+    """Questions of a user's, each a text whose answer is yes, or a pair of question and answer.
+
+    In a text they stand between "|", or it is JSON. `kinds` names them, in their order, if they have names.
+    Raises ValueError for anything else.
+    """
+    if isinstance(values, str):
+        is_json = values.lstrip().startswith("[")
+        values = json.loads(values) if is_json else [text for text in map(str.strip, values.split("|")) if text]
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{str(values)[:60]!r} is no list of questions")
+    pairs = [(value, YES) if isinstance(value, str) else value for value in values]
+    for pair in pairs:
+        if not (
+            isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, str) and x.strip() for x in pair)
+        ):
+            raise ValueError(f"{str(pair)[:60]!r} is neither a question nor a pair of question and answer")
+    kinds = list(map(str, kinds)) if len(kinds) == len(pairs) else [""] * len(pairs)
+    return tuple(
+        Atom(kind, question.strip(), question.strip(), YES if answer.strip().lower() == YES else answer.strip())
+        for kind, (question, answer) in zip(kinds, pairs, strict=True)
+    )
+
+
+_COUNT = re.compile(r"how many (.+?) (?:are|is) (?:there|in the (?:image|picture|photo))\b.*", re.IGNORECASE)
+
+
+def closed(atom: Atom) -> Atom:
+    """The same as a question whose answer is yes, for referees that know no other answer.
+
+    Of those with another answer questions of numbers can be turned: "How many dogs are there?", "two". Raises
+    ValueError for the rest.
+    """
+    if atom.answer == YES:
+        return atom
+    match, number = _COUNT.fullmatch(atom.question), atom.answer.lower()
+    if not match or number not in _NUMBERS and not number.isdecimal():
+        raise ValueError(f"the answer to {atom.question[:60]!r} is {atom.answer[:20]!r}, and it answers yes or no")
+    is_one = number in ("one", "1")
+    return atom._replace(question=f"{'Is' if is_one else 'Are'} there exactly {number} {match[1]}?", answer=YES)
+
+
+def spellings(answer: str) -> tuple[str, ...]:
+    """How a model may begin to answer: in lower case and capitalised, a number also in digits, each also behind a space.
+
+    Those that GenEval 2 adds up (https://github.com/facebookresearch/GenEval2).
+    """
+    word = answer.lower()
+    number = _NUMBERS.index(word) + 1 if word in _NUMBERS else int(word) if word.isdecimal() else None
+    words = [word, word.capitalize()]
+    if number is not None:
+        name = _NUMBERS[number - 1] if 0 < number <= len(_NUMBERS) else word
+        words = [name, name.capitalize(), str(number)]
+    return tuple(dict.fromkeys(space + x for space in ("", " ") for x in words))
 
 
 def _article(noun: str) -> str:

@@ -1,6 +1,7 @@
 """VQAScore (Lin et al. 2024, arXiv 2404.01291): is the answer "Yes" to whether the image shows the text?
 
-    vqa    = -log p("Yes"), the mean over the answer's tokens; VQAScore is exp(-vqa)
+    vqa    = -log p("Yes"), the mean over the answer's tokens; VQAScore is exp(-vqa). Over several
+             questions it is their mean
     versus = -log softmax of log p("Yes") of the prompt among its negatives': of all things that could
              be asked of this image, is it the prompt? Hard ones have the relation of the prompt, or
              its arguments, exchanged (prompts.exchanged)
@@ -23,12 +24,12 @@ from jax import Array
 from referee_jax import config, prompts
 from referee_jax.models import bert
 from referee_jax.models.flan_t5 import clip_t5
-from referee_jax.referees import resizing
-from referee_jax.referees.judge import Family, Judge
+from referee_jax.referees import questions, resizing
+from referee_jax.referees.judge import Family, Judge, answer_scores, filled
 
 # Behind the image, of which the question's words are some 20. There is no limit: the authors cut at 2048, where a cut text
 # is asked for, which nobody's prompts reach, and a compiled program computes all of them.
-TOKENS, CUT = 128, 256
+TOKENS, CUT, QUESTION = 128, 256, 64
 
 
 class Vqascore(struct.PyTreeNode):
@@ -41,6 +42,7 @@ class Vqascore(struct.PyTreeNode):
         answer: ids of "Yes", its end included.
         words: how many rows of the table of words are words.
         is_contrasted: whether there is `versus`.
+        questions: how many of a prompt are scored one by one.
     """
 
     network: clip_t5.CLIPT5
@@ -52,6 +54,7 @@ class Vqascore(struct.PyTreeNode):
     answer: tuple[int, ...] = struct.field(pytree_node=False)
     words: int = struct.field(pytree_node=False)
     is_contrasted: bool = struct.field(pytree_node=False)
+    questions: int = struct.field(pytree_node=False)
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -64,14 +67,14 @@ class Vqascore(struct.PyTreeNode):
         return self.network.config.question
 
     def encode(self, tokens: dict[str, Array]) -> dict[str, Array]:
-        """`input_ids, mask [1 + N, T]` of the questions about the prompt and its negatives, `real [1 + N]`.
+        """`input_ids, mask [R, T]`, `real [R]` of the questions about a prompt, or of that about it and about each negative.
 
         As they are: the image is among the words from the first layer on.
         """
         return tokens
 
     def _log_yes(self, views: Array, text: dict[str, Array]) -> Array:
-        """`[V, 1 + N]`: mean log-probability of the answer's tokens."""
+        """`[V, R]`: mean log-probability of the answer's tokens."""
         ids, mask = text["input_ids"], text["mask"]
         image = self.network.encode_image((views - jnp.asarray(self.mean)) / jnp.asarray(self.std))
         pairs = lambda x: jnp.tile(x, (len(views), 1))
@@ -89,18 +92,23 @@ class Vqascore(struct.PyTreeNode):
     def views_losses(self, views: Array, text: dict[str, Array]) -> dict[str, Array]:
         """See method.referee."""
         log_yes = self._log_yes(views, text)
-        losses = {"vqa": -log_yes[:, 0], "versus": -self._among(log_yes, text)}
-        return {name: losses[name] for name in self.losses}
+        if self.is_contrasted:
+            return {"vqa": -log_yes[:, 0], "versus": -self._among(log_yes, text)}
+        return {"vqa": -log_yes.mean(-1, where=text["real"])}
 
     def fit(self, image: Array) -> Array:
         """See method.referee."""
         return self.fitting.at(self.image_size)(image)
 
     def scores(self, view: Array, text: dict[str, Array]) -> dict[str, Array]:
-        """`vqascore` and, where there are negatives, the `probability` of the prompt among them."""
+        """`vqascore`, over several questions the geometric mean, and of each one.
+
+        Where there are negatives also the `probability` of the prompt among them.
+        """
         log_yes = self._log_yes(view[None], text)
-        scores = {"vqascore": jnp.exp(log_yes[0, 0])}
-        return scores | ({"probability": jnp.exp(self._among(log_yes, text)[0])} if self.is_contrasted else {})
+        if self.is_contrasted:
+            return {"vqascore": jnp.exp(log_yes[0, 0]), "probability": jnp.exp(self._among(log_yes, text)[0])}
+        return answer_scores("vqascore", log_yes[0], text["real"], self.questions)
 
 
 def texts(judge: Judge, prompt: str) -> list[str]:
@@ -108,18 +116,26 @@ def texts(judge: Judge, prompt: str) -> list[str]:
 
     Negatives are those of the settings, then at most `spec.near` hard ones: first exchanged relations.
     """
-    spec, (_, after) = judge.spec, parts(judge.referee.network.config)
+    spec = judge.spec
     hard = [*prompts.exchanged(prompt), *prompts.hard_negatives(prompt, spec.exchange)]
     negatives = [*(text for text in spec.negatives if text != prompt), *list(dict.fromkeys(hard))[: spec.near]]
     asked = [prompt, *negatives] if judge.referee.is_contrasted else [prompt]
-    return [after.replace("{}", judge.template.replace("{}", judge.family.clean(text))) for text in asked]
+    return [_behind(judge, judge.template.replace("{}", judge.family.clean(text))) for text in asked]
+
+
+def _asked(judge: Judge, atom: questions.Atom) -> str:
+    """An atom's question, with how to answer as it stands in the checkpoint's own."""
+    return _behind(judge, questions.closed(atom).question + judge.template.partition("?")[2])
+
+
+def _behind(judge: Judge, question: str) -> str:
+    return parts(judge.referee.network.config)[1].replace("{}", question)
 
 
 def tokens(judge: Judge, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """`input_ids, mask [1 + N, T]`, `real [1 + N]`; for missing negatives the prompt is repeated, not real."""
-    count = len(judge.spec.negatives) + judge.spec.near if judge.referee.is_contrasted else 0
-    real = np.arange(1 + count) < len(ids)
-    ids = ids[np.where(real, np.arange(1 + count), 0)]
+    """`input_ids, mask [R, T]`, `real [R]`; for missing questions or negatives the first is repeated, not real."""
+    negatives = len(judge.spec.negatives) + judge.spec.near if judge.referee.is_contrasted else 0
+    ids, real = filled(ids, 1 + negatives if judge.referee.is_contrasted else max(1, judge.spec.questions))
     return {"input_ids": ids, "mask": ids != judge.tokenizer.pad_token_id, "real": real}
 
 
@@ -143,6 +159,7 @@ def _build(spec: config.RefereeSpec, network: clip_t5.CLIPT5, preprocessing: Map
         answer=tuple(tokenizer(sizes.answer)["input_ids"]),
         words=min(len(tokenizer), sizes.vocab_size),
         is_contrasted="versus" in spec.losses,
+        questions=spec.questions,
     )
 
 
@@ -151,7 +168,9 @@ FAMILY = Family(
     build=_build,
     texts=texts,
     tokens=tokens,
+    asked=_asked,
     length=TOKENS,
+    question_length=QUESTION,
     cut=CUT,
     published=("zhiqiulin/clip-flant5-xl", "zhiqiulin/clip-flant5-xxl"),
     files=("clip-flant5-xl", "clip-flant5-xxl"),

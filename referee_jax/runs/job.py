@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from referee_jax.console import say
 from referee_jax.engine import inverter
 from referee_jax.hardware import compile_cache, processes
 from referee_jax.items import Item
+from referee_jax.referees.questions import Atom
 from referee_jax.runs import prompt_file, recovery, worker
 from referee_jax.runs import work as work_lib
 from referee_jax.runs.command import Command, CommandError
@@ -118,12 +119,15 @@ def make_images(
     share = items if command.claim else items_lib.share(items, command.shard_index, command.shard_count)
     missing = len(items_lib.missing(items, done))  # of all processes, which write to the same disk
     todo = select(share, done, recovery.Failures.read(run))
+    questions = check_questions(run, prompt_file.questions(command.entries), command.resume)
     if count := len(share) - todo.count - len(todo.failed):
         say(f"{count} of {len(share)} images are there already")
     if todo.count:
         run.check_space(missing)
         check_weights(run, command.resume)
         engine = load_engine(run, load)
+        if questions:
+            engine = engine.asking(questions)
         unfit = reject(engine, run, todo.prompts)
         rejected, todo = [*rejected, *unfit], todo.without({one.text for one in unfit})
         if not todo.count and not run.done():
@@ -141,6 +145,26 @@ def make_images(
         text = f"the device failed twice at {len(failed)} images, which the same command tries again"
         return console.fail(1, f"{text}: {shorten([item.id for item in failed])}")
     return 0
+
+
+def check_questions(
+    run: run_directory.RunDirectory, questions: Mapping[str, Sequence[Atom]], resume: str
+) -> Mapping[str, Sequence[Atom]]:
+    """The users' questions that a referee asks. RunError where an image was made with others about its prompt."""
+    if not any(spec.questions for spec in run.settings.referees):
+        if questions:
+            say(f"the questions of {len(questions)} prompts are not asked: no referee's setting questions is above 0")
+        return {}
+    wanted = {prompt: [atom.question for atom in atoms] for prompt, atoms in questions.items()}
+    for record in run.finished() if wanted and resume != "force" else ():
+        for asked in record.get("questions", {}).values():
+            before, now = [x["question"] for x in asked], wanted.get(record["text"])
+            if now is not None and before != now[: len(before)]:
+                raise run_directory.RunError(
+                    f"{run.name} has an image of {record['text'][:60]!r} with other questions, {before[:1]}; choose another "
+                    "--workdir, go on with these by --resume=force, or put those back"
+                )
+    return questions
 
 
 def check_weights(run: run_directory.RunDirectory, resume: str) -> None:

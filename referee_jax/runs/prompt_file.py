@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from referee_jax import prompts
+from referee_jax.referees.questions import Atom
 from referee_jax.runs import prompt_records
 from referee_jax.runs.prompt_records import Entry
 
@@ -71,6 +72,15 @@ def check(text: str) -> str | None:
         if unicodedata.category(character) in ("Cc", "Cs"):
             return f"U+{ord(character):04X} at character {place} is a control character or half a character"
     return None
+
+
+def questions(entries: Iterable[Entry]) -> dict[str, tuple[Atom, ...]]:
+    """Cleaned prompt -> its user's questions; those of its first entry, as of `sift`."""
+    first = {}
+    for entry in entries:
+        if not entry.reason:
+            first.setdefault(clean(entry.text or ""), entry.questions)
+    return {text: atoms for text, atoms in first.items() if atoms}
 
 
 def sift(entries: Iterable[Entry]) -> tuple[list[str], list[Rejected]]:

@@ -1,19 +1,23 @@
 """Prompts in files of records: JSON, JSON lines, and tables with a header (CSV, TSV).
 
 Of a record, the field or column `prompt` is read, or else `text`, in capitals or not; of a list or of JSON lines also
-plain strings. A format is known by the ending of the file, or else by all of its content: standard input has no name.
+plain strings. `questions`, or GenEval 2's `vqa_list` with its `skills`, are what referees are asked about the prompt.
+A format is known by the ending of the file, or else by all of its content: standard input has no name.
 """
 
 import csv
 import dataclasses
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from referee_jax import prompts
+from referee_jax.referees.questions import Atom, given
 
 FIELDS = ("prompt", "text")
+QUESTIONS, SKILLS = ("questions", "vqa_list"), "skills"
 JSON = (".json", ".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv")
 # What is no list of prompts: endings, and the first bytes of files that are not of text.
@@ -26,11 +30,15 @@ READABLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A prompt as it was given, and where: "line 3 of prompts.txt"; None where there is none, for a `reason`."""
+    """A prompt as it was given, and where: "line 3 of prompts.txt"; None where there is none, for a `reason`.
+
+    `questions` are the user's about it, if any (referees/questions.py).
+    """
 
     text: str | None
     where: str
     reason: str = ""
+    questions: tuple[Atom, ...] = ()
 
 
 def read(path: Path, data: bytes) -> list[Entry] | None:
@@ -93,7 +101,19 @@ def _entry(value: Any, where: str) -> Entry:
     if field is None:
         return Entry(None, where, f"no field prompt or text; there are {', '.join(map(str, value)) or 'none'}")
     text = value[field]
-    return Entry(text, where) if isinstance(text, str) else Entry(None, where, f"{field} is not a text")
+    if not isinstance(text, str):
+        return Entry(None, where, f"{field} is not a text")
+    return _asked(text, where, {name: value[own] for name, own in names.items()})
+
+
+def _asked(text: str, where: str, fields: Mapping[str, Any]) -> Entry:
+    """A prompt with the questions that are among its record's fields."""
+    asked = next((fields[name] for name in QUESTIONS if fields.get(name)), ())
+    kinds = fields.get(SKILLS) or ()
+    try:
+        return Entry(text, where, questions=given(asked, kinds if isinstance(kinds, list) else ()))
+    except ValueError as error:
+        return Entry(text, where, f"its questions: {error}")
 
 
 def _from_table(text: str, path: Path, *, is_certain: bool) -> list[Entry] | None:
@@ -112,7 +132,7 @@ def _from_table(text: str, path: Path, *, is_certain: bool) -> list[Entry] | Non
                 raise prompts.PromptError(f"the prompt file {path} is no table: {error}") from error
             return None
         if is_certain or rows and all(len(row) == len(header) for _, row in rows):
-            return [_cell(row, column, header, f"line {n} of {path.name}") for n, row in rows]
+            return [_cell(row, column, names, f"line {n} of {path.name}") for n, row in rows]
     if is_certain:
         raise prompts.PromptError(
             f"the prompt file {path} has no column prompt or text in its first line, {first[:200]!r}"
@@ -135,8 +155,8 @@ def _rows(text: str, delimiter: str) -> list[tuple[int, list[str]]]:
         return parse(csv.QUOTE_NONE)  # texts between tabs are often not quoted, and may begin with a quotation mark
 
 
-def _cell(row: list[str], column: int, header: list[str], where: str) -> Entry:
-    """The prompt of a row."""
-    if len(row) != len(header):
-        return Entry(None, where, f"{len(row)} cells, and the first line has {len(header)}")
-    return Entry(row[column], where)
+def _cell(row: list[str], column: int, names: list[str], where: str) -> Entry:
+    """The prompt of a row, in a table of columns of these names."""
+    if len(row) != len(names):
+        return Entry(None, where, f"{len(row)} cells, and the first line has {len(names)}")
+    return _asked(row[column], where, dict(zip(names, row, strict=True)))

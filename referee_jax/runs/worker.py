@@ -16,6 +16,7 @@ from referee_jax import config, console
 from referee_jax.hardware import chips, processes
 from referee_jax.items import Item, Part
 from referee_jax.performance import cost
+from referee_jax.referees.questions import Atom
 from referee_jax.runs import recovery
 from referee_jax.runs import work as work_lib
 from referee_jax.storage import checkpoints as checkpoints_lib
@@ -44,6 +45,9 @@ class Engine(Protocol):
 
     def check(self, prompt: str) -> str | None:
         """Returns why a prompt cannot be used, or None."""
+
+    def asking(self, questions: Mapping[str, Sequence[Atom]]) -> "Engine":
+        """Returns the engine where some prompts have questions of their user's."""
 
     def begin(self, items: Sequence[Item], seed: int) -> Batch:
         """Returns a batch before its first iteration."""

@@ -263,7 +263,12 @@ def centres(prompt: world.Prompt, scene: world.Scene, view: np.ndarray | None) -
     return where
 
 
-_IN_QUESTIONS = {"to the left of": "on the left of", "to the right of": "on the right of", "above": "above", "below": "below"}
+_IN_QUESTIONS = {
+    "to the left of": "on the left of",
+    "to the right of": "on the right of",
+    "above": "above",
+    "below": "below",
+}
 
 
 def is_true(atom: questions_lib.Atom, scene: world.Scene) -> bool:
@@ -279,7 +284,7 @@ def is_true(atom: questions_lib.Atom, scene: world.Scene) -> bool:
     return any(world.holds(_IN_QUESTIONS[relation], a, b) for a in first for b in second if a is not b)
 
 
-def vqascore_batch(rng: np.random.Generator, size: int = 24, *, mirror: bool = True, crowd: bool = True) -> Arrays:
+def vqascore_batch(rng: np.random.Generator, size: int = 16, *, mirror: bool = True, crowd: bool = True) -> Arrays:
     """Scenes, their twins and mirrored ones, with true captions, hard negatives and their atoms as questions of yes and no.
 
     `mirror` and `crowd`: whether there are mirrored scenes, and such with an extra object.

@@ -87,7 +87,8 @@ class Thing:
 
     def fits(self, item: Object) -> bool:
         """Whether the object has all named attributes."""
-        return all(word is None or word == getattr(item, kind) for kind, word in dataclasses.asdict(self).items())
+        pairs = ((self.shape, item.shape), (self.colour, item.colour), (self.texture, item.texture))
+        return all(word is None or word == shown for word, shown in pairs)
 
     def is_unseen(self) -> bool:
         """Whether it names a pair of UNSEEN."""

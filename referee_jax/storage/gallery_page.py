@@ -59,7 +59,7 @@ def page(run: run_directory.RunDirectory, records: list[dict[str, Any]]) -> str:
 
 def _entry(record: Mapping[str, Any], path: Path, has_trajectory: bool, is_embedded: bool) -> dict[str, Any]:
     """The page's data of one line of the journal."""
-    keys = ("text", "sample", "seed", "scores", "status", "losses", "hacked", "seconds")
+    keys = ("text", "sample", "seed", "scores", "status", "losses", "hacked", "seconds", "questions")
     entry = {key: files.finite(record[key]) for key in keys if key in record}
     name = record["file_name"]
     entry["image"] = _link(shards.holder(name))  # browsers cannot open a file in a shard

@@ -34,6 +34,7 @@ class Picture(Protocol):
     scores: Mapping[str, float]
     status: str
     losses: Mapping[str, Sequence[float]] | None
+    questions: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 class Pool:
@@ -105,6 +106,7 @@ class Writer:
             "scores": scores,
             "status": picture.status if is_finite else "nonfinite",
             **_held_out(picture.losses, self.doubt),
+            **({"questions": files.finite(dict(picture.questions))} if picture.questions else {}),
         }
         # No time in the image file: its bytes are the same whenever it is made.
         chunk = record | self.origin

@@ -229,6 +229,33 @@ def test_a_run_goes_on_with_the_weights_that_it_began_with(tmp_path, capsys):
     assert len(pixels(tmp_path / "run")) == 3
 
 
+def test_users_questions(tmp_path, capsys):
+    """They are asked where a referee asks some; an image that was made with others is not left beside its prompt."""
+    file = tmp_path / "prompts.jsonl"
+    config_file = tmp_path / "mine.py"
+    config_file.write_text(
+        "from referee_jax import config\n\n\ndef get_config():\n    c = config.default()\n"
+        "    c.referees = (config.referee(name='blip_vqa', losses={'vqa': 1.0}, questions=4),)\n    return c\n"
+    )
+    write = lambda *asked: file.write_text(json.dumps({"prompt": "a red cat", "questions": asked}))
+    write("Is it red?", "Is it a cat?")
+    arguments = f"--prompts={file}", f"--workdir={tmp_path / 'run'}"
+    code, engine = execute(*arguments, path=config_file)
+    assert code == 0 and [atom.question for atom in engine.questions["a red cat"]] == ["Is it red?", "Is it a cat?"]
+    assert "questions" not in lines(tmp_path / "run" / "metadata.jsonl")[0]  # a fake engine gives no answers
+    journal = tmp_path / "run" / "metadata.jsonl"
+    record = lines(journal)[0] | {"questions": {"referee_0": [{"question": "Is it red?", "probability": 0.5}]}}
+    journal.write_text(json.dumps(record) + "\n")
+    assert execute(*arguments, path=config_file)[0] == 0
+    write("Is it blue?")
+    assert execute(*arguments, path=config_file)[0] == 2
+    assert "has an image of 'a red cat' with other questions, ['Is it red?']; choose" in capsys.readouterr().err
+    assert execute(*arguments, "--resume=force", path=config_file)[0] == 0
+    capsys.readouterr()
+    assert execute(f"--prompts={file}", f"--workdir={tmp_path / 'plain'}")[0] == 0
+    assert "the questions of 1 prompts are not asked" in capsys.readouterr().out
+
+
 def test_a_run_notes_licenses(tmp_path):
     """Of what others made, in config.json and on the page, where their cards say."""
     card = tmp_path / "clip" / "README.md"

@@ -190,6 +190,20 @@ def test_blip_vqa(images, tmp_path, first):
     compare(scored(str(tmp_path), images, TEXTS, first_token=first), asked, "vqa_probability")
 
 
+def test_questions(images, tmp_path):
+    """Each fact of a text by itself, as of the referee that is asked it alone."""
+    directory = networks.save_blip(networks.blip(transformers.BlipForQuestionAnswering), tmp_path / "blip")
+    (line,) = score.score(str(directory), images[:1], ["a red circle"], questions=3).splitlines()
+    found = json.loads(line)
+    (alone,) = score.score(str(directory), images[:1], ["is the circle red"]).splitlines()
+    assert found["questions"].keys() == {"Is there a circle?", "Is the circle red?"}
+    assert found["questions"]["Is the circle red?"] == pytest.approx(json.loads(alone)["vqa_probability"], rel=1e-4)
+    assert found["vqa_probability"] == pytest.approx(np.prod(list(found["questions"].values())) ** 0.5, rel=1e-5)
+    networks.save_clip(tmp_path / "clip")
+    with pytest.raises(ValueError, match="--questions: clip answers none; blip_vqa, qwen3_vl, vqascore do"):
+        score.score(str(tmp_path / "clip"), images, ["a"], questions=1)
+
+
 def test_vqascore(images, tmp_path):
     """exp of minus the mean cross-entropy of "Yes" and its end, of a picture padded with the mean colour to a square."""
     network = t5_oracles.clip_t5()

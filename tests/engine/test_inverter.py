@@ -18,6 +18,7 @@ from referee_jax.engine import builders, programs
 from referee_jax.engine import inverter as inverter_lib
 from referee_jax.method import objective
 from referee_jax.performance import cost, hlo
+from referee_jax.referees import questions
 from referee_jax.runs import job
 from tests import fakes, tiny, toys
 from tests.conftest import relative_l2
@@ -277,6 +278,34 @@ def test_check(inverter):
     assert re.fullmatch(r"\d+ tokens, the prior reads 77", inverter.check("red circle " * 60))
     with pytest.raises(ValueError, match="the prior reads 77"):
         inverter(["red circle " * 60])
+
+
+ASKS = {"name": "blip_vqa", "losses": {"vqa": 1.0}, "questions": 5}
+
+
+def test_questions():
+    """A prompt's atoms, or the user's questions, with the answers in the result; a saved state knows which they were."""
+    engine = build(referees=(ASKS, ASKS | {"role": "held_out"}), steps=2, chunk=1)
+    given = {tiny.PROMPTS[1]: questions.given("Is it red? | Is it blue?")}
+    asking = engine.asking(given)
+    items = items_lib.expand(tiny.PROMPTS[:2], 1)
+    batch, _ = asking.advance(asking.begin(items, 0))
+    part = asking.snapshot(batch)
+    pictures = asking.finish(asking.advance(asking.resume(part, 0))[0])
+    for picture, asked in zip(pictures, [questions.atoms(tiny.PROMPTS[0]), given[tiny.PROMPTS[1]]], strict=True):
+        assert picture.scores.keys() == {"referee_0/vqa", "held_out_0/vqa"}
+        assert picture.questions.keys() == {"referee_0", "held_out_0"}
+        for rows in picture.questions.values():
+            assert [row["question"] for row in rows] == [atom.question for atom in asked]
+            assert all(0 < row["probability"] < 1 for row in rows)
+    assert not engine.finish(batch)[1].questions["referee_0"][0]["question"].startswith("Is it")
+    with pytest.raises(ValueError, match="of other questions"):
+        engine.resume(part, 0)
+    with pytest.raises(ValueError, match="of other questions"):
+        build(referees=(ASKS | {"questions": 0}, ASKS | {"role": "held_out"}), steps=2).resume(part, 0)
+    assert engine.resume(part.only(items[:1]), 0).step == 1
+    too_many = "a red cat, a blue dog and a green bird"
+    assert asking.check(too_many) == "6 questions, blip_vqa is asked 5 (its setting questions)"
 
 
 @pytest.mark.parametrize("watched", [False, True])

@@ -139,7 +139,7 @@ def test_tokens(directories):
     judge = load(directories, "vqa")
     question = judge.tokenize(PROMPT)
     assert judge.referee.answers == (YES, NO)
-    assert question["input_ids"][8] == networks.BLIP_WORDS.index("?")
+    assert question["input_ids"][0, 8] == networks.BLIP_WORDS.index("?")
     with pytest.raises(prompts.PromptError, match="red .*': 66 tokens, blip_itm reads 64"):
         load(directories, "itm").tokenize("red " * 64)
 

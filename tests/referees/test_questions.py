@@ -51,12 +51,51 @@ def test_captions_of_the_shapes_world(category):
         caption = world.describe(rng, world.sample_scene(rng, category, unseen=None), category)
         for prompt in (caption, *world.distractors(rng, caption, 4)):
             atoms = questions.atoms(prompt.text)
-            assert [tuple(atom) for atom in atoms] == expected(world.parse(prompt.text)), prompt.text
+            assert [atom[:3] for atom in atoms] == expected(world.parse(prompt.text)), prompt.text
+            assert {atom.answer for atom in atoms} == {"yes"}
             assert questions.atoms(prompt.text.capitalize() + ".") == atoms
             kinds |= {atom.kind for atom in atoms}
     assert kinds >= {"spatial": {"relation"}, "complex": {"relation", "attribute"}, "numeracy": {"number"}}.get(
         category, {"object"}
     )
+
+
+def test_given():
+    asked = questions.given(["Is it red?", ["How many? ", " Two"], ("Is it a cat?", "YES")], ["a", "b", "c"])
+    assert asked == (
+        ("a", "Is it red?", "Is it red?", "yes"), ("b", "How many?", "How many?", "Two"),
+        ("c", "Is it a cat?", "Is it a cat?", "yes"),
+    )  # fmt: skip
+    assert questions.given('[["a?", "b"]]') == (("", "a?", "a?", "b"),) and questions.given(" a? |b? | ") == (
+        ("", "a?", "a?", "yes"), ("", "b?", "b?", "yes"),
+    )  # fmt: skip
+    assert questions.given(["a?"], ["too", "many"])[0].kind == "" and questions.given([]) == questions.given("") == ()
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "turned"),
+    [
+        ("How many cats are in the image?", "four", "Are there exactly four cats?"),
+        ("How many red cats are there?", "One", "Is there exactly one red cats?"),
+        ("how many cats are there in the picture?", "3", "Are there exactly 3 cats?"),
+        ("Is it red?", "yes", "Is it red?"),
+        ("Is it red?", "No", None),
+        ("How many cats are in the image?", "some", None),
+    ],
+)
+def test_questions_of_yes(question, answer, turned):
+    (atom,) = questions.given([(question, answer)])
+    if turned:
+        assert (questions.closed(atom).question, questions.closed(atom).answer) == (turned, "yes")
+    else:
+        with pytest.raises(ValueError, match=f"is '{answer}', and it answers yes or no"):
+            questions.closed(atom)
+
+
+def test_spellings():
+    assert questions.spellings("yes") == ("yes", "Yes", " yes", " Yes")
+    assert questions.spellings("Two") == questions.spellings("2") == ("two", "Two", "2", " two", " Two", " 2")
+    assert questions.spellings("20") == ("20", " 20") and questions.spellings("Red")[:2] == ("red", "Red")
 
 
 def test_the_example():

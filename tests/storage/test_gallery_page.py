@@ -60,7 +60,11 @@ def test_what_the_page_shows(tmp_path):
     run = run_directory.RunDirectory.open(tmp_path / "mine", WITH_HELD_OUT, device="cpu x 1")
     run.write(picture(), seconds=1.5)
     losses = {"referee": (2.0, 1.0), "held_out": (0.5, 0.75)}
-    other = dataclasses.replace(picture("a blue ring", 2, losses=losses), scores={"cosine": float("nan"), "itm": 0.25})
+    row = {"question": "Is there a ring?", "kind": "object", "answer": "yes", "probability": 0.25}
+    asked = {"referee_0": [row, row | {"probability": float("nan")}]}
+    other = dataclasses.replace(
+        picture("a blue ring", 2, losses=losses, questions=asked), scores={"cosine": float("nan"), "itm": 0.25}
+    )
     run.write(other, seconds=2, frames=[np.zeros((16, 16, 3), np.uint8)] * 2)
     assert gallery_page.write(run, run.finished()) == run.path / "gallery.html"
     page = read(run)
@@ -80,6 +84,7 @@ def test_what_the_page_shows(tmp_path):
     np.testing.assert_array_equal(open_image(thumbnail).convert("RGB"), original)
     assert (second["scores"], second["status"], second["hacked"]) == ({"cosine": None, "itm": 0.25}, "nonfinite", True)
     assert second["losses"] == {"referee": [2.0, 1.0], "held_out": [0.5, 0.75]}
+    assert second["questions"] == {"referee_0": [row, row | {"probability": None}]}
     assert second["trajectory"] == f"./trajectories/{other.item.id}.webp"
     assert page.data["scores"] == ["cosine", "held_out", "itm"]
     assert json.loads(page.texts["pre"]) == config.image_settings(WITH_HELD_OUT)

@@ -38,6 +38,7 @@ class Picture:
     scores: dict
     status: str = "done"
     losses: dict | None = None
+    questions: dict = dataclasses.field(default_factory=dict)
 
 
 def picture(prompt="a red circle", sample=0, value=0.5, **changes):
