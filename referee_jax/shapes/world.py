@@ -408,11 +408,11 @@ def draw(scene: Scene, *, view: np.ndarray | None = None, supersampling: int = 2
 
     `view` float `[2, 3]` maps canvas pixels (x, y, 1), measured from the middle, to world pixels; outside of the
     world it is black, as in a referee's views. Returns the image, float32 `[64, 64, 3]` in [0, 1], and the share
-    of each pixel that each object covers, float32 `[64, 64, MAX_OBJECTS]`.
+    of each pixel that each object covers, float32 `[64, 64, MAX_OBJECTS]`, or of more objects if there are more.
     """
     n, middle = SIZE * supersampling, SIZE / 2
     canvas = np.full((n, n, 3), scene.background / 255, np.float32)
-    cover = np.zeros((n, n, MAX_OBJECTS), np.float32)
+    cover = np.zeros((n, n, max(MAX_OBJECTS, len(scene.objects))), np.float32)
     ticks = ((np.arange(n) + 0.5) / supersampling - middle).astype(np.float32)
     linear, offset = np.eye(2, dtype=np.float32), np.zeros(2, np.float32)
     if view is not None:

@@ -203,7 +203,7 @@ def _read(tensors: Mapping, sources: Mapping[str, str], target: Target, dtype) -
         if not _is_finite(tensor):
             raise WeightsError(f"{source} holds NaN or infinity")
         out[n] = tensor.transpose(target.axes)
-    return jnp.asarray(out.reshape(target.depths + target.shape))
+    return jax.device_put(out.reshape(target.depths + target.shape))
 
 
 def _is_finite(tensor: np.ndarray) -> bool:

@@ -7,6 +7,7 @@ of the loaded network.
 
 import dataclasses
 import fnmatch
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -274,7 +275,12 @@ class _OneKey:
 
 def unfilled(row: Kind, config: object) -> nnx.Module:
     """The network of a row of KINDS with a config, without weights: each leaf is a jax.ShapeDtypeStruct, float32."""
-    return nnx.eval_shape(lambda: row.network(config, rngs=_OneKey()))
+    return jax.tree.map(lambda x: x, _unfilled(row.network, config))  # a copy: its fields may be set
+
+
+@functools.lru_cache(maxsize=16)
+def _unfilled(network: type[nnx.Module], config: object) -> nnx.Module:
+    return nnx.eval_shape(lambda: network(config, rngs=_OneKey()))
 
 
 def optional_parts(row: Kind, names: Iterable[str]) -> dict[str, bool]:

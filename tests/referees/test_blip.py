@@ -13,6 +13,7 @@ from tests.conftest import relative_l2
 from tests.lazy import torch, transformers
 from tests.models.test_blip import CLASSES, DEC, oracle_class
 from tests.oracles import networks
+from tests.referees import compiled
 
 ENC, LENGTH = DEC + 1, 64
 PROMPT = "a red circle and a blue square"
@@ -121,7 +122,7 @@ def test_first_token_matters(directories):
     made = []
     for first in ("[ENC]", "[CLS]"):
         judge = load(directories, "itm", first_token=first)
-        text = judge.referee.encode(judge.tokenize(PROMPT))
+        text = compiled.encode(judge.referee, judge.tokenize(PROMPT))
         made.append(jax.jit(lambda r, t: r.views_losses(shown, t))(judge.referee, text))
     assert np.abs(made[0]["itm"] - made[1]["itm"]).max() > 0.01
     np.testing.assert_allclose(made[0]["itc"], made[1]["itc"], atol=1e-6)  # where the text reads no image
@@ -134,7 +135,7 @@ def test_tokens(directories):
     assert tokens["input_ids"].shape == (LENGTH,) and tokens["input_ids"].dtype == np.int32
     assert tokens["mask"].tolist() == [True] * count + [False] * (LENGTH - count)
     assert tokens["scored"].tolist() == [False] * 4 + [True] * (count - 4) + [False] * (LENGTH - count)
-    assert judge.referee.encode(jax.tree.map(jnp.asarray, tokens))["input_ids"][0] == DEC
+    assert compiled.encode(judge.referee, jax.tree.map(jnp.asarray, tokens))["input_ids"][0] == DEC
     assert load(directories, "caption", template="{}").tokenize(PROMPT)["scored"].sum() == 7 + 1
     judge = load(directories, "vqa")
     question = judge.tokenize(PROMPT)
@@ -186,10 +187,10 @@ def likelihood(directory, judge, image):
 @pytest.mark.parametrize("task", CLASSES)
 def test_scores(directories, task):
     judge = load(directories, task)
-    text = judge.referee.encode(judge.tokenize(PROMPT))
+    text = compiled.encode(judge.referee, judge.tokenize(PROMPT))
     image = jnp.asarray(views(count=1)[0])
     score = jax.jit(lambda r, i: r.scores(r.fit(i), text))
-    losses, scores = judge.referee.views_losses(image[None], text), score(judge.referee, image)
+    losses, scores = compiled.views_losses(judge.referee, image[None], text), score(judge.referee, image)
     expected = {
         "itm": lambda: {"itm_probability": np.exp(-losses["itm"][0]), "cosine": 1 - losses["itc"][0]},
         "caption": lambda: {"caption_log_likelihood": -likelihood(directories[task], judge, image)},

@@ -18,6 +18,7 @@ from referee_jax.performance import flops
 from tests.conftest import cosine, picture, relative_l2
 from tests.lazy import t5_oracles, transformers
 from tests.oracles import networks
+from tests.referees import compiled
 
 
 def _blip(name):
@@ -90,28 +91,41 @@ def losses_and_gradients(referee, text, views):
     return losses, dict(zip(losses, jax.vmap(pullback)(share)[0], strict=True))
 
 
-def step(referee, text, views):
-    """Some way down the gradient of all losses; their values before."""
-    losses, gradients = losses_and_gradients(referee, text, views)
+def moved(views, gradients):
+    """Some way down the gradient of all losses."""
     total = sum(gradients.values())
-    return views - 0.1 * total / jnp.linalg.norm(total), losses
+    return views - 0.1 * total / jnp.linalg.norm(total)
 
 
 def descend(referee, text, views):
-    return jax.lax.scan(lambda x, _: step(referee, text, x), views, length=STEPS)
+    def step(x, _):
+        losses, gradients = losses_and_gradients(referee, text, x)
+        return moved(x, gradients), losses
+
+    return jax.lax.scan(step, views, length=STEPS)
 
 
-alone, step_alone = jax.jit(losses_and_gradients), jax.jit(step)
+alone = jax.jit(losses_and_gradients)
 
 
-def test_losses(judge, texts, images):
+@pytest.fixture(scope="module")
+def exact(judge, texts, views):
+    """Losses and gradients of all views, two at a time, with the first prompt."""
+    return joined([alone(judge.referee, of(texts, 0), pair) for pair in views])
+
+
+def joined(rows):
+    return jax.tree.map(lambda *x: np.concatenate(x), *rows)
+
+
+def test_losses(judge, texts, views, exact):
     """The losses that the config promises, in float32, of image and text."""
     assert judge.referee.losses == config.LOSSES[judge.spec.name]
-    first, _ = alone(judge.referee, of(texts, 0), images)
-    other, _ = alone(judge.referee, of(texts, 1), images)
+    first, _ = exact
+    other, _ = joined([alone(judge.referee, of(texts, 1), pair) for pair in views])
     assert set(first) == set(judge.referee.losses)
     for name, loss in first.items():
-        assert loss.shape == (len(images),) and loss.dtype == jnp.float32 and np.isfinite(loss).all()
+        assert loss.shape == (VIEWS * len(PROMPTS),) and loss.dtype == jnp.float32 and np.isfinite(loss).all()
         assert np.ptp(loss) > 1e-3
         assert np.abs(other[name] - loss).max() > 1e-3
 
@@ -157,7 +171,7 @@ def test_scores(judge, texts, views):
     assert scores.keys() == shapes.keys() and all(np.isfinite(x) for x in scores.values())
     # In a run and of its file, by the rules of `Judge.score`: one number for one picture.
     pixels = np.round(255 * picture(height=3 * len(image), width=3 * len(image))).astype(np.uint8)
-    by_run = score(judge.referee, judge.referee.fit(jnp.asarray(pixels / np.float32(255))), of(texts, 0))
+    by_run = score(judge.referee, compiled.fit(judge.referee, jnp.asarray(pixels / np.float32(255))), of(texts, 0))
     of_file = score(judge.referee, jnp.asarray(judge.preprocess(PIL.Image.fromarray(pixels))), of(texts, 0))
     for name, value in of_file.items():
         assert abs(float(by_run[name]) - float(value)) < 2e-6 * max(1, abs(float(value)))
@@ -170,7 +184,8 @@ def test_transformations(judge, texts, views):
     for n in range(len(PROMPTS)):
         losses = []
         for _ in range(STEPS):
-            wanted[n], loss = step_alone(judge.referee, of(texts, n), wanted[n])
+            loss, gradients = alone(judge.referee, of(texts, n), wanted[n])
+            wanted[n] = moved(wanted[n], gradients)
             losses.append(loss)
         wanted_losses.append(losses)
     over = (None, 0, 0)
@@ -193,12 +208,14 @@ def test_transformations(judge, texts, views):
     assert relative_l2(wanted[0] - views[0], wanted[1] - views[1]) > 0.1
 
 
-def test_bfloat16_gradient_points_the_same_way(judge, texts, images):
-    half = referees.load_referee(judge.spec, dtype=jnp.bfloat16)
-    _, exact = alone(judge.referee, of(texts, 0), images)
-    losses, rough = alone(half.referee, of(texts, 0), images)
+def test_bfloat16_gradient_points_the_same_way(judge, views, exact):
+    """Of image and text in half the precision."""
+    half, (_, exact) = referees.load_referee(judge.spec, dtype=jnp.bfloat16), exact
+    text = compiled.encode(half.referee, half.tokenize(PROMPTS[0]))
+    made = [alone(half.referee, text, pair) for pair in views]
+    assert {x.dtype for x in jax.tree.leaves(made)} == {jnp.dtype("float32")}
+    losses, rough = joined(made)
     for name in losses:
-        assert losses[name].dtype == rough[name].dtype == jnp.float32
         # Of each image, then the mean: in the cosine of all together one image would count for all the others, as a tiny
         # random network has images at which it is many times as sensitive.
         each = [cosine(a, b) for a, b in zip(exact[name], rough[name], strict=True)]

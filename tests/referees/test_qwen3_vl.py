@@ -14,6 +14,7 @@ from referee_jax.referees import qwen3_vl, resizing
 from tests.conftest import picture, relative_l2
 from tests.lazy import functional, torch, transformers
 from tests.oracles import networks
+from tests.referees import compiled
 
 PROMPTS = ("a red circle and a blue square", "a green square", "red")
 YES = ("Yes", "yes", " Yes", " yes")
@@ -125,7 +126,7 @@ def test_pictures_are_read_as_by_the_processor(judge, height, width):
     read = networks.qwen_image_processor()(image, return_tensors="pt")
     views = [judge.preprocess(image)]
     if height <= 2 * width:  # or Pillow takes columns first, see referees.resizing
-        views.append(np.asarray(judge.referee.fit(jnp.asarray(np.asarray(image) / np.float32(255)))))
+        views.append(np.asarray(compiled.fit(judge.referee, jnp.asarray(np.asarray(image) / np.float32(255)))))
     for view in views:
         _, rows, columns = read["image_grid_thw"][0].tolist()
         assert view.shape == (4 * rows, 4 * columns, 3)
@@ -137,7 +138,9 @@ def test_pictures_are_read_as_by_the_processor(judge, height, width):
 def test_the_gradient_goes_through_the_resizing(judge):
     """As through torch's bicubic resizing: the rounding to 8 bits stops nothing."""
     image = 0.2 + 0.6 * picture(1, 61, 83)  # far from where Pillow clips
-    cotangent = np.random.default_rng(0).normal(size=judge.referee.fit(jnp.asarray(image)).shape).astype(np.float32)
+    cotangent = (
+        np.random.default_rng(0).normal(size=compiled.fit(judge.referee, jnp.asarray(image)).shape).astype(np.float32)
+    )
     gradient = jax.grad(lambda x: (judge.referee.fit(x) * cotangent).sum())(jnp.asarray(image))
     x = torch.from_numpy(image).requires_grad_()
     size = cotangent.shape[:2]

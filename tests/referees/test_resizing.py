@@ -1,5 +1,6 @@
 """Pictures to views: like Pillow, transformers and torchvision, in files and in programs alike."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
@@ -50,7 +51,7 @@ def test_a_program_sees_what_is_in_the_file(shape, method, is_exact):
         side=32, resized=36 if shape == "floored" else 32, shape=shape, method=method, is_exact=is_exact
     )
     for image in map(photo, *zip((50, 50), (40, 75), (24, 30), strict=True)):
-        made = fitting(jnp.asarray(np.asarray(image) / np.float32(255)))
+        made = jax.jit(fitting)(np.asarray(image) / np.float32(255))
         wanted = fitting.of_picture(image)
         assert made.shape == wanted.shape == (32, 32, 3) and wanted.dtype == np.float32
         np.testing.assert_allclose(made, wanted, rtol=0, atol=1e-6)

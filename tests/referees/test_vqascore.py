@@ -14,6 +14,7 @@ from referee_jax.models.flan_t5 import clip_t5
 from tests.conftest import picture, relative_l2
 from tests.lazy import functional, t5_oracles, torch, transformers
 from tests.oracles import networks
+from tests.referees import compiled
 from tests.weights.checkpoints import edit_json
 
 PROMPT = "a red circle left of a blue square"
@@ -144,7 +145,9 @@ def test_scores(oracle, directory):
     answers = log_yes(oracle, torch.from_numpy(image)[None], PROMPT, SWAPPED)[0]
     assert float(scores["vqascore"]) == pytest.approx(answers[0].exp().item(), abs=1e-5)
     assert float(scores["probability"]) == pytest.approx(answers.softmax(0)[0].item(), abs=1e-5)
-    assert load(directory).referee.scores(jnp.asarray(image), load(directory).tokenize(PROMPT)).keys() == {"vqascore"}
+    assert compiled.scores(load(directory).referee, jnp.asarray(image), load(directory).tokenize(PROMPT)).keys() == {
+        "vqascore"
+    }
 
 
 @pytest.mark.parametrize("size", [(40, 24), (21, 40), (32, 32), (50, 50)])
@@ -161,7 +164,7 @@ def test_pictures_are_padded_with_the_mean_colour(directory, size):
     mean, std = np.array(judge.referee.mean), np.array(judge.referee.std)
     view = judge.preprocess(image)
     np.testing.assert_allclose((view - mean) / std, expected, atol=1e-5)
-    fitted = judge.referee.fit(jnp.asarray(pixels / np.float32(255)))
+    fitted = compiled.fit(judge.referee, jnp.asarray(pixels / np.float32(255)))
     np.testing.assert_array_equal(np.round(255 * fitted), np.round(255 * view))
     assert np.abs(fitted - view).max() < 1e-6
 
@@ -172,7 +175,7 @@ def test_texts_are_the_checkpoints(oracle, directory, tmp_path):
     t5_oracles.save_clip_t5(oracle, tmp_path, texts=texts)
     judge, shown = load(tmp_path), views(1)
     assert judge.referee.before == (1,) and judge.text("a circle") == "show a circle"
-    loss = judge.referee.views_losses(shown, judge.tokenize("a circle"))["vqa"]
+    loss = compiled.views_losses(judge.referee, shown, judge.tokenize("a circle"))["vqa"]
     exact = -log_yes(oracle, torch.from_numpy(shown), "a circle", texts=texts)[:, 0]
     np.testing.assert_allclose(loss, exact, rtol=1e-4)
 

@@ -9,6 +9,7 @@ from referee_jax.shapes import batches, tokens, world
 from referee_jax.weights import load
 from tests.conftest import relative_l2
 from tests.lazy import recipes_vqascore, torch, train
+from tests.referees import compiled
 
 RED, BLUE = world.Object("circle", "red", x=16), world.Object("square", "blue", x=48)
 SCENE = world.Scene((RED, BLUE))
@@ -103,7 +104,7 @@ def test_it_is_asked_as_it_was_taught(tmp_path):
     words = logits.log_softmax(-1)
     expected = -(words[:, 0, recipes_vqascore.YES] + words[:, 1, recipes_vqascore.END]) / 2
     for text, loss in zip(texts, expected, strict=True):
-        read = judge.referee.encode(judge.tokenize(text))
-        assert relative_l2(judge.referee.views_losses(picture[None], read)["vqa"], loss[None]) < 1e-4
+        read = compiled.encode(judge.referee, judge.tokenize(text))
+        assert relative_l2(compiled.views_losses(judge.referee, picture[None], read)["vqa"], loss[None]) < 1e-4
     network = load.load("clip_t5", tmp_path / "vqascore")
     assert network.config.tower.num_hidden_layers == 3
