@@ -1,9 +1,9 @@
 """Recipe of the shapes world's VQAScore: CLIP-FlanT5 at a thousandth of its size, taught what CLIP does not know.
 
-A T5 reads the patches of a vision tower beside a question, and answers yes or no. What it is asked has relations,
-numbers, textures and colours, and hard negatives: exchanged arguments, mirrored pictures, wrong numbers, an object too
-many. Three heads that are dropped afterwards label patches (recipes_referees), mark words as true or false, and say
-where each named object is.
+A T5 reads the patches of a vision tower, initialised as CLIP's, beside a question, and answers yes or no. What it is
+asked has relations, numbers, textures and colours, and hard negatives: exchanged arguments, mirrored pictures, wrong
+numbers, an object too many. Three heads that are dropped afterwards label patches (recipes_referees), mark words as
+true or false, and say where each named object is.
 """
 
 import json
@@ -14,16 +14,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from referee_jax.shapes import batches, tokens, world
+from referee_jax.shapes import batches, recipes_referees, tokens
 from referee_jax.shapes.recipes_referees import Batch, degraded_input, patch_loss, save_preprocessing, trim, word_loss
 
 WIDTH = 96
 PAD, END, YES, NO = (tokens.T5_WORDS[word] for word in ("<pad>", "</s>", "yes", "no"))
 BEFORE = "photo"  # the text before the picture
-VISION = dict(
-    hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=3, num_attention_heads=4, image_size=world.SIZE,
-    patch_size=batches.PATCH, projection_dim=WIDTH,
-)  # fmt: skip
+VISION = recipes_referees.VISION | dict(num_hidden_layers=3)
 TEXT = dict(
     vocab_size=len(tokens.T5_WORDS), d_model=WIDTH, d_kv=24, d_ff=256, num_heads=4, num_layers=4, num_decoder_layers=1,
     feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.0, pad_token_id=PAD, eos_token_id=END,
@@ -34,25 +31,29 @@ TEXT = dict(
 class Vqascore(torch.nn.Module):
     """Answers yes or no to whether a picture shows exactly, or contains, what a caption says."""
 
-    steps, rate, batch, places = 6000, 1e-3, staticmethod(batches.vqascore_batch), ("vqascore",)
+    steps, rate, batch, places = 4500, 1e-3, staticmethod(batches.vqascore_batch), ("vqascore",)
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
         vision = transformers.CLIPVisionConfig(**VISION)
         text = transformers.T5Config(**TEXT)
         vision._attn_implementation = text._attn_implementation = "eager"
-        projector = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.GELU(), torch.nn.Linear(WIDTH, WIDTH))
+        seen = VISION["hidden_size"]
+        projector = torch.nn.Sequential(torch.nn.Linear(seen, WIDTH), torch.nn.GELU(), torch.nn.Linear(WIDTH, WIDTH))
         self.trained = torch.nn.ModuleDict(
             {
                 "vision_tower": transformers.CLIPVisionModel(vision),
                 "t5": transformers.T5ForConditionalGeneration(text),
                 "mm_projector": projector,
-                "what": torch.nn.Linear(WIDTH, len(batches.KINDS)),
+                "what": torch.nn.Linear(seen, len(batches.KINDS)),
                 "told": torch.nn.Linear(WIDTH, 1),
                 "where": torch.nn.Linear(WIDTH, 2),
             }
         )
         torch.nn.init.normal_(self.trained["t5"].lm_head.weight, std=WIDTH**-0.5)
+        clip = transformers.CLIPModel.from_pretrained(out / recipes_referees.Clip.places[0], dtype=torch.float32)
+        tower, theirs = self.trained["vision_tower"], clip.vision_model.state_dict()
+        tower.load_state_dict({name: theirs[name] for name in tower.state_dict()})
         before = torch.from_numpy(tokens.t5_words([BEFORE]))
         self.register_buffer("before", before[:, : int((before != PAD).sum())])
 
@@ -73,7 +74,7 @@ class Vqascore(torch.nn.Module):
         known = centres.isfinite().all(-1)
         where = F.smooth_l1_loss(parts["where"](read[known]).float(), centres[known], beta=0.1)
         figures = {"answer": answer, "right": right, "told": told, "where": where, "what": what}
-        return answer + told + where + 3 * what, figures
+        return answer + 3 * told + where + 3 * what, figures
 
     def answer(self, states: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of an answer's two tokens `[question, 2, word]`, and the encoder's states of the question's words."""

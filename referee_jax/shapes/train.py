@@ -5,7 +5,7 @@ package reads: the committed assets are true Hugging Face checkpoints, and loadi
 bfloat16 matrix units it is also several times faster than XLA.
 
 Training is seeded and resumable: randomness in step n depends on (seed, n) alone, and the state is in `--workdir`.
-The order is vae, clip, then unet, blip and blip2 (which read them from `--out`). Each network gets a card with its
+The order is vae, clip, then unet, blip, blip2 and vqascore (which read them from `--out`). Each network gets a card with its
 data, steps and final figures. `--noise`, `--named` and `--epoch` train it on other data.
 """
 

@@ -1,12 +1,14 @@
 """The recipe of the shapes world's VQAScore: its questions are true or false as they say, and it is asked as it was taught."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 from referee_jax import config, referees
 from referee_jax.referees import questions
 from referee_jax.shapes import batches, tokens, world
-from referee_jax.weights import load
+from referee_jax.weights import hub, load
 from tests.conftest import relative_l2
 from tests.lazy import recipes_vqascore, torch, train
 from tests.referees import compiled
@@ -86,6 +88,7 @@ def test_a_batch():
 
 def test_it_is_asked_as_it_was_taught(tmp_path):
     """Three steps of training, saved in half precision, and asked as the referee asks: the same losses."""
+    shutil.copytree(hub.ASSETS / "clip", tmp_path / "clip")
     figures = train.train("vqascore", steps=3, seed=0, out=tmp_path, workdir=tmp_path / "work", workers=0)
     assert 0 < figures["answer"] < 3
     recipe = recipes_vqascore.Vqascore(tmp_path)
