@@ -10,7 +10,7 @@ from typing import Any
 from absl import logging
 
 from referee_jax import console
-from referee_jax.benchmarks import agreement, geneval2, layouts, measures, noun_phrases, statistics, t2i_compbench
+from referee_jax.benchmarks import geneval2, layouts, measures, noun_phrases, statistics, t2i_compbench
 from referee_jax.shapes import benchmark as shapes_benchmark
 from referee_jax.storage import contact_sheet, files, run_directory
 
@@ -182,7 +182,7 @@ def evaluate(
     titles = {name: f"{name} (imported)" for name in imported if benchmark == "t2i_compbench"}
     if any(measure.name == "blip_vqa" for measure, _ in work):
         titles["blip_vqa"] = f"blip_vqa ({rule} noun phrases)"
-    tables = table(means, titles) + ("\n" + agreement.table(agreements) if agreements else "")
+    tables = table(means, titles) + ("\n" + statistics.agreement_table(agreements) if agreements else "")
     if benchmark == "geneval2":
         tables += "\n" + console.markdown(
             ["skill", "questions", geneval2.AM], {k: [x.images, x] for k, x in skills.items()}
@@ -289,7 +289,7 @@ def plan(
     return work + [(measure, entries) for measure in measures.by_referees(referees, truncate=truncate)]
 
 
-def agree(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, agreement.Agreement]:
+def agree(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, statistics.Agreement]:
     """How far each score agrees with `right`, where that is known; draws fooled.png."""
     (out / "fooled.png").unlink(missing_ok=True)  # of an evaluation before
     judged = [line for line in lines if "right" in line]
@@ -298,8 +298,8 @@ def agree(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, agreement.
     for name in (name for name in names if name not in ("right", "quality")):
         scored = [line for line in judged if name in line]
         scores, right = [line[name] for line in scored], [line["right"] == 1 for line in scored]
-        agreements[name] = agreement.measure([line["prompt"] for line in scored], scores, right)
-        for row in agreement.fooled(scores, right, FOOLED):
+        agreements[name] = statistics.agreement([line["prompt"] for line in scored], scores, right)
+        for row in statistics.fooled(scores, right, FOOLED):
             pictures.append((Path(scored[row]["file"]), scored[row]["prompt"], {name: scores[row]}))
     if pictures:
         buffer = io.BytesIO()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,3 +51,41 @@ def test_the_interval_of_a_mean_of_means():
     constant = statistics.mean_of_means([[("a", 1.0), ("b", 1.0)], [("c", 0.0)]])
     assert constant[:3] == (0.5, 0.5, 0.5)
     assert statistics.mean_of_means(tags[:1]) == statistics.mean(tags[0])
+
+
+def test_rank_correlation_is_spearmans():
+    rng = np.random.default_rng(0)
+    right = rng.random(60) < 0.4
+    scores = np.round(right + rng.normal(size=60), 1)  # with ties
+    found = statistics.agreement(np.arange(60) // 2, scores, right)
+    assert found.rank_correlation == pytest.approx(scipy.stats.spearmanr(scores, right)[0], abs=1e-12)
+    assert found.low < found.rank_correlation < found.high and found.pictures == 60
+    wins = scipy.stats.mannwhitneyu(scores[right], scores[~right]).statistic
+    assert found.auroc == pytest.approx(wins / (right.sum() * (~right).sum()))
+
+
+def test_pairs_of_one_prompt():
+    """Prompt a: 0.2 right, 0.1 and 0.2 wrong: one and a half of two pairs; b has no pair of both kinds."""
+    found = statistics.agreement("aaabb", [0.2, 0.1, 0.2, 0.9, 0.8], [True, False, False, False, False])
+    assert found.same_prompt == pytest.approx(0.75) and found.auroc == pytest.approx(1.5 / 4)
+
+
+def test_a_perfect_score_and_a_constant_one():
+    right = [True, False, True, False]
+    assert statistics.agreement("abcd", [3.0, 1.0, 4.0, 2.0], right).rank_correlation == pytest.approx(0.894, abs=1e-3)
+    constant = statistics.agreement("abcd", [1.0] * 4, right)
+    assert np.isnan(constant.rank_correlation) and constant.auroc == 0.5
+
+
+@pytest.mark.parametrize("right", [[True, True], [False, False]])
+def test_where_there_is_nothing_to_tell_apart(right):
+    found = statistics.agreement("ab", [0.1, 0.2], right)
+    assert np.isnan([found.rank_correlation, found.low, found.auroc, found.same_prompt]).all()
+    assert (
+        statistics.agreement_table({"clip_cosine": found}).splitlines()[-1] == "| clip_cosine | - (-..-) | - | - | 2 |"
+    )
+
+
+def test_fooled_are_the_wrong_ones_it_likes_best():
+    assert statistics.fooled([0.5, 0.9, 0.7, 0.8], [True, False, False, True], 5) == [1, 2]
+    assert statistics.fooled([0.5, 0.9, 0.7, 0.8], [False] * 4, 2) == [1, 3]
