@@ -32,6 +32,8 @@ GROUPS = {
     "": config.Settings,
     "generator": config.Generator,
     "sds": config.Sds,
+    "guided": config.Guided,
+    "noise": config.Noise,
     "referee": config.Referee,
     "referees[n]": config.RefereeSpec,
     "optim": config.Optim,

@@ -20,8 +20,9 @@ from typing import Any
 import ml_collections
 
 from referee_jax import prompts, schema
-from referee_jax.method import augmentations, optim, views
+from referee_jax.method import augmentations, views
 from referee_jax.method.latent_losses import LATENT_LOSSES
+from referee_jax.method.ways import guided, noise, optim
 from referee_jax.schema import ConfigError, bounded, parse, wrong
 
 # Referee -> its losses. Referees with one of CONTRASTS use negatives. BLIP-2 has itg only if
@@ -72,7 +73,7 @@ class Generator:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sds:
-    """Score distillation; see method/sds.py.
+    """Score distillation; see method/ways/sds.py.
 
     `weight` and `t_max` follow a cosine to their final values over `weight_steps` iterations.
     """
@@ -84,12 +85,41 @@ class Sds:
     t_min: int = bounded(50, low=0)  # the smallest timestep that is drawn
     t_max: int = bounded(950, low=2, high=1000)  # timesteps up to t_max - 2 are drawn
     t_max_final: int = bounded(950, low=2, high=1000)  # of the cosine
-    alpha_power: float = 0.0  # a of w_t, see method/sds.py
+    alpha_power: float = 0.0  # a of w_t, see method/ways/sds.py
     sigma_power: float = 0.0  # b of w_t
     # {} is the prompt, {caption} the prompt in lower case without most marks. With neither, the
     # prior's text is the same for all prompts.
     prompt: str = "A photo exactly contains {caption}"
     negative_prompt: str = ""  # what guidance leads away from; empty: the empty text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guided:
+    """The way of method = "guided", DDIM in the space of clean latents; see method/ways/guided.py."""
+
+    guidance: float = 7.5  # scale of classifier-free guidance
+    first: int = bounded(980, low=1, high=999)  # timestep of the first iteration
+    last: int = bounded(20, low=0, high=998)  # of the last
+    high: int = bounded(800, low=0, high=999)  # the referees pull at timesteps from high ...
+    low: int = bounded(200, low=0, high=999)  # ... down to low
+    travels: int = bounded(0, low=0)  # how often each stretch of `back` levels in this window is gone through again
+    back: int = bounded(2, low=1)  # levels of a stretch
+    eta: float = bounded(0.0, low=0, high=1)  # fresh noise at each level: 0 DDIM, 1 ancestral sampling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Noise:
+    """The way of method = "noise", which moves a sampler's starting noise; see method/ways/noise.py."""
+
+    rule: str = "reno"  # how it is moved: reno, sphere, gper, langevin, or a plugin's
+    steps: int = bounded(1, low=1, high=50)  # of the sampler; each has a gradient
+    guidance: float = 1.0  # scale of the sampler's classifier-free guidance; 1: none
+    lr: float = bounded(5.0, low=0)  # step size of reno, sphere and gper
+    momentum: float = bounded(0.9, low=0, high=1)  # of reno and sphere
+    clip: float = bounded(0.1, low=0)  # largest norm of the gradient (reno), largest element (gper); 0: none
+    norm_weight: float = bounded(0.01, low=0)  # of the likelihood of the noise's length (reno)
+    gamma: float = bounded(0.3, low=0, high=0.75)  # step size of langevin
+    eta: float = bounded(0.8, low=0)  # the referees' weight in langevin
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +165,7 @@ class RefereeSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
-    """The latents' update (method/optim.py): `noise` while the referees act, `tail_noise` after."""
+    """The latents' update (method/ways/optim.py): `noise` while the referees act, `tail_noise` after."""
 
     name: str = "sgd"  # plain gradient descent, adam, or a plugin's
     lr: float = bounded(1.0, above=0)  # step size
@@ -205,8 +235,13 @@ class Settings:
     workdir: str = ""  # the run directory; empty: runs/<config>-<fingerprint>
     prompts: tuple[str, ...] = ()  # used where none are given on the command line
     plugins: tuple[str, ...] = ()  # modules of your own, imported before the settings are read; see plugins.md
+    # How the picture is moved: sds, the clean latent by score distillation; guided, the clean latent of DDIM on its way
+    # from noise; noise, the starting noise of a sampler. See method.md.
+    method: str = bounded("sds", allowed=("sds", "guided", "noise"))
     generator: Generator = _group(Generator)
     sds: Sds = _group(Sds)
+    guided: Guided = _group(Guided)
+    noise: Noise = _group(Noise)
     referee: Referee = _group(Referee)
     referees: tuple[RefereeSpec, ...] = (RefereeSpec(),)
     # Name: weight of losses of the latents that plugins register; their gradients are added to the prior's.
@@ -362,8 +397,10 @@ def _check(settings: Settings) -> None:
         raise wrong(
             "sds.prompt", settings.sds.prompt, "a text with one {} or {caption} where the prompt is put, or with none"
         )
-    if settings.init_candidates > 1 and settings.init != "sample":
-        raise wrong("init_candidates", settings.init_candidates, 'one, unless init = "sample"')
+    if settings.init_candidates > 1 and settings.init != "sample" and settings.method != "noise":
+        raise wrong("init_candidates", settings.init_candidates, 'one, unless init = "sample" or method = "noise"')
+    if settings.method != "sds":
+        _check_way(settings)
     if settings.optim.name not in optim.OPTIMIZERS:
         raise wrong("optim.name", settings.optim.name, f"one of {optim.OPTIMIZERS.known()}")
     if settings.latent_losses.keys() - LATENT_LOSSES:
@@ -371,6 +408,31 @@ def _check(settings: Settings) -> None:
         raise wrong("latent_losses", settings.latent_losses, known)
     _check_views(settings.views)
     _check_referees(settings)
+
+
+def _check_way(settings: Settings) -> None:
+    """Checks what "guided" and "noise" cannot have."""
+    for key, value, possible in (("init", settings.init, "noise"), ("latent_losses", settings.latent_losses, {})):
+        if value != possible:
+            raise wrong(key, value, f'{possible!r}, unless method = "sds"')
+    if settings.output == "ema":
+        raise wrong("output", "ema", 'final, best or best_held_out, unless method = "sds"')
+    if settings.noise.rule not in noise.RULES:
+        raise wrong("noise.rule", settings.noise.rule, f"one of {noise.RULES.known()}")
+    if settings.guided.last >= settings.guided.first or settings.guided.low > settings.guided.high:
+        raise wrong("guided", dataclasses.asdict(settings.guided), "last < first and low <= high")
+    if settings.method == "guided":
+        try:
+            guided_levels(settings)
+        except ValueError as error:
+            raise ConfigError(f"guided.travels = {settings.guided.travels} is not possible: {error}") from error
+
+
+def guided_levels(settings: Settings) -> tuple[int, ...]:
+    """The timestep of each iteration of method = "guided"."""
+    s = settings.guided
+    how = {"travels": s.travels, "back": s.back, "low": s.low, "high": s.high}
+    return tuple(map(int, guided.levels(settings.steps, s.first, s.last, **how)))
 
 
 def _check_views(settings: Views) -> None:

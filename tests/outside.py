@@ -6,7 +6,8 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from referee_jax.method import augmentations, latent_losses, optim
+from referee_jax.method import augmentations, latent_losses
+from referee_jax.method.ways import optim
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"<!-- needs: a directory beside the repository[^\n]*-->\n```python\n(.*?)^```$", re.M | re.S)

@@ -9,7 +9,8 @@ import runpy
 import pytest
 
 from referee_jax import config, sweep
-from referee_jax.method import augmentations, objective, optim, sds
+from referee_jax.method import augmentations, objective
+from referee_jax.method.ways import optim, sds
 from referee_jax.shapes import world
 from referee_jax.weights import hub
 

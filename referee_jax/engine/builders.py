@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from referee_jax import config, prompts, referees
 from referee_jax.engine import parallel
 from referee_jax.hardware import chips
-from referee_jax.method import augmentations, inversion, objective, optim, sds
+from referee_jax.method import augmentations, objective
+from referee_jax.method import state as state_lib
+from referee_jax.method.ways import ddim, guided, noise, optim, sds
 from referee_jax.models import layers
 from referee_jax.referees.questions import Atom
 from referee_jax.weights import load
@@ -62,7 +64,7 @@ def make_networks(
     *,
     remat: str = "full",
     hardware: chips.Hardware | None = None,
-) -> inversion.Networks:
+) -> state_lib.Networks:
     """Everything with weights that an iteration evaluates.
 
     `remat`, of layers.POLICIES, is for the optimised referees; `hardware` is what is compiled for, by default the device
@@ -70,7 +72,7 @@ def make_networks(
     """
     hardware = hardware or chips.traits()
     configured = functools.partial(layers.configured, hardware=hardware)
-    return inversion.Networks(
+    return state_lib.Networks(
         prior=sds.Prior(configured(prior.unet), prior.alphas_cumprod, prior.prediction_type),
         vae=configured(prior.vae),
         referees=tuple(configured(judge.referee, remat=remat) for judge in judges),
@@ -85,10 +87,10 @@ def make_plan(
     held_out: Sequence[referees.Judge] = (),
     *,
     dense: bool = False,
-) -> inversion.Plan:
+) -> state_lib.Plan:
     """What is static of the settings; `dense` as of objective.ViewPlan."""
     side = settings.image_size // prior.vae.config.downscale
-    return inversion.Plan(
+    return state_lib.Plan(
         latent=(side, side, prior.vae.config.latent_channels),
         views=tuple(make_view_plan(settings, judge.spec, dense=dense) for judge in judges),
         held_out=tuple(make_view_plan(settings, judge.spec, dense=dense) for judge in held_out),
@@ -103,13 +105,26 @@ def make_plan(
         use_balance=settings.referee.balance,
         normalise=settings.referee.normalise,
         latent_losses=tuple(sorted(settings.latent_losses)),
+        method=settings.method,
+        levels=make_levels(settings, len(prior.alphas_cumprod)),
+        rule=settings.noise.rule,
+        is_guided=settings.noise.guidance != 1,
     )
+
+
+def make_levels(settings: config.Settings, timesteps: int) -> tuple[int, ...]:
+    """`Plan.levels`."""
+    if settings.method == "guided":
+        return config.guided_levels(settings)
+    return ddim.trailing(timesteps, settings.noise.steps) if settings.method == "noise" else ()
 
 
 # Numbers of the method -> the groups of the settings that they are from: field `name` of the numbers is field
 # `name` of a group, without the prefix.
 SOURCES = {
     sds.Hyper: {"": "sds"},
+    guided.Hyper: {"": "guided"},
+    noise.Hyper: {"": "noise"},
     objective.Hyper: {"": "referee"},
     optim.Hyper: {"": "optim", "ema_": "ema"},
     augmentations.Settings: {"": "views"},
@@ -135,15 +150,17 @@ def sources(kind: type) -> dict[str, tuple[str, str]]:
     return found
 
 
-def make_hyper(settings: config.Settings) -> inversion.Hyperparameters:
+def make_hyper(settings: config.Settings) -> state_lib.Hyperparameters:
     """What is a number of the settings, as float32 and int32 arrays."""
 
     def fill(kind: type) -> Any:
         return kind(**{name: getattr(getattr(settings, group), key) for name, (group, key) in sources(kind).items()})
 
-    hyper = inversion.Hyperparameters(
+    hyper = state_lib.Hyperparameters(
         prior=fill(sds.Hyper),
-        referee=fill(objective.Hyper),
+        guided=fill(guided.Hyper),
+        noise=fill(noise.Hyper),
+        referee=make_referee(settings, fill(objective.Hyper)),
         update=fill(optim.Hyper),
         views=fill(augmentations.Settings),
         weights=tuple(make_weights(spec) for spec in settings.referees if spec.role == "optimise"),
@@ -151,6 +168,16 @@ def make_hyper(settings: config.Settings) -> inversion.Hyperparameters:
         latent_losses=tuple(weight for _, weight in sorted(settings.latent_losses.items())),
     )
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32), hyper)
+
+
+def make_referee(settings: config.Settings, acts: Any) -> Any:
+    """Numbers with a `start` and a `stop` of the referees; of "guided" they act in its window of timesteps alone."""
+    if settings.method != "guided":
+        return acts
+    s, levels = settings.guided, config.guided_levels(settings)
+    inside = [i for i, t in enumerate(levels) if s.low <= t <= s.high] or [0]
+    stop = min(acts.stop, inside[-1] + 1)
+    return dataclasses.replace(acts, start=min(max(acts.start, inside[0]), stop), stop=stop)
 
 
 def structure(settings: config.Settings) -> config.Settings:
@@ -161,6 +188,7 @@ def structure(settings: config.Settings) -> config.Settings:
     if not (settings.sds.weight or settings.sds.weight_final):
         # Without score distillation it is another program.
         changes["sds"] |= {"weight": settings.sds.weight, "weight_final": settings.sds.weight_final}
+    changes["noise"]["guidance"] = 1.0 if settings.noise.guidance == 1 else 2.0  # another program, too
     groups = {name: dataclasses.replace(getattr(settings, name), **fields) for name, fields in changes.items()}
     alike = [dataclasses.replace(x, weight=1.0, losses=dict.fromkeys(x.losses, 1.0)) for x in settings.referees]
     terms = dict.fromkeys(settings.latent_losses, 1.0)
@@ -186,11 +214,11 @@ def tokenize(
     }
 
 
-def encode(networks: inversion.Networks, text_encoder: Any, tokens: dict[str, Any]) -> inversion.Prompt:
+def encode(networks: state_lib.Networks, text_encoder: Any, tokens: dict[str, Any]) -> state_lib.Prompt:
     """All that depends on the text alone, of `tokenize`'s tokens."""
     states = text_encoder(tokens["prior"]).astype(jnp.float32)
     judged = lambda referees, key: tuple(r.encode(t) for r, t in zip(referees, tokens[key], strict=True))
-    return inversion.Prompt(
+    return state_lib.Prompt(
         cond=states[0],
         uncond=states[1] if len(states) > 1 else None,
         texts=judged(networks.referees, "referees"),

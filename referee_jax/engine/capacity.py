@@ -13,6 +13,7 @@ from referee_jax import config
 from referee_jax.engine import builders, peak_memory
 from referee_jax.method import held_out as held_out_lib
 from referee_jax.method import inversion
+from referee_jax.method import state as state_lib
 from referee_jax.referees.judge import Judge
 from referee_jax.weights import load
 
@@ -26,11 +27,11 @@ class Step:
     """What an iteration of one image reads: arrays, or jax.ShapeDtypeStructs."""
 
     settings: config.Settings
-    networks: inversion.Networks
+    networks: state_lib.Networks
     text_encoder: Any
-    prompt: inversion.Prompt
-    hyper: inversion.Hyperparameters
-    plan: inversion.Plan
+    prompt: state_lib.Prompt
+    hyper: state_lib.Hyperparameters
+    plan: state_lib.Plan
 
 
 def make_step(settings: config.Settings, prior: load.StableDiffusion, judges: Sequence[Judge]) -> Step:
@@ -80,14 +81,16 @@ def fitting_batch(settings: config.Settings, prior: load.StableDiffusion, judges
     return min(MOST, 1 + int((free - least) // (most - least))) if least <= free else 0
 
 
-def one_step(plan: inversion.Plan) -> Callable:
+def one_step(plan: state_lib.Plan) -> Callable:
     """`fn(networks, prompt, hyper, z, key)`: an iteration of one image with its referees, from latents `z`."""
 
     def run(networks, prompt, hyper, z: Array, key: Array) -> tuple[Any, dict[str, Array]]:
         i = jnp.int32(0)
         noise = inversion.draw(key, networks, plan, hyper, i)
         measured = held_out_lib.begin(z, jnp.zeros(2)) if plan.held_out else None
-        return inversion.step(networks, prompt, hyper, plan, inversion.init(z, plan, hyper, measured), i, noise)
+        return inversion.step(
+            networks, prompt, hyper, plan, inversion.init(networks, z, plan, hyper, measured), i, noise
+        )
 
     return run
 

@@ -27,7 +27,9 @@ from referee_jax.engine import builders, capacity, parallel, programs
 from referee_jax.hardware import chips, compile_cache
 from referee_jax.hardware import devices as hardware_devices
 from referee_jax.items import Item, Part
-from referee_jax.method import ddim, inversion
+from referee_jax.method import inversion
+from referee_jax.method import state as state_lib
+from referee_jax.method.ways import ddim
 from referee_jax.referees.questions import Atom
 from referee_jax.weights import load
 
@@ -84,9 +86,9 @@ class Batch:
 
     items: tuple[Item, ...]
     step: int
-    prompt: inversion.Prompt
-    hyper: inversion.Hyperparameters
-    state: inversion.InversionState
+    prompt: state_lib.Prompt
+    hyper: state_lib.Hyperparameters
+    state: state_lib.InversionState
     keys: Array
 
 
@@ -168,7 +170,7 @@ class Inverter:
         return None
 
     def begin(
-        self, items: Sequence[Item], seed: int, hypers: Sequence[inversion.Hyperparameters] | None = None
+        self, items: Sequence[Item], seed: int, hypers: Sequence[state_lib.Hyperparameters] | None = None
     ) -> Batch:
         """A batch before its first iteration; `hypers` gives each item its own numbers (one more vmapped axis)."""
         settings = self.settings
@@ -180,7 +182,7 @@ class Inverter:
         items: Sequence[Item],
         seed: int,
         start: Start,
-        hypers: Sequence[inversion.Hyperparameters] | None = None,
+        hypers: Sequence[state_lib.Hyperparameters] | None = None,
     ) -> Batch:
         prompt, hyper, keys = self._encode_items(items, seed, hypers)
         is_swept, best = hypers is not None, None
@@ -192,15 +194,15 @@ class Inverter:
                 candidate = latents, self._judge(prompt, hyper, latents)
                 best = candidate if best is None else self._program("better")(best, candidate)
         latents, losses = best or (latents, None)
-        state = self._program("init", is_swept)(latents, losses if self.held_out else None, hyper)
+        state = self._program("init", is_swept)(self.networks, latents, losses if self.held_out else None, hyper)
         return Batch(tuple(items), 0, prompt, hyper, state, keys)
 
-    def _judge(self, prompt: inversion.Prompt, hyper: inversion.Hyperparameters, latents: Array) -> Array:
+    def _judge(self, prompt: state_lib.Prompt, hyper: state_lib.Hyperparameters, latents: Array) -> Array:
         """Clean losses of the optimised and of the held-out referees, `[item, 2]`."""
         is_swept = jax.tree.leaves(hyper)[0].ndim > 0
         return self._program("judge", is_swept)(self.networks, prompt, hyper, latents)
 
-    def _denoise(self, prompt: inversion.Prompt, latents: Array, start: Start) -> Array:
+    def _denoise(self, prompt: state_lib.Prompt, latents: Array, start: Start) -> Array:
         """Latents of noise to those of a sample of the prior, by DDIM."""
         total, program = len(self.networks.prior.alphas_cumprod), self._program("denoise")
         stride, guidance = jnp.int32(total // start.steps), jnp.float32(start.guidance)
@@ -209,8 +211,8 @@ class Inverter:
         return latents
 
     def _encode_items(
-        self, items: Sequence[Item], seed: int, hypers: Sequence[inversion.Hyperparameters] | None = None
-    ) -> tuple[inversion.Prompt, inversion.Hyperparameters, Array]:
+        self, items: Sequence[Item], seed: int, hypers: Sequence[state_lib.Hyperparameters] | None = None
+    ) -> tuple[state_lib.Prompt, state_lib.Hyperparameters, Array]:
         """Encoded prompts, numbers and keys of a batch, padded and on the devices."""
         if not 0 < len(items) <= self.batch_size:
             raise ValueError(f"{len(items)} items for a batch of 1 to {self.batch_size}")
@@ -257,10 +259,10 @@ class Inverter:
         state = parallel.place(jax.tree.unflatten(structure, leaves), self.mesh, batched=True)
         return Batch(part.items, part.step, prompt, hyper, state, keys)
 
-    def _abstract_state(self, hyper: inversion.Hyperparameters) -> inversion.InversionState:
+    def _abstract_state(self, hyper: state_lib.Hyperparameters) -> state_lib.InversionState:
         latents = jax.ShapeDtypeStruct((self.batch_size, *self.plan.latent), jnp.float32)
         losses = jax.ShapeDtypeStruct((self.batch_size, 2), jnp.float32) if self.held_out else None
-        return jax.eval_shape(self._program("init"), latents, losses, hyper)
+        return jax.eval_shape(self._program("init"), self.networks, latents, losses, hyper)
 
     def halved(self) -> "Inverter | None":
         """The same with half as many items at once; None where it is one already."""
@@ -274,7 +276,7 @@ class Inverter:
         other.compiled, other._programs = False, {}
         return other
 
-    def with_hyper(self, hyper: inversion.Hyperparameters) -> "Inverter":
+    def with_hyper(self, hyper: state_lib.Hyperparameters) -> "Inverter":
         """The same, with its compiled programs, with other numbers."""
         other = copy.copy(self)
         other.hyper = hyper
@@ -330,12 +332,13 @@ class Inverter:
 
     def preview(self, batch: Batch) -> np.ndarray:
         """The current images, uint8 `[item, H, W, 3]`."""
-        images = np.asarray(self._outputs(batch)[1])[: len(batch.items)]
+        images = np.asarray(self._outputs(batch)[2])[: len(batch.items)]
         return np.round(images * 255).astype(np.uint8)  # not by JAX, which would compile it
 
-    def _outputs(self, batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
-        """Chosen latents, images and scores."""
-        return self._program("finish", output=self.settings.output)(self.networks, batch.prompt, batch.state)
+    def _outputs(self, batch: Batch) -> tuple[Array, Array, Array, dict[str, Array]]:
+        """Chosen latents as they are moved, clean latents, images and scores."""
+        program = self._program("finish", self._is_swept(batch), output=self.settings.output)
+        return program(self.networks, batch.prompt, batch.hyper, batch.state)
 
     def finish(self, batch: Batch) -> list[Picture]:
         """The chosen output of each item, decoded and scored by all referees."""
@@ -344,7 +347,7 @@ class Inverter:
         if self.held_out:
             first, last = batch.state.held_out.first, self._judge(batch.prompt, batch.hyper, outputs[0])
         arrays = jax.tree.map(np.asarray, (*outputs, batch.state.frozen, first, last))
-        latents, images, scores, frozen, first, last = arrays
+        _, latents, images, scores, frozen, first, last = arrays
         pictures = []
         for n, item in enumerate(batch.items):
             item_scores = {name: float(value[n]) for name, value in scores.items()}
@@ -410,9 +413,12 @@ class Inverter:
         Returns:
             All results, without a history.
         """
-        pictures, start = [], Start("sample", steps, guidance, candidates)
+        pictures, start, engine = [], Start("sample", steps, guidance, candidates), self
+        if self.plan.method != "sds":  # whose latents are not those of a sample
+            engine = copy.copy(self)
+            engine.plan, engine._programs = self.plan.replace(method="sds"), {}
         for part in items_lib.batches(items_lib.expand(texts, samples), self.batch_size):
-            pictures += self.finish(self._initial_batch(part, seed, start))
+            pictures += engine.finish(engine._initial_batch(part, seed, start))
         return _result(pictures, {})
 
     def _tokenize(self, prompt: str) -> dict[str, Any]:

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from referee_jax.method import ddim, held_out, inversion
+from referee_jax.method import held_out, inversion
+from referee_jax.method.state import Plan
+from referee_jax.method.ways import ddim
 
 
 def item_key(seed: int, prompt_id: int, sample: int) -> Array:
@@ -15,40 +17,42 @@ def item_key(seed: int, prompt_id: int, sample: int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_id), sample)
 
 
-def _noise(key, number, *, plan: inversion.Plan):
+def _noise(key, number, *, plan: Plan):
     # Iterations fold in 0, 1, ...; starts count down from what no iteration reaches.
     return jax.random.normal(jax.random.fold_in(key, 2**31 - 1 - number), plan.latent)
 
 
-def _denoise(networks, prompt, latents, t, stride, guidance, *, plan: inversion.Plan):
+def _denoise(networks, prompt, latents, t, stride, guidance, *, plan: Plan):
     return ddim.step(networks.prior, latents, t, stride, cond=prompt.cond, uncond=prompt.uncond, guidance=guidance)
 
 
-def _judge(networks, prompt, hyper, latents, *, plan: inversion.Plan):
-    return inversion.clean_losses(networks, prompt, hyper, plan, inversion.decode(networks, latents, plan))
+def _judge(networks, prompt, hyper, latents, *, plan: Plan):
+    image = inversion.picture(networks, prompt, hyper, plan, latents)
+    return inversion.clean_losses(networks, prompt, hyper, plan, image)
 
 
-def _better(one, two, *, plan: inversion.Plan):
+def _better(one, two, *, plan: Plan):
     """Of two candidates (latents, losses), the one with the lower loss of the optimised referees."""
     return jax.tree.map(lambda a, b: jnp.where(two[1][0] < one[1][0], b, a), one, two)
 
 
-def _init(latents, losses, hyper, *, plan: inversion.Plan):
-    return inversion.init(latents, plan, hyper, None if losses is None else held_out.begin(latents, losses))
+def _init(networks, latents, losses, hyper, *, plan: Plan):
+    return inversion.init(networks, latents, plan, hyper, None if losses is None else held_out.begin(latents, losses))
 
 
-def _step(networks, prompt, hyper, state, key, i, *, plan: inversion.Plan, referees_active: bool):
+def _step(networks, prompt, hyper, state, key, i, *, plan: Plan, referees_active: bool):
     noise = inversion.draw(key, networks, plan, hyper, i)
     return inversion.step(networks, prompt, hyper, plan, state, i, noise, referees_active=referees_active)
 
 
-def _record_evaluation(state, losses, *, plan: inversion.Plan):
+def _record_evaluation(state, losses, *, plan: Plan):
     return inversion.record_evaluation(plan, state, losses)
 
 
-def _finish(networks, prompt, state, *, plan: inversion.Plan, output: str):
+def _finish(networks, prompt, hyper, state, *, plan: Plan, output: str):
     latents = inversion.output(state, output)
-    image = inversion.decode(networks, latents, plan)
+    clean = inversion.render(networks, prompt, hyper, plan, latents)
+    image = inversion.decode(networks, clean, plan)
     judged, scores = inversion.as_saved(image), {}
     for role, group, texts in (
         ("referee", networks.referees, prompt.texts),
@@ -57,7 +61,7 @@ def _finish(networks, prompt, state, *, plan: inversion.Plan, output: str):
         for n, (referee, text) in enumerate(zip(group, texts, strict=True)):
             named = referee.scores(referee.fit(judged), text)
             scores |= {f"{role}_{n}/{name}": value for name, value in named.items()}
-    return latents, image, scores
+    return latents, clean, image, scores
 
 
 # Name -> the function, which of its arguments have an axis of items ("hyper": in a sweep), and which are donated.
@@ -66,8 +70,8 @@ PROGRAMS = {
     "denoise": (_denoise, (False, True, True, False, False, False), ()),
     "judge": (_judge, (False, True, "hyper", True), ()),
     "better": (_better, (True, True), ()),
-    "init": (_init, (True, True, "hyper"), ()),
+    "init": (_init, (False, True, True, "hyper"), ()),
     "step": (_step, (False, True, "hyper", True, True, False), (3,)),
     "record_evaluation": (_record_evaluation, (True, True), (0,)),
-    "finish": (_finish, (False, True, True), ()),
+    "finish": (_finish, (False, True, "hyper", True), ()),
 }

@@ -1,163 +1,40 @@
 """Model inversion for ONE prompt and one sample: "Referee Can Play" (arXiv 2402.16305), pure.
 
     prompt -> referee's text side -> latents -> decoder -> random views -> referee's image side
-           -> losses -> gradient of the latents, balanced with score distillation
+           -> losses -> gradient of the latents, balanced with the prior's
            -> update, average, restart
 
 An iteration is `step`: `gradients` of the prior and of the referees, then `update`. It is a
 function of (networks, prompt, hyper, plan, state, i, noise); vmap adds prompts, samples and
-settings, and devices come outside. All that is random in an iteration is drawn from one key by
+settings, and devices come outside. What is moved, and how, is one of three ways (ways/), of which
+score distillation is the paper's. All that is random in an iteration is drawn from one key by
 `draw`. What is static, because it shapes the program, is in `Plan`; every number is traced, in
-`Hyperparameters`. The loop over iterations is the caller's.
+`Hyperparameters` (state.py). The loop over iterations is the caller's.
 """
-
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax import Array
 
-from referee_jax.method import augmentations, latent_losses, objective, optim, sds, views
 from referee_jax.method import held_out as held_out_lib
-from referee_jax.method.referee import Referee
-from referee_jax.models import vae as vae_lib
-
-
-class Networks(struct.PyTreeNode):
-    """Everything with weights."""
-
-    prior: sds.Prior
-    vae: vae_lib.AutoencoderKL
-    referees: tuple[Referee, ...]
-    held_out: tuple[Referee, ...] = ()
-
-
-class Prompt(struct.PyTreeNode):
-    """What depends on the text alone: the U-Net's states `[T, D]`, and each referee's own encoding.
-
-    `uncond` is None where the prior is not guided.
-    """
-
-    cond: Array
-    uncond: Array | None
-    texts: tuple[Any, ...]
-    held_out: tuple[Any, ...] = ()
-
-
-class Hyperparameters(struct.PyTreeNode):
-    """Every number of the method, traced; may have a leading axis for a sweep under vmap.
-
-    `weights` has one entry per referee, `held_out` one per held-out referee, `latent_losses` one per
-    name of the plan's.
-    """
-
-    prior: sds.Hyper = sds.Hyper()
-    referee: objective.Hyper = objective.Hyper()
-    update: optim.Hyper = optim.Hyper()
-    views: augmentations.Settings = augmentations.Settings()
-    weights: tuple[objective.Weights, ...] = ()
-    held_out: tuple[objective.Weights, ...] = ()
-    latent_losses: tuple[Array | float, ...] = ()
-
-
-class Plan(struct.PyTreeNode):
-    """What is static: it shapes the compiled program.
-
-    Attributes:
-        latent: (h, w, channels).
-        views: one entry per referee; `held_out` one per held-out referee.
-        evaluate_every: iterations between two evaluations of the held-out referees.
-        patience: an item stops after so many evaluations without a better one; 0: never.
-        steps: iterations in all.
-        clamp: "hard" or "straight_through", see objective.clamp.
-        shared_erase: whether all views lose the same rectangle.
-        optimizer: a key of optim.OPTIMIZERS.
-        ema_alias: see optim.ema_restart.
-        use_sds: whether the prior has a gradient.
-        use_balance: whether the referees' gradient is brought to the prior's length.
-        normalise: whether each referee's gradient is brought to its weight's length.
-        latent_losses: keys of latent_losses.LATENT_LOSSES.
-    """
-
-    latent: tuple[int, int, int] = struct.field(pytree_node=False)
-    views: tuple[objective.ViewPlan, ...] = struct.field(pytree_node=False)
-    held_out: tuple[objective.ViewPlan, ...] = struct.field(pytree_node=False, default=())
-    evaluate_every: int = struct.field(pytree_node=False, default=10)
-    patience: int = struct.field(pytree_node=False, default=0)
-    steps: int = struct.field(pytree_node=False, default=160)
-    clamp: str = struct.field(pytree_node=False, default="hard")
-    shared_erase: bool = struct.field(pytree_node=False, default=True)
-    optimizer: str = struct.field(pytree_node=False, default="sgd")
-    ema_alias: bool = struct.field(pytree_node=False, default=False)
-    use_sds: bool = struct.field(pytree_node=False, default=True)
-    use_balance: bool = struct.field(pytree_node=False, default=True)
-    normalise: bool = struct.field(pytree_node=False, default=False)
-    latent_losses: tuple[str, ...] = struct.field(pytree_node=False, default=())
-
-
-class InversionState(struct.PyTreeNode):
-    """The loop's carry for one prompt and sample.
-
-    Attributes:
-        latents: float32 `[h, w, C]`, scaled.
-        optimizer: of optim.build; holds the average.
-        best: the latents, before their update, with the lowest loss so far, and `best_loss`.
-        frozen: whether an update or a loss was not finite; the latents stay what they were before.
-        held_out: what the held-out referees have measured, where there are any.
-    """
-
-    latents: Array
-    optimizer: optax.OptState
-    best: Array
-    best_loss: Array
-    frozen: Array
-    held_out: held_out_lib.HeldOutState | None = None
-
-    @property
-    def average(self) -> Array:
-        """The running average of the latents."""
-        return optax.tree.get(self.optimizer, "average")
-
-
-class Noise(struct.PyTreeNode):
-    """All that is random in one iteration.
-
-    Attributes:
-        t: the timestep, int32.
-        eps: noise of the prior, `n1` with the referees' step and `n2` after it; each `[h, w, C]`.
-        views: one entry per referee.
-        referee: added to the views, `[keep, S, S, 3]` per referee.
-    """
-
-    t: Array
-    eps: Array
-    n1: Array
-    n2: Array
-    views: tuple[views.Params, ...]
-    referee: tuple[Array, ...]
-
-
-class Gradients(NamedTuple):
-    """Of the latents `[h, w, C]`: the prior's, the referees', and that of losses of the latents, None without any.
-
-    And the losses by name.
-    """
-
-    prior: Array
-    referee: Array
-    losses: dict[str, Array]
-    latents: Array | None = None
+from referee_jax.method import latent_losses, objective, views
+from referee_jax.method.state import Gradients, Hyperparameters, InversionState, Networks, Noise, Plan, Prompt
+from referee_jax.method.ways import WAYS, sds
 
 
 def init(
-    latents: Array, plan: Plan, hyper: Hyperparameters, measured: held_out_lib.HeldOutState | None = None
+    networks: Networks | None,
+    latents: Array,
+    plan: Plan,
+    hyper: Hyperparameters,
+    measured: held_out_lib.HeldOutState | None = None,
 ) -> InversionState:
-    """The state before the first iteration, from latents `[h, w, C]`."""
+    """The state before the first iteration, from latents `[h, w, C]`: noise, or a sample. "guided" alone asks the networks."""
+    latents, carry = WAYS[plan.method].begin(networks, hyper, plan, latents)
     return InversionState(
         latents=latents,
-        optimizer=_optimizer(plan, hyper).init(latents),
+        carry=carry,
         best=latents,
         best_loss=jnp.array(jnp.inf, jnp.float32),
         frozen=jnp.zeros((), bool),
@@ -201,6 +78,17 @@ def decode(networks: Networks, latents: Array, plan: Plan) -> Array:
     return objective.clamp(networks.vae.decode(latents[None])[0].astype(jnp.float32), plan.clamp)
 
 
+def picture(networks: Networks, prompt: Prompt, hyper: Hyperparameters, plan: Plan, latents: Array) -> Array:
+    """What a state's latents look like: `[h, w, C]`, rendered and decoded, to the image `[H, W, 3]` in [0, 1]."""
+    return decode(networks, render(networks, prompt, hyper, plan, latents), plan)
+
+
+@jax.named_scope("render")
+def render(networks: Networks, prompt: Prompt, hyper: Hyperparameters, plan: Plan, latents: Array) -> Array:
+    """Clean latents of a state's: themselves, or what the sampler makes of starting noise."""
+    return WAYS[plan.method].render(networks, prompt, hyper, plan, latents)
+
+
 def as_saved(image: Array) -> Array:
     """In steps of 1/255, like the file: what is judged here is what anyone can judge after."""
     return jnp.round(255 * image) / 255
@@ -215,7 +103,7 @@ def referees_gradient(
     networks: Networks, prompt: Prompt, hyper: Hyperparameters, plan: Plan, latents: Array, noise: Noise
 ) -> tuple[Array, dict[str, Array]]:
     """d(sum of the referees' losses)/d(latents), and the losses: one decode, one pullback."""
-    image, pullback = jax.vjp(lambda z: decode(networks, z, plan), latents)
+    image, pullback = jax.vjp(lambda z: picture(networks, prompt, hyper, plan, z), latents)
     cotangent, metrics = jnp.zeros_like(image), {"loss": jnp.zeros(())}
     for n, view_plan in enumerate(plan.views):
         with jax.named_scope(f"referee_{n}"):
@@ -243,7 +131,7 @@ def gradients(
     prompt: Prompt,
     hyper: Hyperparameters,
     plan: Plan,
-    latents: Array,
+    state: InversionState,
     i: Array,
     noise: Noise,
     *,
@@ -256,36 +144,25 @@ def gradients(
         prompt: the encoded prompt.
         hyper: the numbers.
         plan: what is static.
-        latents: `[h, w, C]`.
+        state: before the iteration.
         i: the iteration, int32.
         noise: of `draw`.
         referees_active: static. False leaves the referees out: their gradient is zero and their
             losses are NaN. True evaluates them at every iteration, and has the same result where
             `hyper.referee.is_active(i)` is false.
     """
-    prior = referee = jnp.zeros_like(latents)
-    losses = dict.fromkeys(loss_names(plan), jnp.full((), jnp.nan))
-    if plan.use_sds:
-        with jax.named_scope("prior"):
-            prior = sds.gradient(
-                networks.prior,
-                latents,
-                t=noise.t,
-                eps=noise.eps,
-                cond=prompt.cond,
-                uncond=prompt.uncond,
-                hyper=hyper.prior,
-                i=i,
-            )
+    with jax.named_scope("prior"):
+        look = WAYS[plan.method].prior(networks, prompt, hyper, plan, state, i, noise)
+    referee, losses = jnp.zeros_like(look.at), dict.fromkeys(loss_names(plan), jnp.full((), jnp.nan))
     if referees_active:
         # Selected, not branched: where rows of a sweep differ, a branch would compute both sides.
-        evaluated = referees_gradient(networks, prompt, hyper, plan, latents, noise)
+        evaluated = referees_gradient(networks, prompt, hyper, plan, look.at, noise)
         referee, losses = optax.tree.where(hyper.referee.is_active(i), evaluated, (referee, losses))
     if not plan.latent_losses:
-        return Gradients(prior, referee, losses)
+        return Gradients(look.gradient, referee, losses, look.at, look.carry)
     with jax.named_scope("latent_losses"):
-        term, term_losses = latent_losses.gradient(plan.latent_losses, hyper.latent_losses, latents)
-    return Gradients(prior, referee, losses | term_losses, term)
+        term, term_losses = latent_losses.gradient(plan.latent_losses, hyper.latent_losses, look.at)
+    return Gradients(look.gradient, referee, losses | term_losses, look.at, look.carry, term)
 
 
 @jax.named_scope("update")
@@ -316,30 +193,18 @@ def update(
         The new state, and scalars: the losses, the norms of both gradients, their ratio, and the
         standard deviation of the latents. Of an item that has stopped all of them are NaN.
     """
-    latents, (prior, referee, losses, term) = state.latents, found
+    prior, referee, losses = found.prior, found.referee, found.losses
     active = hyper.referee.is_active(i) if referees_active else jnp.zeros((), bool)
     epsilon = hyper.referee.balance_epsilon
     ratio = objective.balance(prior, referee, epsilon) if plan.use_balance else jnp.ones(())
     ratio = jnp.where(active, ratio, 0.0)
-
-    rate = optim.referee_rate(hyper.update, i, plan.steps)
     pull = hyper.referee.weight_at(i) * ratio * referee
-    shake = jnp.where(active, -rate * hyper.update.noise * noise.n1, 0.0)
-    tail = jnp.where(active, hyper.update.noise, hyper.update.tail_noise) * noise.n2
-    descent = prior if term is None else prior + term
-    updates, optimizer = _optimizer(plan, hyper).update(
-        descent + rate / hyper.update.lr * pull,
-        state.optimizer,
-        latents,
-        step=i,
-        moved=-rate * pull + shake,
-        noise=shake + tail,
-    )
+    latents, carry = WAYS[plan.method].move(hyper, plan, state, i, noise, found, pull, active)
     better = losses["loss"] < state.best_loss
     new = state.replace(
-        latents=optax.apply_updates(latents, updates),
-        optimizer=optimizer,
-        best=jnp.where(better, latents, state.best),
+        latents=latents,
+        carry=carry,
+        best=jnp.where(better, found.at, state.best),
         best_loss=jnp.where(better, losses["loss"], state.best_loss),
     )
     broken = ~jnp.isfinite(new.latents).all() | (active & ~jnp.isfinite(losses["loss"]))
@@ -367,7 +232,7 @@ def step(
 ) -> tuple[InversionState, dict[str, Array]]:
     """Iteration `i`: `gradients`, then `update`, whose arguments and results these are."""
     on = {"referees_active": referees_active}
-    found = gradients(networks, prompt, hyper, plan, state.latents, i, noise, **on)
+    found = gradients(networks, prompt, hyper, plan, state, i, noise, **on)
     return update(hyper, plan, state, i, noise, found, **on)
 
 
@@ -415,7 +280,3 @@ def output(state: InversionState, which: str) -> Array:
     if which == "best":
         return jnp.where(jnp.isfinite(state.best_loss), state.best, state.latents)
     return {"final": state.latents, "ema": state.average}[which]
-
-
-def _optimizer(plan: Plan, hyper: Hyperparameters) -> optax.GradientTransformationExtraArgs:
-    return optim.build(hyper.update, stop=hyper.referee.stop, name=plan.optimizer, alias=plan.ema_alias)

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from referee_jax import config, console
-from referee_jax.engine import capacity, inverter, peak_memory
+from referee_jax.engine import builders, capacity, inverter, peak_memory
 from referee_jax.hardware import chips
-from referee_jax.method import inversion, sds, views
+from referee_jax.method import inversion, views
+from referee_jax.method import state as state_lib
+from referee_jax.method.ways import sds
 from referee_jax.performance import abstract_networks, flops
 
 
@@ -104,10 +106,11 @@ def parts(step: capacity.Step) -> list[Part]:
     """The parts of an iteration."""
     plan = step.plan
     side = step.settings.image_size
+    decoder = "sampler and decoder" if plan.method == "noise" else "decoder"
     pieces = [
         Part("U-Net", _unet, plan.latent),
-        Part("decoder", lambda networks, prompt, hyper, z, key: inversion.decode(networks, z, plan), plan.latent),
-        Part("decoder + pullback", _decoder(plan), plan.latent),
+        Part(decoder, _picture(plan), plan.latent),
+        Part(f"{decoder} + pullback", _pulled(plan), plan.latent),
     ]
     specs = [spec for spec in step.settings.referees if spec.role == "optimise"]
     for n, (spec, view_plan, referee) in enumerate(zip(specs, plan.views, step.networks.referees, strict=True)):
@@ -128,12 +131,16 @@ def _unet(networks, prompt, hyper, z: Array, key: Array) -> Array:
     return sds.gradient(networks.prior, z, t=t, eps=z, **how)
 
 
-def _decoder(plan: inversion.Plan) -> Callable:
-    def decode(networks, prompt, hyper, z: Array, key: Array) -> Array:
-        image, pullback = jax.vjp(lambda z: inversion.decode(networks, z, plan), z)
+def _picture(plan: state_lib.Plan) -> Callable:
+    return lambda networks, prompt, hyper, z, key: inversion.picture(networks, prompt, hyper, plan, z)
+
+
+def _pulled(plan: state_lib.Plan) -> Callable:
+    def pulled(networks, prompt, hyper, z: Array, key: Array) -> Array:
+        image, pullback = jax.vjp(lambda z: _picture(plan)(networks, prompt, hyper, z, key), z)
         return pullback(image)[0]
 
-    return decode
+    return pulled
 
 
 def _views(view_plan: Any, size: int, shared_erase: bool) -> Callable:
@@ -184,7 +191,7 @@ def step_flops(engine: inverter.Inverter, batch: inverter.Batch) -> float:
     return flops.count(engine.trace(batch).jaxpr.jaxpr) / engine.settings.batch_size
 
 
-def running(engine: inverter.Inverter, iteration: jax.stages.Traced, prompts: inversion.Prompt) -> Running:
+def running(engine: inverter.Inverter, iteration: jax.stages.Traced, prompts: state_lib.Prompt) -> Running:
     """What an inverter costs for a batch of encoded prompts, whose iteration is `engine.trace(batch)`.
 
     Parts outside that program are traced too; nothing is compiled.
@@ -208,8 +215,9 @@ def _work(step: capacity.Step, whole: float, unet: float) -> Work:
     start = settings.init_steps * unet if settings.init == "sample" else 0.0
     if settings.init_candidates > 1 or plan.held_out:
         start += judged
-    active = max(0, min(settings.referee.stop, settings.steps) - settings.referee.start) if plan.views else 0
-    tail = unet if plan.use_sds else 0.0
+    acts = builders.make_referee(settings, settings.referee)
+    active = max(0, min(acts.stop, settings.steps) - acts.start) if plan.views else 0
+    tail = unet if plan.method == "guided" or plan.method == "sds" and plan.use_sds else 0.0
     evaluation = judged if plan.held_out else 0.0
     # At the end the result is scored, and where there are held-out referees judged as at the start.
     image = settings.init_candidates * start + active * whole + (settings.steps - active) * tail
@@ -223,11 +231,12 @@ def _flops(step: capacity.Step, fn: Callable, shape: Sequence[int]) -> float:
     return flops.flops(fn, *args)
 
 
-def _judged(plan: inversion.Plan) -> Callable:
+def _judged(plan: state_lib.Plan) -> Callable:
     """Latents decoded, and the clean losses of all referees on the image."""
 
     def judge(networks, prompt, hyper, z: Array, key: Array) -> Array:
-        return inversion.clean_losses(networks, prompt, hyper, plan, inversion.decode(networks, z, plan))
+        image = inversion.picture(networks, prompt, hyper, plan, z)
+        return inversion.clean_losses(networks, prompt, hyper, plan, image)
 
     return judge
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax.method import augmentations, inversion, objective, optim, sds
+from referee_jax.method import augmentations, inversion, objective
+from referee_jax.method import state as state_lib
+from referee_jax.method.ways import optim, sds
 from referee_jax.referees import clip
 from referee_jax.weights import load
 from tests.conftest import relative_l2
@@ -66,7 +68,7 @@ def sides(request, tmp_path_factory):
     prior = load.load_stable_diffusion(sd)
     preprocessing = {"image_mean": tiny.CLIP_MEAN, "image_std": tiny.CLIP_STD}
     referee = clip.from_checkpoint(load.load("clip", judge), preprocessing)
-    networks = inversion.Networks(
+    networks = state_lib.Networks(
         prior=sds.Prior(prior.unet, prior.alphas_cumprod, prior.prediction_type), vae=prior.vae, referees=(referee,)
     )
     ids = {"sds": oracle.tokens(sd / "tokenizer", PROMPTS), "empty": oracle.tokens(sd / "tokenizer", [""])}
@@ -75,7 +77,7 @@ def sides(request, tmp_path_factory):
     return sd, judge, networks, prior.text_encoder, ids
 
 
-def ours(settings: Settings) -> tuple[inversion.Plan, inversion.Hyperparameters]:
+def ours(settings: Settings) -> tuple[state_lib.Plan, state_lib.Hyperparameters]:
     """The oracle's settings as a plan and numbers."""
     s = settings
     view_plan = objective.ViewPlan(
@@ -84,10 +86,10 @@ def ours(settings: Settings) -> tuple[inversion.Plan, inversion.Hyperparameters]
         keep=s.views_keep,
         augmentations=s.views_augmentations,
     )
-    plan = inversion.Plan(
+    plan = state_lib.Plan(
         latent=(8, 8, 4), views=(view_plan,), steps=s.steps, clamp=s.clamp, ema_alias=s.ema_alias, use_sds=s.use_sds
     )
-    hyper = inversion.Hyperparameters(
+    hyper = state_lib.Hyperparameters(
         prior=sds.Hyper(
             weight=s.sds_weight, weight_final=s.sds_weight_final, weight_steps=s.sds_weight_steps, guidance=s.sds_guidance,
             alpha_power=s.sds_alpha_power, sigma_power=s.sds_sigma_power,
@@ -105,17 +107,17 @@ def ours(settings: Settings) -> tuple[inversion.Plan, inversion.Hyperparameters]
     return plan, jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32), hyper)
 
 
-def encode(networks, text_encoder, ids) -> inversion.Prompt:
+def encode(networks, text_encoder, ids) -> state_lib.Prompt:
     """Both prompts' encodings, leading axis the prompt."""
     judge = networks.referees[0]
     texts = np.concatenate([ids["referee"].numpy()[:, None], ids["negative"].numpy()], axis=1)
     features = jax.vmap(judge.encode)({"input_ids": texts, "real": np.ones(texts.shape[:2], bool)})
     cond = text_encoder(jnp.asarray(ids["sds"].numpy()))
     uncond = jnp.broadcast_to(text_encoder(jnp.asarray(ids["empty"].numpy())), cond.shape)
-    return inversion.Prompt(cond=cond, uncond=uncond, texts=(features,))
+    return state_lib.Prompt(cond=cond, uncond=uncond, texts=(features,))
 
 
-def as_torch(noise: inversion.Noise) -> dict:
+def as_torch(noise: state_lib.Noise) -> dict:
     """One step's noise of all prompts under the oracle's names."""
     tensor = lambda x: torch.from_numpy(np.array(x))
     noise = jax.tree.map(tensor, noise)
@@ -151,7 +153,7 @@ def trajectories(sides, variant: dict, steps: int) -> tuple[np.ndarray, np.ndarr
     wanted_output = theirs.output(wanted[-1], last).numpy()
     wanted = np.stack(wanted)
 
-    state = jax.vmap(lambda z: inversion.init(z, plan, hyper))(start)
+    state = jax.vmap(lambda z: inversion.init(None, z, plan, hyper))(start)
     # Half of the variants share one program, which so runs often enough to be worth some optimisation.
     step = step_at_level[int(plan == ours(GENTLE)[0])]
     made, losses = [np.asarray(start)], []

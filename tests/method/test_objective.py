@@ -11,6 +11,7 @@ import pytest
 from referee_jax import config
 from referee_jax.engine import builders, peak_memory
 from referee_jax.method import inversion, objective, views
+from referee_jax.method import state as state_lib
 from referee_jax.storage import images
 from tests.tools import hlo_surprises
 
@@ -107,11 +108,11 @@ def test_what_is_judged_is_what_is_saved():
         fit=lambda image: image[:2, :2], views_losses=lambda views, text: {"red": text * views[..., 0].sum((1, 2))}
     )
     view_plan = objective.ViewPlan(losses=("red",), count=1, keep=1, augmentations=())
-    plan = inversion.Plan(latent=(1, 1, 4), views=(view_plan,), held_out=(view_plan,))
-    networks = inversion.Networks(prior=None, vae=None, referees=(referee,), held_out=(referee,))
-    prompt = inversion.Prompt(cond=None, uncond=None, texts=(1.0,), held_out=(2.0,))
+    plan = state_lib.Plan(latent=(1, 1, 4), views=(view_plan,), held_out=(view_plan,))
+    networks = state_lib.Networks(prior=None, vae=None, referees=(referee,), held_out=(referee,))
+    prompt = state_lib.Prompt(cond=None, uncond=None, texts=(1.0,), held_out=(2.0,))
     weights = (objective.Weights((0.5,)),)
-    hyper = inversion.Hyperparameters(weights=weights, held_out=weights)
+    hyper = state_lib.Hyperparameters(weights=weights, held_out=weights)
     image = np.random.default_rng(0).uniform(size=(3, 3, 3)).astype(np.float32)
     saved = (images.to_uint8(image) / np.float32(255))[:2, :2, 0].sum()
     made = inversion.clean_losses(networks, prompt, hyper, plan, jnp.asarray(image))

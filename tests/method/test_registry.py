@@ -10,8 +10,10 @@ import pytest
 
 from referee_jax import config, gallery
 from referee_jax.engine import builders
-from referee_jax.method import augmentations, inversion, optim, views
+from referee_jax.method import augmentations, inversion, views
+from referee_jax.method import state as state_lib
 from referee_jax.method.registry import Registry
+from referee_jax.method.ways import optim
 from tests import outside
 
 SIZE, COUNT = 12, 8
@@ -64,14 +66,14 @@ def test_the_documented_loss_of_latents(settings):
     hyper = builders.make_hyper(settings)
     assert hyper.latent_losses[0] == np.float32(0.01)
     shape = (2, 2, 1)
-    plan = inversion.Plan(latent=shape, views=(), use_sds=False, latent_losses=tuple(settings.latent_losses))
+    plan = state_lib.Plan(latent=shape, views=(), use_sds=False, latent_losses=tuple(settings.latent_losses))
     latents = jnp.array([[0.0, 1.0], [0.0, 3.0]])[..., None]
-    slopes = inversion.gradients(None, None, hyper, plan, latents, 0, None, referees_active=False)
+    state = inversion.init(None, latents, plan, hyper)
+    slopes = inversion.gradients(None, None, hyper, plan, state, 0, None, referees_active=False)
     assert float(slopes.losses["latents/rough"]) == (0 + 4) + (1 + 9)
     # d/dz of the squares of the differences, by hand.
     np.testing.assert_allclose(slopes.latents[..., 0], 0.01 * np.array([[-2.0, -2.0], [-6.0, 10.0]]), rtol=1e-6)
-    still = inversion.Noise(jnp.int32(0), *[jnp.zeros(shape)] * 3, (), ())
-    state = inversion.init(latents, plan, hyper)
+    still = state_lib.Noise(jnp.int32(0), *[jnp.zeros(shape)] * 3, (), ())
     new, metrics = inversion.update(hyper, plan, state, jnp.int32(0), still, slopes, referees_active=False)
     np.testing.assert_allclose(new.latents, latents - slopes.latents, rtol=1e-6)
     assert "latents/rough" in metrics

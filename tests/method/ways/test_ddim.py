@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax.method import ddim, sds
+from referee_jax.method.ways import ddim, sds
 from tests.conftest import relative_l2
 from tests.lazy import diffusers, torch
 

@@ -6,12 +6,13 @@
 The loop is the caller's: within one, XLA:CPU works at less than half its speed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from referee_jax.method import sds
+from referee_jax.method.ways import sds
 
 
 def timesteps(total: int, steps: int) -> Iterator[int]:
@@ -20,6 +21,31 @@ def timesteps(total: int, steps: int) -> Iterator[int]:
     diffusers' "leading" spacing with steps_offset 1, the published Stable Diffusion configs' choice.
     """
     return (min(n * (total // steps) + 1, total - 1) for n in reversed(range(steps)))
+
+
+def trailing(total: int, steps: int) -> tuple[int, ...]:
+    """`steps` evenly spaced ones, the first the noisiest of all: diffusers' "trailing" spacing, of generators of few steps."""
+    return tuple(round(total - n * total / steps) - 1 for n in range(steps))
+
+
+def generate(
+    prior: sds.Prior, noise: Array, levels: Sequence[int], *, cond: Array, uncond: Array | None, guidance: Array
+) -> Array:
+    """The clean latent that the prior makes of standard normal noise `[h, w, C]` at static timesteps, the noisiest first.
+
+    Differentiable; each step is recomputed in the backward pass. Arguments as of `step`.
+    """
+
+    @jax.checkpoint
+    def one(x: Array, abar: Array, after: Array, t: Array) -> tuple[Array, Array]:
+        eps = sds.predict_noise(prior, x, t, cond, uncond, guidance=guidance)
+        clean = (x - jnp.sqrt(1 - abar) * eps) / jnp.sqrt(abar)
+        return jnp.sqrt(after) * clean + jnp.sqrt(1 - after) * eps, clean
+
+    x = clean = noise
+    for t, following in zip(levels, (*levels[1:], levels[-1]), strict=True):
+        x, clean = one(x, prior.alphas_cumprod[t], prior.alphas_cumprod[following], jnp.int32(t))
+    return clean
 
 
 def step(

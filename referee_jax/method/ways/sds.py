@@ -76,7 +76,8 @@ def predict_noise(prior: Prior, noisy: Array, t: Array, cond: Array, uncond: Arr
     """
     states = cond[None] if uncond is None else jnp.stack([uncond, cond])
     noisy_batch = jnp.broadcast_to(noisy, (len(states), *noisy.shape))
-    out = prior.unet(noisy_batch, jnp.broadcast_to(t, (len(states),)), states).astype(jnp.float32)
+    out = prior.unet(noisy_batch, jnp.broadcast_to(t, (len(states),)), states)
+    out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
     guided = out[0] if uncond is None else out[0] + guidance * (out[1] - out[0])
     if prior.prediction_type == "v_prediction":  # affine in the output, so it may follow the guidance
         abar = prior.alphas_cumprod[t]

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from referee_jax.method import objective, optim, sds
+from referee_jax.method import objective
+from referee_jax.method.ways import optim, sds
 from tests.conftest import relative_l2
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax.method import sds
+from referee_jax.method.ways import sds
 
 
 @pytest.mark.parametrize(("i", "top"), [(0, 950), (50, 625), (100, 300), (150, 300)])

@@ -1,0 +1,85 @@
+"""DDIM in the space of clean latents, pulled by the referees: "from noise" without the sampler's loss of accuracy.
+
+Between two iterations there is a clean latent z and the noise k that the prior has found in it. At timestep t, with
+alpha_t = sqrt(abar_t) and sigma_t = sqrt(1 - abar_t):
+
+    x = alpha_t z + sigma_t k
+    e = guided noise prediction at (x, t)
+    z <- z - (sigma_t / alpha_t) (e - k),  k <- e                                        (1)
+    z <- z - beta r grad L(z)          in the window of timesteps, r of objective.balance    (2)
+
+Without (2) this is DDIM (Song et al. 2021, arXiv 2010.02502), exactly. (2) is a step along the gradient of the predicted
+clean latent, as in MPGD (arXiv 2311.16424), as long as beta of the prior's own. Before (1) k changes where it has to:
+
+    one level down, stochastic:  k <- sqrt(1 - c^2) k + c xi,
+                                 c = eta sqrt((1 - abar_t') / (1 - abar_t) (1 - abar_t / abar_t')) / sigma_t'   (3)
+    back up (time travel):       k <- a k + sqrt(1 - a^2) xi,  a = alpha_t+ sigma_t / (alpha_t sigma_t+)         (4)
+
+(4) is the forward process from t to t+ (FreeDoM, arXiv 2303.09833) with z as it is.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from referee_jax.method.ways import sds
+
+
+class Hyper(struct.PyTreeNode):
+    """Numbers, all traced.
+
+    Attributes:
+        guidance: of the noise prediction.
+        eta: of (3); 0 is deterministic, 1 ancestral sampling.
+    """
+
+    guidance: Array | float = 7.5
+    eta: Array | float = 0.0
+
+
+def levels(
+    steps: int, first: int, last: int, travels: int = 0, back: int = 1, low: int = 0, high: int = 1000
+) -> np.ndarray:
+    """The timestep of each of `steps` iterations, int32 `[steps]`, evenly from `first` down to `last`.
+
+    With `travels`, each stretch of `back` levels within the window `low..high` is gone through so many times more.
+    """
+    lengths = range(steps, 1, -1)
+    for count in lengths:  # the finest grid whose way has as many iterations
+        grid = np.round(np.linspace(first, last, count)).astype(np.int32)
+        way, n, travelled = [], 0, False
+        while n < count:
+            stretch = grid[n : n + back]
+            inside = len(stretch) == back and low <= stretch.min() and stretch.max() <= high and n > 0
+            way += list(stretch) * (1 + travels * inside)
+            travelled |= inside
+            n += len(stretch)
+        if len(way) <= steps and (travelled or not travels):
+            return np.array(way + [last] * (steps - len(way)), np.int32)
+    raise ValueError(f"{steps} iterations are too few for {travels} travels between {low} and {high}")
+
+
+def begin(noise: Array, alphas_cumprod: Array, first: Array) -> tuple[Array, Array]:
+    """z and k before the first iteration, at which x is the noise."""
+    return jnp.zeros_like(noise), noise / jnp.sqrt(1 - alphas_cumprod[first])
+
+
+def renoised(k: Array, alphas_cumprod: Array, before: Array, t: Array, eta: Array, xi: Array) -> Array:
+    """(3) or (4): the noise on the way from timestep `before` to `t`; as it is where they are equal."""
+    old, new = alphas_cumprod[before], alphas_cumprod[t]
+    down = eta * jnp.sqrt((1 - new) / (1 - old) * jnp.maximum(1 - old / new, 0)) / jnp.sqrt(1 - new)
+    keep = jnp.sqrt(new * (1 - old) / (old * (1 - new)))
+    share = jnp.where(t > before, keep, jnp.sqrt(jnp.maximum(1 - jnp.square(down), 0)))
+    share = jnp.where(t == before, 1.0, share)
+    return share * k + jnp.sqrt(jnp.maximum(1 - jnp.square(share), 0)) * xi
+
+
+def prior_move(
+    prior: sds.Prior, z: Array, k: Array, t: Array, *, cond: Array, uncond: Array | None, guidance: Array
+) -> tuple[Array, Array]:
+    """(1): how far the clean latent moves, `(sigma / alpha) (e - k)`, and e."""
+    abar = prior.alphas_cumprod[t]
+    noisy = jnp.sqrt(abar) * z + jnp.sqrt(1 - abar) * k
+    e = sds.predict_noise(prior, noisy, t, cond, uncond, guidance=guidance)
+    return jnp.sqrt((1 - abar) / abar) * (e - k), e
