@@ -25,6 +25,16 @@ MIX = {
     "complex": 0.18,
 }
 UNET_MIX = {"single": 0.15, "colour": 0.5, "texture": 0.07, "spatial": 0.14, "numeracy": 0.07, "complex": 0.07}
+# What CLIP does not know comes often.
+ASKED_MIX = {
+    "single": 0.05,
+    "colour": 0.12,
+    "shape": 0.03,
+    "texture": 0.2,
+    "spatial": 0.22,
+    "numeracy": 0.16,
+    "complex": 0.22,
+}
 SWAPPED, EMPTY = 0.35, 0.1  # shares of Stable Diffusion's captions that are swapped, and empty
 DISTRACTORS = 2
 PATCH = 8  # side in pixels of the squares with labels
@@ -121,11 +131,19 @@ class Captioned:
         return [prompt.text for prompt in (*self.prompts, *(prompt for group in self.near for prompt in group))]
 
 
-def caption(rng: np.random.Generator, size: int, *, noise: float, named: bool, swaps: float = 0.0) -> Captioned:
+def caption(
+    rng: np.random.Generator,
+    size: int,
+    *,
+    noise: float,
+    named: bool,
+    swaps: float = 0.0,
+    mix: dict[str, float] = MIX,
+) -> Captioned:
     """`size` scenes and their twins; in a share `swaps` the first hard negative has swapped attributes."""
     scenes, prompts = [], []
     while len(scenes) < 2 * size:
-        scene, prompt, category = sample(rng, MIX, unseen=None if named else False)
+        scene, prompt, category = sample(rng, mix, unseen=None if named else False)
         twin = world.edit(rng, scene, unseen=named)
         other = world.describe(rng, twin, "single" if len(twin.objects) == 1 else category)
         if not world.matches(prompt, twin) and not world.matches(other, scene):
@@ -291,10 +309,12 @@ def vqascore_batch(rng: np.random.Generator, size: int = 16, *, mirror: bool = T
     `pictures [question]` is the picture that is asked about, `answers` the truth, `facts [question, T5_LENGTH]` that of
     each word, `centres [question, T5_LENGTH, 2]` of `centres`, in the view's coordinates.
     """
-    captioned = caption(rng, size, noise=0.0, named=False, swaps=0.5)
+    captioned = caption(rng, size, noise=0.0, named=False, swaps=0.5, mix=ASKED_MIX)
     scenes, asked, atoms = list(captioned.scenes), [], []
     for i, (prompt, near) in enumerate(zip(captioned.prompts, captioned.near, strict=True)):
         asked += [(i, prompt), (i, captioned.prompts[i ^ 1]), *((i, other) for other in near)]
+        if prompt.count > 1:
+            asked.append((i, dataclasses.replace(prompt, count=5 - prompt.count)))
         if prompt.relation and mirror:
             asked += [(i, turned(prompt)), (len(scenes), prompt), (len(scenes), turned(prompt))]
             scenes.append(mirrored(scenes[i], "x" if "the" in prompt.relation else "y"))
