@@ -20,7 +20,7 @@ from typing import Any
 import ml_collections
 
 from referee_jax import prompts, schema
-from referee_jax.method import augmentations, views
+from referee_jax.method import augmentations, selection, views
 from referee_jax.method.latent_losses import LATENT_LOSSES
 from referee_jax.method.ways import guided, noise, optim
 from referee_jax.schema import ConfigError, bounded, parse, wrong
@@ -261,6 +261,10 @@ class Settings:
     init_steps: int = bounded(50, low=1, high=1000)  # of the sampler, if init="sample"
     init_guidance: float = 7.5  # of the sampler, if init="sample"
     init_candidates: int = bounded(1, low=1)  # samples, the best of which by the referees is the start
+    particles: int = bounded(1, low=1)  # pictures of an item that are made beside each other; the best is the result
+    select: str = bounded("none", allowed=selection.RULES)  # which of them go on, see method/selection.py
+    select_every: int = bounded(10, low=1)  # iterations between two selections
+    select_scale: float = bounded(10.0, low=0)  # lambda of "smc"
     outputs: Outputs = _group(Outputs)
 
 
@@ -399,6 +403,8 @@ def _check(settings: Settings) -> None:
         )
     if settings.init_candidates > 1 and settings.init != "sample" and settings.method != "noise":
         raise wrong("init_candidates", settings.init_candidates, 'one, unless init = "sample" or method = "noise"')
+    if settings.particles > settings.init_candidates > 1:
+        raise wrong("particles", settings.particles, f"1, or at most init_candidates = {settings.init_candidates}")
     if settings.method != "sds":
         _check_way(settings)
     if settings.optim.name not in optim.OPTIMIZERS:

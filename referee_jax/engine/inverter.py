@@ -24,6 +24,8 @@ from jax import Array
 from referee_jax import config, prompts, referees
 from referee_jax import items as items_lib
 from referee_jax.engine import builders, capacity, parallel, programs
+from referee_jax.engine import particles as particles_lib
+from referee_jax.engine.particles import Particle
 from referee_jax.hardware import chips, compile_cache
 from referee_jax.hardware import devices as hardware_devices
 from referee_jax.items import Item, Part
@@ -88,8 +90,17 @@ class Batch:
     step: int
     prompt: state_lib.Prompt
     hyper: state_lib.Hyperparameters
-    state: state_lib.InversionState
-    keys: Array
+    particles: tuple[Particle, ...]
+
+    @property
+    def state(self) -> state_lib.InversionState:
+        """Of the first particle."""
+        return self.particles[0].state
+
+    @property
+    def keys(self) -> Array:
+        """Of the first particle."""
+        return self.particles[0].keys
 
 
 class Inverter:
@@ -185,17 +196,27 @@ class Inverter:
         hypers: Sequence[state_lib.Hyperparameters] | None = None,
     ) -> Batch:
         prompt, hyper, keys = self._encode_items(items, seed, hypers)
-        is_swept, best = hypers is not None, None
-        for number in range(start.candidates):  # one after the other, for the memory of one
-            latents = self._program("noise")(keys, jnp.int32(number))
+        count, best = self.settings.particles, []
+        for number in range(max(start.candidates, count)):  # one after the other, for the memory of one
+            latents, losses = self._program("noise")(keys[0], jnp.int32(number)), None
             if start.init == "sample":
                 latents = self._denoise(prompt, latents, start)
             if start.candidates > 1 or self.held_out:
-                candidate = latents, self._judge(prompt, hyper, latents)
-                best = candidate if best is None else self._program("better")(best, candidate)
-        latents, losses = best or (latents, None)
-        state = self._program("init", is_swept)(self.networks, latents, losses if self.held_out else None, hyper)
-        return Batch(tuple(items), 0, prompt, hyper, state, keys)
+                losses = self._judge(prompt, hyper, latents)
+            best.append((latents, losses))
+            if start.candidates > 1:
+                best = particles_lib.ranked(self._take, best, [-losses[:, 0] for _, losses in best], count)
+        init = self._program("init", hypers is not None)
+        zeros = jnp.zeros_like(best[0][0][:, 0, 0, 0])
+        particles = [
+            Particle(init(self.networks, latents, losses if self.held_out else None, hyper), own, zeros, zeros)
+            for (latents, losses), own in zip(best, keys, strict=True)
+        ]
+        return Batch(tuple(items), 0, prompt, hyper, tuple(particles))
+
+    def _take(self, trees: Sequence[Any], row: np.ndarray) -> Any:
+        """See particles.Take."""
+        return self._program("take")(tuple(trees), parallel.place(jnp.asarray(row), self.mesh, batched=True))
 
     def _judge(self, prompt: state_lib.Prompt, hyper: state_lib.Hyperparameters, latents: Array) -> Array:
         """Clean losses of the optimised and of the held-out referees, `[item, 2]`."""
@@ -212,15 +233,18 @@ class Inverter:
 
     def _encode_items(
         self, items: Sequence[Item], seed: int, hypers: Sequence[state_lib.Hyperparameters] | None = None
-    ) -> tuple[state_lib.Prompt, state_lib.Hyperparameters, Array]:
-        """Encoded prompts, numbers and keys of a batch, padded and on the devices."""
+    ) -> tuple[state_lib.Prompt, state_lib.Hyperparameters, list[Array]]:
+        """Encoded prompts, numbers and the keys of each particle of a batch, padded and on the devices."""
         if not 0 < len(items) <= self.batch_size:
             raise ValueError(f"{len(items)} items for a batch of 1 to {self.batch_size}")
         tokens = self._padded([self._tokenize(item.prompt) for item in items])
         place = functools.partial(parallel.place, mesh=self.mesh, batched=True)
         stacked = jax.tree.map(lambda *x: np.stack(x), *tokens)
         prompt = place(self._encode(self.networks, self.text_encoder, stacked))
-        keys = place(jnp.stack(self._padded([programs.item_key(seed, x.prompt_id, x.sample) for x in items])))
+        key = lambda item, n: programs.item_key(seed, item.prompt_id, item.sample, n)
+        keys = [
+            place(jnp.stack(self._padded([key(item, n) for item in items]))) for n in range(self.settings.particles)
+        ]
         if hypers is None:
             return prompt, self.hyper, keys
         return prompt, place(jax.tree.map(lambda *x: jnp.stack(x), *self._padded(list(hypers)))), keys
@@ -231,7 +255,8 @@ class Inverter:
 
     def snapshot(self, batch: Batch) -> Part:
         """The state of a batch between two chunks as arrays, to be saved."""
-        leaves = jax.tree_util.tree_leaves_with_path(batch.state)
+        saved = [particle.saved for particle in batch.particles] if self.settings.particles > 1 else batch.state
+        leaves = jax.tree_util.tree_leaves_with_path(saved)
         state = {jax.tree_util.keystr(path): np.asarray(x)[: len(batch.items)] for path, x in leaves}
         return Part(batch.items, batch.step, state | self._asked(batch.items))
 
@@ -246,7 +271,12 @@ class Inverter:
     def resume(self, part: Part, seed: int) -> Batch:
         """The batch of a part of `snapshot`, of this or another batch. ValueError for a state of other settings."""
         prompt, hyper, keys = self._encode_items(part.items, seed)
-        paths, structure = jax.tree_util.tree_flatten_with_path(self._abstract_state(hyper))
+        is_one, abstract = self.settings.particles == 1, self._abstract_state(hyper)
+        if not is_one:
+            abstract = particles_lib.abstract(
+                abstract, particles_lib.survivors(self.settings, part.step), self.batch_size
+            )
+        paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
         expected = {jax.tree_util.keystr(path): x for path, x in paths}
         saved = dict(part.state or {})
         asked = self._asked(part.items)
@@ -256,8 +286,11 @@ class Inverter:
         if types(expected) != types(saved):
             raise ValueError("the saved state is not one of these settings")
         leaves = [np.stack(self._padded(list(saved[name]))) for name in expected]
-        state = parallel.place(jax.tree.unflatten(structure, leaves), self.mesh, batched=True)
-        return Batch(part.items, part.step, prompt, hyper, state, keys)
+        saved = parallel.place(jax.tree.unflatten(structure, leaves), self.mesh, batched=True)
+        zeros = jnp.zeros(self.batch_size)
+        saved = [(saved, zeros, zeros)] if is_one else saved
+        particles = [Particle(state, own, *numbers) for (state, *numbers), own in zip(saved, keys, strict=False)]
+        return Batch(part.items, part.step, prompt, hyper, tuple(particles))
 
     def _abstract_state(self, hyper: state_lib.Hyperparameters) -> state_lib.InversionState:
         latents = jax.ShapeDtypeStruct((self.batch_size, *self.plan.latent), jnp.float32)
@@ -283,21 +316,41 @@ class Inverter:
         return other
 
     def advance(self, batch: Batch) -> tuple[Batch, dict[str, np.ndarray]]:
-        """One chunk of iterations. Donates the batch: go on with the result.
+        """One chunk of iterations, at most to the next selection. Donates the batch: go on with the result.
 
         Returns:
             The batch, which is at its last step where no item moves any more, and the metrics of
-            each iteration, `[item, iteration]`.
+            each iteration, `[item, iteration]`; of the first particle, where there are several.
         """
-        state, rows, is_swept = batch.state, [], self._is_swept(batch)
-        count = min(self.chunk, self.steps - batch.step)
+        count = min(self.chunk, self.steps - batch.step, particles_lib.until_selection(self.settings, batch.step))
+        moved = [self._iterate(batch, particle, count) for particle in batch.particles]
+        self.compiled = True
+        items, particles = len(batch.items), tuple(particle for particle, _ in moved)
+        over = [np.asarray(inversion.is_over(particle.state, self.plan))[:items].all() for particle in particles]
+        step = self.steps if all(over) else batch.step + count
+        batch = dataclasses.replace(batch, step=step, particles=particles)
+        if particles_lib.is_selected(self.settings, step):
+            values = self._values(batch, [particle.state.latents for particle in particles])
+            chosen = particles_lib.select(
+                self.settings, particles, values, step, self._take, self._program("resampled")
+            )
+            batch = dataclasses.replace(batch, particles=chosen)
+        return batch, moved[0][1]
+
+    def _values(self, batch: Batch, latents: Sequence[Array]) -> list[Array]:
+        """How well the optimised referees like what each of several latents looks like, `[item]` each."""
+        return [-self._judge(batch.prompt, batch.hyper, x)[:, 0] for x in latents]
+
+    def _iterate(self, batch: Batch, particle: Particle, count: int) -> tuple[Particle, dict[str, np.ndarray]]:
+        """`count` iterations of one particle, and their metrics `[item, iteration]`."""
+        state, rows, is_swept = particle.state, [], self._is_swept(batch)
         # The loop and the referees' phase are the host's: within a loop or a branch XLA:CPU works at less than half its
         # speed. Nothing is waited for: an iteration's metrics are copied to the host while the next ones run.
         referee = jax.tree.map(np.asarray, batch.hyper.referee)
         for i in range(batch.step, batch.step + count):
             active = bool(self.judges) and bool(np.any(referee.is_active(i)))
             step = self._program("step", is_swept, referees_active=active)
-            state, metrics = step(self.networks, batch.prompt, batch.hyper, state, batch.keys, jnp.int32(i))
+            state, metrics = step(self.networks, batch.prompt, batch.hyper, state, particle.keys, jnp.int32(i))
             if self.held_out:
                 loss = np.full(self.batch_size, np.nan, np.float32)
                 if (i + 1) % self.plan.evaluate_every == 0:
@@ -310,9 +363,7 @@ class Inverter:
                     value.copy_to_host_async()
         items = len(batch.items)
         metrics = {name: np.stack([np.asarray(row[name])[:items] for row in rows], axis=1) for name in rows[0]}
-        self.compiled = True
-        over = np.asarray(inversion.is_over(state, self.plan))[:items].all()
-        return dataclasses.replace(batch, step=self.steps if over else batch.step + count, state=state), metrics
+        return particle._replace(state=state), metrics
 
     def shapes(self) -> Batch:
         """An abstract batch, for `trace`."""
@@ -323,7 +374,8 @@ class Inverter:
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch_size))
         keys, hyper = place(keys, batched=True), place(jax.eval_shape(lambda: self.hyper), batched=False)
         state = place(self._abstract_state(hyper), batched=True)
-        return Batch((item,) * self.batch_size, 0, prompt, hyper, state, keys)
+        numbers = jax.ShapeDtypeStruct((self.batch_size,), jnp.float32)
+        return Batch((item,) * self.batch_size, 0, prompt, hyper, (Particle(state, keys, numbers, numbers),))
 
     def trace(self, batch: Batch) -> jax.stages.Traced:
         """The program of an iteration, before it is compiled."""
@@ -341,7 +393,12 @@ class Inverter:
         return program(self.networks, batch.prompt, batch.hyper, batch.state)
 
     def finish(self, batch: Batch) -> list[Picture]:
-        """The chosen output of each item, decoded and scored by all referees."""
+        """The chosen output of each item, of its best particle, decoded and scored by all referees."""
+        if len(batch.particles) > 1:
+            program, states = self._program("output", output=self.settings.output), [p.state for p in batch.particles]
+            values = self._values(batch, [program(state) for state in states])
+            (state,) = particles_lib.ranked(self._take, states, values, 1)
+            batch = dataclasses.replace(batch, particles=(batch.particles[0]._replace(state=state),))
         outputs = self._outputs(batch)
         first = last = None
         if self.held_out:
@@ -414,8 +471,9 @@ class Inverter:
             All results, without a history.
         """
         pictures, start, engine = [], Start("sample", steps, guidance, candidates), self
-        if self.plan.method != "sds":  # whose latents are not those of a sample
+        if self.plan.method != "sds" or self.settings.particles > 1:  # whose latents are not those of a sample
             engine = copy.copy(self)
+            engine.settings = dataclasses.replace(self.settings, particles=1)
             engine.plan, engine._programs = self.plan.replace(method="sds"), {}
         for part in items_lib.batches(items_lib.expand(texts, samples), self.batch_size):
             pictures += engine.finish(engine._initial_batch(part, seed, start))

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from referee_jax.method import held_out, inversion
+from referee_jax.method import held_out, inversion, selection
 from referee_jax.method.state import Plan
 from referee_jax.method.ways import ddim
 
 
-def item_key(seed: int, prompt_id: int, sample: int) -> Array:
-    """The key of all that is random for one item: of the seed, the prompt's text and the sample's number, nothing else."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_id), sample)
+def item_key(seed: int, prompt_id: int, sample: int, particle: int = 0) -> Array:
+    """The key of all that is random for one particle of an item: of the seed, the prompt's text and two numbers, nothing else."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_id), sample)
+    return jax.random.fold_in(key, 2**31 - 1 - particle) if particle else key
 
 
 def _noise(key, number, *, plan: Plan):
@@ -31,13 +32,18 @@ def _judge(networks, prompt, hyper, latents, *, plan: Plan):
     return inversion.clean_losses(networks, prompt, hyper, plan, image)
 
 
-def _better(one, two, *, plan: Plan):
-    """Of two candidates (latents, losses), the one with the lower loss of the optimised referees."""
-    return jax.tree.map(lambda a, b: jnp.where(two[1][0] < one[1][0], b, a), one, two)
-
-
 def _init(networks, latents, losses, hyper, *, plan: Plan):
     return inversion.init(networks, latents, plan, hyper, None if losses is None else held_out.begin(latents, losses))
+
+
+def _take(states, parent, *, plan: Plan):
+    """The state of number `parent` of several."""
+    return jax.tree.map(lambda *x: jnp.stack(x)[parent], *states)
+
+
+def _resampled(values, before, log_w, key, scale, i, *, plan: Plan):
+    key = jax.random.fold_in(jax.random.fold_in(key, i), 2**31 - 1)  # of no iteration's draw
+    return selection.resampled(values, before, log_w, key, scale)
 
 
 def _step(networks, prompt, hyper, state, key, i, *, plan: Plan, referees_active: bool):
@@ -47,6 +53,10 @@ def _step(networks, prompt, hyper, state, key, i, *, plan: Plan, referees_active
 
 def _record_evaluation(state, losses, *, plan: Plan):
     return inversion.record_evaluation(plan, state, losses)
+
+
+def _output(state, *, plan: Plan, output: str):
+    return inversion.output(state, output)
 
 
 def _finish(networks, prompt, hyper, state, *, plan: Plan, output: str):
@@ -69,9 +79,11 @@ PROGRAMS = {
     "noise": (_noise, (True, False), ()),
     "denoise": (_denoise, (False, True, True, False, False, False), ()),
     "judge": (_judge, (False, True, "hyper", True), ()),
-    "better": (_better, (True, True), ()),
     "init": (_init, (False, True, True, "hyper"), ()),
+    "take": (_take, (True, True), ()),
+    "resampled": (_resampled, (True, True, True, True, False, False), ()),
     "step": (_step, (False, True, "hyper", True, True, False), (3,)),
     "record_evaluation": (_record_evaluation, (True, True), (0,)),
+    "output": (_output, (True,), ()),
     "finish": (_finish, (False, True, "hyper", True), ()),
 }

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from referee_jax import config, console
-from referee_jax.engine import builders, capacity, inverter, peak_memory
+from referee_jax.engine import builders, capacity, inverter, particles, peak_memory
 from referee_jax.hardware import chips
 from referee_jax.method import inversion, views
 from referee_jax.method import state as state_lib
@@ -220,8 +220,13 @@ def _work(step: capacity.Step, whole: float, unet: float) -> Work:
     tail = unet if plan.method == "guided" or plan.method == "sds" and plan.use_sds else 0.0
     evaluation = judged if plan.held_out else 0.0
     # At the end the result is scored, and where there are held-out referees judged as at the start.
-    image = settings.init_candidates * start + active * whole + (settings.steps - active) * tail
-    image += settings.steps // plan.evaluate_every * evaluation + judged + evaluation
+    # Of the particles that are still there, and what is looked at to choose among them.
+    counts = [particles.survivors(settings, i) for i in range(settings.steps)]
+    looks = sum(counts[i - 1] for i in range(1, settings.steps) if particles.is_selected(settings, i))
+    looks += counts[-1] if counts[-1] > 1 else 0
+    iterations = active * whole + (settings.steps - active) * tail + settings.steps // plan.evaluate_every * evaluation
+    image = max(settings.init_candidates, settings.particles) * start + sum(counts) / settings.steps * iterations
+    image += (1 + looks) * judged + evaluation
     return Work(whole, tail, evaluation, image)
 
 

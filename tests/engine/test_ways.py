@@ -1,5 +1,7 @@
 """Guided DDIM and moved starting noise in the engine: what holds for score distillation holds for them (toy networks)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,24 @@ from referee_jax import config
 from referee_jax import items as items_lib
 from referee_jax.engine import builders, parallel
 from referee_jax.method.ways import ddim, noise
+from referee_jax.performance import cost
 from tests import tiny, toys
 from tests.conftest import relative_l2
 
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5  # a step from the noisiest level divides by alpha = 0.08, and rounding errors with it
 GENTLE = {"balance": False, "weight": 1.0, "weight_final": 1.0, "stop": 100}
 WAYS = {
     "guided": {"method": "guided", "referee": {"weight": 0.3, "stop": 100}},
+    "halved": {"method": "guided", "particles": 4, "select": "halve", "select_every": 2},
+    "resampled": {
+        "method": "guided",
+        "particles": 3,
+        "select": "smc",
+        "select_every": 3,
+        "guided": {"eta": 0.7},
+        "select_scale": 300.0,
+    },
+    "best of three": {"init": "sample", "init_steps": 2, "init_candidates": 4, "particles": 3},
     "stochastic": {"method": "guided", "steps": 12, "guided": {"eta": 0.7, "travels": 1, "high": 900}},
     **{
         rule: {
@@ -123,6 +136,39 @@ def test_without_referees_noise_stays_what_it_is():
     engine = build("reno", **changes)
     made = engine(["a red circle"], seed=3)
     assert relative_l2(made.latents[0], denoised(engine, (999, 666, 332), 2.0, "a red circle")) < 1e-5
+
+
+def test_particles():
+    """The best of those that would be made alone; halved, those that are left are the likeliest to be it."""
+    settings = {"referee": {"weight": 0.3, "stop": 100}, "method": "guided"}
+    engine = build("guided", **settings, particles=3)
+    items = items_lib.expand(tiny.PROMPTS, 1)
+    batch = engine.begin(items, 3)
+    assert len(batch.particles) == 3
+    starts = [np.asarray(particle.state.carry) for particle in batch.particles]
+    assert relative_l2(starts[0], starts[1]) > 0.5
+    np.testing.assert_array_equal(starts[0], np.asarray(build("guided", **settings).begin(items, 3).state.carry))
+    while batch.step < engine.steps:
+        batch, _ = engine.advance(batch)
+    alone = [engine.finish(dataclasses.replace(batch, particles=(particle,))) for particle in batch.particles]
+    losses = [-np.array([x.scores["referee_0/cosine"] for x in one]) for one in alone]
+    best = [-x.scores["referee_0/cosine"] for x in engine.finish(batch)]
+    assert len({int(n) for n in np.argmin(losses, 0)}) > 1
+    halved = build("guided", **settings, particles=4, select="halve", select_every=2)
+    counts, batch = [], halved.begin(items, 3)
+    while batch.step < halved.steps:
+        batch, _ = halved.advance(batch)
+        counts.append(len(batch.particles))
+    assert counts == [2, 1, 1]
+    np.testing.assert_allclose(best, np.min(losses, 0), atol=0.2)  # by all losses and not by one
+
+
+def test_particles_cost_what_is_left_of_them():
+    """Four for two iterations, two for two, one for two; and what is looked at to choose."""
+    one, four = (build("guided", particles=n, select="halve", select_every=2) for n in (1, 4))
+    running = [cost.running(x, x.trace(x.shapes()), x.shapes().prompt) for x in (one, four)]
+    step = cost.step_flops(one, one.shapes())
+    assert running[1].image - running[0].image == pytest.approx((14 / 6 - 1) * 6 * step, rel=0.2)
 
 
 def test_the_best_of_several_noises():
