@@ -139,13 +139,21 @@ def caption(
     named: bool,
     swaps: float = 0.0,
     mix: dict[str, float] = MIX,
+    shown: bool = False,
 ) -> Captioned:
-    """`size` scenes and their twins; in a share `swaps` the first hard negative has swapped attributes."""
+    """`size` scenes and their twins; in a share `swaps` the first hard negative has swapped attributes.
+
+    With `shown` scenes have pairs of world.UNSEEN as others, and captions leave out the attribute that makes one.
+    """
     scenes, prompts = [], []
     while len(scenes) < 2 * size:
-        scene, prompt, category = sample(rng, mix, unseen=None if named else False)
-        twin = world.edit(rng, scene, unseen=named)
+        scene, prompt, category = sample(rng, mix, unseen=None if named or shown else False)
+        twin = world.edit(rng, scene, unseen=named or shown)
         other = world.describe(rng, twin, "single" if len(twin.objects) == 1 else category)
+        if not named:
+            prompt, other = (
+                dataclasses.replace(x, things=tuple(y.unsaid() for y in x.things)) for x in (prompt, other)
+            )
         if not world.matches(prompt, twin) and not world.matches(other, scene):
             scenes += [scene, twin]
             prompts += [exchanged(rng, text, noise, named=named) for text in (prompt, other)]
@@ -309,7 +317,7 @@ def vqascore_batch(rng: np.random.Generator, size: int = 16, *, mirror: bool = T
     `pictures [question]` is the picture that is asked about, `answers` the truth, `facts [question, T5_LENGTH]` that of
     each word, `centres [question, T5_LENGTH, 2]` of `centres`, in the view's coordinates.
     """
-    captioned = caption(rng, size, noise=0.0, named=False, swaps=0.5, mix=ASKED_MIX)
+    captioned = caption(rng, size, noise=0.0, named=False, swaps=0.5, mix=ASKED_MIX, shown=True)
     scenes, asked, atoms = list(captioned.scenes), [], []
     for i, (prompt, near) in enumerate(zip(captioned.prompts, captioned.near, strict=True)):
         asked += [(i, prompt), (i, captioned.prompts[i ^ 1]), *((i, other) for other in near)]
