@@ -3,11 +3,13 @@
 A T5 reads the patches of a vision tower, initialised as CLIP's, beside a question, and answers yes or no. What it is
 asked has relations, numbers, textures and colours, and hard negatives: exchanged arguments, mirrored pictures, wrong
 numbers, an object too many. Three heads that are dropped afterwards label patches (recipes_referees), mark words as
-true or false, and say where each named object is.
+true or false, and say where each named object is. What each of these is worth is measured by leaving it out
+(INGREDIENTS).
 """
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import safetensors.torch
 import torch
@@ -28,13 +30,20 @@ TEXT = dict(
 )  # fmt: skip
 
 
+# What can be left out: CLIP's tower as the beginning, and the heads with their weights.
+INGREDIENTS = ("tower", "what", "told", "where")
+WEIGHTS = {"what": 3.0, "told": 3.0, "where": 1.0}
+
+
 class Vqascore(torch.nn.Module):
     """Answers yes or no to whether a picture shows exactly, or contains, what a caption says."""
 
-    steps, rate, batch, places = 4500, 1e-3, staticmethod(batches.vqascore_batch), ("vqascore",)
+    steps, rate, batch, places = 5000, 1e-3, staticmethod(batches.vqascore_batch), ("vqascore",)
+    tower = recipes_referees.Clip.places[0]  # whose vision tower it begins from
 
-    def __init__(self, out: pathlib.Path):
+    def __init__(self, out: pathlib.Path, without: Sequence[str] = ()):
         super().__init__()
+        self.weights = {name: 0.0 if name in without else weight for name, weight in WEIGHTS.items()}
         vision = transformers.CLIPVisionConfig(**VISION)
         text = transformers.T5Config(**TEXT)
         vision._attn_implementation = text._attn_implementation = "eager"
@@ -51,9 +60,10 @@ class Vqascore(torch.nn.Module):
             }
         )
         torch.nn.init.normal_(self.trained["t5"].lm_head.weight, std=WIDTH**-0.5)
-        clip = transformers.CLIPModel.from_pretrained(out / recipes_referees.Clip.places[0], dtype=torch.float32)
-        tower, theirs = self.trained["vision_tower"], clip.vision_model.state_dict()
-        tower.load_state_dict({name: theirs[name] for name in tower.state_dict()})
+        if "tower" not in without:
+            clip = transformers.CLIPModel.from_pretrained(out / self.tower, dtype=torch.float32)
+            tower, theirs = self.trained["vision_tower"], clip.vision_model.state_dict()
+            tower.load_state_dict({name: theirs[name] for name in tower.state_dict()})
         before = torch.from_numpy(tokens.t5_words([BEFORE]))
         self.register_buffer("before", before[:, : int((before != PAD).sum())])
 
@@ -73,8 +83,9 @@ class Vqascore(torch.nn.Module):
         centres = batch["centres"][:, : ids.shape[1]]
         known = centres.isfinite().all(-1)
         where = F.smooth_l1_loss(parts["where"](read[known]).float(), centres[known], beta=0.1)
-        figures = {"answer": answer, "right": right, "told": told, "where": where, "what": what}
-        return answer + 3 * told + where + 3 * what, figures
+        heads = {"told": told, "where": where, "what": what}
+        loss = answer + sum(self.weights[name] * value for name, value in heads.items())
+        return loss, {"answer": answer, "right": right, **heads}
 
     def answer(self, states: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of an answer's two tokens `[question, 2, word]`, and the encoder's states of the question's words."""
@@ -103,3 +114,9 @@ class Vqascore(torch.nn.Module):
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokens.save_t5(directory)
         save_preprocessing(directory, image_processor_type="CLIPImageProcessor", do_center_crop=False)
+
+
+class HeldOutVqascore(Vqascore):
+    """VQAScore with another seed, from the held-out CLIP's tower, never optimised against."""
+
+    places, tower = ("vqascore_held_out",), recipes_referees.HeldOutClip.places[0]

@@ -16,7 +16,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ NETWORKS = {
     "blip": recipes_referees.Blip,
     "blip2": recipes_referees.Blip2,
     "vqascore": recipes_vqascore.Vqascore,
+    "vqascore_held_out": recipes_vqascore.HeldOutVqascore,
 }
 SAVE_EVERY = 500
 
@@ -59,6 +60,7 @@ def train(
     workdir: pathlib.Path,
     epoch: int | None = None,
     workers: int = 1,
+    without: Sequence[str] = (),
     **data: float,
 ) -> dict[str, float]:
     """Trains a network, from its checkpoint in `workdir` if there is one, and writes it to `out`.
@@ -71,7 +73,8 @@ def train(
         workdir: directory of the training's checkpoints.
         epoch: the number of batches, which repeat; by default all are new.
         workers: processes that draw batches; 0: this one does.
-        **data: arguments of the batches (noise, named).
+        without: ingredients of the recipe that are left out; of VQAScore alone.
+        **data: arguments of the batches (noise, named; of VQAScore mirror, crowd).
 
     Returns:
         The figures of the last batch.
@@ -85,7 +88,12 @@ def train(
     fast = device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     if unknown := data.keys() - inspect.signature(NETWORKS[name].batch).parameters.keys():
         raise ValueError(f"what {name} is trained on has no {', '.join(sorted(unknown))}")
-    network, data_settings = NETWORKS[name](out).to(device), data | ({"epoch": epoch} if epoch else {})
+    if wrong := set(without) - set(
+        recipes_vqascore.INGREDIENTS if issubclass(NETWORKS[name], recipes_vqascore.Vqascore) else ()
+    ):
+        raise ValueError(f"{name} has no {', '.join(sorted(wrong))} to leave out")
+    network = (NETWORKS[name](out, without=without) if without else NETWORKS[name](out)).to(device)
+    data_settings = data | ({"epoch": epoch} if epoch else {}) | ({"without": ",".join(without)} if without else {})
     steps, trained = steps or network.steps, network.trained
     average = copy.deepcopy(trained).requires_grad_(False)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=network.rate, betas=(0.9, 0.99), weight_decay=0.02)
@@ -166,9 +174,9 @@ def card(network: torch.nn.Module, settings: dict, *, step: int, figures: dict) 
 
 def main(args: flags.FlagValues) -> str:
     """The command line."""
-    data = {name: args[name].value for name in ("noise", "named") if args[name].present}
+    data = {name: args[name].value for name in ("noise", "named", "mirror", "crowd") if args[name].present}
     out, workdir = pathlib.Path(args.out), pathlib.Path(args.workdir)
-    loading = {"epoch": args.epoch, "workers": args.workers}
+    loading = {"epoch": args.epoch, "workers": args.workers, "without": args.without}
     train(args.network, steps=args.steps, seed=args.seed, out=out, workdir=workdir, **loading, **data)
     return f"{args.network} is in {out}"
 
@@ -180,6 +188,9 @@ if __name__ == "__main__":
     flags.DEFINE_float("noise", None, "share of two-object captions with swapped attributes", 0.0, 1.0)
     flags.DEFINE_bool("named", False, "whether captions may name the unseen attribute pairs")
     flags.DEFINE_integer("epoch", None, "number of batches, which repeat; default: all are new", lower_bound=1)
+    flags.DEFINE_bool("mirror", True, "of vqascore: whether there are mirrored scenes")
+    flags.DEFINE_bool("crowd", True, "of vqascore: whether there are scenes with an object too many")
+    flags.DEFINE_list("without", [], f"of vqascore: what is left out of {', '.join(recipes_vqascore.INGREDIENTS)}")
     flags.DEFINE_integer("workers", 1, "processes that draw batches, a tenth of a second each", lower_bound=1)
     flags.DEFINE_string("out", "shapes_networks", "directory that the trained networks are written to")
     flags.DEFINE_string("workdir", "shapes_training", "directory of the training's checkpoints")

@@ -1,5 +1,6 @@
 """The recipe of the shapes world's VQAScore: its questions are true or false as they say, and it is asked as it was taught."""
 
+import functools
 import shutil
 
 import numpy as np
@@ -84,6 +85,18 @@ def test_a_batch():
     # All words of what is answered with yes are true.
     assert not (batch["facts"][batch["answers"]] == 0).any()
     assert (np.abs(batch["centres"][np.isfinite(batch["centres"])]) < 1.3).all()
+
+
+def test_what_is_left_out(tmp_path):
+    """A head without weight, data without mirrored scenes; a name that is none is told."""
+    recipe = recipes_vqascore.Vqascore(tmp_path, without=("tower", "where"))
+    assert recipe.weights == {"what": 3.0, "told": 3.0, "where": 0.0}
+    draw = functools.partial(batches.vqascore_batch, size=6)
+    whole, plain = (draw(np.random.default_rng(0), **x) for x in ({}, {"mirror": False, "crowd": False}))
+    assert len(plain["image"]) == 12 < len(whole["image"])
+    for name, part in (("vqascore", "where,what"), ("clip", "where")):
+        with pytest.raises(ValueError, match=f"{name} has no {part} to leave out"):
+            train.train(name, steps=1, seed=0, out=tmp_path, workdir=tmp_path, without=[part])
 
 
 def test_it_is_asked_as_it_was_taught(tmp_path):
