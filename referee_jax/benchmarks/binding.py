@@ -10,7 +10,6 @@ attribute pairs that training captions name ("seen") and for those that they do 
 --loss. Exit codes: 0 done, 2 the command cannot be carried out.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from absl import flags, logging
 
 from referee_jax import cli, config, console, referees
 from referee_jax.benchmarks import statistics
-from referee_jax.shapes import benchmark, world
+from referee_jax.shapes import batches, benchmark, world
 
 NEAR = 6
 BATCH = 16  # scenes at once
@@ -40,12 +39,8 @@ class Example(NamedTuple):
 def exchanged(prompt: world.Prompt) -> world.Prompt:
     """The prompt with the shapes of its two things swapped, or, if it has a relation, the things; or with another number."""
     if prompt.count > 1:
-        return dataclasses.replace(prompt, count=5 - prompt.count)
-    one, two = prompt.things
-    if prompt.relation:
-        return dataclasses.replace(prompt, things=(two, one))
-    things = dataclasses.replace(one, shape=two.shape), dataclasses.replace(two, shape=one.shape)
-    return dataclasses.replace(prompt, things=things)
+        return prompt.miscounted()
+    return batches.turned(prompt) if prompt.relation else prompt.swapped()
 
 
 def scenes(category: str, split: str, count: int, seed: int) -> list[Example]:

@@ -57,8 +57,7 @@ def ranked(take: Take, trees: Sequence[Any], values: Sequence[Array], keep: int)
     """Of several trees each item's `keep` with the highest values `[item]`, best first."""
     if len(trees) == 1:
         return list(trees)
-    order = np.argsort(-np.stack([np.asarray(x) for x in values]), axis=0, kind="stable")[:keep].astype(np.int32)
-    return [take(trees, row) for row in order]
+    return [take(trees, row) for row in selection.ranked([np.asarray(x) for x in values], keep)]
 
 
 def select(

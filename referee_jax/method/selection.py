@@ -13,7 +13,9 @@ Particles that are copies of one part ways only by what is random after it: Lang
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 RULES = ("none", "halve", "smc")
 
@@ -25,9 +27,9 @@ def survivors(rule: str, particles: int, selections: int) -> int:
     return particles
 
 
-def ranked(values: Array, keep: int) -> Array:
-    """The numbers of the `keep` best of K values, best first, int32 `[keep]`; of equal ones the first."""
-    return jnp.argsort(-values, stable=True)[:keep].astype(jnp.int32)
+def ranked(values: ArrayLike, keep: int) -> np.ndarray:
+    """The numbers of the `keep` best of K values `[K, ...]`, best first, int32 `[keep, ...]`; of equal ones the first."""
+    return np.argsort(-np.asarray(values), axis=0, kind="stable")[:keep].astype(np.int32)
 
 
 def resampled(values: Array, before: Array, log_w: Array, key: Array, scale: Array | float) -> tuple[Array, Array]:

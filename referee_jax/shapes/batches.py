@@ -82,7 +82,7 @@ def unet_batch(rng: np.random.Generator, size: int = 32, *, noise: float = SWAPP
     for _ in range(size):
         scene, prompt, _ = sample(rng, UNET_MIX, unseen=None)
         if not named:
-            prompt = dataclasses.replace(prompt, things=tuple(thing.unsaid() for thing in prompt.things))
+            prompt = prompt.unsaid()
         prompt = exchanged(rng, prompt, noise, named=named)
         scenes.append(scene)
         texts.append("" if rng.random() < EMPTY else prompt.text)
@@ -151,9 +151,7 @@ def caption(
         twin = world.edit(rng, scene, unseen=named or shown)
         other = world.describe(rng, twin, "single" if len(twin.objects) == 1 else category)
         if not named:
-            prompt, other = (
-                dataclasses.replace(x, things=tuple(y.unsaid() for y in x.things)) for x in (prompt, other)
-            )
+            prompt, other = prompt.unsaid(), other.unsaid()
         if not world.matches(prompt, twin) and not world.matches(other, scene):
             scenes += [scene, twin]
             prompts += [exchanged(rng, text, noise, named=named) for text in (prompt, other)]
@@ -322,7 +320,7 @@ def vqascore_batch(rng: np.random.Generator, size: int = 16, *, mirror: bool = T
     for i, (prompt, near) in enumerate(zip(captioned.prompts, captioned.near, strict=True)):
         asked += [(i, prompt), (i, captioned.prompts[i ^ 1]), *((i, other) for other in near)]
         if prompt.count > 1:
-            asked.append((i, dataclasses.replace(prompt, count=5 - prompt.count)))
+            asked.append((i, prompt.miscounted()))
         if prompt.relation and mirror:
             asked += [(i, turned(prompt)), (len(scenes), prompt), (len(scenes), turned(prompt))]
             scenes.append(mirrored(scenes[i], "x" if "the" in prompt.relation else "y"))

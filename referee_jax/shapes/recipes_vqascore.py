@@ -3,8 +3,7 @@
 A T5 reads the patches of a vision tower, initialised as CLIP's, beside a question, and answers yes or no. What it is
 asked has relations, numbers, textures and colours, and hard negatives: exchanged arguments, mirrored pictures, wrong
 numbers, an object too many. Three heads that are dropped afterwards label patches (recipes_referees), mark words as
-true or false, and say where each named object is. What each of these is worth is measured by leaving it out
-(INGREDIENTS).
+true or false, and say where each named object is. What each of these is worth is measured by leaving it out.
 """
 
 import json
@@ -30,8 +29,7 @@ TEXT = dict(
 )  # fmt: skip
 
 
-# What can be left out: CLIP's tower as the beginning, and the heads with their weights.
-INGREDIENTS = ("tower", "what", "told", "where")
+# Of the heads in the loss.
 WEIGHTS = {"what": 3.0, "told": 3.0, "where": 1.0}
 
 
@@ -40,6 +38,7 @@ class Vqascore(torch.nn.Module):
 
     steps, rate, batch, places = 5000, 1e-3, staticmethod(batches.vqascore_batch), ("vqascore",)
     tower = recipes_referees.Clip.places[0]  # whose vision tower it begins from
+    ingredients = ("tower", *WEIGHTS)  # that can be left out
 
     def __init__(self, out: pathlib.Path, without: Sequence[str] = ()):
         super().__init__()

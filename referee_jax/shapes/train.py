@@ -5,8 +5,8 @@ package reads: the committed assets are true Hugging Face checkpoints, and loadi
 bfloat16 matrix units it is also several times faster than XLA.
 
 Training is seeded and resumable: randomness in step n depends on (seed, n) alone, and the state is in `--workdir`.
-The order is vae, clip, then unet, blip, blip2 and vqascore (which read them from `--out`). Each network gets a card with its
-data, steps and final figures. `--noise`, `--named` and `--epoch` train it on other data.
+The order is vae, clip, then unet, blip, blip2 and vqascore (which read them from `--out`). Each network gets a card
+with its data, steps and final figures. `--noise`, `--named` and `--epoch` train it on other data.
 """
 
 import copy
@@ -88,9 +88,7 @@ def train(
     fast = device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     if unknown := data.keys() - inspect.signature(NETWORKS[name].batch).parameters.keys():
         raise ValueError(f"what {name} is trained on has no {', '.join(sorted(unknown))}")
-    if wrong := set(without) - set(
-        recipes_vqascore.INGREDIENTS if issubclass(NETWORKS[name], recipes_vqascore.Vqascore) else ()
-    ):
+    if wrong := set(without) - set(getattr(NETWORKS[name], "ingredients", ())):
         raise ValueError(f"{name} has no {', '.join(sorted(wrong))} to leave out")
     network = (NETWORKS[name](out, without=without) if without else NETWORKS[name](out)).to(device)
     data_settings = data | ({"epoch": epoch} if epoch else {}) | ({"without": ",".join(without)} if without else {})
@@ -190,7 +188,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("epoch", None, "number of batches, which repeat; default: all are new", lower_bound=1)
     flags.DEFINE_bool("mirror", True, "of vqascore: whether there are mirrored scenes")
     flags.DEFINE_bool("crowd", True, "of vqascore: whether there are scenes with an object too many")
-    flags.DEFINE_list("without", [], f"of vqascore: what is left out of {', '.join(recipes_vqascore.INGREDIENTS)}")
+    flags.DEFINE_list(
+        "without", [], f"of vqascore: what is left out of {', '.join(recipes_vqascore.Vqascore.ingredients)}"
+    )
     flags.DEFINE_integer("workers", 1, "processes that draw batches, a tenth of a second each", lower_bound=1)
     flags.DEFINE_string("out", "shapes_networks", "directory that the trained networks are written to")
     flags.DEFINE_string("workdir", "shapes_training", "directory of the training's checkpoints")

@@ -124,6 +124,14 @@ class Prompt:
         things = (dataclasses.replace(a, shape=b.shape), dataclasses.replace(b, shape=a.shape))
         return dataclasses.replace(self, things=things)
 
+    def miscounted(self) -> "Prompt":
+        """The prompt of two or three with the other number."""
+        return dataclasses.replace(self, count=5 - self.count)
+
+    def unsaid(self) -> "Prompt":
+        """The prompt without the attributes that make pairs of UNSEEN."""
+        return dataclasses.replace(self, things=tuple(thing.unsaid() for thing in self.things))
+
 
 def thing(words: str) -> Thing:
     """The Thing of its words without an article, as "striped red circle" or "red circles". Raises ValueError."""
@@ -353,7 +361,7 @@ def distractors(rng: np.random.Generator, prompt: Prompt, count: int, *, seen: b
         elif move == "relation":
             near = dataclasses.replace(prompt, relation=pick(rng, [r for r in RELATIONS if r != prompt.relation]))
         elif move == "count":
-            near = dataclasses.replace(prompt, count=5 - prompt.count)
+            near = prompt.miscounted()
         if meaning(near) != meaning(prompt) and not (seen and any(thing.is_unseen() for thing in near.things)):
             negatives.setdefault(meaning(near), near)
     return list(negatives.values())
