@@ -469,9 +469,9 @@ def _relations(parts: Sequence[Part]) -> list[tuple[Phrase, str, tuple[Phrase, .
     """Each relation with its subject and its objects.
 
     In a clause with a verb all that "and" joins takes part ("the belt and the scarf hang on the hook"), in a
-    phrase the nearest thing ("a cat and a dog on a mat").
+    phrase the nearest thing ("a cat and a dog on a mat"), or that of the relation before ("a cat on a mat and near a dog").
     """
-    found = []
+    found, found_at = [], -1
     for n, part in enumerate(parts):
         if not isinstance(part, Relation):
             continue
@@ -484,13 +484,17 @@ def _relations(parts: Sequence[Part]) -> list[tuple[Phrase, str, tuple[Phrase, .
             subjects = [parts[n - 1]]
         elif verb is not None:
             subjects = _joined(parts[start:verb][::-1])[::-1]
+        elif n > start and parts[n - 1] == AND and found_at >= start:
+            subjects = [found[-1][0]]
         else:
             subjects = [x for x in parts[start:n] if isinstance(x, Phrase)][-1:]
         if part.text == "between":
             groups = [tuple(objects[:2])] if len(objects) > 1 else [(thing,) for thing in objects]
         else:
             groups = [(thing,) for thing in (objects if verb is not None else objects[:1])]
-        found += [(subject, part.text, group) for subject in subjects for group in groups]
+        if subjects and groups:
+            found += [(subject, part.text, group) for subject in subjects for group in groups]
+            found_at = n
     return found
 
 
