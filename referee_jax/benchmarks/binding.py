@@ -37,10 +37,10 @@ class Example(NamedTuple):
 
 
 def exchanged(prompt: world.Prompt) -> world.Prompt:
-    """The prompt with the shapes of its two things swapped, or, if it has a relation, the things; or with another number."""
+    """The prompt with the shapes of two things swapped, or, if it has one relation, the things; or with another number."""
     if prompt.count > 1:
         return prompt.miscounted()
-    return batches.turned(prompt) if prompt.relation else prompt.swapped()
+    return batches.turned(prompt) if len(prompt.relations) == 1 else prompt.swapped()
 
 
 def scenes(category: str, split: str, count: int, seed: int) -> list[Example]:

@@ -1,9 +1,10 @@
 """The fixed test prompts of the shapes world, in T2I-CompBench's categories, and their score by ground truth.
 
-`seen` prompts name no attribute pair of `world.UNSEEN`, nor does any training caption; `unseen` prompts name at
-least one. No two prompts of a list mean the same. A list has `COUNT` prompts, or all that exist: 15 pairs of
-shapes, 21 + 9 pairs of a striped and a dotted shape, 12 unseen counts. The shape category names no pair of
-attributes and so has no unseen list. The lists are in benchmark_prompts.json; `make_lists` made them.
+Hard ones name three things, or say where one is to two others, as no caption of the generator's training does.
+`seen` prompts name no attribute pair of `world.UNSEEN`, nor does any training caption; `unseen` prompts name at least
+one. No two prompts of a list mean the same. A list has `COUNT` prompts, or all that exist: 15 pairs of shapes, 21 + 9
+pairs of a striped and a dotted shape, 12 unseen counts. The shape category names no pair of attributes and so has no
+unseen list. The lists are in benchmark_prompts.json; `make_lists` made them.
 """
 
 import functools
@@ -56,7 +57,9 @@ def parts(text: str) -> list[str]:
     """The parts of a prompt: its category, and "category, seen" or "category, unseen". Raises ValueError as `parse`."""
     prompt = world.parse(text)
     textured = any(thing.texture for thing in prompt.things)
-    if prompt.count > 1:
+    if len(prompt.things) > 2:
+        category = "hard"
+    elif prompt.count > 1:
         category = "numeracy"
     elif prompt.relation:
         category = "complex" if textured else "spatial"

@@ -9,6 +9,7 @@ are often a little bent, at the edge of what the detector passes. Neither change
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -30,7 +31,7 @@ PLURALS = {"cross": "crosses"} | {shape: shape + "s" for shape in SHAPES if shap
 TEXTURES = ("solid", "striped", "dotted")
 RELATIONS = ("on the left of", "on the right of", "above", "below")
 NUMBERS = {"two": 2, "three": 3}
-CATEGORIES = ("colour", "shape", "texture", "spatial", "numeracy", "complex")
+CATEGORIES = ("colour", "shape", "texture", "spatial", "numeracy", "complex", "hard")
 MAX_OBJECTS = 3
 
 # Attribute pairs that no training caption names: T2I-CompBench's "unseen".
@@ -102,11 +103,19 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """The meaning of a caption: its things, the relation of the first to the second, or the count of a single one."""
+    """The meaning of a caption: its things, the relation of the first to the second, or the count of a single one.
+
+    Of three things, `relations` are those of the first to the second and to the third, or there are none.
+    """
 
     things: tuple[Thing, ...]
-    relation: str | None = None
+    relations: tuple[str, ...] = ()
     count: int = 1
+
+    @property
+    def relation(self) -> str | None:
+        """The relation of the first thing to the second."""
+        return self.relations[0] if self.relations else None
 
     @property
     def text(self) -> str:
@@ -115,13 +124,16 @@ class Prompt:
             thing = self.things[0]
             number = next(word for word, count in NUMBERS.items() if count == self.count)
             return f"{number} {dataclasses.replace(thing, shape=PLURALS[thing.shape]).text}"
-        joint = f" {self.relation or 'and'} "
-        return joint.join(f"{'an' if thing.text[0] in 'aeiou' else 'a'} {thing.text}" for thing in self.things)
+        first, *others = (f"{'an' if thing.text[0] in 'aeiou' else 'a'} {thing.text}" for thing in self.things)
+        if not self.relations:
+            return " and ".join([first, *others])
+        related = (f"{relation} {other}" for relation, other in zip(self.relations, others, strict=True))
+        return f"{first} {' and '.join(related)}"
 
     def swapped(self) -> "Prompt":
-        """The prompt with the shapes of its two things swapped, which swaps all attributes."""
-        a, b = self.things
-        things = (dataclasses.replace(a, shape=b.shape), dataclasses.replace(b, shape=a.shape))
+        """The prompt with the shapes of its first two things swapped, which swaps all attributes."""
+        a, b, *others = self.things
+        things = (dataclasses.replace(a, shape=b.shape), dataclasses.replace(b, shape=a.shape), *others)
         return dataclasses.replace(self, things=things)
 
     def miscounted(self) -> "Prompt":
@@ -155,13 +167,18 @@ def parse(text: str) -> Prompt:
     words = " ".join(text.lower().replace(".", " ").split())
     if match := re.fullmatch(rf"({'|'.join(NUMBERS)}) (.+)", words):
         return Prompt(things=(thing(match[2]),), count=NUMBERS[match[1]])
-    parts = re.split(rf" ({'|'.join(('and', *RELATIONS))}) an? ", words)
-    first = re.fullmatch(r"an? (.+)", parts[0])
-    if not first or len(parts) not in (1, 3):
+    relation = "|".join(RELATIONS)
+    parts = re.split(rf" ((?:and )?(?:{relation})|and) an? ", words)
+    first, joints = re.fullmatch(r"an? (.+)", parts[0]), parts[1::2]
+    is_list = all(joint == "and" for joint in joints)
+    if (
+        not first
+        or len(parts) > 5
+        or not (is_list or re.fullmatch(rf"({relation})( and ({relation}))?", " ".join(joints)))
+    ):
         raise ValueError(f"not a caption of the shapes world: {text!r}")
     things = (thing(first[1]), *(thing(part) for part in parts[2::2]))
-    relation = parts[1] if len(parts) == 3 and parts[1] != "and" else None
-    return Prompt(things=things, relation=relation)
+    return Prompt(things=things, relations=() if is_list else tuple(joint.removeprefix("and ") for joint in joints))
 
 
 def holds(relation: str, first: Object, second: Object) -> bool:
@@ -178,11 +195,10 @@ def matches(prompt: Prompt, scene: Scene) -> bool:
         return len(scene.objects) == prompt.count and all(map(prompt.things[0].fits, scene.objects))
     if len(scene.objects) != len(prompt.things):
         return False
-    if len(prompt.things) == 1:
-        return prompt.things[0].fits(scene.objects[0])
     return any(
-        prompt.things[0].fits(a) and prompt.things[1].fits(b) and (not prompt.relation or holds(prompt.relation, a, b))
-        for a, b in (scene.objects, scene.objects[::-1])
+        all(named.fits(item) for named, item in zip(prompt.things, shown, strict=True))
+        and all(holds(relation, shown[0], other) for relation, other in zip(prompt.relations, shown[1:], strict=False))
+        for shown in itertools.permutations(scene.objects)
     )
 
 
@@ -220,12 +236,21 @@ def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, floa
     return [tuple(map(float, item)) for item in placed]
 
 
+def place_corner(rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    """Centres and radii of three objects: the second beside the first, the third above or below it, not touching."""
+    (near_x, far_x), (near_y, far_y) = (rng.permutation([18.0, 46.0]) for _ in range(2))
+    centres = [(near_x, near_y), (far_x, near_y), (near_x, far_y)]
+    jittered = [(x + rng.uniform(-4, 4), y + rng.uniform(-4, 4), rng.uniform(7, 8.5)) for x, y in centres]
+    return [tuple(map(float, item)) for item in jittered]
+
+
 def _objects(rng: np.random.Generator, count: int, *, textured: bool, equal: bool) -> tuple[Object, ...]:
     shapes, colours = pick_distinct(rng, SHAPES, count), pick_distinct(rng, tuple(COLOURS), count)
     textures = [pick(rng, TEXTURES) if textured else "solid" for _ in range(count)]
     if equal:
         shapes, colours, textures = ([kind[0]] * count for kind in (shapes, colours, textures))
-    return tuple(Object(s, c, t, *p) for s, c, t, p in zip(shapes, colours, textures, place(rng, count), strict=True))
+    places = place_corner(rng) if count == 3 and not equal else place(rng, count)
+    return tuple(Object(s, c, t, *p) for s, c, t, p in zip(shapes, colours, textures, places, strict=True))
 
 
 def sample_scene(rng: np.random.Generator, category: str, *, unseen: bool | None = False) -> Scene:
@@ -233,7 +258,7 @@ def sample_scene(rng: np.random.Generator, category: str, *, unseen: bool | None
 
     `unseen`: True, at least one object shows a pair of UNSEEN; False, none does; None, any scene.
     """
-    count = {"single": 1, "numeracy": int(rng.integers(2, 4))}.get(category, 2)
+    count = {"single": 1, "numeracy": int(rng.integers(2, 4)), "hard": 3}.get(category, 2)
     textured = category in ("texture", "complex") or (category == "single" and rng.random() < 0.3)
     while True:
         objects = _objects(rng, count, textured=textured, equal=category == "numeracy")
@@ -247,9 +272,14 @@ def sample_scene(rng: np.random.Generator, category: str, *, unseen: bool | None
 
 
 def describe(rng: np.random.Generator, scene: Scene, category: str) -> Prompt:
-    """A true caption of the scene, of `category`; objects are named in random order."""
-    objects = list(scene.objects)
-    if category != "numeracy":
+    """A true caption of the scene, of `category`; objects are named in random order.
+
+    A hard one lists three things, or says where the first, the corner of `place_corner`, is to the others.
+    """
+    objects, is_related = list(scene.objects), category in ("spatial", "complex")
+    if category == "hard" and (is_related := rng.random() < 0.5):
+        objects[1:] = [objects[1 + i] for i in rng.permutation(len(objects) - 1)]
+    elif category != "numeracy":
         rng.shuffle(objects)
 
     def thing(item: Object) -> Thing:
@@ -259,10 +289,8 @@ def describe(rng: np.random.Generator, scene: Scene, category: str) -> Prompt:
 
     if category == "numeracy":
         return Prompt(things=(thing(objects[0]),), count=len(objects))
-    relation = None
-    if category in ("spatial", "complex") and len(objects) == 2:
-        relation = next(r for r in RELATIONS if holds(r, *objects))
-    return Prompt(things=tuple(map(thing, objects)), relation=relation)
+    relations = [next(r for r in RELATIONS if holds(r, objects[0], other)) for other in objects[1:]]
+    return Prompt(things=tuple(map(thing, objects)), relations=tuple(relations) if is_related else ())
 
 
 def edit(rng: np.random.Generator, scene: Scene, *, unseen: bool = False) -> Scene:
@@ -337,7 +365,7 @@ def distractors(rng: np.random.Generator, prompt: Prompt, count: int, *, seen: b
         if len(negatives) == count:
             break
         moves = ["colour", "shape", "colour"]
-        if len(things) == 2:
+        if len(things) > 1:
             moves += ["swap", "swap", "drop"]
         if prompt.relation:
             moves += ["relation", "relation"]
@@ -359,7 +387,8 @@ def distractors(rng: np.random.Generator, prompt: Prompt, count: int, *, seen: b
         elif move == "drop":
             near = Prompt(things=(things[i],))
         elif move == "relation":
-            near = dataclasses.replace(prompt, relation=pick(rng, [r for r in RELATIONS if r != prompt.relation]))
+            other = pick(rng, [relation for relation in RELATIONS if relation != prompt.relation])
+            near = dataclasses.replace(prompt, relations=(other, *prompt.relations[1:]))
         elif move == "count":
             near = prompt.miscounted()
         if meaning(near) != meaning(prompt) and not (seen and any(thing.is_unseen() for thing in near.things)):
@@ -369,11 +398,15 @@ def distractors(rng: np.random.Generator, prompt: Prompt, count: int, *, seen: b
 
 def meaning(prompt: Prompt) -> str:
     """A canonical caption: equal for captions that mean the same, such as "a X and a Y" and "a Y and a X"."""
-    if prompt.relation in ("on the right of", "below"):
+    if len(prompt.relations) == 1 and prompt.relation in ("on the right of", "below"):
         turned = {"on the right of": "on the left of", "below": "above"}[prompt.relation]
-        return Prompt(things=prompt.things[::-1], relation=turned).text
-    if prompt.relation is None and len(prompt.things) == 2:
-        return Prompt(things=tuple(sorted(prompt.things, key=lambda thing: thing.text))).text
+        return Prompt(things=prompt.things[::-1], relations=(turned,)).text
+    if len(prompt.relations) == 2:
+        pairs = sorted(zip(prompt.relations, prompt.things[1:], strict=True), key=str)
+        relations, others = zip(*pairs, strict=True)
+        return Prompt(things=(prompt.things[0], *others), relations=relations).text
+    if not prompt.relations:
+        return dataclasses.replace(prompt, things=tuple(sorted(prompt.things, key=lambda thing: thing.text))).text
     return prompt.text
 
 

@@ -34,8 +34,8 @@ def expected(prompt: world.Prompt) -> list[tuple[str, str, str]]:
             article = "an" if word == "orange" else "a"
             question = f"{be} the {shape} {word}?" if is_alone else f"Is there {article} {word} {shape}?"
             found.append(("attribute", f"{word} {shape}", question))
-    if prompt.relation:
-        relation, (a, b) = RELATIONS[prompt.relation], names
+    for said, (a, b) in zip(prompt.relations, [(names[0], other) for other in names[1:]], strict=False):
+        relation = RELATIONS[said]
         question = f"Is the {a} {relation} the {b}?"
         if a == b:
             question = f"Is {'an' if a[0] == 'o' else 'a'} {a} {relation} another {b}?"
@@ -151,6 +151,8 @@ OTHERS = {
     "a key on side of a lamp": "object: key | object: lamp | Is the key next to the lamp?",
     "a hat on the top of a fish": "object: hat | object: fish | Is the hat on top of the fish?",
     "a man on the bottom of a balloon": "object: man | object: balloon | Is the man below the balloon?",
+    "a cat on a mat and near a dog": "object: cat | object: mat | object: dog | Is the cat on the mat? | "
+    "Is the cat near the dog?",
     "a mouse near a woman": "object: mouse | object: woman | Is the mouse near the woman?",
     "a sheep hidden by a book": "object: sheep | object: book | Is the sheep hidden by the book?",
     "a cow in front of a cow": "object: cow | Is a cow in front of another cow?",

@@ -33,8 +33,9 @@ def test_prompts_are_distinct_captions_of_their_split(category, split):
     assert all(benchmark.is_unseen(prompt) == (split == "unseen") for prompt in prompts)
     for prompt in prompts:
         assert (prompt.count > 1) == (category == "numeracy")
-        assert len(prompt.things) == (1 if category == "numeracy" else 2)
-        assert (prompt.relation is not None) == (category in ("spatial", "complex"))
+        assert len(prompt.things) == {"numeracy": 1, "hard": 3}.get(category, 2)
+        counts = {"spatial": {1}, "complex": {1}, "hard": {0, 2}}.get(category, {0})
+        assert len(prompt.relations) in counts
         assert all((thing.colour is None) == (category in ("shape", "texture")) for thing in prompt.things)
         assert any(thing.texture for thing in prompt.things) == (category in ("texture", "complex"))
 

@@ -35,8 +35,13 @@ def test_parse_reads_back_what_text_says(category, unseen):
 def test_captions_read_as_english():
     things = (world.Thing("circle", "orange"), world.Thing("cross", "red", "dotted"))
     assert world.Prompt(things).text == "an orange circle and a dotted red cross"
-    assert world.Prompt(things[::-1], relation="below").text == "a dotted red cross below an orange circle"
+    assert world.Prompt(things[::-1], relations=("below",)).text == "a dotted red cross below an orange circle"
     assert world.Prompt(things[1:], count=3).text == "three dotted red crosses"
+    three = (*things, world.Thing("star", "blue"))
+    assert world.Prompt(three).text == "an orange circle and a dotted red cross and a blue star"
+    assert world.Prompt(three, ("above", "on the left of")).text == (
+        "an orange circle above a dotted red cross and on the left of a blue star"
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,11 @@ def test_captions_read_as_english():
         "a striped red",
         "two",
         "four red circles",
-        "a star and a ring and a cross",
+        "a star and a ring and a cross and a circle",
+        "a star above a ring above a cross",
+        "a star above a ring and a cross",
+        "a star and a ring above a cross",
+        "a star and above a ring",
     ],
 )
 def test_parse_refuses_what_is_no_caption(text):
@@ -140,8 +149,8 @@ def test_edits_make_the_full_caption_false(category):
         if category == "numeracy":
             full = world.Prompt(said[:1], count=len(said))
         else:
-            held = (r for r in world.RELATIONS if len(said) == 2 and world.holds(r, *scene.objects))
-            full = world.Prompt(said, relation=next(held, None))
+            first, *others = scene.objects
+            full = world.Prompt(said, tuple(r for x in others for r in world.RELATIONS if world.holds(r, first, x)))
         assert world.matches(full, scene)
         edited = world.edit(rng, scene)
         unchanged += edited == scene
@@ -166,7 +175,7 @@ def test_training_scenes_show_no_unseen_pair_and_test_scenes_do(category):
 def test_scenes_are_of_their_category(category):
     made = scenes(category, 100)[1]
     counts = {len(scene.objects) for scene in made}
-    assert counts == {"single": {1}, "numeracy": {2, 3}}.get(category, {2})
+    assert counts == {"single": {1}, "numeracy": {2, 3}, "hard": {3}}.get(category, {2})
     for scene in made:
         kinds = [{getattr(item, name) for item in scene.objects} for name in ("shape", "colour", "texture")]
         alike = category == "numeracy"
