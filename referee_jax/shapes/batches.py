@@ -28,12 +28,13 @@ UNET_MIX = {"single": 0.15, "colour": 0.5, "texture": 0.07, "spatial": 0.14, "nu
 # What CLIP does not know comes often.
 ASKED_MIX = {
     "single": 0.05,
-    "colour": 0.12,
-    "shape": 0.03,
-    "texture": 0.2,
-    "spatial": 0.22,
-    "numeracy": 0.16,
-    "complex": 0.22,
+    "colour": 0.1,
+    "shape": 0.02,
+    "texture": 0.18,
+    "spatial": 0.17,
+    "numeracy": 0.15,
+    "complex": 0.18,
+    "hard": 0.15,
 }
 SWAPPED, EMPTY = 0.35, 0.1  # shares of Stable Diffusion's captions that are swapped, and empty
 DISTRACTORS = 2
@@ -54,9 +55,10 @@ def sample(
 def drawn(scenes: list[world.Scene], views: list[np.ndarray | None] | None = None) -> Arrays:
     """Images `[scene, 3, 64, 64]` in [0, 1] and covers `[scene, object, 64, 64]`."""
     pairs = [world.draw(scene, view=view) for scene, view in zip(scenes, views or [None] * len(scenes), strict=True)]
-    return {
-        name: np.stack([pair[i] for pair in pairs]).transpose(0, 3, 1, 2) for i, name in enumerate(("image", "cover"))
-    }
+    most = max(cover.shape[-1] for _, cover in pairs)
+    covers = [np.pad(cover, ((0, 0), (0, 0), (0, most - cover.shape[-1]))) for _, cover in pairs]
+    arrays = {"image": [image for image, _ in pairs], "cover": covers}
+    return {name: np.stack(x).transpose(0, 3, 1, 2) for name, x in arrays.items()}
 
 
 def vae_batch(rng: np.random.Generator, size: int = 16) -> Arrays:
@@ -102,7 +104,7 @@ def facts(prompt: world.Prompt, scene: world.Scene) -> np.ndarray:
     """Whether each token of a caption is true of the scene, int8 `[LENGTH]`: 1 true, 0 false, -1 says nothing.
 
     A shape is true if there is an object with its attributes; a number, if the count is right; the last
-    word of a relation, if it holds, where both objects exist.
+    word of a relation, if it holds, where all objects exist.
     """
     words, truth = prompt.text.split(), np.full(tokens.LENGTH, -1, np.int8)
     nouns = [i for i, word in enumerate(words) if word in world.SHAPES or word in world.PLURALS.values()]
@@ -110,10 +112,12 @@ def facts(prompt: world.Prompt, scene: world.Scene) -> np.ndarray:
     truth[[1 + noun for noun in nouns]] = [bool(items) for items in fitting]  # after the start token
     if prompt.count > 1:
         truth[1] = len(fitting[0]) == prompt.count
-    if prompt.relation and all(fitting):
-        first, second = fitting
-        end = 1 + nouns[0] + len(prompt.relation.split())
-        truth[end] = any(world.holds(prompt.relation, a, b) for a in first for b in second if a is not b)
+    if prompt.relations and all(fitting):
+        first, *others = fitting
+        for relation, second, noun in zip(prompt.relations, others, nouns[1:], strict=True):
+            # The relation's last word stands before the article and the attributes of its thing.
+            last = max(i for i in range(noun) if words[i] == relation.split()[-1])
+            truth[1 + last] = any(world.holds(relation, a, b) for a in first for b in second if a is not b)
     return truth
 
 
@@ -171,15 +175,16 @@ def labelled(scenes: list[world.Scene], views: list[np.ndarray | None]) -> Array
     """
     batch = drawn(scenes, views)
     side = world.SIZE // PATCH
-    covered = batch.pop("cover").reshape(len(scenes), -1, side, PATCH, side, PATCH).mean((3, 5)) > 0.08
-    labels = np.zeros((len(scenes), world.MAX_OBJECTS, len(KINDS)), bool)
+    cover = batch.pop("cover")
+    covered = cover.reshape(*cover.shape[:2], side, PATCH, side, PATCH).mean((3, 5)) > 0.08
+    labels = np.zeros((*covered.shape[:2], len(KINDS)), bool)
     for i, scene in enumerate(scenes):
         for j, item in enumerate(scene.objects):
             kinds = [item.shape, item.colour, item.texture]
             if len(scene.objects) == 2:
                 kinds += [relation for relation in world.RELATIONS if world.holds(relation, item, scene.objects[1 - j])]
             labels[i, j, [KINDS.index(kind) for kind in kinds]] = True
-    shown = np.einsum("bjp,bjk->bpk", covered.reshape(len(scenes), world.MAX_OBJECTS, -1), labels)
+    shown = np.einsum("bjp,bjk->bpk", covered.reshape(*covered.shape[:2], -1), labels)
     return batch | {"shown": shown}
 
 
@@ -328,9 +333,12 @@ def vqascore_batch(rng: np.random.Generator, size: int = 16, *, mirror: bool = T
         false = [atom for atom in others if not is_true(atom, scenes[i])]
         atoms += [(i, world.pick(rng, questions_lib.atoms(prompt.text))), (i, world.pick(rng, false or others))]
     if crowd:
+        counted = [i for i in range(2 * size) if captioned.prompts[i].count > 1]
         pairs = [i for i in range(2 * size) if len({(item.shape, item.colour) for item in scenes[i].objects}) == 2]
-        for i in pairs[: size // 2]:
+        for i in counted + pairs[: size // 2]:
             asked.append((len(scenes), captioned.prompts[i]))
+            if i in counted:  # what is one too many for "two" may be right for "three"
+                asked.append((len(scenes), captioned.prompts[i].miscounted()))
             scenes.append(world.crowd(rng, scenes[i]))
     forms = [FORMS[int(rng.random() < 0.25)] for _ in asked]
     views = [random_view(rng) for _ in scenes]
