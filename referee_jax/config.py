@@ -69,6 +69,9 @@ class Generator:
 
     checkpoint: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id, local directory, or shapes/...
     revision: str = ""  # commit of a hub id; empty: the latest
+    # Another U-Net in its place, such as one of few steps: hub id, local directory, or shapes/...; empty: its own.
+    unet: str = ""
+    unet_revision: str = ""  # commit of that hub id; empty: the latest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,7 @@ class Noise:
 
     rule: str = "reno"  # how it is moved: reno, sphere, gper, langevin, or a plugin's
     steps: int = bounded(1, low=1, high=50)  # of the sampler; each has a gradient
+    first: int = bounded(999, low=99, high=999)  # timestep of its first step; 800 for Hyper-SD's one-step generators
     guidance: float = 1.0  # scale of the sampler's classifier-free guidance; 1: none
     lr: float = bounded(5.0, low=0)  # step size of reno, sphere and gper
     momentum: float = bounded(0.9, low=0, high=1)  # of reno and sphere
@@ -193,6 +197,9 @@ class Views(augmentations.Settings):
     keep: int = bounded(10, low=1)  # number of hardest views with a gradient
     augmentations: tuple[str, ...] = views.DEFAULT  # in this order; names in method/augmentations.py
     shared_erase: bool = True  # one erased rectangle for all views
+    resize: str = bounded(
+        "pool", allowed=("pool", "fit")
+    )  # to a referee's size: by the mean of average and maximum, or as the referee's authors do
     per_pass: int = bounded(0, low=0)  # views per microbatch, to save memory; 0: all
 
 
@@ -586,11 +593,16 @@ def _flat(values: Any, key: str = "") -> dict[str, Any]:
 
 def checkpoints(settings: Settings) -> list[tuple[str, str]]:
     """(name, revision) of each checkpoint in the settings, once."""
-    named = (x for x in (settings.generator, *settings.referees) if x.checkpoint)
-    return list(dict.fromkeys((x.checkpoint, x.revision) for x in named))
+    generator = settings.generator
+    named = [(x.checkpoint, x.revision) for x in (generator, *settings.referees)]
+    named.insert(1, (generator.unet, generator.unet_revision))
+    return list(dict.fromkeys(pair for pair in named if pair[0]))
 
 
 def pinned(settings: Settings, commits: Mapping[str, str]) -> Settings:
     """The settings, with `commits` (by checkpoint) in place of empty revisions."""
     pin = lambda x: dataclasses.replace(x, revision=x.revision or commits.get(x.checkpoint, ""))
-    return dataclasses.replace(settings, generator=pin(settings.generator), referees=tuple(map(pin, settings.referees)))
+    generator = pin(settings.generator)
+    revision = generator.unet_revision or commits.get(generator.unet, "")
+    generator = dataclasses.replace(generator, unet_revision=revision)
+    return dataclasses.replace(settings, generator=generator, referees=tuple(map(pin, settings.referees)))

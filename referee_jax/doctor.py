@@ -191,6 +191,7 @@ def checkpoints(command: Command | None) -> list[Finding]:
         return [Finding("hub", text, "" if constants.HF_HUB_OFFLINE else remedy)]
     generator, kinds = command.settings.generator, collections.defaultdict(list)
     kinds[generator.checkpoint, generator.revision].append("")
+    kinds[generator.unet, generator.unet_revision].append("unet")
     for spec in command.settings.referees:
         kinds[spec.checkpoint, spec.revision].append(referees.REFEREES[spec.name].kind)
     return [Finding("checkpoint", *checkpoint(*pair, kinds[pair])) for pair in config.checkpoints(command.settings)]

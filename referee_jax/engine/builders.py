@@ -41,6 +41,7 @@ def make_view_plan(settings: config.Settings, spec: config.RefereeSpec, *, dense
         keep=keep,
         augmentations=tuple(spec.augmentations or common),
         passes=make_passes(keep, settings.views.per_pass),
+        is_fitted=settings.views.resize == "fit",
         dense=dense,
     )
 
@@ -106,17 +107,17 @@ def make_plan(
         normalise=settings.referee.normalise,
         latent_losses=tuple(sorted(settings.latent_losses)),
         method=settings.method,
-        levels=make_levels(settings, len(prior.alphas_cumprod)),
+        levels=make_levels(settings),
         rule=settings.noise.rule,
         is_guided=settings.noise.guidance != 1,
     )
 
 
-def make_levels(settings: config.Settings, timesteps: int) -> tuple[int, ...]:
+def make_levels(settings: config.Settings) -> tuple[int, ...]:
     """`Plan.levels`."""
     if settings.method == "guided":
         return config.guided_levels(settings)
-    return ddim.trailing(timesteps, settings.noise.steps) if settings.method == "noise" else ()
+    return ddim.trailing(settings.noise.first, settings.noise.steps) if settings.method == "noise" else ()
 
 
 # Numbers of the method -> the groups of the settings that they are from: field `name` of the numbers is field

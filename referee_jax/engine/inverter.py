@@ -150,6 +150,8 @@ class Inverter:
         prior = load.load_stable_diffusion(
             settings.generator.checkpoint,
             revision=settings.generator.revision or None,
+            unet=settings.generator.unet,
+            unet_revision=settings.generator.unet_revision or None,
             dtype=dtype,
         )
         return cls(settings, prior, [referees.load_referee(spec, dtype=dtype) for spec in settings.referees], devices)

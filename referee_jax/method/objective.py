@@ -66,6 +66,7 @@ class ViewPlan(struct.PyTreeNode):
         keep: the hardest of them, which have a gradient (hard-view mining); all if equal to `count`.
         augmentations: names, in their order; see augmentations.AUGMENTATIONS.
         passes: microbatches into which the kept views are split.
+        is_fitted: whether the image is resized as the referee's authors do, and not pooled (views.pool).
         dense: whether pixels are resampled by products of matrices, which suits TPUs.
     """
 
@@ -74,6 +75,7 @@ class ViewPlan(struct.PyTreeNode):
     keep: int = struct.field(pytree_node=False)
     augmentations: tuple[str, ...] = struct.field(pytree_node=False)
     passes: int = struct.field(pytree_node=False, default=1)
+    is_fitted: bool = struct.field(pytree_node=False, default=False)
     dense: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -144,6 +146,7 @@ def image_gradient(
 
     def view_losses(image: Array, params: views.Params, noise: Array | float) -> dict[str, Array]:
         with jax.named_scope("views"):
+            image = referee.fit(image) if plan.is_fitted else image
             shown = views.apply(image, params, size=size, names=plan.augmentations, dense=plan.dense) + noise
         return referee.views_losses(shown, text)
 

@@ -149,7 +149,7 @@ def abstract(settings: config.Settings) -> Sized:
     Raises ConfigError, or WeightsError for a directory whose config.json does not fit.
     """
     dtype, assumed = builders.DTYPES[settings.precision], []
-    prior = _prior(settings.generator.checkpoint, dtype, assumed)
+    prior = _prior(settings.generator, dtype, assumed)
     judges = tuple(_judge(spec, dtype, assumed) for spec in settings.referees)
     return Sized(prior, judges, tuple(assumed))
 
@@ -177,14 +177,18 @@ def _drawn(rng: np.random.Generator, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(draw, tree)
 
 
-def _prior(checkpoint: str, dtype: Any, assumed: list[str]) -> load.StableDiffusion:
-    directory = hub.local_path(checkpoint)
+def _prior(generator: config.Generator, dtype: Any, assumed: list[str]) -> load.StableDiffusion:
+    checkpoint, directory = generator.checkpoint, hub.local_path(generator.checkpoint)
     schedule, sizes = config_json.Schedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), _SD
     if directory.is_dir():
         sizes = {kind: load.read_config(kind, directory / folder) for kind, folder in load.FOLDERS.items()}
         schedule = load.read_schedule(directory)
     elif checkpoint != config.Generator().checkpoint:
         assumed.append(f"{checkpoint} is not here: sizes are those of {config.Generator().checkpoint}")
+    if generator.unet and (unet := hub.local_path(generator.unet)).is_dir():
+        sizes = sizes | {"unet": load.read_config("unet", unet)}
+    elif generator.unet:
+        assumed.append(f"{generator.unet} is not here: its sizes are those of {checkpoint}")
     networks = {kind: load.abstract(kind, sizes[kind], dtype=dtype) for kind in load.FOLDERS}
     return load.StableDiffusion(
         text_encoder=networks["clip_text"],

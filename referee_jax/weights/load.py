@@ -350,17 +350,32 @@ class StableDiffusion:
 
 
 def load_stable_diffusion(
-    path_or_id: str | Path, *, revision: str | None = None, dtype: jax.typing.DTypeLike = jnp.float32
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    unet: str | Path = "",
+    unet_revision: str | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> StableDiffusion:
     """Returns the parts of a checkpoint in diffusers' layout, with weights cast to `dtype`.
 
     Raises WeightsError as `load` does, and if the parts do not fit together.
+
+    Args:
+        path_or_id: the directory or hub id.
+        revision: for hub ids.
+        unet: of another U-Net, which is a directory or repository by itself; empty: the checkpoint's own.
+        unet_revision: for its hub id.
+        dtype: of the weights.
     """
-    parts = {folder: KINDS[kind].stem for kind, folder in FOLDERS.items()}
+    folders = {kind: folder for kind, folder in FOLDERS.items() if not (kind == "unet" and unet)}
+    parts = {folder: KINDS[kind].stem for kind, folder in folders.items()}
     directory = _fetch(path_or_id, revision, parts, ["scheduler/scheduler_config.json", "tokenizer/*"])
     _check_layout(directory)
     schedule, tokenizer = read_schedule(directory), load_prior_tokenizer(directory)
-    networks = {kind: load(kind, directory, subfolder=folder, dtype=dtype) for kind, folder in FOLDERS.items()}
+    networks = {kind: load(kind, directory, subfolder=folder, dtype=dtype) for kind, folder in folders.items()}
+    if unet:
+        networks["unet"] = load("unet", unet, revision=unet_revision, dtype=dtype)
     parts = StableDiffusion(
         tokenizer=tokenizer,
         text_encoder=networks["clip_text"],
@@ -378,7 +393,8 @@ def load_stable_diffusion(
         ),
     ):
         if width != expected:
-            raise WeightsError(f"{directory}: {name}={width} does not fit the other parts, which have {expected}")
+            where = unet if unet and name.startswith("unet") else directory
+            raise WeightsError(f"{where}: {name}={width} does not fit the other parts, which have {expected}")
     return parts
 
 
@@ -398,13 +414,15 @@ def check(directory: Path, kind: str = "") -> None:
 
     Args:
         directory: a local one.
-        kind: the network of a referee; "" for a checkpoint of Stable Diffusion.
+        kind: the network of a referee, or "unet" for one by itself; "" for a checkpoint of Stable Diffusion.
     """
     if not kind:
         _check_layout(directory)
     for part, folder in ({kind: ""} if kind else FOLDERS).items():
         read_config(part, directory / folder)
         Tensors(directory / folder, KINDS[part].stem)
+    if kind == "unet":
+        return
     if kind:
         load_tokenizer(directory, kind=kind)
         read_preprocessing(directory)

@@ -120,9 +120,11 @@ def denoised(engine, levels, guidance, prompt):
     """The clean latent of a sampler, from the noise that an item begins with."""
     batch = engine.begin([items_lib.Item(prompt, 0)], 3)
     first = jax.tree.map(lambda x: x[0], batch.prompt)
-    start = engine._program("noise")(batch.keys, jnp.int32(0))[0]
+    start, prior = engine._program("noise")(batch.keys, jnp.int32(0))[0], engine.networks.prior
+    if engine.plan.method == "noise":
+        start = start * jnp.sqrt(1 - prior.alphas_cumprod[levels[0]])
     texts = {"cond": first.cond, "uncond": first.uncond, "guidance": guidance}
-    return np.asarray(ddim.generate(engine.networks.prior, start, levels, **texts))
+    return np.asarray(ddim.generate(prior, start, levels, **texts))
 
 
 def test_without_referees_guided_is_the_sampler():

@@ -66,6 +66,25 @@ def test_passes_change_nothing(count, keep, passes):
     assert float(losses["far"]) == pytest.approx(float(losses_of(kept, noise)["far"].mean()), rel=1e-4)
 
 
+def test_views_as_the_authors_make_them():
+    """Their loss and gradient are those of the clean view, and its corner is all that has one."""
+    image, text, _, noise = given_views(1, 1)
+    referee, weights = Referee(), objective.Weights((0.5, 2.0))
+    referee.fit = lambda image: image[:SIZE, :SIZE]
+    plan = objective.ViewPlan(losses=("curved", "far"), count=1, keep=1, augmentations=(), is_fitted=True)
+    params = {"noise": jnp.zeros((1, SIZE, SIZE, 3))}
+    told = lambda image: objective.image_gradient(
+        referee, image, text, plan, weights, params=params, noise=jnp.zeros_like(noise)
+    )
+    gradient, losses = jax.jit(told)(image)
+    clean, expected = jax.jit(
+        jax.value_and_grad(lambda image: objective.clean_loss(referee, image, text, plan, weights))
+    )(image)
+    assert float(losses["loss"]) == pytest.approx(float(clean), rel=1e-6)
+    np.testing.assert_allclose(gradient, expected, atol=1e-8)
+    assert not gradient[SIZE:].any() and gradient[:SIZE, :SIZE].any()
+
+
 def test_memory_is_that_of_one_pass():
     needed = {}
     for passes in (1, 8):

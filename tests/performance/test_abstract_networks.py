@@ -1,5 +1,7 @@
 """Networks from sizes alone are those that loading gives, and a config without its checkpoints has a size too."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from referee_jax import config, referees
 from referee_jax.performance import abstract_networks
-from referee_jax.weights import load
+from referee_jax.weights import hub, load
 from referee_jax.weights.convert import WeightsError
 
 SMALL = {"generator": {"checkpoint": "shapes/stable-diffusion"}, "precision": "bfloat16"}
@@ -48,6 +50,19 @@ def test_the_prior_is_as_it_is_loaded():
     np.testing.assert_array_equal(sized.prior.alphas_cumprod, loaded.alphas_cumprod)
     assert sized.prior.prediction_type == loaded.prediction_type and not sized.assumed
     assert sized.prior.tokenizer.model_max_length == loaded.tokenizer.model_max_length
+
+
+def test_another_unet(tmp_path):
+    unet = tmp_path / "unet"
+    unet.mkdir()
+    sizes = json.loads((hub.ASSETS / "stable-diffusion" / "unet" / "config.json").read_text())
+    (unet / "config.json").write_text(json.dumps(sizes | {"block_out_channels": [32, 64]}))
+    changes = {"generator": {"checkpoint": "shapes/stable-diffusion", "unet": str(unet)}}
+    sized = abstract_networks.abstract(config.from_config(SMALL | changes))
+    assert sized.prior.unet.config.block_out_channels == (32, 64) and not sized.assumed
+    changes["generator"]["unet"] = "someone/fast"
+    sized = abstract_networks.abstract(config.from_config(SMALL | changes))
+    assert sized.prior.unet.config.block_out_channels == (64, 128) and "someone/fast is not here" in sized.assumed[0]
 
 
 @pytest.mark.parametrize("name", referees.REFEREES)

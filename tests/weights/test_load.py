@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -70,6 +71,19 @@ def test_stable_diffusion(published):
     assert ids.shape == (1, parts.tokenizer.model_max_length) == (1, 77)
     theirs = networks.text_encoder(0)(torch.from_numpy(ids)).last_hidden_state
     assert conftest.relative_l2(parts.text_encoder(ids), theirs) < 1e-4
+
+
+def test_another_unet(published, tmp_path):
+    """In place of a checkpoint's own, which need not be there."""
+    shutil.copytree(published[0], tmp_path / "sd", ignore=shutil.ignore_patterns("unet"))
+    networks.unet(seed=9, sample_size=8).save_pretrained(tmp_path / "fast")
+    parts = load.load_stable_diffusion(tmp_path / "sd", unet=tmp_path / "fast")
+    same(parts.unet, load.load("unet", tmp_path / "fast"))
+    same(parts.vae, load.load("vae_decoder", published[0], subfolder="vae"))
+    load.check(tmp_path / "fast", "unet")
+    networks.unet(seed=9, cross_attention_dim=16).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(convert.WeightsError, match="narrow: unet: cross_attention_dim=16 does not fit the other parts"):
+        load.load_stable_diffusion(tmp_path / "sd", unet=tmp_path / "narrow")
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -107,7 +107,8 @@ class _Noise:
     def render(self, networks, prompt, hyper, plan, latents):
         uncond = prompt.uncond if plan.is_guided else None
         texts = {"cond": prompt.cond, "uncond": uncond, "guidance": hyper.noise.guidance}
-        return ddim.generate(networks.prior, latents, plan.levels, **texts)
+        noisy = jnp.sqrt(1 - networks.prior.alphas_cumprod[plan.levels[0]]) * latents
+        return ddim.generate(networks.prior, noisy, plan.levels, **texts)
 
     def prior(self, networks, prompt, hyper, plan, state, i, drawn):
         return Look(state.latents, jnp.zeros_like(state.latents), state.carry)

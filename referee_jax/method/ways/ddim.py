@@ -23,15 +23,15 @@ def timesteps(total: int, steps: int) -> Iterator[int]:
     return (min(n * (total // steps) + 1, total - 1) for n in reversed(range(steps)))
 
 
-def trailing(total: int, steps: int) -> tuple[int, ...]:
-    """`steps` evenly spaced ones, the first the noisiest of all: diffusers' "trailing" spacing, of generators of few steps."""
-    return tuple(round(total - n * total / steps) - 1 for n in range(steps))
+def trailing(first: int, steps: int) -> tuple[int, ...]:
+    """`steps` evenly spaced ones, from `first` on: diffusers' "trailing" spacing, of generators of few steps."""
+    return tuple(round((first + 1) * (1 - n / steps)) - 1 for n in range(steps))
 
 
 def generate(
-    prior: sds.Prior, noise: Array, levels: Sequence[int], *, cond: Array, uncond: Array | None, guidance: Array
+    prior: sds.Prior, noisy: Array, levels: Sequence[int], *, cond: Array, uncond: Array | None, guidance: Array
 ) -> Array:
-    """The clean latent that the prior makes of standard normal noise `[h, w, C]` at static timesteps, the noisiest first.
+    """The clean latent that the prior makes of a noisy one `[h, w, C]` at static timesteps, the noisiest first.
 
     Differentiable; each step is recomputed in the backward pass. Arguments as of `step`.
     """
@@ -42,7 +42,7 @@ def generate(
         clean = (x - jnp.sqrt(1 - abar) * eps) / jnp.sqrt(abar)
         return jnp.sqrt(after) * clean + jnp.sqrt(1 - after) * eps, clean
 
-    x = clean = noise
+    x = clean = noisy
     for t, following in zip(levels, (*levels[1:], levels[-1]), strict=True):
         x, clean = one(x, prior.alphas_cumprod[t], prior.alphas_cumprod[following], jnp.int32(t))
     return clean

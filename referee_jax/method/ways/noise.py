@@ -1,5 +1,7 @@
 """The starting noise n of a sampler as what is moved: the clean latent is z = G(n), the loss L(n) that of its picture.
 
+The sampler begins with sigma_t n at its first timestep t; one step is z = (sigma_t / alpha_t) (n - e(sigma_t n, t)).
+
 A rule, one of RULES, moves n along g = grad L(n); d is the number of elements of n, xi standard normal:
 
     reno      g <- clip(g + w grad K(n));  b <- m b + g;  n <- n - lr (g + m b)                (1)
