@@ -1,86 +1,55 @@
-"""The method beside its parts, scored by ground truth in the shapes world.
+"""Right pictures over cost: sampling, and choosing among N samples, beside each way to move, in the shapes world.
 
-    python -m referee_jax.benchmarks.methods --config=configs/shapes.py --samples=2 --out=runs/methods
-    python -m referee_jax.benchmarks.methods --config=configs/shapes.py --samples=2 --out=runs/categories --category=all \
-        --rows="DDIM sampling" --rows="referee + SDS"
+    python -m referee_jax.benchmarks.methods --config=configs/shapes.py --samples=8 --out=runs/methods
 
-Rows: score distillation alone (from noise, guidance 7.5); DDIM sampling of the prior (guidance 7.5, 50 steps); the
-samples that the config begins with (the referees' choice, if it has several candidates); the config from
-one sample without a choice; the config itself. Prompts are the fixed ones of a category (by default
-two-object colour prompts), seen and unseen. Prints a Markdown table with 95 % intervals (bootstrap over
-prompts) and writes table.md, table.csv, figure.png (with the extra `[eval]`), the images, and one JSON
-line per image, with which an interrupted run continues.
+A row of ROWS is a change of the config. Each makes `--samples` pictures of each of the benchmark's fixed prompts, which
+ground truth judges; "best of N" takes of each N of them the one that the optimised referees like most, and costs N times as
+much. So each row is a curve, and each point of it has an opponent: the best of as many samples as its cost pays for.
+Costs are FLOPs of a picture with all networks in passes of the U-Net (two, where it is guided), and seconds.
+
+Prints a Markdown table with 95 % intervals (bootstrap over prompts), and writes table.md, table.csv, figure.png (with the
+extra `[eval]`), the pictures, and one JSON line for each, with which an interrupted run continues.
 """
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
+import tqdm
 from absl import flags, logging
 from ml_collections import config_flags
 
-from referee_jax import cli, config, items
+from referee_jax import cli, config, console, items
 from referee_jax.benchmarks import report, statistics
 from referee_jax.engine import inverter
+from referee_jax.performance import cost
 from referee_jax.shapes import benchmark, world
 from referee_jax.storage import files, images
 from referee_jax.weights import hub
 
-GUIDANCE = 7.5
-
-# Makes pictures of prompts: engine, prompts, samples per prompt, seed.
-Make = Callable[[inverter.Inverter, Sequence[str], int, int], inverter.Result]
-
-
-def _alone(settings: config.Settings) -> config.Settings:
-    """Score distillation from noise: guidance of the sampler, twice the steps, and a weight large enough alone."""
-    steps = 2 * settings.steps
-    prior = dataclasses.replace(
-        settings.sds,
-        prompt="{}",
-        guidance=GUIDANCE,
-        weight=50.0,
-        weight_final=12.0,
-        weight_steps=steps,
-        t_max_final=950,
-    )
-    return dataclasses.replace(
-        settings, steps=steps, sds=prior, referee=dataclasses.replace(settings.referee, stop=0), output="final",
-        init="noise", init_candidates=1,
-    )  # fmt: skip
-
-
-def _sampled(engine: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
-    return engine.sample(prompts, samples=samples, seed=seed, steps=50, guidance=GUIDANCE)
-
-
-def _begun(engine: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
-    start = {name: getattr(engine.settings, f"init_{name}") for name in ("steps", "guidance", "candidates")}
-    return engine.sample(prompts, samples=samples, seed=seed, **start)
-
-
-def _inverted(engine: inverter.Inverter, prompts: Sequence[str], samples: int, seed: int) -> inverter.Result:
-    return engine(prompts, samples=samples, seed=seed)
-
-
-def _as_it_is(settings: config.Settings) -> config.Settings:
-    return settings
-
-
-def _unchosen(settings: config.Settings) -> config.Settings:
-    return dataclasses.replace(settings, init_candidates=1)
-
-
-# Row -> the change of the settings, and how pictures are made.
-ROWS: dict[str, tuple[Callable[[config.Settings], config.Settings], Make]] = {
-    "SDS alone": (_alone, _inverted),
-    "DDIM sampling": (_as_it_is, _sampled),
-    "its start": (_as_it_is, _begun),
-    "one sample, referee + SDS": (_unchosen, _inverted),
-    "referee + SDS": (_as_it_is, _inverted),
+SAMPLING = "sampling"  # the row whose best of N is everyone's opponent
+_FROM_NOISE = {"init": "noise", "init_candidates": 1, "particles": 1, "output": "final"}
+_SAMPLED = _FROM_NOISE | {"method": "guided", "steps": 12, "guided.guidance": 7.5, "referee.stop": 0}
+_ONE_VIEW = {"views.count": 1, "views.keep": 1, "views.augmentations": (), "referee.noise": 0.0, "look_every": 1000}
+_MOVED = {
+    "method": "noise", "init": "noise", "particles": 1, "output": "best", "noise.rule": "sphere", "noise.steps": 8,
+    "noise.first": 900, "noise.guidance": 7.5, "noise.lr": 1.5, "noise.momentum": 0.5, "referee.start": 0, "referee.stop": 1000,
+    "referee.balance": False, "referee.weight": 1.0, "referee.weight_final": 1.0,
+} | _ONE_VIEW  # fmt: skip
+# Row -> the change of the config.
+ROWS: dict[str, dict[str, Any]] = {
+    SAMPLING: _SAMPLED,
+    "sampling, 50 steps": _SAMPLED | {"steps": 50},
+    "sampling, guidance 12": _SAMPLED | {"guided.guidance": 12.0},
+    "noise, 5 iterations": _MOVED | {"steps": 5, "init_candidates": 1},
+    "noise, 15 iterations": _MOVED | {"steps": 15, "init_candidates": 1},
+    "as it is, from one sample": {"init_candidates": 1},
+    "as it is": {},
 }
-OF_SAMPLES = ("its start", "one sample, referee + SDS")  # rows of a config that begins with samples
 
 
 class Engines:
@@ -102,7 +71,6 @@ def measure(
     category: str,
     split: str,
     settings: config.Settings,
-    make: Make,
     out: pathlib.Path,
     engines: Engines,
     *,
@@ -115,44 +83,49 @@ def measure(
         category: of world.CATEGORIES.
         split: "seen" or "unseen".
         settings: of the row.
-        make: makes the pictures.
         out: directory of records and pictures.
         engines: builds the engine of the settings.
         limit: only so many prompts, the first ones.
 
     Returns:
-        A record per image: `prompt`, `sample`, `right`, `quality` (dB), `scores` and `file`.
+        A record per image: `prompt`, `sample`, `right`, `quality` (dB), `loss` and `held_out` (the losses of the optimised
+        and the held-out referees, None without any), `seconds` and `file`.
     """
     expected = items.expand(benchmark.prompts(category, split)[:limit], settings.samples)
-    name = f"{row.replace(' ', '_')}-{category}-{split}"
+    name = f"{row.replace(' ', '_').replace(',', '')}-{category}-{split}"
     file = out / f"{name}.jsonl"
     files.mend(file)
     done = {(record["prompt"], record["sample"]): record for record in files.read_lines(file)}
     todo = [item for item in expected if (item.prompt, item.sample) not in done]
     engine = engines(settings) if todo else None
-    # Whole prompts at a time, so many that their samples fill a batch.
-    texts = list(dict.fromkeys(item.prompt for item in todo))
-    count = max(1, engine.batch_size // settings.samples) if engine else 1
-    for start in range(0, len(texts), count):
-        result = make(engine, texts[start : start + count], settings.samples, settings.seed)
-        right, quality = benchmark.score(result.images, [item.prompt for item in result.items])
-        for n, item in enumerate(result.items):
-            record = {
-                "prompt": item.prompt,
-                "sample": item.sample,
-                "right": bool(right[n]),
-                "quality": float(quality[n]),
-            }
-            record["scores"] = result.scores[n]
-            path = out / "images" / name / f"{item.id}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_atomic(path, images.encode_png(images.to_uint8(result.images[n]), record))
-            if (item.prompt, item.sample) not in done:
+    with tqdm.tqdm(total=len(todo), desc=name, unit="image", dynamic_ncols=True) as bar:
+        for part in items.batches(todo, engine.batch_size) if engine else ():
+            begin = time.monotonic()
+            pictures = make(engine, part, settings.seed)
+            seconds = (time.monotonic() - begin) / len(part)
+            right, quality = benchmark.score([x.image for x in pictures], [item.prompt for item in part])
+            for n, (item, picture) in enumerate(zip(part, pictures, strict=True)):
+                losses = {key: pair[1] for key, pair in (picture.losses or {}).items()}
+                record = {
+                    "prompt": item.prompt, "sample": item.sample, "right": bool(right[n]), "quality": float(quality[n]),
+                    "loss": losses.get("referee"), "held_out": losses.get("held_out"), "seconds": seconds,
+                }  # fmt: skip
+                path = out / "images" / name / f"{item.id}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.write_atomic(path, images.encode_png(images.to_uint8(picture.image), record))
                 record["file"] = str(path.relative_to(out))
                 files.append(file, record)
                 done[item.prompt, item.sample] = record
-        logging.info("%s, %s %s: %d of %d prompts", row, category, split, min(start + count, len(texts)), len(texts))
+            bar.update(len(part))
     return [done[item.prompt, item.sample] for item in expected]
+
+
+def make(engine: inverter.Inverter, part: Sequence[items.Item], seed: int) -> list[inverter.Picture]:
+    """The pictures of a batch."""
+    batch = engine.begin(part, seed)
+    while batch.step < engine.steps:
+        batch, _ = engine.advance(batch)
+    return engine.finish(batch)
 
 
 def keep(settings: config.Settings, out: pathlib.Path) -> None:
@@ -166,47 +139,157 @@ def keep(settings: config.Settings, out: pathlib.Path) -> None:
     files.write_atomic(file, json.dumps(values, indent=2).encode() + b"\n")
 
 
-def summary(measured: dict[tuple[str, str, str], list[dict]]) -> dict[str, dict[str, statistics.Mean]]:
-    """Row -> score -> mean, of records by row, category and split; rows are by category if there are several.
+# --- the curve --------------------------------------------------------------------------------------------------------
 
-    Scores are the share of right pictures of seen prompts, of unseen ones (if the category has any) and
-    of both, the quality in dB, and the probability that the first held-out referee gives the prompt.
+
+class Point(NamedTuple):
+    """The best of `count` pictures of a row, of records by category; `passes` and `seconds` are what one costs."""
+
+    row: str
+    count: int
+    passes: float
+    seconds: float
+    records: Mapping[str, Sequence[dict]]
+
+
+def favourites(records: Sequence[dict], count: int) -> list[dict]:
+    """Of each `count` pictures of a prompt, in the order of their samples, the one with the lowest loss."""
+    by_prompt: dict[str, list[dict]] = {}
+    for record in records:
+        by_prompt.setdefault(record["prompt"], []).append(record)
+    return [
+        min(group[start : start + count], key=lambda record: record["loss"]) if count > 1 else group[start]
+        for group in by_prompt.values()
+        for start in range(0, len(group) - count + 1, count)
+    ]
+
+
+def points(row: str, passes: float, records: Mapping[str, Sequence[dict]]) -> list[Point]:
+    """The curve of a row, of its records by category: the best of 1, 2, 4, ... of the samples that there are."""
+    every = [record for part in records.values() for record in part]
+    samples = 1 + max(record["sample"] for record in every)
+    seconds = float(np.median([record["seconds"] for record in every]))
+    counts = [2**n for n in range(samples.bit_length())]
+    if any(record["loss"] is None for record in every):
+        counts = [1]
+    best = {count: {name: favourites(part, count) for name, part in records.items()} for count in counts}
+    return [Point(row, count, count * passes, count * seconds, best[count]) for count in counts]
+
+
+def gain(point: Point, opponents: Sequence[Point], records: Mapping[str, Sequence[dict]]) -> statistics.Mean | None:
+    """How many more are right than of the best of as many samples as the point's cost pays for, by prompt.
+
+    Args:
+        point: of any row.
+        opponents: the curve of SAMPLING.
+        records: all of SAMPLING, by category.
+
+    Returns:
+        The mean over categories of the difference; None where the cost is less than that of a sample, or more than that of
+        all samples that there are.
     """
-    means, categories = {}, {category for _, category, _ in measured}
-    for category, row in sorted(
-        dict.fromkeys((c, r) for r, c, _ in measured), key=lambda x: world.CATEGORIES.index(x[0])
-    ):
-        parts = {
-            split: measured[row, category, split] for split in benchmark.SPLITS if (row, category, split) in measured
-        }
-        both = [record for records in parts.values() for record in records]
-        scores = {x: statistics.mean((r["prompt"], r["right"]) for r in records) for x, records in parts.items()}
-        scores["both"] = statistics.mean((r["prompt"], r["right"]) for r in both)
-        scores["quality, dB"] = statistics.mean((r["prompt"], r["quality"]) for r in both)
-        name = "held_out_0/probability"
-        if values := [(r["prompt"], r["scores"][name]) for r in both if r["scores"].get(name) is not None]:
-            scores["held-out referee"] = statistics.mean(values)
-        means[row if len(categories) == 1 else f"{category}: {row}"] = scores
-    return means
+    count = int(point.passes / opponents[0].passes + 1e-6)
+    if not 1 <= count <= opponents[-1].count:
+        return None
+    groups = []
+    for category, own in point.records.items():
+        theirs = _shares(favourites(records[category], count))
+        groups.append([(prompt, share - theirs[prompt]) for prompt, share in _shares(own).items()])
+    return statistics.mean_of_means(groups)
+
+
+def _shares(records: Sequence[dict]) -> dict[str, float]:
+    """Prompt -> the share of its pictures that are right."""
+    right: dict[str, list[bool]] = {}
+    for record in records:
+        right.setdefault(record["prompt"], []).append(record["right"])
+    return {prompt: float(np.mean(values)) for prompt, values in right.items()}
+
+
+def summary(point: Point) -> dict[str, statistics.Mean]:
+    """Score -> mean of a point: right pictures by category and in all, quality, the held-out referees' loss.
+
+    "all" is the mean over categories.
+    """
+    pairs = lambda key: [[(r["prompt"], r[key]) for r in part if r[key] is not None] for part in point.records.values()]
+    scores = {name: statistics.mean((r["prompt"], r["right"]) for r in part) for name, part in point.records.items()}
+    scores["all"] = statistics.mean_of_means(pairs("right"))
+    scores |= {"quality, dB": statistics.mean_of_means(pairs("quality"))}
+    for name, key in (("loss", "loss"), ("held-out loss", "held_out")):
+        if all(pairs(key)):
+            scores[name] = statistics.mean_of_means(pairs(key))
+    return scores
+
+
+def is_fooled(point: Point, opponents: Sequence[Point]) -> bool:
+    """Whether the optimised referees like a point's pictures better than any sample's of its cost, and fewer are right."""
+    cheaper = [other for other in opponents if other.passes <= point.passes + 1e-6]
+    if not cheaper or point.row == SAMPLING:
+        return False
+    mine, theirs = summary(point), summary(cheaper[-1])
+    return "loss" in mine and mine["loss"].mean < theirs["loss"].mean and mine["all"].mean <= theirs["all"].mean
+
+
+def table(curves: Mapping[str, Sequence[Point]], records: Mapping[str, Sequence[dict]]) -> tuple[str, report.Rows]:
+    """The Markdown table of all points, cheapest first, and their scores; `records` are those of SAMPLING by category."""
+    rows, means, opponents = {}, {}, curves.get(SAMPLING, ())
+    for point in sorted((point for curve in curves.values() for point in curve), key=lambda point: point.passes):
+        name = point.row if point.count == 1 else f"{point.row}: best of {point.count}"
+        scores = means[name] = summary(point)
+        if opponents and (difference := gain(point, opponents, records)):
+            scores["gain"] = difference
+        short = [f"{mean.mean:.2f}" for key, mean in scores.items() if key in world.CATEGORIES]
+        others = [str(scores["all"]), str(scores["gain"]) if point.row != SAMPLING and "gain" in scores else "-"]
+        rest = [f"{scores[key].mean:.2f}" if key in scores else "-" for key in ("held-out loss", "quality, dB")]
+        mark = ["fooled" if is_fooled(point, opponents) else ""]
+        rows[name] = [f"{point.passes:.0f}", f"{point.seconds:.2f}", *short, *others, *rest, *mark]
+    columns = ["method", "passes", "s", *records, "all", "at equal cost", "held-out loss", "quality, dB", ""]
+    return console.markdown(columns, rows), means
+
+
+def draw(curves: Mapping[str, Sequence[Point]], file: pathlib.Path) -> None:
+    """A panel for each category and for all: right pictures over passes of the U-Net."""
+    some = next(iter(curves.values()))[0]
+    panels = {
+        name: {row: [(point.passes, summary(point)[name]) for point in curve] for row, curve in curves.items()}
+        for name in [*some.records, *(["all"] if len(some.records) > 1 else [])]
+    }
+    report.draw_curves(panels, "passes of the U-Net", "right", file)
+
+
+def passes(settings: config.Settings) -> float:
+    """What a picture costs with all networks, in passes of the U-Net."""
+    estimate, is_guided = cost.estimate(settings), settings.sds.prompt != settings.sds.negative_prompt
+    return estimate.image / estimate.parts["U-Net"] * (2 if is_guided else 1)
 
 
 def compare(args: flags.FlagValues) -> str:
     """Measures what the flags select; writes and returns the table."""
-    settings = dataclasses.replace(config.from_config(args.config), samples=args.samples)
+    base = config.from_config(args.config)
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    keep(settings, out)
-    rows = args.rows or [row for row in ROWS if settings.init == "sample" or row not in OF_SAMPLES]
-    engines, measured = Engines(), {}
+    keep(base, out)
     categories = world.CATEGORIES if "all" in args.category else args.category
-    for row in rows:
-        change, make = ROWS[row]
-        for category, split in ((c, s) for c in categories for s in benchmark.splits(c)):
-            records = measure(row, category, split, change(settings), make, out, engines, limit=args.limit)
-            measured[row, category, split] = records
-    means = summary(measured)
-    names = list(dict.fromkeys([*benchmark.SPLITS, *(name for scores in means.values() for name in scores)]))
-    return report.write(means, "method", names, [*benchmark.SPLITS, "quality, dB"], out)
+    engines, curves, samples = Engines(), {}, {}
+    for row in args.rows or ROWS:
+        count = (args.candidates or args.samples) if row.startswith(SAMPLING) else args.samples
+        settings = dataclasses.replace(config.override(base, ROWS[row]), samples=count)
+        records = {
+            category: [
+                record
+                for split in benchmark.splits(category)
+                for record in measure(row, category, split, settings, out, engines, limit=args.limit)
+            ]
+            for category in categories
+        }
+        samples = records if row == SAMPLING else samples
+        curves[row] = points(row, passes(settings), records)
+        logging.info("%s: %s right", row, summary(curves[row][0])["all"])
+    text, means = table(curves, samples or dict.fromkeys(categories, ()))
+    files.write_atomic(out / "table.md", text.encode())
+    files.write_atomic(out / "table.csv", report.as_csv(means, "method").encode())
+    draw(curves, out / "figure.png")
+    return text
 
 
 def main(args: flags.FlagValues) -> str:
@@ -218,9 +301,10 @@ def main(args: flags.FlagValues) -> str:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", config.find("shapes"), "config file, or the name of one")
     cli.define_device()
-    flags.DEFINE_integer("samples", 2, "pictures per prompt", lower_bound=1)
+    flags.DEFINE_integer("samples", 4, "pictures per prompt", lower_bound=1)
+    flags.DEFINE_integer("candidates", 64, "pictures per prompt of the rows of sampling", lower_bound=1)
     flags.DEFINE_integer("limit", None, "only the first so many prompts of each list", lower_bound=1)
-    flags.DEFINE_multi_enum("category", ["colour"], ["all", *world.CATEGORIES], "of the prompts; may be repeated")
+    flags.DEFINE_multi_enum("category", ["all"], ["all", *world.CATEGORIES], "of the prompts; may be repeated")
     flags.DEFINE_multi_enum("rows", None, list(ROWS), "only these rows")
     flags.DEFINE_string("out", "runs/methods", "directory of records and pictures")
     cli.start(main)

@@ -1,9 +1,10 @@
-"""Results of a comparison: rows of means with their intervals, as a Markdown table, a CSV file and a figure."""
+"""Results of a comparison: means with their intervals, as a Markdown table, a CSV file and figures."""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -12,6 +13,7 @@ from referee_jax.benchmarks import statistics
 from referee_jax.storage import files
 
 Rows = Mapping[str, Mapping[str, statistics.Mean]]  # row -> score -> mean
+Curves = Mapping[str, Mapping[str, Sequence[tuple[float, statistics.Mean]]]]  # panel -> row -> (x, mean) of each point
 
 
 def table(means: Rows, first: str, names: Sequence[str]) -> str:
@@ -47,15 +49,52 @@ def as_csv(means: Rows, first: str) -> str:
     return text.getvalue()
 
 
-def draw(means: Rows, names: Sequence[str], file: Path) -> None:
-    """Draws a panel per score, a line per row, with intervals. Warns if matplotlib is not installed."""
+def _canvas(width: float, height: float) -> Any:
+    """A canvas of so many inches; None, with a warning, if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         logging.warning("no figure: matplotlib is not installed (pip install 'referee_jax[eval]')")
+        return None
+    return FigureCanvasAgg(Figure(figsize=(width, height), layout="constrained"))
+
+
+def _save(canvas: Any, file: Path) -> None:
+    stream = io.BytesIO()
+    canvas.print_png(stream)
+    files.write_atomic(file, stream.getvalue())
+
+
+def draw_curves(panels: Curves, x: str, y: str, file: Path) -> None:
+    """Draws a panel for each name, a curve for each row over `x` on a logarithmic scale. Warns without matplotlib."""
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    if not (canvas := _canvas(1 + 3 * columns, 0.6 + 2.6 * lines)):
         return
-    canvas = FigureCanvasAgg(Figure(figsize=(3 + 4 * len(names), 1 + 0.3 * len(means)), layout="constrained"))
+    grid = canvas.figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+        for row, points in curves.items():
+            spread = [[mean.mean - mean.low for _, mean in points], [mean.high - mean.mean for _, mean in points]]
+            places, means = [place for place, _ in points], [mean.mean for _, mean in points]
+            axes.errorbar(places, means, yerr=spread, fmt="o-", markersize=3, linewidth=1, capsize=2, label=row)
+        axes.set_title(name, fontsize="medium")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    canvas.figure.supxlabel(x, fontsize="medium")
+    canvas.figure.supylabel(y, fontsize="medium")
+    canvas.figure.legend(
+        *grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize="small"
+    )
+    _save(canvas, file)
+
+
+def draw(means: Rows, names: Sequence[str], file: Path) -> None:
+    """Draws a panel per score, a line per row, with intervals. Warns if matplotlib is not installed."""
+    if not (canvas := _canvas(3 + 4 * len(names), 1 + 0.3 * len(means))):
+        return
     panels = canvas.figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         points = [(place, scores[name]) for place, scores in enumerate(means.values()) if name in scores]
@@ -67,6 +106,4 @@ def draw(means: Rows, names: Sequence[str], file: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_yticks(range(len(means)), labels=list(means))
     panels[0].set_ylim(len(means) - 0.5, -0.5)
-    stream = io.BytesIO()
-    canvas.print_png(stream)
-    files.write_atomic(file, stream.getvalue())
+    _save(canvas, file)

@@ -1,4 +1,4 @@
-"""The table of the shapes world: what is counted, what is not made twice."""
+"""Curves of the shapes world: what is counted, who is whose opponent, what is not made twice."""
 
 import dataclasses
 import json
@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from referee_jax import config
-from referee_jax import items as items_lib
 from referee_jax.benchmarks import methods
 from referee_jax.engine import inverter
 from referee_jax.shapes import benchmark, world
@@ -19,40 +18,60 @@ SETTINGS = config.override(config.load("shapes"), {"samples": 2, "prompts": ("a 
 
 
 class Engine:
-    """Draws the prompt, but for every second sample, and counts what it is asked for."""
+    """Draws the prompt, but for every second sample, and counts what it is asked for; a batch is its items."""
 
-    batch_size = 4
+    batch_size, steps = 4, 1
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, settings=SETTINGS):
+        self.settings, self.asked = settings, []
 
-    def make(self, engine, texts, samples, seed):
-        """As the rows of methods.ROWS."""
-        self.asked += texts
-        items = items_lib.expand(texts, samples)
-        images = []
-        for item in items:
-            things = world.parse(item.prompt).things[: 1 if item.sample else None]
-            objects = tuple(
-                world.Object(thing.shape, thing.colour or "red", x=18 + 28 * n, radius=10)
-                for n, thing in enumerate(things)
-            )
-            images.append(world.draw(world.Scene(objects))[0].astype(np.float32))
-        scores = [{"held_out_0/probability": 0.25 + 0.5 * (item.sample == 0)} for item in items]
-        return inverter.Result(items, np.stack(images), scores, np.zeros((len(items), 2)), {})
+    def begin(self, items, seed):
+        self.asked += [item.prompt for item in items]
+        return types.SimpleNamespace(items=items, step=0)
+
+    def advance(self, batch):
+        return types.SimpleNamespace(items=batch.items, step=1), {}
+
+    def finish(self, batch):
+        return list(map(self.picture, batch.items))
+
+    def picture(self, item):
+        things = world.parse(item.prompt).things[: 1 if item.sample % 2 else None]
+        objects = [
+            world.Object(thing.shape, thing.colour or "red", x=18 + 28 * n, radius=10) for n, thing in enumerate(things)
+        ]
+        image = world.draw(world.Scene(tuple(objects)))[0].astype(np.float32)
+        losses = {"referee": (1.0, float(item.sample % 2)), "held_out": (1.0, 0.25)}
+        return inverter.Picture(item, image, {}, np.zeros(2), losses=losses)
 
 
-def measured(engine, out, category="colour", split="seen", limit=3):
-    return methods.measure("a row", category, split, SETTINGS, engine.make, out, lambda settings: engine, limit=limit)
+def measured(engine, out, category="colour", split="seen", limit=3, samples=2):
+    settings = dataclasses.replace(SETTINGS, samples=samples)
+    return methods.measure("a row", category, split, settings, out, lambda settings: engine, limit=limit)
+
+
+def record(prompt, sample, right, loss):
+    return {
+        "prompt": prompt, "sample": sample, "right": right, "loss": loss, "quality": 30.0, "held_out": None, "seconds": 2.0
+    }  # fmt: skip
+
+
+# Two prompts by four samples: the referees like the wrong one of the first pairs most, the right one of all.
+SAMPLED = [
+    record(prompt, n, right, loss)
+    for prompt in ("a", "b")
+    for n, (right, loss) in enumerate([(False, 0.2), (True, 0.3), (True, 0.1), (False, 0.4)])
+]
 
 
 def test_records_are_kept_and_not_made_again(tmp_path):
     engine = Engine()
     first = measured(engine, tmp_path, limit=2)
-    assert engine.asked == benchmark.prompts("colour", "seen")[:2]
+    assert list(dict.fromkeys(engine.asked)) == benchmark.prompts("colour", "seen")[:2]
     assert [record["right"] for record in first] == [True, False] * 2
+    assert [record["loss"] for record in first] == [0, 1] * 2 and {record["held_out"] for record in first} == {0.25}
     more = measured(engine, tmp_path, limit=3)
-    assert engine.asked == benchmark.prompts("colour", "seen")[:3] and more[:4] == first and len(more) == 6
+    assert len(engine.asked) == 6 and more[:4] == first and len(more) == 6
     lines = (tmp_path / "a_row-colour-seen.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == more
     assert all((tmp_path / record["file"]).is_file() for record in more)
@@ -60,12 +79,11 @@ def test_records_are_kept_and_not_made_again(tmp_path):
 
 def test_only_what_is_asked_for_counts(tmp_path):
     """Not what an earlier command made besides, and nothing twice, also after half a line."""
-    more = dataclasses.replace(SETTINGS, samples=3)
     first = measured(Engine(), tmp_path, limit=2)
     file = tmp_path / "a_row-colour-seen.jsonl"
     file.write_bytes(file.read_bytes() + b'{"prompt": "a r')
     engine = Engine()
-    found = methods.measure("a row", "colour", "seen", more, engine.make, tmp_path, lambda settings: engine, limit=2)
+    found = measured(engine, tmp_path, limit=2, samples=3)
     assert [record["sample"] for record in found] == [0, 1, 2] * 2
     assert len(file.read_text().splitlines()) == 6 and measured(engine, tmp_path, limit=1) == first[:2]
 
@@ -87,36 +105,85 @@ def test_other_settings_and_weights_are_refused(tmp_path, monkeypatch):
         methods.keep(SETTINGS, tmp_path)
 
 
-def test_summary(tmp_path):
-    records = {("a row", "colour", split): measured(Engine(), tmp_path, split=split) for split in benchmark.SPLITS}
-    found = methods.summary(records)
-    assert list(found) == ["a row"] and list(found["a row"]) == [
-        "seen",
-        "unseen",
-        "both",
-        "quality, dB",
-        "held-out referee",
+def test_favourites():
+    """Of groups in the order of the samples; what is left over counts for nothing."""
+    samples = lambda count: [(record["prompt"], record["sample"]) for record in methods.favourites(SAMPLED, count)]
+    assert samples(1) == [(prompt, n) for prompt in "ab" for n in range(4)]
+    assert samples(2) == [("a", 0), ("a", 2), ("b", 0), ("b", 2)]
+    assert samples(3) == [("a", 2), ("b", 2)] == samples(4) and samples(5) == []
+
+
+def test_a_curve():
+    curve = methods.points("sampling", 10.0, {"colour": SAMPLED})
+    assert [(point.count, point.passes, point.seconds) for point in curve] == [(1, 10, 2), (2, 20, 4), (4, 40, 8)]
+    assert [methods.summary(point)["all"].mean for point in curve] == [0.5, 0.5, 1.0]
+    blind = [{**record, "loss": None} for record in SAMPLED]
+    assert [point.count for point in methods.points("a row", 10.0, {"colour": blind})] == [1]
+
+
+@pytest.mark.parametrize(
+    ("passes", "expected"), [(9.0, None), (10.0, 0.0), (25.0, 0.0), (30.0, -0.5), (49.0, -0.5), (50.0, None)]
+)
+def test_the_opponent_is_what_the_cost_pays_for(passes, expected):
+    """Of 30 passes the best of three samples; below one and above all there is none."""
+    curve = methods.points("sampling", 10.0, {"colour": SAMPLED})
+    mine = [record(prompt, 0, prompt == "a", 0.0) for prompt in ("a", "b")]
+    point = methods.Point("mine", 1, passes, 1.0, {"colour": mine})
+    found = methods.gain(point, curve, {"colour": SAMPLED})
+    assert (found and found.mean) == expected
+
+
+def test_all_categories_count_the_same():
+    parts = {"colour": [record("a", 0, True, 0.0)] * 3, "shape": [record("b", 0, False, 0.0)]}
+    scores = methods.summary(methods.Point("mine", 1, 10.0, 1.0, parts))
+    assert (scores["colour"].mean, scores["shape"].mean, scores["all"].mean) == (1.0, 0.0, 0.5)
+    assert scores["loss"].mean == 0 and "held-out loss" not in scores
+
+
+def test_who_is_fooled():
+    """Whose referees are happier than with any sample of the cost, where no more are right."""
+    curve = methods.points("sampling", 10.0, {"colour": SAMPLED})
+    point = lambda right, loss, passes: methods.Point("mine", 1, passes, 1.0, {"colour": [record("a", 0, right, loss)]})
+    assert methods.is_fooled(point(False, 0.0, 20.0), curve) and not methods.is_fooled(point(True, 0.0, 20.0), curve)
+    assert not methods.is_fooled(point(False, 0.3, 20.0), curve) and not methods.is_fooled(
+        point(False, 0.0, 5.0), curve
+    )
+    assert not methods.is_fooled(curve[1], curve)
+
+
+def test_costs():
+    """Of a guided step two passes, and what decodes and judges; of an iteration of eight steps three times sixteen."""
+    one, more = (
+        methods.passes(config.override(SETTINGS, methods.ROWS[methods.SAMPLING] | {"steps": n})) for n in (4, 9)
+    )
+    assert more - one == pytest.approx(10, abs=0.01) and 8 < one < 16
+    moved = [
+        methods.passes(config.override(SETTINGS, methods.ROWS["noise, 5 iterations"] | {"steps": n})) for n in (1, 2)
     ]
-    # Every prompt has one right picture of two, so that there is no doubt about the mean over prompts.
-    for name, images in (("seen", 6), ("unseen", 6), ("both", 12), ("held-out referee", 12)):
-        assert found["a row"][name][:3] == (0.5, 0.5, 0.5) and found["a row"][name].images == images
-    assert found["a row"]["quality, dB"].mean > 35
-    records["a row", "shape", "seen"] = measured(Engine(), tmp_path, "shape")
-    found = methods.summary(records)
-    assert list(found) == ["colour: a row", "shape: a row"]
-    assert found["shape: a row"]["seen"].mean == 0.5 and "unseen" not in found["shape: a row"]
+    assert 48 < moved[1] - moved[0] < 80
+
+
+@pytest.mark.parametrize("row", methods.ROWS)
+def test_every_row_is_possible(row):
+    for name in ("shapes", "shapes_blip2"):
+        config.override(config.load(name), methods.ROWS[row])
 
 
 def test_what_is_written(tmp_path, monkeypatch):
-    """By the command, of a row that is there: table, CSV, figure."""
-    monkeypatch.setattr(methods, "ROWS", {"a row": (lambda settings: settings, Engine().make)})
-    monkeypatch.setattr(methods, "Engines", lambda: lambda settings: Engine())
+    """By the command, of two rows: table, CSV, figure."""
+    monkeypatch.setattr(methods, "ROWS", {"sampling": {}, "a row": {}})
+    monkeypatch.setattr(methods, "Engines", lambda: Engine)
+    monkeypatch.setattr(methods, "passes", lambda settings: 10.0)
     args = types.SimpleNamespace(
-        config=config.read("shapes"), samples=2, out=str(tmp_path), rows=["a row"], category=["shape"], limit=3
-    )
-    printed = methods.compare(args)
-    half = "0.500 (0.50..0.50)"
-    assert printed.splitlines()[2].startswith(f"| a row | {half} | - | {half} | ")
-    assert (tmp_path / "table.md").read_text() == printed
-    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "a row,seen,0.5,0.5,0.5,3,6"
+        config=config.read("shapes"), samples=2, candidates=4, out=str(tmp_path), rows=None, category=["shape", "colour"],
+        limit=3,
+    )  # fmt: skip
+    lines = methods.compare(args).splitlines()
+    assert lines[0] == "| method | passes | s | shape | colour | all | at equal cost | held-out loss | quality, dB |  |"
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in lines[2:]}
+    assert list(rows) == ["sampling", "a row", "sampling: best of 2", "a row: best of 2", "sampling: best of 4"]
+    assert rows["a row"][2:6] == ["0.50", "0.50", "0.500 (0.50..0.50)", "0.000 (0.00..0.00)"]
+    assert rows["sampling: best of 4"][2:6] == ["1.00", "1.00", "1.000 (1.00..1.00)", "-"]
+    assert (tmp_path / "table.md").read_text().splitlines() == lines
+    assert "a row,all,0.5,0.5,0.5," in (tmp_path / "table.csv").read_text()
     assert Image.open(tmp_path / "figure.png").size[0] > 500
