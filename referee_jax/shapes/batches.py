@@ -91,6 +91,11 @@ def unet_batch(rng: np.random.Generator, size: int = 32, *, noise: float = SWAPP
     return {"image": drawn(scenes)["image"], "input_ids": tokens.encode(texts)}
 
 
+def prompt_batch(rng: np.random.Generator, size: int = 32) -> Arrays:
+    """Captions of all kinds, also of what no other training says: pairs of world.UNSEEN, three things."""
+    return {"input_ids": tokens.encode([sample(rng, ASKED_MIX, unseen=None)[1].text for _ in range(size)])}
+
+
 def random_view(rng: np.random.Generator) -> np.ndarray | None:
     """A small rotation, shift and zoom for `world.draw`; None in a quarter of the cases."""
     if rng.random() < 0.25:

@@ -10,6 +10,7 @@ import pathlib
 import diffusers
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 
 from referee_jax.shapes import batches, tokens, world
@@ -24,6 +25,8 @@ UNET = dict(
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     attention_head_dim=4, cross_attention_dim=TEXT["hidden_size"], norm_num_groups=16,
 )  # fmt: skip
+ONE_STEP = UNET | dict(block_out_channels=(44, 88), norm_num_groups=4)
+TEACHER_STEPS, GUIDANCE = 12, 7.5  # of the sampler that the generator of one step learns from
 SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
 
 
@@ -101,3 +104,61 @@ class UNet(torch.nn.Module):
         copy.deepcopy(self.text_encoder).half().save_pretrained(out / "text_encoder")
         tokens.save(out / "tokenizer")
         self.scheduler.save_pretrained(out / "scheduler")
+
+
+class OneStep(torch.nn.Module):
+    """A U-Net of one step, in SD-Turbo's way: it makes of noise what a guided sampler with the U-Net makes of the same noise.
+
+    It learns from every timestep of the sampler's way, most of all from the noisiest, and so takes several steps, too.
+    """
+
+    steps, rate, batch, places = 6000, 1e-3, staticmethod(batches.prompt_batch), ("one_step",)
+
+    def __init__(self, out: pathlib.Path):
+        super().__init__()
+        self.trained = torch.nn.ModuleDict(
+            {"unet": diffusers.UNet2DConditionModel(**ONE_STEP).to(memory_format=torch.channels_last)}
+        )
+        load = diffusers.UNet2DConditionModel.from_pretrained
+        self.teacher = load(out / "stable-diffusion" / "unet").float().to(memory_format=torch.channels_last)
+        for unet in (self.trained["unet"], self.teacher):
+            unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
+        self.teacher.requires_grad_(False)
+        self.text_encoder = transformers.CLIPTextModel.from_pretrained(out / "clip").float().requires_grad_(False)
+        self.scheduler = diffusers.DDPMScheduler(**SCHEDULER)
+        self.register_buffer("empty", torch.from_numpy(tokens.encode([""])))
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict]:
+        count, device = len(batch["input_ids"]), batch["input_ids"].device
+        with torch.no_grad():
+            states = self.text_encoder(batch["input_ids"]).last_hidden_state
+            levels, way, target = self.sampled(torch.randn(count, 4, *2 * [UNET["sample_size"]], device=device), states)
+        picked = torch.randint(1, len(way), (count,), device=device)
+        x = torch.cat([way[0], way[picked, torch.arange(count, device=device)]])
+        t = torch.cat([levels[:1].expand(count), levels[picked]])
+        made = self.clean(x, t, self.trained["unet"](x, t, torch.cat([states, states])).sample.float())
+        first, later = F.smooth_l1_loss(made, torch.cat([target, target]), beta=0.3, reduction="none").chunk(2)
+        return first.mean() + 0.3 * later.mean(), {"first": first.mean(), "later": later.mean()}
+
+    def sampled(self, noise: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """DDIM's timesteps, the noisy latents at each `[step, n, ...]`, and the clean ones at the end."""
+        levels = torch.linspace(999, 20, TEACHER_STEPS, device=noise.device).round().long()
+        both, way, x = torch.cat([self.text_encoder(self.empty).last_hidden_state.expand_as(states), states]), [], noise
+        abar = self.scheduler.alphas_cumprod.to(noise.device)
+        for t, following in zip(levels, [*levels[1:], None], strict=True):
+            way.append(x)
+            uncond, cond = self.teacher(torch.cat([x, x]), t, both).sample.float().chunk(2)
+            e = uncond + GUIDANCE * (cond - uncond)
+            clean = self.clean(x, t.expand(len(x)), e)
+            if following is not None:
+                x = abar[following].sqrt() * clean + (1 - abar[following]).sqrt() * e
+        return levels, torch.stack(way), clean
+
+    def clean(self, x: torch.Tensor, t: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        """The clean latents of noisy ones, by the noise in them."""
+        abar = self.scheduler.alphas_cumprod.to(x.device)[t][:, None, None, None]
+        return (x - (1 - abar).sqrt() * e) / abar.sqrt()
+
+    def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
+        """Writes the U-Net alone; all else is the shapes world's Stable Diffusion."""
+        copy.deepcopy(trained["unet"]).half().save_pretrained(out / self.places[0])

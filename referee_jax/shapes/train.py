@@ -30,6 +30,7 @@ NETWORKS = {
     "vae": recipes_generator.Autoencoder,
     "clip": recipes_referees.Clip,
     "unet": recipes_generator.UNet,
+    "one_step": recipes_generator.OneStep,
     "clip_held_out": recipes_referees.HeldOutClip,
     "align": recipes_referees.Align,
     "blip": recipes_referees.Blip,
