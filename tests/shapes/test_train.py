@@ -1,12 +1,15 @@
 """The trainer at a few steps: it learns, goes on where it stopped, and writes what the package loads."""
 
 import dataclasses
+import functools
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from referee_jax import config, referees
+from referee_jax.method.ways import ddim, sds
 from referee_jax.shapes import batches, tokens, world
 from referee_jax.weights import hub, load
 from tests.conftest import cosine, relative_l2
@@ -239,6 +242,31 @@ def test_unet_makes_a_loadable_checkpoint(out):
     assert parts.unet.config.block_out_channels == (64, 128)
     network = load.load("clip", out / "clip")
     assert network.config.vision_config.image_size == world.SIZE
+
+
+def test_the_generator_of_one_step(tmp_path, monkeypatch):
+    """It learns from what our sampler makes of the same noise, and is another U-Net of the shapes world."""
+    for name in ("clip", "stable-diffusion"):
+        shutil.copytree(hub.ASSETS / name, tmp_path / name)
+    small = functools.partial(batches.prompt_batch, size=4)
+    monkeypatch.setattr(recipes_generator.OneStep, "batch", staticmethod(functools.wraps(batches.prompt_batch)(small)))
+    figures = train.train("one_step", steps=1, seed=0, out=tmp_path, workdir=tmp_path / "work", workers=0)
+    assert 1 < figures["first"] < 30  # what it does not know of the noise is 14.6 times as much in the picture
+    prior = load.load_stable_diffusion("shapes/stable-diffusion", unet=tmp_path / "one_step")
+    assert prior.unet.config.block_out_channels == (44, 88)
+    recipe, texts = recipes_generator.OneStep(tmp_path), ["a red circle", ""]
+    states = recipe.text_encoder(torch.from_numpy(tokens.encode(texts))).last_hidden_state
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    levels, way, target = recipe.sampled(noise, states[:1])
+    assert way.shape == (len(levels), 1, 4, 16, 16) and levels[0] == 999
+    prior = load.load_stable_diffusion("shapes/stable-diffusion")
+    cond, uncond = states.numpy()
+    generate = jax.jit(functools.partial(ddim.generate, levels=tuple(levels.tolist())))
+    made = generate(
+        sds.Prior(prior.unet, prior.alphas_cumprod, prior.prediction_type), noise[0].permute(1, 2, 0).numpy(),
+        cond=cond, uncond=uncond, guidance=recipes_generator.GUIDANCE,
+    )  # fmt: skip
+    assert relative_l2(made, target[0].permute(1, 2, 0)) < 1e-3
 
 
 def test_relations_are_told_of_both_objects():
