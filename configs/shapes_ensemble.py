@@ -1,4 +1,4 @@
-"""The shapes world with four referees at once: CLIP, ALIGN, BLIP and BLIP-2.
+"""The shapes world with three referees at once: CLIP, BLIP and BLIP-2.
 
     python -m referee_jax.run --config=configs/shapes_ensemble.py
 
@@ -13,14 +13,11 @@ from referee_jax import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """configs/shapes.py with three more referees."""
+    """configs/shapes.py with two more referees."""
     settings = config.read(pathlib.Path(__file__).with_name("shapes.py"))
     clip, held_out = settings.referees
-    align = clip.copy_and_resolve_references()
-    align.name, align.checkpoint = "align", "shapes/align"
     settings.referees = (
         clip,
-        align,
         config.referee(name="blip_itm", checkpoint="shapes/blip_itm", losses={"itm": 1.0}),
         config.referee(name="blip2", checkpoint="shapes/blip2", losses={"itm": 1.0}),
         held_out,

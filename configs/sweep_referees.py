@@ -34,11 +34,10 @@ def get_variants() -> dict[str, dict[str, Any]]:
     both, _ = read("shapes_blip2").referees
     rows = {
         "CLIP": read("shapes").referees,
-        "ALIGN": read("shapes_align").referees,
         "BLIP, ITM": (matching, held_out),
         "BLIP, ITM + captions": (matching, captions, held_out),
         "BLIP-2, ITM": (both.to_dict() | {"losses": {"itm": 1.0}}, held_out),
         "BLIP-2, ITM + ITG": (both, held_out),
-        "CLIP + ALIGN + BLIP + BLIP-2": read("shapes_ensemble").referees,
+        "CLIP + BLIP + BLIP-2": read("shapes_ensemble").referees,
     }
     return {name: {"referees": referees} for name, referees in rows.items()}

@@ -33,18 +33,32 @@ from referee_jax.weights import hub
 
 SAMPLING = "sampling"  # the row whose best of N is everyone's opponent
 _FROM_NOISE = {"init": "noise", "init_candidates": 1, "particles": 1, "output": "final"}
-_SAMPLED = _FROM_NOISE | {"method": "guided", "steps": 12, "guided.guidance": 7.5, "referee.stop": 0}
+_SAMPLED = _FROM_NOISE | {
+    "method": "guided",
+    "steps": 12,
+    "guided.guidance": 7.5,
+    "referee.stop": 0,
+    "look_every": 1000,
+}
 _ONE_VIEW = {"views.count": 1, "views.keep": 1, "views.augmentations": (), "referee.noise": 0.0, "look_every": 1000}
 _MOVED = {
     "method": "noise", "init": "noise", "particles": 1, "output": "best", "noise.rule": "sphere", "noise.steps": 8,
     "noise.first": 900, "noise.guidance": 7.5, "noise.lr": 1.5, "noise.momentum": 0.5, "referee.start": 0, "referee.stop": 1000,
     "referee.balance": False, "referee.weight": 1.0, "referee.weight_final": 1.0,
 } | _ONE_VIEW  # fmt: skip
+_HALVED = _SAMPLED | {"select": "halve", "select_every": 2}
+_PULLED = (
+    _SAMPLED | _ONE_VIEW | {"referee.start": 0, "referee.stop": 1000, "referee.balance": True, "referee.weight": 0.2}
+)
+_PULLED |= {"referee.weight_final": 0.2}
 # Row -> the change of the config.
 ROWS: dict[str, dict[str, Any]] = {
     SAMPLING: _SAMPLED,
     "sampling, 50 steps": _SAMPLED | {"steps": 50},
     "sampling, guidance 12": _SAMPLED | {"guided.guidance": 12.0},
+    **{f"halving of {count}": _HALVED | {"particles": count} for count in (4, 8, 16, 32)},
+    "pulled": _PULLED,
+    "pulled, halving of 8": _PULLED | _HALVED | {"particles": 8, "referee.stop": 1000},
     "noise, 5 iterations": _MOVED | {"steps": 5, "init_candidates": 1},
     "noise, 15 iterations": _MOVED | {"steps": 15, "init_candidates": 1},
     "as it is, from one sample": {"init_candidates": 1},

@@ -17,7 +17,7 @@ from referee_jax import config, referees
 from referee_jax.engine import builders
 from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip, unet, vae
 from referee_jax.models.flan_t5 import clip_t5
-from referee_jax.weights import config_json, hub, load
+from referee_jax.weights import config_json, hub, load, tokenizers
 
 _SD = {
     "clip_text": clip.TextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
@@ -216,5 +216,7 @@ def _judge(spec: config.RefereeSpec, dtype: Any, assumed: list[str]) -> referees
         sizes = PUBLISHED[stand_in]
     if family.kind == "blip2":
         sizes = dataclasses.replace(sizes, lm_head="itg" in spec.losses)
-    network = load.abstract(family.kind, sizes, dtype=dtype)
-    return referees.build(spec, network, preprocessing, Words(load.text_config(sizes).max_position_embeddings))
+    network, length = load.abstract(family.kind, sizes, dtype=dtype), load.text_config(sizes).max_position_embeddings
+    if (file := directory / tokenizers.CONFIG).exists():
+        length = min(length, config_json.read_json(file).get("model_max_length", length))
+    return referees.build(spec, network, preprocessing, Words(length))

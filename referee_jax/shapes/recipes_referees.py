@@ -36,11 +36,6 @@ BERT = dict(
 BLIP_VISION = {name: x for name, x in VISION.items() if name != "projection_dim"} | dict(
     num_hidden_layers=3, hidden_act="quick_gelu", layer_norm_eps=1e-5, initializer_range=0.02,
 )  # fmt: skip
-EFFICIENTNET = dict(
-    width_coefficient=1.0, depth_coefficient=1.0, depth_divisor=8, image_size=world.SIZE, hidden_dim=64,
-    in_channels=[32, 16, 32, 64], out_channels=[16, 32, 64, 128], kernel_sizes=[3, 3, 5, 5], strides=[1, 2, 2, 1],
-    num_block_repeats=[1, 1, 2, 2], expand_ratios=[1, 3, 3, 3], batch_norm_momentum=0.1, drop_connect_rate=0.0,
-)  # fmt: skip
 PAD, SEP, DEC, ENC, YES, NO = (tokens.WORDPIECES[piece] for piece in ("[PAD]", "[SEP]", "[DEC]", "[ENC]", "yes", "no"))
 
 
@@ -185,44 +180,6 @@ class HeldOutClip(Clip):
     """CLIP with another seed, never optimised against."""
 
     places = ("clip_held_out",)
-
-
-class Align(torch.nn.Module):
-    """ALIGN, contrastive as CLIP; its image side is convolutional."""
-
-    steps, rate, batch, places = 5000, 1e-3, staticmethod(batches.wordpiece_batch), ("align",)
-
-    def __init__(self, out: pathlib.Path):
-        super().__init__()
-        width = EFFICIENTNET["out_channels"][-1]
-        config = transformers.AlignConfig(text_config=BERT, vision_config=EFFICIENTNET, projection_dim=width)
-        config._attn_implementation = "eager"
-        align = transformers.AlignModel(config)
-        align.temperature.data.fill_(0.07)
-        align.vision_model.to(memory_format=torch.channels_last)
-        self.trained = torch.nn.ModuleDict({"align": align, "what": torch.nn.Linear(width, len(batches.KINDS))})
-
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict]:
-        align, ids = self.trained["align"], trim(batch["input_ids"], PAD)
-        image = align.vision_model(degraded_input(batch["image"]).contiguous(memory_format=torch.channels_last))
-        text = align.text_projection(align.text_model(ids, ids != PAD).last_hidden_state[:, 0])
-        logits = unit(image.pooler_output) @ unit(text).T / align.temperature.clamp(min=0.01)
-        loss, right = contrast(logits, len(ids) // (1 + batches.DISTRACTORS))
-        patches = image.last_hidden_state.flatten(2).transpose(1, 2)
-        what = patch_loss(self.trained["what"], patches, batch["shown"])
-        return loss + 3 * what, {"contrast": loss, "what": what, "right": right}
-
-    def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
-        """Writes network, tokenizer and preprocessing."""
-        align = copy.deepcopy(trained["align"])
-        align.temperature.data.clamp_(min=0.01)
-        align.half().save_pretrained(out / self.places[0])
-        tokens.save_wordpieces(out / self.places[0])
-        save_preprocessing(
-            out / self.places[0], image_processor_type="EfficientNetImageProcessor", do_center_crop=False, do_normalize=False,
-            crop_size={"height": world.SIZE, "width": world.SIZE}, rescale_factor=1 / 127.5, rescale_offset=True,
-            include_top=False,
-        )  # fmt: skip
 
 
 @torch.no_grad()

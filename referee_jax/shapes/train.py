@@ -32,7 +32,6 @@ NETWORKS = {
     "unet": recipes_generator.UNet,
     "one_step": recipes_generator.OneStep,
     "clip_held_out": recipes_referees.HeldOutClip,
-    "align": recipes_referees.Align,
     "blip": recipes_referees.Blip,
     "blip2": recipes_referees.Blip2,
     "vqascore": recipes_vqascore.Vqascore,

@@ -63,6 +63,8 @@ def read(directory: Path, network: Any = None) -> Any:
     kind = None if (directory / CONFIG).exists() else _type(network)
     options = dict(local_files_only=True, trust_remote_code=False, tokenizer_type=kind)
     try:
+        if isinstance(network, t5.Config):  # transformers would warn that it does not know CLIP-FlanT5's config.json
+            options["config"] = transformers_class("PreTrainedConfig")()
         tokenizer = auto.from_pretrained(directory, **options)
         _check_merges(directory, tokenizer)
     except WeightsError:

@@ -11,6 +11,7 @@ from referee_jax import config, referees
 from referee_jax.performance import abstract_networks
 from referee_jax.weights import hub, load
 from referee_jax.weights.convert import WeightsError
+from tests.oracles import networks
 
 SMALL = {"generator": {"checkpoint": "shapes/stable-diffusion"}, "precision": "bfloat16"}
 
@@ -22,17 +23,19 @@ def shapes(tree) -> list:
 # The package's own checkpoints: referee -> loss.
 EMBEDDED = {
     "clip": "cosine",
-    "align": "cosine",
     "blip_itm": "itm",
     "blip_caption": "caption",
     "blip_vqa": "vqa",
     "blip2": "itg",
+    "vqascore": "vqa",
 }
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
-def test_referees_are_as_they_are_loaded(name):
-    spec = config.RefereeSpec(name=name, checkpoint=f"shapes/{name}", losses={EMBEDDED[name]: 1.0})
+@pytest.mark.parametrize("name", [*EMBEDDED, "align"])
+def test_referees_are_as_they_are_loaded(name, tmp_path):
+    """The package's own, and one that it has not."""
+    checkpoint = f"shapes/{name}" if name in EMBEDDED else str(networks.save_align(networks.align(), tmp_path))
+    spec = config.RefereeSpec(name=name, checkpoint=checkpoint, losses={EMBEDDED.get(name, "cosine"): 1.0})
     (judge,) = abstract_networks.abstract(config.from_config(SMALL | {"referees": (spec,)})).judges
     loaded = referees.load_referee(spec, dtype=jnp.bfloat16)
     assert shapes(judge.referee) == shapes(loaded.referee)
@@ -70,8 +73,13 @@ def test_every_published_checkpoint_has_a_size(name):
     assert set(referees.REFEREES[name].published) <= set(abstract_networks.PUBLISHED)
 
 
-def test_random_weights():
-    sized = abstract_networks.abstract(config.load("configs/shapes_align.py"))
+def test_random_weights(tmp_path):
+    align = {
+        "name": "align",
+        "checkpoint": str(networks.save_align(networks.align(), tmp_path)),
+        "losses": {"cosine": 1.0},
+    }
+    sized = abstract_networks.abstract(config.override(config.load("shapes"), {"referees": (align,)}))
     drawn = abstract_networks.at_random(sized)
     assert shapes(drawn.prior.unet) == shapes(sized.prior.unet)
     again = jax.tree.leaves(abstract_networks.at_random(sized).prior.unet)

@@ -21,7 +21,7 @@ EMBEDDED = {
     "blip_caption": ("BlipForConditionalGeneration", "caption", 0.97, 0.97),
     "blip_vqa": ("BlipForQuestionAnswering", "vqa", 0.97, 0.97),
     "blip2": ("Blip2ForImageTextRetrieval", "itm", 0.97, 0.97),
-    "align": ("AlignModel", "cosine", 0.88, 0.91),
+    "vqascore": (None, "vqa", 0.97, 0.97),  # transformers has no class of CLIP-FlanT5
 }
 
 
@@ -43,7 +43,7 @@ def scenes(count: int, *, unseen: bool) -> list[tuple[np.ndarray, world.Prompt]]
 
 def test_their_size():
     files = [file for file in hub.ASSETS.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 30e6
+    assert sum(file.stat().st_size for file in files) <= 32e6
     assert {file.parent.name for file in files if file.name == "preprocessor_config.json"} == EMBEDDED.keys()
     assert all((hub.ASSETS / name / "README.md").is_file() for name in EMBEDDED)
 
@@ -99,7 +99,7 @@ def gradients(who: referees.Judge, loss: str, pictures: np.ndarray, prompts) -> 
     return np.asarray(jax.jit(jax.vmap(ask))(jnp.asarray(pictures, jnp.float32), tokens))
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", [name for name, row in EMBEDDED.items() if row[0]])
 def test_the_torch_class_reads_it(name):
     """With nothing missing, in the published layout."""
     cls = getattr(transformers, EMBEDDED[name][0])
