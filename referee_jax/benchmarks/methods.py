@@ -190,7 +190,9 @@ def points(row: str, passes: float, records: Mapping[str, Sequence[dict]]) -> li
     return [Point(row, count, count * passes, count * seconds, best[count]) for count in counts]
 
 
-def gain(point: Point, opponents: Sequence[Point], records: Mapping[str, Sequence[dict]]) -> statistics.Mean | None:
+def gains(
+    point: Point, opponents: Sequence[Point], records: Mapping[str, Sequence[dict]]
+) -> dict[str, statistics.Mean]:
     """How many more are right than of the best of as many samples as the point's cost pays for, by prompt.
 
     Args:
@@ -199,17 +201,18 @@ def gain(point: Point, opponents: Sequence[Point], records: Mapping[str, Sequenc
         records: all of SAMPLING, by category.
 
     Returns:
-        The mean over categories of the difference; None where the cost is less than that of a sample, or more than that of
-        all samples that there are.
+        The mean difference of each category, as "gain, colour", and over them, "gain"; nothing where the cost is less than
+        that of a sample, or more than that of all samples that there are.
     """
     count = int(point.passes / opponents[0].passes + 1e-6)
     if not 1 <= count <= opponents[-1].count:
-        return None
-    groups = []
+        return {}
+    groups = {}
     for category, own in point.records.items():
         theirs = _shares(favourites(records[category], count))
-        groups.append([(prompt, share - theirs[prompt]) for prompt, share in _shares(own).items()])
-    return statistics.mean_of_means(groups)
+        groups[category] = [(prompt, share - theirs[prompt]) for prompt, share in _shares(own).items()]
+    whole = {"gain": statistics.mean_of_means(list(groups.values()))}
+    return whole | {f"gain, {category}": statistics.mean(group) for category, group in groups.items()}
 
 
 def _shares(records: Sequence[dict]) -> dict[str, float]:
@@ -249,13 +252,13 @@ def table(curves: Mapping[str, Sequence[Point]], records: Mapping[str, Sequence[
     rows, means, opponents = {}, {}, curves.get(SAMPLING, ())
     for point in sorted((point for curve in curves.values() for point in curve), key=lambda point: point.passes):
         name = point.row if point.count == 1 else f"{point.row}: best of {point.count}"
-        scores = means[name] = summary(point)
-        if opponents and (difference := gain(point, opponents, records)):
-            scores["gain"] = difference
+        scores = summary(point)
+        if opponents and point.row != SAMPLING:
+            scores |= gains(point, opponents, records)
         short = [f"{mean.mean:.2f}" for key, mean in scores.items() if key in world.CATEGORIES]
-        others = [str(scores["all"]), str(scores["gain"]) if point.row != SAMPLING and "gain" in scores else "-"]
+        others = [str(scores["all"]), str(scores.get("gain", "-"))]
         rest = [f"{scores[key].mean:.2f}" if key in scores else "-" for key in ("held-out loss", "quality, dB")]
-        mark = ["fooled" if is_fooled(point, opponents) else ""]
+        mark, means[name] = ["fooled" if is_fooled(point, opponents) else ""], scores
         rows[name] = [f"{point.passes:.0f}", f"{point.seconds:.2f}", *short, *others, *rest, *mark]
     columns = ["method", "passes", "s", *records, "all", "at equal cost", "held-out loss", "quality, dB", ""]
     return console.markdown(columns, rows), means
@@ -284,7 +287,7 @@ def compare(args: flags.FlagValues) -> str:
     out.mkdir(parents=True, exist_ok=True)
     keep(base, out)
     categories = world.CATEGORIES if "all" in args.category else args.category
-    engines, curves, samples = Engines(), {}, {}
+    engines, curves, sampled = Engines(), {}, {}
     for row in args.rows or ROWS:
         count = (args.candidates or args.samples) if row.startswith(SAMPLING) else args.samples
         settings = dataclasses.replace(config.override(base, ROWS[row]), samples=count)
@@ -296,10 +299,10 @@ def compare(args: flags.FlagValues) -> str:
             ]
             for category in categories
         }
-        samples = records if row == SAMPLING else samples
+        sampled = records if row == SAMPLING else sampled
         curves[row] = points(row, passes(settings), records)
         logging.info("%s: %s right", row, summary(curves[row][0])["all"])
-    text, means = table(curves, samples or dict.fromkeys(categories, ()))
+    text, means = table(curves, sampled or dict.fromkeys(categories, ()))
     files.write_atomic(out / "table.md", text.encode())
     files.write_atomic(out / "table.csv", report.as_csv(means, "method").encode())
     draw(curves, out / "figure.png")

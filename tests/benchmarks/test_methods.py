@@ -129,8 +129,8 @@ def test_the_opponent_is_what_the_cost_pays_for(passes, expected):
     curve = methods.points("sampling", 10.0, {"colour": SAMPLED})
     mine = [record(prompt, 0, prompt == "a", 0.0) for prompt in ("a", "b")]
     point = methods.Point("mine", 1, passes, 1.0, {"colour": mine})
-    found = methods.gain(point, curve, {"colour": SAMPLED})
-    assert (found and found.mean) == expected
+    found = methods.gains(point, curve, {"colour": SAMPLED})
+    assert found == {} if expected is None else found["gain"].mean == expected == found["gain, colour"].mean
 
 
 def test_all_categories_count_the_same():
