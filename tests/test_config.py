@@ -60,7 +60,7 @@ def test_defaults_agree_with_the_modules_that_use_them(group, hyper, prefix):
 
 def test_every_magnitude_of_a_view_is_a_setting():
     magnitudes = {field.name for field in dataclasses.fields(augmentations.Settings)}
-    others = {"count", "keep", "augmentations", "shared_erase", "per_pass"}
+    others = {"count", "keep", "augmentations", "shared_erase", "per_pass", "resize"}
     assert set(dataclasses.asdict(config.Settings().views)) == magnitudes | others
 
 

@@ -36,7 +36,7 @@ TABLE = {
     "shapes": {"models.bert", "referees.questions", "cli"},
     "benchmarks": {
         "engine", "referees", "storage", "shapes", "config", "cli", "console", "items", "prompts", "weights.hub",
-        "method.held_out",
+        "method.held_out", "performance.cost",
     },
     "runs": {
         "performance", "engine", "storage", "config", "cli", "console", "hardware", "items", "prompts", "weights",

@@ -99,7 +99,7 @@ def _of_caption(prompt: str, kind: str) -> list[str] | None:
         return None
     caption = " ".join(prompt.replace(".", " ").split())
     if kind == PHRASES:  # "the left" in "on the left of" is one
-        return re.split(r" (?:and|above|below|on|of) ", caption, flags=re.IGNORECASE)
+        return re.split(r" (?:and )?(?:above|below|on|of) | and ", caption, flags=re.IGNORECASE)
     return [word for word in caption.split() if word.lower() not in {*world.COLOURS, *world.TEXTURES}]
 
 
