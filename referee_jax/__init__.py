@@ -23,7 +23,8 @@ from referee_jax.hardware import interrupts
 interrupts.guard()  # what follows takes seconds
 
 from referee_jax.config import load as load_config
-from referee_jax.engine.inverter import Inverter, Result
+from referee_jax.engine.inverter import Inverter
+from referee_jax.engine.results import Result
 from referee_jax.referees import load_referee
 
 __all__ = ["Inverter", "Result", "load_config", "load_referee"]

@@ -26,6 +26,7 @@ from ml_collections import config_flags
 
 from referee_jax import cli, config, console, items
 from referee_jax.engine import capacity, inverter, parallel
+from referee_jax.engine.results import Batch
 from referee_jax.hardware import chips, devices
 from referee_jax.performance import abstract_networks, ahead_of_time, cost
 from referee_jax.storage import files, run_directory
@@ -73,7 +74,7 @@ def whole(
     """An iteration as in a run, in chunks: as `part`, and `warm`, the seconds to compile it again from the cache."""
     settings = dataclasses.replace(settings, batch_size=batch, init="noise", init_candidates=1)
 
-    def first() -> tuple[inverter.Inverter, inverter.Batch, float]:
+    def first() -> tuple[inverter.Inverter, Batch, float]:
         engine = inverter.Inverter(settings, sized.prior, sized.judges, [device])
         state = engine.begin(items.expand(["a photo"], batch), 0)
         start = time.monotonic()

@@ -1,6 +1,6 @@
 """Right pictures over cost: sampling, and choosing among N samples, beside each way to move, in the shapes world.
 
-    python -m referee_jax.benchmarks.methods --config=configs/shapes.py --samples=8 --out=runs/methods
+    python -m referee_jax.benchmarks.methods --config=configs/shapes_vqascore.py --category=spatial --out=runs/methods
 
 A row of ROWS is a change of the config. Each makes `--samples` pictures of each of the benchmark's fixed prompts, which
 ground truth judges; "best of N" takes of each N of them the one that the optimised referees like most, and costs N times as
@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from referee_jax import cli, config, console, items
 from referee_jax.benchmarks import report, statistics
-from referee_jax.engine import inverter
+from referee_jax.engine import inverter, results
 from referee_jax.performance import cost
 from referee_jax.shapes import benchmark, world
 from referee_jax.storage import files, images
@@ -134,7 +134,7 @@ def measure(
     return [done[item.prompt, item.sample] for item in expected]
 
 
-def make(engine: inverter.Inverter, part: Sequence[items.Item], seed: int) -> list[inverter.Picture]:
+def make(engine: inverter.Inverter, part: Sequence[items.Item], seed: int) -> list[results.Picture]:
     """The pictures of a batch."""
     batch = engine.begin(part, seed)
     while batch.step < engine.steps:
@@ -289,7 +289,7 @@ def compare(args: flags.FlagValues) -> str:
     categories = world.CATEGORIES if "all" in args.category else args.category
     engines, curves, sampled = Engines(), {}, {}
     for row in args.rows or ROWS:
-        count = (args.candidates or args.samples) if row.startswith(SAMPLING) else args.samples
+        count = args.candidates if row == SAMPLING else args.samples
         settings = dataclasses.replace(config.override(base, ROWS[row]), samples=count)
         records = {
             category: [
@@ -318,8 +318,10 @@ def main(args: flags.FlagValues) -> str:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", config.find("shapes"), "config file, or the name of one")
     cli.define_device()
-    flags.DEFINE_integer("samples", 4, "pictures per prompt", lower_bound=1)
-    flags.DEFINE_integer("candidates", 64, "pictures per prompt of the rows of sampling", lower_bound=1)
+    flags.DEFINE_integer("samples", 2, "pictures per prompt", lower_bound=1)
+    flags.DEFINE_integer(
+        "candidates", 64, "pictures per prompt of the row 'sampling', of which the best of N are taken", lower_bound=1
+    )
     flags.DEFINE_integer("limit", None, "only the first so many prompts of each list", lower_bound=1)
     flags.DEFINE_multi_enum("category", ["all"], ["all", *world.CATEGORIES], "of the prompts; may be repeated")
     flags.DEFINE_multi_enum("rows", None, list(ROWS), "only these rows")

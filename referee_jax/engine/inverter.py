@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from referee_jax import items as items_lib
 from referee_jax.engine import builders, capacity, parallel, programs
 from referee_jax.engine import particles as particles_lib
 from referee_jax.engine.particles import Particle
+from referee_jax.engine.results import Batch, Picture, Result, Start
 from referee_jax.hardware import chips, compile_cache
 from referee_jax.hardware import devices as hardware_devices
 from referee_jax.items import Item, Part
@@ -36,71 +37,6 @@ from referee_jax.referees.questions import Atom
 from referee_jax.weights import load
 
 TOKENIZED = 4096  # prompts whose tokens stay in memory, some kilobytes each
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """One result.
-
-    Attributes:
-        item: what was asked for.
-        image: float32 `[H, W, 3]` in [0, 1].
-        scores: of all referees on the clean image, as "referee_0/cosine".
-        latents: float32 `[h, w, C]`, scaled, from which the image was decoded.
-        status: "done" or "nonfinite".
-        losses: where there are held-out referees, the losses of "referee" and "held_out", each a
-            pair of the first and the last (held_out.is_hacked).
-        questions: "referee_0" -> what it was asked about the prompt, see Judge.answered.
-    """
-
-    item: Item
-    image: np.ndarray
-    scores: dict[str, float]
-    latents: np.ndarray
-    status: str = "done"
-    losses: dict[str, tuple[float, float]] | None = None
-    questions: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """All results of a call, in the order prompts x samples; `history` has `[item, iteration]` per metric."""
-
-    items: list[Item]
-    images: np.ndarray
-    scores: list[dict[str, float]]
-    latents: np.ndarray
-    history: dict[str, np.ndarray]
-
-
-class Start(NamedTuple):
-    """The first latents: "noise" or a "sample" of the prior, the one of `candidates` with the lowest loss."""
-
-    init: str
-    steps: int
-    guidance: float
-    candidates: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """A batch between two chunks: its items, and what the programs carry, padded to the batch size."""
-
-    items: tuple[Item, ...]
-    step: int
-    prompt: state_lib.Prompt
-    hyper: state_lib.Hyperparameters
-    particles: tuple[Particle, ...]
-
-    @property
-    def state(self) -> state_lib.InversionState:
-        """Of the first particle."""
-        return self.particles[0].state
-
-    @property
-    def keys(self) -> Array:
-        """Of the first particle."""
-        return self.particles[0].keys
 
 
 class Inverter:
@@ -442,7 +378,7 @@ class Inverter:
                 history.append(metrics)
             histories.append({name: self._whole([h[name] for h in history]) for name in history[0]})
             pictures += self.finish(batch)
-        return _result(pictures, {name: np.concatenate([h[name] for h in histories]) for name in histories[0]})
+        return Result.of(pictures, {name: np.concatenate([h[name] for h in histories]) for name in histories[0]})
 
     def _whole(self, chunks: list[np.ndarray]) -> np.ndarray:
         """`[item, steps]` of a metric's chunks; NaN after all items have stopped."""
@@ -479,7 +415,7 @@ class Inverter:
             engine.plan, engine._programs = self.plan.replace(method="sds"), {}
         for part in items_lib.batches(items_lib.expand(texts, samples), self.batch_size):
             pictures += engine.finish(engine._initial_batch(part, seed, start))
-        return _result(pictures, {})
+        return Result.of(pictures, {})
 
     def _tokenize(self, prompt: str) -> dict[str, Any]:
         """A prompt's tokens. Those of the last TOKENIZED are kept: `begin` need not read again after `check`."""
@@ -510,13 +446,3 @@ class Inverter:
     def _jit(self, fn: Callable, **how: Any) -> Any:
         platform = self.mesh.devices.flat[0].platform
         return jax.jit(fn, compiler_options=chips.compiler_options(platform), **how)
-
-
-def _result(pictures: Sequence[Picture], history: dict[str, np.ndarray]) -> Result:
-    return Result(
-        items=[picture.item for picture in pictures],
-        images=np.stack([picture.image for picture in pictures]),
-        scores=[picture.scores for picture in pictures],
-        latents=np.stack([picture.latents for picture in pictures]),
-        history=history,
-    )

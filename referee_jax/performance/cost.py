@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from referee_jax import config, console
-from referee_jax.engine import builders, capacity, inverter, particles, peak_memory
+from referee_jax.engine import builders, capacity, inverter, particles, peak_memory, results
 from referee_jax.hardware import chips
 from referee_jax.method import inversion, views
 from referee_jax.method import state as state_lib
@@ -186,7 +186,7 @@ def estimate(settings: config.Settings) -> Estimate:
     )
 
 
-def step_flops(engine: inverter.Inverter, batch: inverter.Batch) -> float:
+def step_flops(engine: inverter.Inverter, batch: results.Batch) -> float:
     """FLOPs of one image in an iteration with active referees; nothing is compiled."""
     return flops.count(engine.trace(batch).jaxpr.jaxpr) / engine.settings.batch_size
 

@@ -27,7 +27,7 @@ PENDING = 16  # images waiting to be written, at most
 
 
 class Picture(Protocol):
-    """An image to write: see inverter.Picture. `image` is float32 `[H, W, 3]` in [0, 1]."""
+    """An image to write: see engine.results.Picture. `image` is float32 `[H, W, 3]` in [0, 1]."""
 
     item: Item
     image: np.ndarray

@@ -10,7 +10,7 @@ from PIL import Image
 
 from referee_jax import config
 from referee_jax.benchmarks import methods
-from referee_jax.engine import inverter
+from referee_jax.engine import results
 from referee_jax.shapes import benchmark, world
 from referee_jax.weights import hub
 
@@ -42,7 +42,7 @@ class Engine:
         ]
         image = world.draw(world.Scene(tuple(objects)))[0].astype(np.float32)
         losses = {"referee": (1.0, float(item.sample % 2)), "held_out": (1.0, 0.25)}
-        return inverter.Picture(item, image, {}, np.zeros(2), losses=losses)
+        return results.Picture(item, image, {}, np.zeros(2), losses=losses)
 
 
 def measured(engine, out, category="colour", split="seen", limit=3, samples=2):

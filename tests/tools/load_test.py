@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from referee_jax import config, run  # noqa: E402
-from referee_jax.engine import inverter  # noqa: E402
+from referee_jax.engine import inverter, results  # noqa: E402
 from referee_jax.hardware import devices  # noqa: E402
 from referee_jax.runs.command import Command  # noqa: E402
 from referee_jax.runs.prompt_file import Entry  # noqa: E402
@@ -63,7 +63,7 @@ class NoiseEngine:
         ramp = np.linspace(0.2, 0.8, self.size, dtype=np.float32)[:, None, None]
         shape = (len(batch.items), self.size, self.size, 3)
         noisy = self.rng.standard_normal(shape, np.float32) * 0.02 + ramp
-        return [inverter.Picture(item, x, {"cosine": 0.5}, x) for item, x in zip(batch.items, noisy, strict=True)]
+        return [results.Picture(item, x, {"cosine": 0.5}, x) for item, x in zip(batch.items, noisy, strict=True)]
 
 
 class Memory:
