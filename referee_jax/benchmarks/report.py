@@ -73,17 +73,17 @@ def draw_curves(panels: Curves, x: str, y: str, file: Path) -> None:
     if not (canvas := _canvas(1 + 3 * columns, 0.6 + 2.6 * lines)):
         return
     grid = canvas.figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+    for n, (axes, (name, curves)) in enumerate(zip(grid, panels.items(), strict=False)):
         for row, points in curves.items():
             spread = [[mean.mean - mean.low for _, mean in points], [mean.high - mean.mean for _, mean in points]]
             places, means = [place for place, _ in points], [mean.mean for _, mean in points]
             axes.errorbar(places, means, yerr=spread, fmt="o-", markersize=3, linewidth=1, capsize=2, label=row)
         axes.set_title(name, fontsize="medium")
         axes.set_xscale("log", base=2)
+        axes.set_xlabel(x if n + columns >= len(panels) else None)
         axes.grid(alpha=0.3)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    canvas.figure.supxlabel(x, fontsize="medium")
     canvas.figure.supylabel(y, fontsize="medium")
     canvas.figure.legend(
         *grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize="small"
