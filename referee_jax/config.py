@@ -594,8 +594,8 @@ def _flat(values: Any, key: str = "") -> dict[str, Any]:
 def checkpoints(settings: Settings) -> list[tuple[str, str]]:
     """(name, revision) of each checkpoint in the settings, once."""
     generator = settings.generator
-    named = [(x.checkpoint, x.revision) for x in (generator, *settings.referees)]
-    named.insert(1, (generator.unet, generator.unet_revision))
+    named = [(generator.checkpoint, generator.revision), (generator.unet, generator.unet_revision)]
+    named += [(spec.checkpoint, spec.revision) for spec in settings.referees]
     return list(dict.fromkeys(pair for pair in named if pair[0]))
 
 

@@ -51,9 +51,7 @@ def measure(engine: inverter.Inverter, part: Sequence[items.Item], out: Path) ->
     """Makes a batch, with its pictures in `out`: records of `losses`, and of `right` and `quality` at start and end."""
     batch = engine.begin(part, engine.settings.seed)
     starts = engine.preview(batch).astype(np.float32) / 255
-    while batch.step < engine.steps:
-        batch, _ = engine.advance(batch)
-    pictures, texts = engine.finish(batch), [item.prompt for item in part]
+    pictures, texts = methods.completed(engine, batch), [item.prompt for item in part]
     was_right, quality_before = benchmark.score(starts, texts)
     is_right, quality = benchmark.score([picture.image for picture in pictures], texts)
     out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +93,7 @@ def compare(settings: config.Settings, out: Path, names: Sequence[str] = ()) -> 
     methods.keep(base, out)
     measured: dict[str, list[dict[str, Any]]] = {}
     for name in names or SETTINGS:
-        file = out / f"{name.replace(' ', '_').replace(',', '')}.jsonl"
+        file = out / f"{methods.slug(name)}.jsonl"
         files.mend(file)
         records = measured[name] = files.read_lines(file)
         done = {record["prompt"] for record in records}

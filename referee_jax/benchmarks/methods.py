@@ -12,11 +12,12 @@ extra `[eval]`), the pictures, and one JSON line for each, with which an interru
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -32,35 +33,31 @@ from referee_jax.storage import files, images
 from referee_jax.weights import hub
 
 SAMPLING = "sampling"  # the row whose best of N is everyone's opponent
-_FROM_NOISE = {"init": "noise", "init_candidates": 1, "particles": 1, "output": "final"}
+_FROM_NOISE = {"init": "noise", "init_candidates": 1, "particles": 1, "look_every": 1000}
 _SAMPLED = _FROM_NOISE | {
-    "method": "guided",
-    "steps": 12,
-    "guided.guidance": 7.5,
-    "referee.stop": 0,
-    "look_every": 1000,
-}
-_ONE_VIEW = {"views.count": 1, "views.keep": 1, "views.augmentations": (), "referee.noise": 0.0, "look_every": 1000}
-_MOVED = {
-    "method": "noise", "init": "noise", "particles": 1, "output": "best", "noise.rule": "sphere", "noise.steps": 8,
-    "noise.first": 900, "noise.guidance": 7.5, "noise.lr": 1.5, "noise.momentum": 0.5, "referee.start": 0, "referee.stop": 1000,
-    "referee.balance": False, "referee.weight": 1.0, "referee.weight_final": 1.0,
-} | _ONE_VIEW  # fmt: skip
-_HALVED = _SAMPLED | {"select": "halve", "select_every": 2}
-_PULLED = (
-    _SAMPLED | _ONE_VIEW | {"referee.start": 0, "referee.stop": 1000, "referee.balance": True, "referee.weight": 0.2}
-)
-_PULLED |= {"referee.weight_final": 0.2}
+    "method": "guided", "steps": 12, "guided.guidance": 7.5, "referee.stop": 0, "output": "final",
+}  # fmt: skip
+_HALVED = {"select": "halve", "select_every": 2}
+_ONE_VIEW = {"views.count": 1, "views.keep": 1, "views.augmentations": (), "referee.noise": 0.0}
+_ACTIVE = {"referee.start": 0, "referee.stop": 1000}
+_PULLED = _SAMPLED | _ONE_VIEW | _ACTIVE | {
+    "referee.balance": True, "referee.weight": 0.2, "referee.weight_final": 0.2,
+}  # fmt: skip
+_MOVED = _FROM_NOISE | _ONE_VIEW | _ACTIVE | {
+    "method": "noise", "output": "best", "noise.rule": "sphere", "noise.steps": 8, "noise.first": 900,
+    "noise.guidance": 7.5, "noise.lr": 1.5, "noise.momentum": 0.5, "referee.balance": False, "referee.weight": 1.0,
+    "referee.weight_final": 1.0,
+}  # fmt: skip
 # Row -> the change of the config.
 ROWS: dict[str, dict[str, Any]] = {
     SAMPLING: _SAMPLED,
     "sampling, 50 steps": _SAMPLED | {"steps": 50},
     "sampling, guidance 12": _SAMPLED | {"guided.guidance": 12.0},
-    **{f"halving of {count}": _HALVED | {"particles": count} for count in (4, 8, 16, 32)},
+    **{f"halving of {count}": _SAMPLED | _HALVED | {"particles": count} for count in (4, 8, 16, 32)},
     "pulled": _PULLED,
-    "pulled, halving of 8": _PULLED | _HALVED | {"particles": 8, "referee.stop": 1000},
-    "noise, 5 iterations": _MOVED | {"steps": 5, "init_candidates": 1},
-    "noise, 15 iterations": _MOVED | {"steps": 15, "init_candidates": 1},
+    "pulled, halving of 8": _PULLED | _HALVED | {"particles": 8},
+    "noise, 5 iterations": _MOVED | {"steps": 5},
+    "noise, 15 iterations": _MOVED | {"steps": 15},
     "as it is, from one sample": {"init_candidates": 1},
     "as it is": {},
 }
@@ -106,7 +103,7 @@ def measure(
         and the held-out referees, None without any), `seconds` and `file`.
     """
     expected = items.expand(benchmark.prompts(category, split)[:limit], settings.samples)
-    name = f"{row.replace(' ', '_').replace(',', '')}-{category}-{split}"
+    name = f"{slug(row)}-{category}-{split}"
     file = out / f"{name}.jsonl"
     files.mend(file)
     done = {(record["prompt"], record["sample"]): record for record in files.read_lines(file)}
@@ -115,7 +112,7 @@ def measure(
     with tqdm.tqdm(total=len(todo), desc=name, unit="image", dynamic_ncols=True) as bar:
         for part in items.batches(todo, engine.batch_size) if engine else ():
             begin = time.monotonic()
-            pictures = make(engine, part, settings.seed)
+            pictures = completed(engine, engine.begin(part, settings.seed))
             seconds = (time.monotonic() - begin) / len(part)
             right, quality = benchmark.score([x.image for x in pictures], [item.prompt for item in part])
             for n, (item, picture) in enumerate(zip(part, pictures, strict=True)):
@@ -134,9 +131,13 @@ def measure(
     return [done[item.prompt, item.sample] for item in expected]
 
 
-def make(engine: inverter.Inverter, part: Sequence[items.Item], seed: int) -> list[results.Picture]:
-    """The pictures of a batch."""
-    batch = engine.begin(part, seed)
+def slug(name: str) -> str:
+    """The name of a row as part of a file's."""
+    return name.replace(" ", "_").replace(",", "")
+
+
+def completed(engine: inverter.Inverter, batch: results.Batch) -> list[results.Picture]:
+    """The pictures of a batch that has begun."""
     while batch.step < engine.steps:
         batch, _ = engine.advance(batch)
     return engine.finish(batch)
@@ -156,7 +157,8 @@ def keep(settings: config.Settings, out: pathlib.Path) -> None:
 # --- the curve --------------------------------------------------------------------------------------------------------
 
 
-class Point(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Point:
     """The best of `count` pictures of a row, of records by category; `passes` and `seconds` are what one costs."""
 
     row: str
@@ -164,6 +166,23 @@ class Point(NamedTuple):
     passes: float
     seconds: float
     records: Mapping[str, Sequence[dict]]
+
+    @functools.cached_property
+    def scores(self) -> dict[str, statistics.Mean]:
+        """Score -> mean: right pictures by category and in all, quality, the losses of optimised and held-out referees.
+
+        "all" is the mean over categories.
+        """
+        pairs = lambda key: [
+            [(r["prompt"], r[key]) for r in part if r[key] is not None] for part in self.records.values()
+        ]
+        scores = {name: statistics.mean((r["prompt"], r["right"]) for r in part) for name, part in self.records.items()}
+        scores["all"] = statistics.mean_of_means(pairs("right"))
+        scores["quality, dB"] = statistics.mean_of_means(pairs("quality"))
+        for name, key in (("loss", "loss"), ("held-out loss", "held_out")):
+            if all(pairs(key)):
+                scores[name] = statistics.mean_of_means(pairs(key))
+        return scores
 
 
 def favourites(records: Sequence[dict], count: int) -> list[dict]:
@@ -223,27 +242,12 @@ def _shares(records: Sequence[dict]) -> dict[str, float]:
     return {prompt: float(np.mean(values)) for prompt, values in right.items()}
 
 
-def summary(point: Point) -> dict[str, statistics.Mean]:
-    """Score -> mean of a point: right pictures by category and in all, quality, the held-out referees' loss.
-
-    "all" is the mean over categories.
-    """
-    pairs = lambda key: [[(r["prompt"], r[key]) for r in part if r[key] is not None] for part in point.records.values()]
-    scores = {name: statistics.mean((r["prompt"], r["right"]) for r in part) for name, part in point.records.items()}
-    scores["all"] = statistics.mean_of_means(pairs("right"))
-    scores |= {"quality, dB": statistics.mean_of_means(pairs("quality"))}
-    for name, key in (("loss", "loss"), ("held-out loss", "held_out")):
-        if all(pairs(key)):
-            scores[name] = statistics.mean_of_means(pairs(key))
-    return scores
-
-
 def is_fooled(point: Point, opponents: Sequence[Point]) -> bool:
-    """Whether the optimised referees like a point's pictures better than any sample's of its cost, and fewer are right."""
+    """Whether the optimised referees like a point's pictures better than any sample's of its cost, and no more are right."""
     cheaper = [other for other in opponents if other.passes <= point.passes + 1e-6]
     if not cheaper or point.row == SAMPLING:
         return False
-    mine, theirs = summary(point), summary(cheaper[-1])
+    mine, theirs = point.scores, cheaper[-1].scores
     return "loss" in mine and mine["loss"].mean < theirs["loss"].mean and mine["all"].mean <= theirs["all"].mean
 
 
@@ -252,9 +256,8 @@ def table(curves: Mapping[str, Sequence[Point]], records: Mapping[str, Sequence[
     rows, means, opponents = {}, {}, curves.get(SAMPLING, ())
     for point in sorted((point for curve in curves.values() for point in curve), key=lambda point: point.passes):
         name = point.row if point.count == 1 else f"{point.row}: best of {point.count}"
-        scores = summary(point)
-        if opponents and point.row != SAMPLING:
-            scores |= gains(point, opponents, records)
+        is_compared = opponents and point.row != SAMPLING
+        scores = point.scores | (gains(point, opponents, records) if is_compared else {})
         short = [f"{mean.mean:.2f}" for key, mean in scores.items() if key in world.CATEGORIES]
         others = [str(scores["all"]), str(scores.get("gain", "-"))]
         rest = [f"{scores[key].mean:.2f}" if key in scores else "-" for key in ("held-out loss", "quality, dB")]
@@ -268,7 +271,7 @@ def draw(curves: Mapping[str, Sequence[Point]], file: pathlib.Path) -> None:
     """A panel for each category and for all: right pictures over passes of the U-Net."""
     some = next(iter(curves.values()))[0]
     panels = {
-        name: {row: [(point.passes, summary(point)[name]) for point in curve] for row, curve in curves.items()}
+        name: {row: [(point.passes, point.scores[name]) for point in curve] for row, curve in curves.items()}
         for name in [*some.records, *(["all"] if len(some.records) > 1 else [])]
     }
     report.draw_curves(panels, "passes of the U-Net", "right", file)
@@ -301,7 +304,7 @@ def compare(args: flags.FlagValues) -> str:
         }
         sampled = records if row == SAMPLING else sampled
         curves[row] = points(row, passes(settings), records)
-        logging.info("%s: %s right", row, summary(curves[row][0])["all"])
+        logging.info("%s: %s right", row, curves[row][0].scores["all"])
     text, means = table(curves, sampled or dict.fromkeys(categories, ()))
     files.write_atomic(out / "table.md", text.encode())
     files.write_atomic(out / "table.csv", report.as_csv(means, "method").encode())

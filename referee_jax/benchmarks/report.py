@@ -66,6 +66,11 @@ def _save(canvas: Any, file: Path) -> None:
     files.write_atomic(file, stream.getvalue())
 
 
+def _spread(points: Sequence[tuple[float, statistics.Mean]]) -> list[list[float]]:
+    """How far the intervals of means reach, below and above."""
+    return [[mean.mean - mean.low for _, mean in points], [mean.high - mean.mean for _, mean in points]]
+
+
 def draw_curves(panels: Curves, x: str, y: str, file: Path) -> None:
     """Draws a panel for each name, a curve for each row over `x` on a logarithmic scale. Warns without matplotlib."""
     columns = min(4, len(panels))
@@ -75,9 +80,10 @@ def draw_curves(panels: Curves, x: str, y: str, file: Path) -> None:
     grid = canvas.figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for n, (axes, (name, curves)) in enumerate(zip(grid, panels.items(), strict=False)):
         for row, points in curves.items():
-            spread = [[mean.mean - mean.low for _, mean in points], [mean.high - mean.mean for _, mean in points]]
             places, means = [place for place, _ in points], [mean.mean for _, mean in points]
-            axes.errorbar(places, means, yerr=spread, fmt="o-", markersize=3, linewidth=1, capsize=2, label=row)
+            axes.errorbar(
+                places, means, yerr=_spread(points), fmt="o-", markersize=3, linewidth=1, capsize=2, label=row
+            )
         axes.set_title(name, fontsize="medium")
         axes.set_xscale("log", base=2)
         axes.set_xlabel(x if n + columns >= len(panels) else None)
@@ -98,9 +104,8 @@ def draw(means: Rows, names: Sequence[str], file: Path) -> None:
     panels = canvas.figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         points = [(place, scores[name]) for place, scores in enumerate(means.values()) if name in scores]
-        spread = [[mean.mean - mean.low for _, mean in points], [mean.high - mean.mean for _, mean in points]]
         axes.errorbar(
-            [mean.mean for _, mean in points], [place for place, _ in points], xerr=spread, fmt="o", capsize=3
+            [mean.mean for _, mean in points], [place for place, _ in points], xerr=_spread(points), fmt="o", capsize=3
         )
         axes.set_xlabel(f"{name}\nmean and 95 % interval over prompts")
         axes.grid(alpha=0.3)

@@ -289,8 +289,9 @@ def describe(rng: np.random.Generator, scene: Scene, category: str) -> Prompt:
 
     if category == "numeracy":
         return Prompt(things=(thing(objects[0]),), count=len(objects))
-    relations = [next(r for r in RELATIONS if holds(r, objects[0], other)) for other in objects[1:]]
-    return Prompt(things=tuple(map(thing, objects)), relations=tuple(relations) if is_related else ())
+    others = objects[1:] if is_related else []
+    relations = (next(r for r in RELATIONS if holds(r, objects[0], other)) for other in others)
+    return Prompt(things=tuple(map(thing, objects)), relations=tuple(relations))
 
 
 def edit(rng: np.random.Generator, scene: Scene, *, unseen: bool = False) -> Scene:

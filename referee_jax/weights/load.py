@@ -421,14 +421,12 @@ def check(directory: Path, kind: str = "") -> None:
     for part, folder in ({kind: ""} if kind else FOLDERS).items():
         read_config(part, directory / folder)
         Tensors(directory / folder, KINDS[part].stem)
-    if kind == "unet":
-        return
-    if kind:
-        load_tokenizer(directory, kind=kind)
-        read_preprocessing(directory)
-    else:
+    if not kind:
         read_schedule(directory)
         load_prior_tokenizer(directory)
+    elif kind != "unet":
+        load_tokenizer(directory, kind=kind)
+        read_preprocessing(directory)
 
 
 def _check_layout(directory: Path) -> None:

@@ -116,7 +116,7 @@ def test_favourites():
 def test_a_curve():
     curve = methods.points("sampling", 10.0, {"colour": SAMPLED})
     assert [(point.count, point.passes, point.seconds) for point in curve] == [(1, 10, 2), (2, 20, 4), (4, 40, 8)]
-    assert [methods.summary(point)["all"].mean for point in curve] == [0.5, 0.5, 1.0]
+    assert [point.scores["all"].mean for point in curve] == [0.5, 0.5, 1.0]
     blind = [{**record, "loss": None} for record in SAMPLED]
     assert [point.count for point in methods.points("a row", 10.0, {"colour": blind})] == [1]
 
@@ -135,7 +135,7 @@ def test_the_opponent_is_what_the_cost_pays_for(passes, expected):
 
 def test_all_categories_count_the_same():
     parts = {"colour": [record("a", 0, True, 0.0)] * 3, "shape": [record("b", 0, False, 0.0)]}
-    scores = methods.summary(methods.Point("mine", 1, 10.0, 1.0, parts))
+    scores = methods.Point("mine", 1, 10.0, 1.0, parts).scores
     assert (scores["colour"].mean, scores["shape"].mean, scores["all"].mean) == (1.0, 0.0, 0.5)
     assert scores["loss"].mean == 0 and "held-out loss" not in scores
 
