@@ -12,6 +12,7 @@ The fake engine has no networks. All the rest of the program is real, and a proc
 
 import argparse
 import collections
+import contextlib
 import functools
 import json
 import os
@@ -93,8 +94,9 @@ class Forked:
         return self.process.exitcode
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it may end between the two; its server reaps it at once
+            if self.poll() is None:
+                os.kill(self.process.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
