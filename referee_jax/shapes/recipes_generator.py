@@ -66,21 +66,23 @@ class Autoencoder(torch.nn.Module):
 class UNet(torch.nn.Module):
     """The U-Net: noise prediction on scaled latents, between the frozen autoencoder and CLIP's frozen text tower.
 
-    Errors at low noise, which are easy, have less weight (Min-SNR, arXiv 2303.09556, gamma 5).
+    Errors at low noise, which are easy, have less weight (Min-SNR, arXiv 2303.09556, gamma 5). With `start`, it goes on
+    from the U-Net and behind the text tower of that directory.
     """
 
     steps, rate, batch, places = 10000, 1e-3, staticmethod(batches.unet_batch), ("stable-diffusion/unet",)
 
-    def __init__(self, out: pathlib.Path):
+    def __init__(self, out: pathlib.Path, start: pathlib.Path | None = None):
         super().__init__()
-        self.trained = torch.nn.ModuleDict(
-            {"unet": diffusers.UNet2DConditionModel(**UNET).to(memory_format=torch.channels_last)}
-        )
+        network = diffusers.UNet2DConditionModel
+        unet = network.from_pretrained(start / self.places[0]).float() if start else network(**UNET)
+        self.trained = torch.nn.ModuleDict({"unet": unet.to(memory_format=torch.channels_last)})
         self.trained["unet"].set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
         self.vae = (
             diffusers.AutoencoderKL.from_pretrained(out / "stable-diffusion" / "vae").float().requires_grad_(False)
         )
-        self.text_encoder = transformers.CLIPTextModel.from_pretrained(out / "clip").float().requires_grad_(False)
+        texts = start / "stable-diffusion" / "text_encoder" if start else out / "clip"
+        self.text_encoder = transformers.CLIPTextModel.from_pretrained(texts).float().requires_grad_(False)
         self.scheduler = diffusers.DDPMScheduler(**SCHEDULER)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict]:
@@ -124,7 +126,8 @@ class OneStep(torch.nn.Module):
         for unet in (self.trained["unet"], self.teacher):
             unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
         self.teacher.requires_grad_(False)
-        self.text_encoder = transformers.CLIPTextModel.from_pretrained(out / "clip").float().requires_grad_(False)
+        texts = out / "stable-diffusion" / "text_encoder"
+        self.text_encoder = transformers.CLIPTextModel.from_pretrained(texts).float().requires_grad_(False)
         self.scheduler = diffusers.DDPMScheduler(**SCHEDULER)
         self.register_buffer("empty", torch.from_numpy(tokens.encode([""])))
 

@@ -6,7 +6,7 @@ bfloat16 matrix units it is also several times faster than XLA.
 
 Training is seeded and resumable: randomness in step n depends on (seed, n) alone, and the state is in `--workdir`.
 The order is vae, clip, then unet, blip, blip2 and vqascore (which read them from `--out`). Each network gets a card
-with its data, steps and final figures. `--noise`, `--named` and `--epoch` train it on other data.
+with its data, steps and final figures. `--size`, `--noise`, `--named` and `--epoch` train it on other data.
 """
 
 import copy
@@ -60,6 +60,7 @@ def train(
     workdir: pathlib.Path,
     epoch: int | None = None,
     workers: int = 1,
+    start: pathlib.Path | None = None,
     without: Sequence[str] = (),
     **data: float,
 ) -> dict[str, float]:
@@ -73,8 +74,9 @@ def train(
         workdir: directory of the training's checkpoints.
         epoch: the number of batches, which repeat; by default all are new.
         workers: processes that draw batches; 0: this one does.
+        start: directory of networks whose one is trained on; of the U-Net alone, by default random weights.
         without: ingredients of the recipe that are left out; of VQAScore alone.
-        **data: arguments of the batches (noise, named; of VQAScore mirror, crowd).
+        **data: arguments of the batches (size, noise, named; of VQAScore mirror, crowd).
 
     Returns:
         The figures of the last batch.
@@ -90,8 +92,12 @@ def train(
         raise ValueError(f"what {name} is trained on has no {', '.join(sorted(unknown))}")
     if wrong := set(without) - set(getattr(NETWORKS[name], "ingredients", ())):
         raise ValueError(f"{name} has no {', '.join(sorted(wrong))} to leave out")
-    network = (NETWORKS[name](out, without=without) if without else NETWORKS[name](out)).to(device)
-    data_settings = data | ({"epoch": epoch} if epoch else {}) | ({"without": ",".join(without)} if without else {})
+    if start and "start" not in inspect.signature(NETWORKS[name]).parameters:
+        raise ValueError(f"{name} begins from random weights alone")
+    network = NETWORKS[name](out, **({"start": start} if start else {}), **({"without": without} if without else {}))
+    network = network.to(device)
+    others = {"epoch": epoch, "start": str(start) if start else None, "without": ",".join(without)}
+    data_settings = data | {key: value for key, value in others.items() if value}
     steps, trained = steps or network.steps, network.trained
     average = copy.deepcopy(trained).requires_grad_(False)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=network.rate, betas=(0.9, 0.99), weight_decay=0.02)
@@ -172,10 +178,11 @@ def card(network: torch.nn.Module, settings: dict, *, step: int, figures: dict) 
 
 def main(args: flags.FlagValues) -> str:
     """The command line."""
-    data = {name: args[name].value for name in ("noise", "named", "mirror", "crowd") if args[name].present}
+    data = {name: args[name].value for name in ("size", "noise", "named", "mirror", "crowd") if args[name].present}
     out, workdir = pathlib.Path(args.out), pathlib.Path(args.workdir)
-    loading = {"epoch": args.epoch, "workers": args.workers, "without": args.without}
-    train(args.network, steps=args.steps, seed=args.seed, out=out, workdir=workdir, **loading, **data)
+    others = {"epoch": args.epoch, "workers": args.workers, "without": args.without}
+    others["start"] = pathlib.Path(args.start) if args.start else None
+    train(args.network, steps=args.steps, seed=args.seed, out=out, workdir=workdir, **others, **data)
     return f"{args.network} is in {out}"
 
 
@@ -183,11 +190,13 @@ if __name__ == "__main__":
     flags.DEFINE_enum("network", None, list(NETWORKS), "which network to train", required=True)
     flags.DEFINE_integer("steps", None, "training steps; default: the network's", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of weights, data and noise")
+    flags.DEFINE_integer("size", None, "scenes, or pairs of them, in a batch; default: the network's", lower_bound=1)
     flags.DEFINE_float("noise", None, "share of two-object captions with swapped attributes", 0.0, 1.0)
     flags.DEFINE_bool("named", False, "whether captions may name the unseen attribute pairs")
     flags.DEFINE_integer("epoch", None, "number of batches, which repeat; default: all are new", lower_bound=1)
     flags.DEFINE_bool("mirror", True, "of vqascore: whether there are mirrored scenes")
     flags.DEFINE_bool("crowd", True, "of vqascore: whether there are scenes with an object too many")
+    flags.DEFINE_string("start", None, "of unet: directory of networks whose U-Net is trained on")
     flags.DEFINE_list(
         "without", [], f"of vqascore: what is left out of {', '.join(recipes_vqascore.Vqascore.ingredients)}"
     )

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from referee_jax import config, referees
 from referee_jax.method.ways import ddim, sds
@@ -242,6 +243,18 @@ def test_unet_makes_a_loadable_checkpoint(out):
     assert parts.unet.config.block_out_channels == (64, 128)
     network = load.load("clip", out / "clip")
     assert network.config.vision_config.image_size == world.SIZE
+
+
+def test_a_unet_is_trained_on(tmp_path):
+    """What it goes on from knows the noise already, behind its own text tower."""
+    shutil.copytree(hub.ASSETS / "stable-diffusion" / "vae", tmp_path / "stable-diffusion" / "vae")
+    options = dict(steps=1, seed=0, workdir=tmp_path / "work", workers=0, size=8)
+    figures = train.train("unet", out=tmp_path, start=hub.ASSETS, **options)
+    assert figures["error"] < 0.15  # 1 without
+    towers = [load.load("clip_text", root / "stable-diffusion" / "text_encoder") for root in (tmp_path, hub.ASSETS)]
+    assert jax.tree.all(jax.tree.map(np.array_equal, *map(nnx.state, towers)))
+    with pytest.raises(ValueError, match="vae begins from random weights alone"):
+        train.train("vae", out=tmp_path, start=hub.ASSETS, **options)
 
 
 def test_the_generator_of_one_step(tmp_path, monkeypatch):
