@@ -32,7 +32,7 @@ READABLE = (
 class Entry:
     """A prompt as it was given, and where: "line 3 of prompts.txt"; None where there is none, for a `reason`.
 
-    `questions` are the user's about it, if any (referees/questions.py).
+    `questions` are the user's about it, if any (referees/questions).
     """
 
     text: str | None
