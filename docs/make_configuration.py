@@ -1,6 +1,6 @@
 """Writes what the docs take from the code: `python docs/make_configuration.py`.
 
-docs/configuration.md is written from the dataclasses of referee_jax/config.py, and the table of rooms in
+docs/configuration.md is written from the dataclasses of referee_jax/config/settings.py, and the table of rooms in
 docs/architecture.md from tests/test_structure.py.
 """
 
@@ -20,7 +20,7 @@ STRUCTURE = DOCS.parent / "tests" / "test_structure.py"
 ROOMS = "| room | may import, besides itself |\n|---|---|\n"  # the beginning of the table of rooms
 HEAD = """# Configuration
 
-*Written by `python docs/make_configuration.py` from `referee_jax/config.py`; change it there.*
+*Written by `python docs/make_configuration.py` from `referee_jax/config/settings.py`; change it there.*
 
 A config file is Python with a function `get_config` that returns `config.default()` with changes, as
 `configs/shapes.py`. On the command line `--config.sds.guidance=7.5` changes a value,
@@ -79,7 +79,7 @@ def rounded(value: typing.Any) -> str:
 
 
 def limits(name: str, field: dataclasses.Field) -> str:
-    """The range of a field in words; those of magnitudes are `config._check_views`'s."""
+    """The range of a field in words; those of magnitudes are in `config.checks`."""
     if "allowed" in field.metadata:
         return ", ".join(f"`{value!r}`" for value in field.metadata["allowed"])
     if words := [f"{WORDS[kind]} {rounded(bound)}" for kind, bound in field.metadata.items()]:

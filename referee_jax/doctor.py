@@ -321,7 +321,7 @@ def read_command(argv: Sequence[str]) -> tuple[Command | None, list[Finding]]:
             Finding(
                 "config",
                 str(error),
-                "correct it; config.py has every setting with its range, method/augmentations.py those of views",
+                "correct it; docs/configuration.md has every setting with its range, method/augmentations.py those of views",
             )
         ]
     return command, [Finding("config", f"valid; fingerprint {config.fingerprint(command.settings)[:8]}")]
