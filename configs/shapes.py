@@ -40,10 +40,9 @@ def get_config() -> ml_collections.ConfigDict:
     settings.init, settings.init_steps, settings.init_guidance, settings.init_candidates = "sample", 12, 7.5, 8
     settings.generator.checkpoint = "shapes/stable-diffusion"
     words = (tuple(world.COLOURS), world.SHAPES)
-    judge = {"losses": {"contrastive": 1.0}, "near": 24, "exchange": words}
     settings.referees = (
-        config.referee(checkpoint="shapes/clip", **judge),
-        config.referee(checkpoint="shapes/clip_held_out", role="held_out", **judge),
+        config.referee(checkpoint="shapes/clip", losses={"contrastive": 1.0}, near=24, exchange=words),
+        config.referee(name="vqascore", checkpoint="shapes/vqascore", role="held_out", losses={"vqa": 1.0}),
     )
     settings.sds.prompt, settings.sds.guidance = "{}", 3.0
     settings.sds.weight, settings.sds.weight_final, settings.sds.weight_steps = 20.0, 12.0, 40

@@ -4,9 +4,9 @@
 
 A picture is hacked if the optimised referees like it better than its start, and it is wrong, or right
 but `WORSE` dB below a start that was right. Settings go from one that hacks (no prior) to one that does
-not; BLIP-2 is held out. Prints precision and recall of `held_out.is_hacked` by setting, and writes
-table.md, the pictures (start and end side by side) and one JSON line per picture, with which an
-interrupted run continues.
+not; whom the mark asks is the config's held-out referee. Prints precision and recall of
+`held_out.is_hacked` by setting, and writes table.md, the pictures (start and end side by side) and one
+JSON line per picture, with which an interrupted run continues.
 """
 
 import dataclasses
@@ -27,7 +27,6 @@ from referee_jax.shapes import benchmark
 from referee_jax.storage import files, images
 
 WORSE = 1.0  # dB
-HELD_OUT = {"name": "blip2", "checkpoint": "shapes/blip2", "role": "held_out", "losses": {"itm": 1.0}}
 LISTS = {"colour": 24, "numeracy": 12, "spatial": 12}  # category -> prompts of each split
 # Name -> changes of configs/shapes.py.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -72,9 +71,8 @@ def is_worse(record: Mapping[str, Any]) -> bool:
     return not is_right or (was_right and after < before - WORSE)
 
 
-def precision_and_recall(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of the mark; NaN where nothing is marked, or hacked."""
-    doubt = held_out.doubt([HELD_OUT["losses"]])
+def precision_and_recall(records: Sequence[Mapping[str, Any]], doubt: float) -> dict[str, float]:
+    """Of the mark at the held-out loss `doubt`; NaN where nothing is marked, or hacked."""
     marked = np.array([held_out.is_hacked(record["losses"], doubt) for record in records])
     hacked = np.array([x["losses"]["referee"][1] < x["losses"]["referee"][0] and is_worse(x) for x in records])
     both = float((marked & hacked).sum())
@@ -86,9 +84,17 @@ def precision_and_recall(records: Sequence[Mapping[str, Any]]) -> dict[str, floa
 
 
 def compare(settings: config.Settings, out: Path, names: Sequence[str] = ()) -> str:
-    """Measures the settings of these names (default: all) and returns the table."""
-    optimised = [spec for spec in settings.referees if spec.role == "optimise"]
-    base = dataclasses.replace(settings, samples=1, referees=(*optimised, config.RefereeSpec(**HELD_OUT)))
+    """Measures the settings of these names (default: all) and returns the table.
+
+    Raises:
+        ValueError: where no held-out referee answers yes or no, and so nothing is ever marked.
+    """
+    doubt = held_out.doubt(spec.losses for spec in settings.referees if spec.role == "held_out")
+    if doubt is None:
+        raise ValueError(
+            f"no held-out referee that answers yes or no ({', '.join(held_out.ANSWERS)}): nothing is marked"
+        )
+    base = dataclasses.replace(settings, samples=1)
     out.mkdir(parents=True, exist_ok=True)
     methods.keep(base, out)
     measured: dict[str, list[dict[str, Any]]] = {}
@@ -106,7 +112,7 @@ def compare(settings: config.Settings, out: Path, names: Sequence[str] = ()) -> 
                 records += batch
                 bar.update(len(part))
     measured["all"] = [record for records in list(measured.values()) for record in records]
-    figures = {name: precision_and_recall(records) for name, records in measured.items()}
+    figures = {name: precision_and_recall(records, doubt) for name, records in measured.items()}
     rows = {name: [f"{value:.3g}" for value in row.values()] for name, row in figures.items()}
     text = console.markdown(["setting", *figures["all"]], rows)
     files.write_atomic(out / "table.md", text.encode())

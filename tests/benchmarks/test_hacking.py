@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from referee_jax import config
 from referee_jax.benchmarks import hacking
 
 
@@ -25,14 +26,14 @@ def test_precision_and_recall():
         record(fell=False, held_out=5.0, was_right=True, is_right=False),  # did not please the referee
         GOOD,
     ]
-    figures = hacking.precision_and_recall(records)
+    figures = hacking.precision_and_recall(records, doubt=0.3)
     assert (figures["pictures"], figures["hacked"], figures["marked"]) == (7, 3, 2)
     assert figures["precision"] == 0.5 and figures["recall"] == pytest.approx(1 / 3)
     assert figures["right"] == pytest.approx(4 / 7)
 
 
 def test_nothing_to_mark():
-    figures = hacking.precision_and_recall([GOOD])
+    figures = hacking.precision_and_recall([GOOD], doubt=0.3)
     assert math.isnan(figures["precision"]) and math.isnan(figures["recall"])
 
 
@@ -40,3 +41,10 @@ def test_prompts():
     """Of each list as many as LISTS says, each once: the journal tells them apart by their text."""
     prompts = hacking.prompts()
     assert len(prompts) == len(set(prompts)) == sum(2 * count for count in hacking.LISTS.values())
+
+
+def test_who_marks_nothing_is_refused(tmp_path):
+    settings = config.from_config({"referees": ({}, {"role": "held_out", "losses": {"cosine": 1.0}})})
+    with pytest.raises(ValueError, match="answers yes or no"):
+        hacking.compare(settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

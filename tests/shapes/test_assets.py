@@ -16,7 +16,6 @@ from tests.lazy import torch, transformers
 # 48 scenes.
 EMBEDDED = {
     "clip": ("CLIPModel", "cosine", 0.95, 0.92),
-    "clip_held_out": ("CLIPModel", "cosine", 0.95, 0.92),
     "blip_itm": ("BlipForImageTextRetrieval", "itm", 0.97, 0.97),
     "blip_caption": ("BlipForConditionalGeneration", "caption", 0.97, 0.97),
     "blip_vqa": ("BlipForQuestionAnswering", "vqa", 0.97, 0.97),

@@ -30,7 +30,7 @@ COUNTS = (1, 2, 4, 8)
 REFEREES = {
     True: (
         config.RefereeSpec(name="blip_itm", checkpoint="shapes/blip_itm", losses={"itm": 1.0}),
-        config.RefereeSpec(name="clip", checkpoint="shapes/clip_held_out", losses={"contrastive": 1.0}),
+        config.RefereeSpec(name="blip2", checkpoint="shapes/blip2", losses={"itm": 1.0}),
     ),
     False: (
         config.RefereeSpec(name="clip", checkpoint="openai/clip-vit-large-patch14", losses={"cosine": 1.0}),
