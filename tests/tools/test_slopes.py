@@ -27,7 +27,7 @@ def test_more_of_anything_is_more_work():
         found.setdefault(axis, {})[name] = work(settings)
     assert {axis: list(rows) for axis, rows in found.items()} == {
         "views": ["1", "3"], "images at once": ["1", "3"],
-        "referees": ["its own", "its own + blip_itm", "its own + blip_itm + clip"],
+        "referees": ["its own", "its own + blip_itm", "its own + blip_itm + blip2"],
     }  # fmt: skip
     for rows in found.values():
         assert sorted(rows.values()) == list(rows.values()) and len(set(rows.values())) == len(rows)
