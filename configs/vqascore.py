@@ -8,7 +8,8 @@ whose weights are pickles. It knows relations, of which CLIP knows nothing, and 
 one view of the whole, its colours jittered. `versus` asks the same of the prompt with its relation exchanged ("a left of b":
 "b left of a"), and costs as much again.
 
-Hardware: a GPU or TPU core with 16 GB, in bfloat16; a float32 run needs 32 GB. CLIP-FlanT5-XXL is of 24 GB.
+Hardware: a GPU or TPU core with 16 GB, in bfloat16; a float32 run needs 32 GB. CLIP-FlanT5-XXL has 22 GB of weights: cores with
+16 GB share them with --config.mesh.model=4.
 """
 
 import ml_collections

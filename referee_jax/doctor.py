@@ -210,7 +210,7 @@ def price(command: Command | None) -> list[Finding]:
         return [Finding("cost", str(error), "correct the config")]
     except (ValueError, RuntimeError) as error:  # also without a device, which `device` reports
         return [Finding("cost", f"not known: {console.first_line(error)}")]
-    weights, size = sum(costs.weights.values()) + costs.fixed, settings.batch_size
+    weights, size = sum(costs.weights.values()) / costs.model + costs.fixed, settings.batch_size
     needed = weights + size * costs.live
     text = (
         f"{costs.step / 1e12:.3g} TFLOP for an iteration of an image, {costs.image / 1e12:.3g} for all; "

@@ -73,7 +73,7 @@ def fitting(
 def fitting_batch(settings: config.Settings, prior: load.StableDiffusion, judges: Sequence[Judge], limit: int) -> int:
     """`settings.batch_size` if it fits, else 0; where it is 0, the largest that fits."""
     step = make_step(settings, prior, judges)
-    free = USABLE * limit - sum(weights(step).values())
+    free = USABLE * limit - sum(weights(step).values()) / settings.mesh.model  # of a group each holds its share
     needed = lambda batch: peak_memory.peak(traced(step, batch))
     if settings.batch_size:
         return settings.batch_size if needed(settings.batch_size) <= free else 0

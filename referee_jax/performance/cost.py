@@ -45,6 +45,7 @@ class Estimate:
         fixed: further bytes of an iteration, for any batch.
         live: further bytes for each image of a batch.
         assumed: sentences on sizes that were taken from another checkpoint.
+        model: devices of a group, over which the weights are split (`config.mesh.model`).
     """
 
     parts: dict[str, float]
@@ -56,15 +57,23 @@ class Estimate:
     fixed: int
     live: int
     assumed: tuple[str, ...] = ()
+    model: int = 1
 
     def seconds(self, chip: chips.Chip) -> float:
-        """The least time of an image: its FLOPs at the chip's peak."""
-        return self.image / (chip.rate * 1e12)
+        """The least time of an image: its FLOPs at the peak of the chips of a group."""
+        return self.image / (chip.rate * 1e12 * self.model)
 
-    def fits(self, chip: chips.Chip) -> int:
-        """The largest batch on one chip; 0 if the weights alone do not fit."""
-        free = capacity.USABLE * chip.bytes - sum(self.weights.values()) - self.fixed
+    def fits(self, chip: chips.Chip, model: int | None = None) -> int:
+        """The largest batch on a group of `model` chips (default: the config's); 0 if the weights alone do not fit.
+
+        Weights are split over a group; all else is taken to be whole on each of its chips.
+        """
+        free = capacity.USABLE * chip.bytes - sum(self.weights.values()) / (model or self.model) - self.fixed
         return max(0, int(free // self.live))
+
+    def least_group(self, chip: chips.Chip) -> int | None:
+        """The smallest group of chips, a power of two, on which an image fits; None where none of up to 64 will do."""
+        return next((2**n for n in range(7) if self.fits(chip, 2**n)), None)
 
 
 class Work(NamedTuple):
@@ -183,6 +192,7 @@ def estimate(settings: config.Settings) -> Estimate:
         fixed=max(0, 2 * least - most),
         live=most - least,
         assumed=sized.assumed,
+        model=settings.mesh.model,
     )
 
 
@@ -254,10 +264,11 @@ def table(costs: Estimate, *, precision: str = "") -> str:
     work["**image**"] = costs.image
     memory = costs.weights | {"**weights**": sum(costs.weights.values()), "program": costs.fixed}
     memory["**each image at once**"] = costs.live
-    rows = {
-        f"{chip.name} ({chip.rate:g}, {chip.memory:g})": [f"{costs.seconds(chip):.3g}", str(costs.fits(chip))]
-        for chip in chips.CHIPS
-    }
+    rows = {}
+    for chip in chips.CHIPS:
+        row = [f"{costs.seconds(chip):.3g}", str(costs.fits(chip)), str(costs.least_group(chip) or "-")]
+        rows[f"{chip.name} ({chip.rate:g}, {chip.memory:g})"] = row
+    columns = ["chip (bfloat16 TFLOP/s, GB, of TPUs GiB)", "least s/image", "images at once", "least mesh.model"]
     return "\n".join(
         [
             *(f"({sentence})" for sentence in costs.assumed),
@@ -265,7 +276,8 @@ def table(costs: Estimate, *, precision: str = "") -> str:
             "Forward-only rows are included in the rows with a backward pass.\n",
             _scaled(f"memory, {precision}" if precision else "memory", "B", memory),
             "Memory is estimated: of the paper's sizes an H200 and the compiler for v5e take 0.7 to 0.8; a CPU takes more.\n",
-            console.markdown(["chip (bfloat16 TFLOP/s, GB, of TPUs GiB)", "least s/image", "images at once"], rows),
+            *([f"On groups of {costs.model} chips:\n"] if costs.model > 1 else []),
+            console.markdown(columns, rows),
         ]
     )
 

@@ -135,6 +135,21 @@ def test_the_memory_of_the_paper(paper):
     assert all(x in table for x in ("U-Net", "Memory is estimated", "checkpoints/blip2-stage1 is not here"))
 
 
+def test_weights_that_are_split_over_a_group():
+    """By hand: 25 GB of weights and 4 GB an image need four chips of 16 GiB, one of 32 GiB or 80 GB."""
+    costs = cost.Estimate({"U-Net": 1e12}, 4e12, 1e12, 0.0, 100e12, {"t5": int(25e9)}, 0, int(4e9))
+    chip = {chip.name: chip for chip in chips.CHIPS}
+    v5e, v4, a100 = chip["TPU v5e"], chip["TPU v4"], chip["A100"]
+    assert [costs.fits(v5e, n) for n in (1, 2, 4, 8)] == [0, 0, 2, 3]
+    assert [costs.least_group(x) for x in (v5e, v4, a100)] == [4, 1, 1]
+    split = dataclasses.replace(costs, model=4)
+    assert split.fits(v5e) == 2 and split.seconds(v5e) == pytest.approx(costs.seconds(v5e) / 4)
+    assert dataclasses.replace(costs, live=int(40e9)).least_group(v5e) is None
+    shown = {line.split(" (")[0].strip("| "): line for line in cost.table(split).splitlines()}
+    assert shown["TPU v5e"].endswith("| 0.127 | 2 | 4 |") and "On groups of 4 chips:" in shown
+    assert "On groups" not in cost.table(costs)
+
+
 def small(checkpoints, **changes) -> config.Settings:
     sd, judge = map(str, checkpoints)
     values = {
@@ -271,6 +286,9 @@ def test_what_is_left_to_the_memory(monkeypatch):
     assert fitting(None, batch_size=0) == ("full", capacity.UNKNOWN) and fitting(10**6, batch_size=0) == ("full", 1)
     assert fitting(10**12, batch_size=0) == ("dots", capacity.MOST)
     assert fitting(int(needed(kept["full"], 5.5)), remat="full", batch_size=0) == ("full", 5)
+    saved = sum(kept["full"].weights.values()) / 2 / capacity.USABLE  # by each device of a group of two
+    pair = dict(remat="full", batch_size=0, mesh=config.Mesh(model=2))
+    assert fitting(int(needed(kept["full"], 5.5) - saved), **pair) == ("full", 5)
 
 
 @pytest.mark.parametrize(("memory", "remat"), [(None, "full"), (10**6, "full"), (10**12, "dots")])
