@@ -48,6 +48,13 @@ _MOVED = _FROM_NOISE | _ONE_VIEW | _ACTIVE | {
     "noise.guidance": 7.5, "noise.lr": 1.5, "noise.momentum": 0.5, "referee.balance": False, "referee.weight": 1.0,
     "referee.weight_final": 1.0,
 }  # fmt: skip
+
+
+def _chosen_and_moved(count: int, steps: int) -> dict[str, Any]:
+    """The config's own way for so many iterations, from the best of `count` samples."""
+    return {"init_candidates": count, "steps": steps, "sds.weight_steps": steps, "referee.stop": steps - 2}
+
+
 # Row -> the change of the config.
 ROWS: dict[str, dict[str, Any]] = {
     SAMPLING: _SAMPLED,
@@ -58,6 +65,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "pulled, halving of 8": _PULLED | _HALVED | {"particles": 8},
     "noise, 5 iterations": _MOVED | {"steps": 5},
     "noise, 15 iterations": _MOVED | {"steps": 15},
+    **{
+        f"best of {count}, moved {steps} times": _chosen_and_moved(count, steps)
+        for count, steps in ((4, 10), (8, 10), (8, 20), (16, 20), (32, 20))
+    },
     "as it is, from one sample": {"init_candidates": 1},
     "as it is": {},
 }
