@@ -1,9 +1,9 @@
-"""The fixed prompts of the shapes world, six categories, seen and unseen; scored by ground truth afterwards.
+"""The fixed prompts of the shapes world, seven categories, seen and unseen; scored by ground truth afterwards.
 
     python -m referee_jax.run --config=configs/shapes_bench.py --workdir=runs/shapes_bench
     python -m referee_jax.evaluate --workdir=runs/shapes_bench --benchmark=shapes
 
-Some 400 prompts by two samples of 64x64 pixels. Hardware: any CPU, an hour or so on two cores; seconds each on an accelerator.
+Some 490 prompts by two samples of 64x64 pixels. Hardware: any CPU, an hour or so on two cores; seconds each on an accelerator.
 """
 
 import pathlib

@@ -24,8 +24,9 @@ HEAD = """# Configuration
 
 A config file is Python with a function `get_config` that returns `config.default()` with changes, as
 `configs/shapes.py`. On the command line `--config.sds.guidance=7.5` changes a value,
-`--config.referees[0].weight=2.0` one of a referee. A wrong key, type or value is an error of one sentence. Defaults
-are those of the paper. `seed`, `samples` and `workdir` are flags of their own as well.
+`--config.referees[0].weight=2.0` one of a referee. A wrong key, type or value is an error of one sentence. Default
+numbers are those of the paper; its referee, `ema.alias` and `outputs.stretch` are set in `configs/paper.py`. `seed`,
+`samples` and `workdir` are flags of their own as well.
 """
 # Group in the settings -> its class.
 GROUPS = {
@@ -137,7 +138,10 @@ def architecture() -> str:
         for room, below in structure["TABLE"].items()
         if room not in (*structure["COMMANDS"], "__init__")
     ]
-    rows += ["| the commands | everything but each other |", "| `__init__` | `config`, `engine`, `referees` |"]
+    rows += [
+        "| the commands | everything but each other |",
+        "| `__init__` | `config`, `engine`, `hardware.interrupts`, `referees` |",
+    ]
     before, _, rest = (DOCS / "architecture.md").read_text(encoding="utf-8").partition(ROOMS)
     return before + ROOMS + "\n".join(rows) + "\n" + rest[rest.index("\n\n") + 1 :]
 

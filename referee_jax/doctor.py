@@ -193,8 +193,10 @@ def checkpoints(command: Command | None) -> list[Finding]:
     kinds[generator.checkpoint, generator.revision].append("")
     kinds[generator.unet, generator.unet_revision].append("unet")
     for spec in command.settings.referees:
-        kinds[spec.checkpoint, spec.revision].append(referees.REFEREES[spec.name].kind)
-    return [Finding("checkpoint", *checkpoint(*pair, kinds[pair])) for pair in config.checkpoints(command.settings)]
+        if spec.name in referees.REFEREES:  # what one of the user's own reads, it alone knows
+            kinds[spec.checkpoint, spec.revision].append(referees.REFEREES[spec.name].kind)
+    read = [pair for pair in config.checkpoints(command.settings) if kinds[pair]]
+    return [Finding("checkpoint", *checkpoint(*pair, kinds[pair])) for pair in read]
 
 
 def price(command: Command | None) -> list[Finding]:

@@ -143,7 +143,9 @@ class Views(augmentations.Settings):
 
     count: int = bounded(10, low=1)  # number of views of each referee
     keep: int = bounded(10, low=1)  # number of hardest views with a gradient
-    augmentations: tuple[str, ...] = views.DEFAULT  # in this order; names in method/augmentations.py
+    # In this order: Af affine, Pe perspective, Ji colour jitter, Er erasing, Hf flip, Sh sharpness, Gn Gaussian noise, Ro
+    # rotation, Et elastic, Ts thin-plate spline, Cr crop, Re resized crop; or a plugin's.
+    augmentations: tuple[str, ...] = views.DEFAULT
     shared_erase: bool = True  # one erased rectangle for all views
     resize: str = bounded(
         "pool", allowed=("pool", "fit")

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from referee_jax import config, prompts, referees, run, score
+from referee_jax import config, doctor, prompts, referees, run, score
 from referee_jax.performance import abstract_networks
 from referee_jax.weights import load
 from tests import fakes, outside, toys
@@ -98,6 +98,15 @@ def test_it_has_a_size_without_being_known(importable):
     (judge,) = abstract_networks.abstract(settings).judges
     assert judge.referee.image_size == 32 and judge.read("a red star")["named"].tolist() == [True, False, False]
     assert config.checkpoints(settings) == [("shapes/stable-diffusion", "")]
+
+
+def test_the_doctor_knows_nothing_of_its_checkpoint(importable):
+    """And looks at those of the others."""
+    name = f"--config={importable / 'my_config.py'}"
+    command, findings = doctor.read_command(["doctor", name, "--config.referees[0].checkpoint=its/own"])
+    assert not [x for x in findings if x.remedy]
+    (found,) = doctor.checkpoints(command)
+    assert "shapes/stable-diffusion" in found.text and not found.remedy
 
 
 def test_an_entry_point_is_a_name(importable, monkeypatch):
