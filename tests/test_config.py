@@ -265,3 +265,41 @@ def test_configs():
     assert len(shapes.prompts) == 8
     assert all(len(world.parse(text).things) == 2 for text in shapes.prompts)
     assert [spec.role for spec in shapes.referees] == ["optimise", "held_out"]
+
+
+LATE = {"referees": ({}, {"role": "held_out"}), "steps": 20, "look_every": 21}
+GUIDED = {"method": "guided", "steps": 12}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"particles": 2, "select": "smc"}, "particles = 2 is not possible: it must be more for select"),
+        (
+            GUIDED | {"guided": {"low": 500, "high": 540}},
+            "guided.low = 500 is not possible: it must be a window (to guided.high) with one of the timesteps, of which 544",
+        ),
+        (LATE | {"output": "best_held_out"}, "look_every = 21 is not possible: it must be at most steps = 20"),
+        (LATE | {"patience": 1}, "look_every = 21 is not possible: it must be at most steps = 20"),
+        (
+            {"referees": ({"name": "json:loads", "checkpoint": "", "questions": 2},)},
+            "referees[0].questions = 2 is not possible: it must be 0: a referee of your own is asked none",
+        ),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(values, message):
+    with pytest.raises(config.ConfigError) as caught:
+        config.from_config(values)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_window_matters_where_the_referees_act():
+    """Sampling has none that do."""
+    config.from_config(GUIDED | {"guided": {"low": 500, "high": 540}, "referee": {"stop": 0}})
+    config.from_config({"particles": 3, "select": "smc"})
+    config.from_config(LATE)
+
+
+def test_the_weights_of_losses_are_the_referees_too():
+    spec = config.RefereeSpec(losses={"itm": 1.0, "itc": 0.5}, weight=2.0)
+    assert spec.weighted == {"itc": 1.0, "itm": 2.0}

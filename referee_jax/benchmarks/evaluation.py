@@ -150,7 +150,7 @@ def evaluate(
     remarks = {}
     for measure, unscored in work:
         scores = measures.collect(measure, unscored, out)
-        remarks[measure.settings.get("label", measure.name)] = Remarks.of(unscored, scores)
+        remarks[name_of(measure)] = Remarks.of(unscored, scores)
         evaluation.add(scores)
     if benchmark == "t2i_compbench":
         evaluation.add_three_in_one()
@@ -167,7 +167,7 @@ def evaluate(
     files.write_atomic(out / "images.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
     record = {
         "measures": dict.fromkeys(imported, {"imported": import_scores})
-        | {measure.settings.get("label", measure.name): measure.settings for measure, _ in work},
+        | {name_of(measure): measure.settings for measure, _ in work},
         "versions": run_directory.versions(),
         "scores": {part: {name: x._asdict() for name, x in scores.items()} for part, scores in means.items()},
     }
@@ -180,7 +180,7 @@ def evaluate(
         record["agreement"] = {name: x._asdict() for name, x in agreements.items()}
     files.write_atomic(out / "scores.json", json.dumps(files.finite(record), indent=2).encode() + b"\n")
     titles = {name: f"{name} (imported)" for name in imported if benchmark == "t2i_compbench"}
-    if any(measure.name == "blip_vqa" for measure, _ in work):
+    if any("noun_phrases" in measure.settings for measure, _ in work):
         titles["blip_vqa"] = f"blip_vqa ({rule} noun phrases)"
     tables = table(means, titles) + ("\n" + statistics.agreement_table(agreements) if agreements else "")
     if benchmark == "geneval2":
@@ -188,6 +188,11 @@ def evaluate(
             ["skill", "questions", geneval2.AM], {k: [x.images, x] for k, x in skills.items()}
         )
     return tables + "".join(f"\n{line}\n" for name, own in remarks.items() for line in own.lines(name, truncate))
+
+
+def name_of(measure: measures.Measure) -> str:
+    """What tells a measure from all others: a referee may be of the kind by which the benchmark measures."""
+    return f"referee {measure.settings['label']}" if "label" in measure.settings else measure.name
 
 
 @dataclasses.dataclass(frozen=True)

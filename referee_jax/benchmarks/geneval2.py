@@ -11,6 +11,7 @@ https://github.com/facebookresearch/GenEval2.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,8 +82,7 @@ def export(entries: Sequence[layouts.Entry], out: str | Path, rows: Mapping[str,
 def read_paths(file: str | Path) -> list[layouts.Entry]:
     """The images of a {prompt: path} file, or of all those in an exported folder. Raises ValueError for anything else."""
     path, entries = Path(file), []
-    files = sorted(path.glob(PATHS.format("*"))) if path.is_dir() else [path]
-    for n, one in enumerate(files):
+    for n, one in _numbered(path, PATHS):
         paths = layouts.parsed(one.read_bytes(), str(one))
         if not isinstance(paths, dict) or not all(isinstance(x, str) for x in paths.values()):
             raise ValueError(f"{one} is no object of prompts and paths")
@@ -94,14 +94,20 @@ def read_paths(file: str | Path) -> list[layouts.Entry]:
     return entries
 
 
+def _numbered(path: Path, name: str) -> list[tuple[int, Path]]:
+    """(Sample, file) of a folder's files called `name`, or of one file: the number in its name, 0 where there is none."""
+    pattern = re.compile(re.escape(name).replace(r"\{\}", "([0-9]+)"))
+    numbers = [(pattern.fullmatch(file.name), file) for file in (path.iterdir() if path.is_dir() else [path])]
+    return sorted((int(number[1]) if number else 0, file) for number, file in numbers if number or not path.is_dir())
+
+
 def import_scores(results: str | Path, rows: Mapping[str, Row]) -> dict[tuple[str, int], dict[str, Any]]:
     """(Prompt, sample) -> scores, of the evaluator's result file, or of each RESULTS in a folder.
 
     Raises ValueError for a damaged file, and for one that does not belong to the data.
     """
     path, scores = Path(results), {}
-    files = sorted(path.glob(RESULTS.format("*"))) if path.is_dir() else [path]
-    for sample, file in enumerate(files):
+    for sample, file in _numbered(path, RESULTS):
         lists = layouts.parsed(file.read_bytes(), str(file))
         if not isinstance(lists, list) or len(lists) != len(rows):
             count = len(lists) if isinstance(lists, list) else "no"

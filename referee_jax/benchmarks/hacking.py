@@ -73,8 +73,10 @@ def is_worse(record: Mapping[str, Any]) -> bool:
 
 def precision_and_recall(records: Sequence[Mapping[str, Any]], doubt: float) -> dict[str, float]:
     """Of the mark at the held-out loss `doubt`; NaN where nothing is marked, or hacked."""
-    marked = np.array([held_out.is_hacked(record["losses"], doubt) for record in records])
-    hacked = np.array([x["losses"]["referee"][1] < x["losses"]["referee"][0] and is_worse(x) for x in records])
+    nan = lambda pair: [float("nan") if loss is None else loss for loss in pair]  # JSON has none
+    losses = [{name: nan(pair) for name, pair in record["losses"].items()} for record in records]
+    marked = np.array([held_out.is_hacked(x, doubt) for x in losses])
+    hacked = np.array([x["referee"][1] < x["referee"][0] and is_worse(y) for x, y in zip(losses, records, strict=True)])
     both = float((marked & hacked).sum())
     ratio = lambda total: both / total if total else float("nan")
     return {
@@ -89,7 +91,7 @@ def compare(settings: config.Settings, out: Path, names: Sequence[str] = ()) -> 
     Raises:
         ValueError: where no held-out referee answers yes or no, and so nothing is ever marked.
     """
-    doubt = held_out.doubt(spec.losses for spec in settings.referees if spec.role == "held_out")
+    doubt = held_out.doubt(spec.weighted for spec in settings.referees if spec.role == "held_out")
     if doubt is None:
         raise ValueError(
             f"no held-out referee that answers yes or no ({', '.join(held_out.ANSWERS)}): nothing is marked"

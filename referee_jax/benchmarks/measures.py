@@ -206,7 +206,7 @@ def collect(measure: Measure, entries: Sequence[layouts.Entry], out: Path) -> di
             for start in range(0, len(todo), size):
                 batch = todo[start : start + size]
                 for entry, scores in zip(batch, _scores(score, batch), strict=True):
-                    known[key(stamps[entry])] = scores
+                    scores = known[key(stamps[entry])] = files.finite(scores)
                     files.append(file, {**stamps[entry], "prompt": entry.prompt, "scores": scores})
                 bar.update(len(batch))
     return {str(entry.file): known[key(stamps[entry])] for entry in entries}

@@ -14,6 +14,7 @@ extra `[eval]`), the pictures, and one JSON line for each, with which an interru
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 class Engines:
-    """Builds inverters and keeps the last one, so that rows with equal settings share compiled programs."""
+    """Builds inverters and keeps the last one, for all categories and splits of a row."""
 
     def __init__(self):
         self.last: tuple[config.Settings, inverter.Inverter] | None = None
@@ -111,7 +112,7 @@ def measure(
 
     Returns:
         A record per image: `prompt`, `sample`, `right`, `quality` (dB), `loss` and `held_out` (the losses of the optimised
-        and the held-out referees, None without any), `seconds` and `file`.
+        and the held-out referees, None where no referee is held out, or they are not finite), `seconds` and `file`.
     """
     expected = items.expand(benchmark.prompts(category, split)[:limit], settings.samples)
     name = f"{slug(row)}-{category}-{split}"
@@ -135,7 +136,7 @@ def measure(
                 path = out / "images" / name / f"{item.id}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 files.write_atomic(path, images.encode_png(images.to_uint8(picture.image), record))
-                record["file"] = str(path.relative_to(out))
+                record = files.finite(record | {"file": str(path.relative_to(out))})
                 files.append(file, record)
                 done[item.prompt, item.sample] = record
             bar.update(len(part))
@@ -202,7 +203,7 @@ def favourites(records: Sequence[dict], count: int) -> list[dict]:
     for record in records:
         by_prompt.setdefault(record["prompt"], []).append(record)
     return [
-        min(group[start : start + count], key=lambda record: record["loss"]) if count > 1 else group[start]
+        min(group[start : start + count], key=lambda record: math.inf if record["loss"] is None else record["loss"])
         for group in by_prompt.values()
         for start in range(0, len(group) - count + 1, count)
     ]
@@ -214,7 +215,7 @@ def points(row: str, passes: float, records: Mapping[str, Sequence[dict]]) -> li
     samples = 1 + max(record["sample"] for record in every)
     seconds = float(np.median([record["seconds"] for record in every]))
     counts = [2**n for n in range(samples.bit_length())]
-    if any(record["loss"] is None for record in every):
+    if all(record["loss"] is None for record in every):
         counts = [1]
     best = {count: {name: favourites(part, count) for name, part in records.items()} for count in counts}
     return [Point(row, count, count * passes, count * seconds, best[count]) for count in counts]

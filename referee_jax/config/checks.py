@@ -32,6 +32,8 @@ def check(settings: Settings) -> None:
         raise wrong("init_candidates", settings.init_candidates, 'one, unless init = "sample" or method = "noise"')
     if settings.particles > settings.init_candidates > 1:
         raise wrong("particles", settings.particles, f"1, or at most init_candidates = {settings.init_candidates}")
+    if settings.select == "smc" and settings.particles == 2:
+        raise wrong("particles", 2, 'more for select = "smc", which of two never drops one')
     if settings.method != "sds":
         _check_way(settings)
     if settings.optim.name not in optim.OPTIMIZERS:
@@ -56,9 +58,18 @@ def _check_way(settings: Settings) -> None:
         raise wrong("guided", dataclasses.asdict(settings.guided), "last < first and low <= high")
     if settings.method == "guided":
         try:
-            guided_levels(settings)
+            levels = guided_levels(settings)
         except ValueError as error:
             raise ConfigError(f"guided.travels = {settings.guided.travels} is not possible: {error}") from error
+        window, acts = settings.guided, settings.referee
+        is_active = (acts.weight or acts.weight_final) and acts.stop > acts.start
+        if is_active and not any(window.low <= t <= window.high for t in levels):
+            nearest = min(levels, key=lambda t: max(window.low - t, t - window.high))
+            raise wrong(
+                "guided.low",
+                window.low,
+                f"a window (to guided.high) with one of the timesteps, of which {nearest} is nearest",
+            )
 
 
 def guided_levels(settings: Settings) -> tuple[int, ...]:
@@ -99,6 +110,8 @@ def _check_referees(settings: Settings) -> None:
         key = f"referees[{n}]"
         if build := own_referee(spec.name, f"{key}.name"):
             schema.function(build, f"{key}.name")  # what it reads, and which losses it has, is seen when it is built
+            if spec.questions:
+                raise wrong(f"{key}.questions", spec.questions, "0: a referee of your own is asked none")
         else:
             _check_known_referee(spec, key)
         if min(spec.losses.values(), default=0) < 0 or not any(spec.losses.values()):
@@ -120,6 +133,8 @@ def _check_referees(settings: Settings) -> None:
                 raise wrong(
                     key, getattr(settings, key), 'something else, unless one of the referees has role="held_out"'
                 )
+    if (settings.output == "best_held_out" or settings.patience) and settings.look_every > settings.steps:
+        raise wrong("look_every", settings.look_every, f"at most steps = {settings.steps}, or nothing is evaluated")
     is_needed = settings.referee.weight or settings.referee.weight_final or settings.init_candidates > 1
     if is_needed and all(spec.role != "optimise" for spec in settings.referees):
         raise wrong(

@@ -114,6 +114,11 @@ class RefereeSpec:
     image_size: int = bounded(0, low=0)  # side of the views; 0: the checkpoint's
     role: str = bounded("optimise", allowed=("optimise", "held_out"))  # held_out: evaluated, never in the gradient
 
+    @property
+    def weighted(self) -> dict[str, float]:
+        """The weight of each loss times the referee's own, by name."""
+        return {name: float(self.weight * weight) for name, weight in sorted(self.losses.items())}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:

@@ -54,8 +54,7 @@ def make_passes(keep: int, most: int) -> int:
 
 def make_weights(spec: config.RefereeSpec) -> objective.Weights:
     """Loss weights of a referee, in the order of `make_view_plan`."""
-    losses = (spec.weight * weight for _, weight in sorted(spec.losses.items()))
-    return objective.Weights(tuple(map(float, losses)), referee=float(spec.weight))
+    return objective.Weights(tuple(spec.weighted.values()), referee=float(spec.weight))
 
 
 def make_networks(
@@ -176,7 +175,9 @@ def make_referee(settings: config.Settings, acts: Any) -> Any:
     if settings.method != "guided":
         return acts
     s, levels = settings.guided, config.guided_levels(settings)
-    inside = [i for i, t in enumerate(levels) if s.low <= t <= s.high] or [0]
+    inside = [i for i, t in enumerate(levels) if s.low <= t <= s.high]
+    if not inside:
+        return dataclasses.replace(acts, start=0, stop=0)
     stop = min(acts.stop, inside[-1] + 1)
     return dataclasses.replace(acts, start=min(max(acts.start, inside[0]), stop), stop=stop)
 

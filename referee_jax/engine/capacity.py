@@ -88,9 +88,8 @@ def one_step(plan: state_lib.Plan) -> Callable:
         i = jnp.int32(0)
         noise = inversion.draw(key, networks, plan, hyper, i)
         measured = held_out_lib.begin(z, jnp.zeros(2)) if plan.held_out else None
-        return inversion.step(
-            networks, prompt, hyper, plan, inversion.init(networks, z, plan, hyper, measured), i, noise
-        )
+        state = inversion.init(networks, z, plan, hyper).replace(held_out=measured)
+        return inversion.step(networks, prompt, hyper, plan, state, i, noise)
 
     return run
 

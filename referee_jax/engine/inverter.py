@@ -39,6 +39,13 @@ from referee_jax.weights import load
 TOKENIZED = 4096  # prompts whose tokens stay in memory, some kilobytes each
 
 
+def _some(texts: Sequence[str], samples: int) -> list[items_lib.Item]:
+    """The items of the prompts. ValueError where there are none."""
+    if not texts or samples < 1:
+        raise ValueError(f"there are {len(texts)} prompts and {samples} samples of each: nothing to make")
+    return items_lib.expand(texts, samples)
+
+
 class Inverter:
     """The method with its networks on this process's devices.
 
@@ -247,12 +254,6 @@ class Inverter:
         other.compiled, other._programs = False, {}
         return other
 
-    def with_hyper(self, hyper: state_lib.Hyperparameters) -> "Inverter":
-        """The same, with its compiled programs, with other numbers."""
-        other = copy.copy(self)
-        other.hyper = hyper
-        return other
-
     def advance(self, batch: Batch) -> tuple[Batch, dict[str, np.ndarray]]:
         """One chunk of iterations, at most to the next selection. Donates the batch: go on with the result.
 
@@ -365,11 +366,11 @@ class Inverter:
         }
 
     def __call__(self, texts: Sequence[str], *, samples: int = 1, seed: int = 0) -> Result:
-        """All of `texts` x `samples`, batch by batch. ValueError for a prompt that cannot be used."""
+        """All of `texts` x `samples`, batch by batch. ValueError for a prompt that cannot be used, and for none."""
         for text in texts:
             if reason := self.check(text):
                 raise ValueError(f"prompt {text[:80]!r}: {reason}")
-        items = items_lib.expand(texts, samples)
+        items = _some(texts, samples)
         pictures, histories = [], []
         for part in items_lib.batches(items, self.batch_size):
             batch, history = self.begin(part, seed), []
@@ -413,7 +414,7 @@ class Inverter:
             engine = copy.copy(self)
             engine.settings = dataclasses.replace(self.settings, particles=1)
             engine.plan, engine._programs = self.plan.replace(method="sds"), {}
-        for part in items_lib.batches(items_lib.expand(texts, samples), self.batch_size):
+        for part in items_lib.batches(_some(texts, samples), self.batch_size):
             pictures += engine.finish(engine._initial_batch(part, seed, start))
         return Result.of(pictures, {})
 

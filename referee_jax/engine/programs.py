@@ -15,7 +15,7 @@ from referee_jax.method.ways import ddim
 def item_key(seed: int, prompt_id: int, sample: int, particle: int = 0) -> Array:
     """The key of all that is random for one particle of an item: of the seed, the prompt's text and two numbers, nothing else."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_id), sample)
-    return jax.random.fold_in(key, 2**31 - 1 - particle) if particle else key
+    return jax.random.fold_in(key, 2**30 + particle) if particle else key  # of no iteration and no start
 
 
 def _noise(key, number, *, plan: Plan):
@@ -33,7 +33,8 @@ def _judge(networks, prompt, hyper, latents, *, plan: Plan):
 
 
 def _init(networks, latents, losses, hyper, *, plan: Plan):
-    return inversion.init(networks, latents, plan, hyper, None if losses is None else held_out.begin(latents, losses))
+    state = inversion.init(networks, latents, plan, hyper)
+    return state if losses is None else state.replace(held_out=held_out.begin(state.latents, losses))
 
 
 def _take(states, parent, *, plan: Plan):

@@ -122,7 +122,7 @@ def _grid(view: Array) -> tuple[Array, Array]:
     return jnp.arange(width, dtype=jnp.float32)[None, :], jnp.arange(height, dtype=jnp.float32)[:, None]
 
 
-def _clamp(x: Array) -> Array:
+def clamp(x: Array) -> Array:
     """Clamp to `[0, 1]`; the gradient is 1 on the closed interval, as in torch (jnp.clip halves it at the ends)."""
     return jnp.where((x >= 0) & (x <= 1), x, jax.lax.stop_gradient(jnp.clip(x, 0, 1)))
 
@@ -244,7 +244,7 @@ def _apply_jitter(view: Array, params: Params, warp: Warp) -> Array:
         step, factor, active = slot
         grey = GREY[0] * planes[0] + GREY[1] * planes[1] + GREY[2] * planes[2]
         towards = jnp.where(step == 1, grey.mean(), jnp.where(step == 2, grey, 0))
-        mixed = _clamp(factor * planes + (1 - factor) * towards)
+        mixed = clamp(factor * planes + (1 - factor) * towards)
         return jnp.where(active & (step != 3), mixed, planes), None
 
     planes, _ = jax.lax.scan(mix, jnp.moveaxis(view, -1, 0), (order[:3], factors[:3], hue_later[:3]))
@@ -294,8 +294,8 @@ def _apply_sharpness(view: Array, params: Params, warp: Warp) -> Array:
     """Blend a smoothed copy (`factor` 0) with the view (1; above it sharpens), borders kept."""
     height, width, _ = view.shape
     box = sum(view[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3))
-    smooth = view.at[1:-1, 1:-1].set(_clamp((box + 4 * view[1:-1, 1:-1]) / 13))
-    return _clamp(smooth + (view - smooth) * params["factor"])
+    smooth = view.at[1:-1, 1:-1].set(clamp((box + 4 * view[1:-1, 1:-1]) / 13))
+    return clamp(smooth + (view - smooth) * params["factor"])
 
 
 def _sample_gaussian(u: Array, settings: Settings, size: int) -> Params:

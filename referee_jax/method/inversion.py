@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from referee_jax.method import held_out as held_out_lib
 from referee_jax.method import latent_losses, objective, views
 from referee_jax.method.state import Gradients, Hyperparameters, InversionState, Networks, Noise, Plan, Prompt
 from referee_jax.method.ways import WAYS, sds
@@ -28,9 +27,8 @@ def init(
     latents: Array,
     plan: Plan,
     hyper: Hyperparameters,
-    measured: held_out_lib.HeldOutState | None = None,
 ) -> InversionState:
-    """The state before the first iteration, from latents `[h, w, C]`: noise, or a sample. "guided" alone asks the networks."""
+    """The state before the first iteration, from latents `[h, w, C]`: noise, or a sample. Only "guided" reads the networks."""
     latents, carry = WAYS[plan.method].begin(networks, hyper, plan, latents)
     return InversionState(
         latents=latents,
@@ -38,7 +36,6 @@ def init(
         best=latents,
         best_loss=jnp.array(jnp.inf, jnp.float32),
         frozen=jnp.zeros((), bool),
-        held_out=measured,
     )
 
 
@@ -90,7 +87,7 @@ def render(networks: Networks, prompt: Prompt, hyper: Hyperparameters, plan: Pla
 
 
 def as_saved(image: Array) -> Array:
-    """In steps of 1/255, like the file: what is judged here is what anyone can judge after."""
+    """In steps of 1/255, as the file is (unless `outputs.stretch` saves another): what is judged here anyone can judge after."""
     return jnp.round(255 * image) / 255
 
 

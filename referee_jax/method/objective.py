@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from referee_jax.method import schedules, views
+from referee_jax.method import augmentations, schedules, views
 from referee_jax.method.referee import Referee
 
 
@@ -102,7 +102,7 @@ def clamp(x: Array, how: str) -> Array:
     descent leads back inside passes.
     """
     if how == "hard":
-        return jnp.where((x >= 0) & (x <= 1), x, jax.lax.stop_gradient(jnp.clip(x, 0, 1)))
+        return augmentations.clamp(x)
     return _straight_through(x)
 
 

@@ -43,7 +43,8 @@ def resampled(values: Array, before: Array, log_w: Array, key: Array, scale: Arr
         scale: lambda.
     """
     count = len(values)
-    log_w = log_w + scale * (values - before)
+    gain = scale * (values - before)
+    log_w = log_w + jnp.where(jnp.isfinite(gain), gain, -jnp.inf)  # what is broken is dropped
     w = jax.nn.softmax(log_w)
     places = (jax.random.uniform(key) + jnp.arange(count)) / count
     parents = jnp.clip(jnp.searchsorted(jnp.cumsum(w), places), 0, count - 1).astype(jnp.int32)

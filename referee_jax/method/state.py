@@ -72,7 +72,7 @@ class Plan(struct.PyTreeNode):
         use_balance: whether the referees' gradient is brought to the prior's length.
         normalise: whether each referee's gradient is brought to its weight's length.
         latent_losses: keys of latent_losses.LATENT_LOSSES.
-        levels: timestep of each iteration, of "guided"; of the sampler, from the noisiest, of "noise".
+        levels: timesteps: of each iteration of "guided"; of the sampler's steps, noisiest first, of "noise".
         rule: a key of noise.RULES.
         is_guided: whether the sampler of "noise" has classifier-free guidance, which doubles its cost.
     """
@@ -126,7 +126,8 @@ class Noise(struct.PyTreeNode):
 
     Attributes:
         t: the timestep, int32.
-        eps: noise of the prior, `n1` with the referees' step and `n2` after it; each `[h, w, C]`.
+        eps: noise of the prior; n1: of the referees' step, or the fresh noise of another way; n2: of each step of "sds"; each
+            `[h, w, C]`.
         views: one entry per referee.
         referee: added to the views, `[keep, S, S, 3]` per referee.
     """

@@ -13,10 +13,10 @@ import jax
 from referee_jax import config, console
 from referee_jax import items as items_lib
 from referee_jax.console import say
-from referee_jax.engine import inverter
-from referee_jax.hardware import compile_cache, processes
+from referee_jax.engine import builders, inverter
+from referee_jax.hardware import chips, compile_cache, processes
 from referee_jax.items import Item
-from referee_jax.referees.questions import Atom
+from referee_jax.referees.questions import YES, Atom, atoms
 from referee_jax.runs import prompt_file, recovery, worker
 from referee_jax.runs import work as work_lib
 from referee_jax.runs.command import Command, CommandError
@@ -155,13 +155,14 @@ def check_questions(
         if questions:
             say(f"the questions of {len(questions)} prompts are not asked: no referee's setting questions is above 0")
         return {}
-    wanted = {prompt: [atom.question for atom in atoms] for prompt, atoms in questions.items()}
-    for record in run.finished() if wanted and resume != "force" else ():
+    for record in run.finished() if resume != "force" else ():
         for asked in record.get("questions", {}).values():
-            before, now = [x["question"] for x in asked], wanted.get(record["text"])
-            if now is not None and before != now[: len(before)]:
+            before = [(x["question"], x.get("answer", YES)) for x in asked]
+            now = [(atom.question, atom.answer) for atom in questions.get(record["text"]) or atoms(record["text"])]
+            if before != now[: len(before)]:
+                first = " ".join(before[0])
                 raise run_directory.RunError(
-                    f"{run.name} has an image of {record['text'][:60]!r} with other questions, {before[:1]}; choose another "
+                    f"{run.name} has an image of {record['text'][:60]!r} with other questions, {first!r}; choose another "
                     "--workdir, go on with these by --resume=force, or put those back"
                 )
     return questions
@@ -303,21 +304,37 @@ def shorten(ids: Sequence[str]) -> str:
     return ", ".join(ids[:SHOWN_IDS]) + (", ..." if len(ids) > SHOWN_IDS else "")
 
 
+def _run_each_phase(engine: worker.Engine, settings: config.Settings) -> None:
+    """A chunk with and one without referees, and one with the evaluation by held-out referees, which few chunks have."""
+    batch, last = engine.begin(items_lib.expand(["a photo"], 1), settings.seed), settings.steps - 1
+    evaluation = min(settings.look_every - 1, last) if settings.look_every > settings.chunk else 0
+    acts = builders.make_referee(settings, settings.referee)
+    for step in sorted({0, min(acts.start, last), evaluation, last}):
+        batch, _ = engine.advance(dataclasses.replace(batch, step=step))
+    engine.finish(batch)
+
+
 def warm_up(command: Command, *, load: Load = load_inverter, **_: Any) -> int:
     """Compiles the programs of a run by running a chunk of one image in each phase; writes no run directory."""
     settings, start = command.settings, time.monotonic()
     engine = load(settings)
-    if command.entries:
-        engine = fitted(engine, settings, len(command.entries) * settings.samples)
+    texts, _ = prompt_file.sift(command.entries)
+    if texts:
+        every = items_lib.Items(texts, settings.samples)
+        share = every if command.claim else items_lib.share(every, command.shard_index, command.shard_count)
+        engine = fitted(engine, settings, len(share))
     say(engine.compiling)
-    worker.costs(engine)
-    batch = engine.begin(items_lib.expand(["a photo"], 1), settings.seed)
-    last = settings.steps - 1
-    # Phases: with and without referees, and the evaluation by held-out referees, which few chunks have.
-    evaluation = min(settings.look_every - 1, last) if settings.look_every > settings.chunk else 0
-    for step in sorted({0, min(settings.referee.start, last), evaluation, last}):
-        batch, _ = engine.advance(dataclasses.replace(batch, step=step))
-    engine.finish(batch)
+    while True:
+        try:
+            worker.costs(engine)
+            _run_each_phase(engine, settings)
+            break
+        except jax.errors.JaxRuntimeError as error:
+            smaller = engine.halved() if chips.is_out_of_memory(error) else None
+            if smaller is None:
+                raise
+            engine = smaller
+            say(worker.HALVED.format(engine.settings.batch_size))
     directory = compile_cache.directory()
     kept = f"kept in {directory}" if directory else "not kept: JAX_COMPILATION_CACHE_DIR names no directory"
     say(f"compiled in {time.monotonic() - start:.0f} s, some chunks of iterations included; {kept}")

@@ -11,7 +11,7 @@ from referee_jax.referees.questions import Atom
 from referee_jax.runs import prompt_records
 from referee_jax.runs.prompt_records import Entry
 
-LONGEST = 2000  # characters; the longest text encoder reads 77 tokens
+LONGEST = 2000  # characters; no network here reads 300 tokens
 
 
 @dataclasses.dataclass(frozen=True)

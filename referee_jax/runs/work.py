@@ -42,7 +42,7 @@ class Fresh:
         self.behind.extend(items)
 
     def drop(self, ids: Collection[str]) -> None:
-        """Drops items with these ids; until now there were no others."""
+        """Drops items with these ids, which include all that were dropped before."""
         self.dropped = ids
         for queue in (self.before, self.behind):
             kept = items_lib.missing(list(queue), ids)

@@ -33,6 +33,9 @@ class Batch(Protocol):
     prompt: Any  # encoded prompts
 
 
+HALVED = "the device's memory is too small, going on with --config.batch_size={}"
+
+
 class Engine(Protocol):
     """What a run needs of an engine; engine.inverter.Inverter is one."""
 
@@ -293,7 +296,7 @@ class Worker:
             raise error
         self.engine = smaller
         size = smaller.settings.batch_size
-        console.say(f"the device's memory is too small, going on with --config.batch_size={size}")
+        console.say(HALVED.format(size))
         self.run.log("halved", batch_size=size)
 
     def check(self) -> None:
@@ -306,12 +309,15 @@ def costs(engine: Engine) -> cost.Running:
     """What the engine's program costs, before it is compiled. ConfigError where it is too large for this machine's CPU."""
     batch = engine.shapes()
     running, limit = cost.running(engine, engine.trace(batch), batch.prompt), chips.machine_memory()
-    if limit and running.weights + running.batch > limit:
+    needed = engine.groups * (running.weights + running.batch)  # devices of a CPU share the machine's memory
+    if limit and needed > limit:
         size, side = engine.settings.batch_size, engine.settings.image_size
-        fitting = int((limit - running.weights) * size // running.batch)
+        fitting = int((limit / engine.groups - running.weights) * size // running.batch)
         advice = f"--config.batch_size={fitting} fits" if fitting > 0 else "choose a smaller --config.image_size"
+        if fitting < 1 < engine.groups:
+            advice = f"simulate fewer than {engine.groups} devices (JAX_NUM_CPU_DEVICES)"
         raise config.ConfigError(
-            f"{size} images of {side} x {side} pixels at once need about {cost.amount(running.weights + running.batch, 'B')} "
+            f"{engine.groups * size} images of {side} x {side} pixels at once need about {cost.amount(needed, 'B')} "
             f"of memory, this machine has {cost.amount(limit, 'B')}; {advice}"
         )
     return running

@@ -87,7 +87,7 @@ class Writer:
     def __init__(self, path: Path, journal: Path, settings: config.Settings, *, process: int | str = 0):
         self.path, self.journal, self.settings, self.process = path, journal, settings, process
         self.origin = {"fingerprint": config.fingerprint(settings), "settings": config.image_settings(settings)}
-        self.doubt = held_out.doubt(spec.losses for spec in settings.referees if spec.role == "held_out")
+        self.doubt = held_out.doubt(spec.weighted for spec in settings.referees if spec.role == "held_out")
         self._pool, self._shard, self._journalled = Pool(), None, queue.SimpleQueue()
 
     def write(self, picture: Picture, *, seconds: float, frames: Sequence[np.ndarray] = ()) -> str:

@@ -149,3 +149,17 @@ def test_what_is_missing(tmp_path, data):
         command(paths, benchmark="geneval2")
     with pytest.raises(ValueError, match="1 prompts are not in GenEval 2's data, 'a bird' for one"):
         command(paths, benchmark="geneval2", metadata=str(data))
+
+
+def test_a_sample_is_the_number_in_the_name(tmp_path, data):
+    """Also of one file alone, where some are missing, and beyond nine."""
+    rows = geneval2.read_data(data)
+    for number in (2, 10):
+        (tmp_path / f"score_lists_{number}.json").write_text(json.dumps(SCORES))
+        (tmp_path / f"image_paths_{number}.json").write_text(json.dumps({"a bird": f"{number}.png"}))
+    assert {sample for _, sample in geneval2.import_scores(tmp_path, rows)} == {2, 10}
+    assert {sample for _, sample in geneval2.import_scores(tmp_path / "score_lists_2.json", rows)} == {2}
+    assert [(x.file.name, x.sample) for x in geneval2.read_paths(tmp_path)] == [("2.png", 2), ("10.png", 10)]
+    other = tmp_path / "scores.json"
+    other.write_text(json.dumps(SCORES))
+    assert {sample for _, sample in geneval2.import_scores(other, rows)} == {0}

@@ -48,3 +48,8 @@ def test_who_marks_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="answers yes or no"):
         hacking.compare(settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_was_not_finite_marks_nothing():
+    broken = GOOD | {"losses": {"referee": [1.0, None], "held_out": [0.1, None]}}  # as JSON has it
+    assert hacking.precision_and_recall([GOOD, broken], doubt=0.3)["marked"] == 0

@@ -187,3 +187,14 @@ def test_what_is_written(tmp_path, monkeypatch):
     assert (tmp_path / "table.md").read_text().splitlines() == lines
     assert "a row,all,0.5,0.5,0.5," in (tmp_path / "table.csv").read_text()
     assert Image.open(tmp_path / "figure.png").size[0] > 500
+
+
+def test_a_picture_without_a_loss_is_nobodys_favourite():
+    """Where it was not finite; where none has a loss nothing is chosen."""
+    record = lambda n, loss: {"prompt": "a", "sample": n, "right": loss == 1.0, "quality": 30.0, "loss": loss, "held_out": loss,
+                              "seconds": 1.0}  # fmt: skip
+    some = [record(0, None), record(1, 2.0), record(2, 1.0), record(3, None)]
+    assert [x["loss"] for x in methods.favourites(some, 2)] == [2.0, 1.0]
+    assert [point.count for point in methods.points("row", 10.0, {"colour": some})] == [1, 2, 4]
+    none = [record(n, None) for n in range(4)]
+    assert [point.count for point in methods.points("row", 10.0, {"colour": none})] == [1]

@@ -141,6 +141,9 @@ def test_scores_are_compared_with_the_truth(run, tmp_path_factory):
     networks.save_clip(root / "clip")
     networks.save_blip(networks.blip(transformers.BlipForQuestionAnswering), root / "vqa")
     printed = command(run, benchmark="shapes", vqa=str(root / "vqa"), referee=[str(root / "clip")])
+    # A referee is told from a measure of the benchmark's of the same name.
+    measured = json.loads((run / "evaluation" / "scores.json").read_text())["measures"]
+    assert list(measured) == ["shapes", "blip_vqa", "referee clip"]
     lines = files.read_lines(run / "evaluation" / "images.jsonl")
     found = json.loads((run / "evaluation" / "scores.json").read_text())["agreement"]
     assert list(found) == ["blip_vqa", "clip_cosine"]

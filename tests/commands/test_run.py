@@ -244,13 +244,21 @@ def test_users_questions(tmp_path, capsys):
     assert code == 0 and [atom.question for atom in engine.questions["a red cat"]] == ["Is it red?", "Is it a cat?"]
     assert "questions" not in lines(tmp_path / "run" / "metadata.jsonl")[0]  # a fake engine gives no answers
     journal = tmp_path / "run" / "metadata.jsonl"
-    record = lines(journal)[0] | {"questions": {"referee_0": [{"question": "Is it red?", "probability": 0.5}]}}
+    record = lines(journal)[0] | {
+        "questions": {"referee_0": [{"question": "Is it red?", "answer": "yes", "probability": 0.5}]}
+    }
     journal.write_text(json.dumps(record) + "\n")
     assert execute(*arguments, path=config_file)[0] == 0
     write("Is it blue?")
     assert execute(*arguments, path=config_file)[0] == 2
-    assert "has an image of 'a red cat' with other questions, ['Is it red?']; choose" in capsys.readouterr().err
+    assert "has an image of 'a red cat' with other questions, 'Is it red? yes'; choose" in capsys.readouterr().err
     assert execute(*arguments, "--resume=force", path=config_file)[0] == 0
+    write(["Is it red?", "no"])  # another answer
+    assert execute(*arguments, path=config_file)[0] == 2
+    file.write_text(json.dumps({"prompt": "a red cat"}))  # by the parser: whether there is a cat
+    assert execute(*arguments, "--samples=2", path=config_file)[0] == 2
+    assert "has an image of 'a red cat' with other questions" in capsys.readouterr().err
+    write("Is it red?")
     capsys.readouterr()
     assert execute(f"--prompts={file}", f"--workdir={tmp_path / 'plain'}")[0] == 0
     assert "the questions of 1 prompts are not asked" in capsys.readouterr().out
@@ -373,6 +381,34 @@ def test_an_estimate_that_cannot_be_made_is_a_sentence(tmp_path, capsys):
     asked = command("--estimate", f"--config.referees[0].checkpoint={tmp_path}", f"--workdir={tmp_path / 'run'}")
     assert run.main(asked, work=run.estimate) == 2
     assert "preprocessor_config.json is missing" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too much")
+
+
+def test_a_warmup_halves_as_a_run_does(tmp_path, capsys):
+    engines = []
+    load = lambda settings: engines.append(FakeInverter(settings, {1: OUT_OF_MEMORY})) or engines[-1]
+    assert run.main(command("--warmup", f"--workdir={tmp_path / 'run'}"), load=load, work=job.warm_up) == 0
+    assert engines[0].batch_size == 1
+    assert "the device's memory is too small, going on with --config.batch_size=1" in capsys.readouterr().out
+
+
+def test_a_warmup_compiles_what_a_share_runs(tmp_path, monkeypatch):
+    """Of the usable prompts, and of this process's alone; and of "guided" where its window begins."""
+    counts, steps = [], []
+    monkeypatch.setattr(job, "fitted", lambda engine, settings, count: counts.append(count) or engine)
+    advance = FakeInverter.advance
+    monkeypatch.setattr(FakeInverter, "advance", lambda self, batch: steps.append(batch.step) or advance(self, batch))
+    prompts = [f"--prompt={text}" for text in ("a", "b", "c", "d", "d", "")]
+    asked = command(
+        "--warmup", *prompts, "--samples=2", "--shard_index=1", "--shard_count=2", "--config.method=guided",
+        "--config.steps=160", f"--workdir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert run.main(asked, load=FakeInverter, work=job.warm_up) == 0
+    levels = config.guided_levels(asked.settings)
+    first = next(i for i, t in enumerate(levels) if t <= asked.settings.guided.high)
+    assert counts == [4] and 0 < first < 159 and first in steps
 
 
 def test_warmup_compiles_and_writes_nothing(tmp_path, capsys):

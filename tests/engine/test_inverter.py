@@ -88,8 +88,8 @@ def test_no_program_of_a_run_speaks(monkeypatch):
     """Every one, as it is called in a run with candidates, particles and a held-out referee on eight devices."""
     judge = {"losses": {"cosine": 1.0}}
     engine = build(
-        devices=8, batch_size=1, init="sample", init_steps=2, init_candidates=2, look_every=2,
-        referees=(judge, judge | {"role": "held_out"}), particles=2, select="smc", select_every=2,
+        devices=8, batch_size=1, init="sample", init_steps=2, init_candidates=3, look_every=2,
+        referees=(judge, judge | {"role": "held_out"}), particles=3, select="smc", select_every=2,
     )  # fmt: skip
     seen, ask = {}, engine._program
 
@@ -356,3 +356,12 @@ def test_halved(straight):
     assert part.state.latents.shape[0] == 4
     found = smaller(tiny.PROMPTS[:2], seed=3)
     assert relative_l2(found.latents, straight.latents[:2]) < TOLERANCE
+
+
+def test_nothing_to_make_is_an_error():
+    engine = build(devices=1)
+    for make in (engine, engine.sample):
+        with pytest.raises(ValueError, match="there are 0 prompts and 1 samples of each: nothing to make"):
+            make([])
+        with pytest.raises(ValueError, match="nothing to make"):
+            make(["a red circle"], samples=0)

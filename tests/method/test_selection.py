@@ -40,3 +40,16 @@ def test_systematic_resampling_copies_by_weight():
     counts = (np.asarray(jax.jit(draw)(keys))[:, :, None] == np.arange(4)).sum(1)
     assert ((counts == np.floor(4 * w)) | (counts == np.ceil(4 * w))).all()
     assert counts.mean(0) == pytest.approx(4 * w, abs=0.03)
+
+
+@pytest.mark.parametrize("broken", [np.nan, -np.inf])
+def test_what_is_broken_is_dropped(broken):
+    """And does not keep the others from being chosen among."""
+    parents, _ = selection.resampled(
+        jnp.array([broken, 5.0, 0.0, 0.0]), jnp.zeros(4), jnp.zeros(4), jax.random.key(0), 10.0
+    )
+    assert parents.tolist() == [1] * 4
+    parents, log_w = selection.resampled(
+        jnp.array([broken, 1.0, 1.0, 1.0]), jnp.zeros(4), jnp.zeros(4), jax.random.key(0), 1.0
+    )
+    assert parents.tolist() == [0, 1, 2, 3] and log_w.tolist() == [-np.inf, 1.0, 1.0, 1.0]  # 3 of 4 are effective

@@ -51,6 +51,26 @@ def test_what_is_too_large_for_the_machine_is_said_at_once(tmp_path, monkeypatch
     assert bool(engines[0].begun) != bool(message) and (message or "") in capsys.readouterr().err
 
 
+def test_simulated_devices_share_the_machines_memory(tmp_path, monkeypatch, capsys):
+    """Each holds the networks and a batch of its own: on eight, eight times as much is needed."""
+    running = cost.Running(image=1e12, weights=36 * 10**6, batch=222 * 10**6, chip=None)
+    monkeypatch.setattr(cost, "running", lambda engine, iteration, prompts: running)
+
+    def load(settings):
+        engine = FakeInverter(settings)
+        engine.groups = 8
+        return engine
+
+    for memory, advice in ((10**9, "--config.batch_size=3 fits"), (2 * 10**8, "simulate fewer than 8 devices")):
+        monkeypatch.setattr(chips, "machine_memory", lambda memory=memory: memory)
+        asked = command(
+            "--prompt=a", "--config.batch_size=8", f"--workdir={tmp_path}", path=ROOT / "configs" / "shapes.py"
+        )
+        assert run.main(asked, load=load) == 2
+        said = capsys.readouterr().err
+        assert "64 images of 64 x 64 pixels at once need about 2.06 GB" in said and advice in said
+
+
 def test_a_machine_has_what_its_container_has(tmp_path):
     whole = chips.machine_memory(tmp_path)
     for name, content, expected in (

@@ -96,8 +96,7 @@ class _Guided:
         return Look(state.latents - moved, moved, k)
 
     def move(self, hyper, plan, state, i, drawn, found, pull, active):
-        descent = pull if found.latents is None else pull + found.latents
-        return found.at - descent, found.carry
+        return found.at - pull, found.carry
 
 
 class _Noise:
@@ -114,9 +113,8 @@ class _Noise:
         return Look(state.latents, jnp.zeros_like(state.latents), state.carry)
 
     def move(self, hyper, plan, state, i, drawn, found, pull, active):
-        gradient = pull if found.latents is None else pull + found.latents
         loss = jnp.where(active, found.losses["loss"], 0.0)
-        latents, carry = noise.RULES[plan.rule].move(hyper.noise, state.latents, gradient, loss, found.carry, drawn.n1)
+        latents, carry = noise.RULES[plan.rule].move(hyper.noise, state.latents, pull, loss, found.carry, drawn.n1)
         return optax.tree.where(active, (latents, carry), (state.latents, found.carry))
 
 

@@ -9,7 +9,8 @@ alpha_t = sqrt(abar_t) and sigma_t = sqrt(1 - abar_t):
     z <- z - beta r grad L(z)          in the window of timesteps, r of objective.balance    (2)
 
 Without (2) this is DDIM (Song et al. 2021, arXiv 2010.02502), exactly. (2) is a step along the gradient of the predicted
-clean latent, as in MPGD (arXiv 2311.16424), as long as beta of the prior's own. Before (1) k changes where it has to:
+clean latent, as in MPGD (arXiv 2311.16424), whose length is beta times the prior's own step. Before (1) k changes where
+it has to:
 
     one level down, stochastic:  k <- sqrt(1 - c^2) k + c xi,
                                  c = eta sqrt((1 - abar_t') / (1 - abar_t) (1 - abar_t / abar_t')) / sigma_t'   (3)
