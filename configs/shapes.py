@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     words = (tuple(world.COLOURS), world.SHAPES)
     settings.referees = (
         config.referee(checkpoint="shapes/clip", losses={"contrastive": 1.0}, near=24, exchange=words),
-        config.referee(name="vqascore", checkpoint="shapes/vqascore", role="held_out", losses={"vqa": 1.0}),
+        config.referee(name="vqascore", checkpoint="shapes/vqascore_held_out", role="held_out", losses={"vqa": 1.0}),
     )
     settings.sds.prompt, settings.sds.guidance = "{}", 3.0
     settings.sds.weight, settings.sds.weight_final, settings.sds.weight_steps = 20.0, 12.0, 40

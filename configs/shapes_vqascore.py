@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     settings = config.read(pathlib.Path(__file__).with_name("shapes.py"))
     settings.referees = (
         config.referee(name="vqascore", checkpoint="shapes/vqascore", losses={"vqa": 1.0}),
-        config.referee(name="blip2", checkpoint="shapes/blip2", role="held_out", losses={"itm": 1.0}),
+        settings.referees[-1],
     )
     settings.views.count, settings.views.keep, settings.views.augmentations = 2, 2, ()
     return settings

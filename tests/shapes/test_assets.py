@@ -21,6 +21,7 @@ EMBEDDED = {
     "blip_vqa": ("BlipForQuestionAnswering", "vqa", 0.97, 0.97),
     "blip2": ("Blip2ForImageTextRetrieval", "itm", 0.97, 0.97),
     "vqascore": (None, "vqa", 0.97, 0.97),  # transformers has no class of CLIP-FlanT5
+    "vqascore_held_out": (None, "vqa", 0.96, 0.88),
 }
 
 
