@@ -26,7 +26,7 @@ from absl import flags
 
 from referee_jax import cli, config
 from referee_jax import items as items_lib
-from referee_jax.benchmarks import report, statistics
+from referee_jax.benchmarks import methods, report, statistics
 from referee_jax.engine import builders, inverter
 from referee_jax.items import Item
 from referee_jax.shapes import benchmark
@@ -117,10 +117,8 @@ def _make(
     """Makes one batch and writes its images; returns their records."""
     hypers = [builders.make_hyper(variants[name]) for name, _ in rows]
     batch = engine.begin([item for _, item in rows], engine.settings.seed, hypers)
-    while batch.step < engine.steps:
-        batch, _ = engine.advance(batch)
     records = []
-    for (name, item), picture in zip(rows, engine.finish(batch), strict=True):
+    for (name, item), picture in zip(rows, methods.completed(engine, batch), strict=True):
         file = out / "images" / slug(name) / f"{item.id}.png"
         record = {"variant": name, "prompt": item.prompt, "sample": item.sample, "file": str(file.relative_to(out))}
         record["scores"] = files.finite(picture.scores | truth(picture.image, item.prompt))

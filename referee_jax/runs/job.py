@@ -116,7 +116,7 @@ def make_images(
     report_rejected(run, rejected)
     done, made = run.done(), worker.Made()
     items = items_lib.Items(texts, command.settings.samples)
-    share = items if command.claim else items_lib.share(items, command.shard_index, command.shard_count)
+    share = share_of(command, items)
     missing = len(items_lib.missing(items, done))  # of all processes, which write to the same disk
     todo = select(share, done, recovery.Failures.read(run))
     questions = check_questions(run, prompt_file.questions(command.entries), command.resume)
@@ -304,6 +304,11 @@ def shorten(ids: Sequence[str]) -> str:
     return ", ".join(ids[:SHOWN_IDS]) + (", ..." if len(ids) > SHOWN_IDS else "")
 
 
+def share_of(command: Command, items: Sequence[Item]) -> Sequence[Item]:
+    """The items that this process may make: all of them in a pool of workers, else its fixed share."""
+    return items if command.claim else items_lib.share(items, command.shard_index, command.shard_count)
+
+
 def _run_each_phase(engine: worker.Engine, settings: config.Settings) -> None:
     """A chunk with and one without referees, and one with the evaluation by held-out referees, which few chunks have."""
     batch, last = engine.begin(items_lib.expand(["a photo"], 1), settings.seed), settings.steps - 1
@@ -320,8 +325,7 @@ def warm_up(command: Command, *, load: Load = load_inverter, **_: Any) -> int:
     engine = load(settings)
     texts, _ = prompt_file.sift(command.entries)
     if texts:
-        every = items_lib.Items(texts, settings.samples)
-        share = every if command.claim else items_lib.share(every, command.shard_index, command.shard_count)
+        share = share_of(command, items_lib.Items(texts, settings.samples))
         engine = fitted(engine, settings, len(share))
     say(engine.compiling)
     while True:
@@ -330,11 +334,9 @@ def warm_up(command: Command, *, load: Load = load_inverter, **_: Any) -> int:
             _run_each_phase(engine, settings)
             break
         except jax.errors.JaxRuntimeError as error:
-            smaller = engine.halved() if chips.is_out_of_memory(error) else None
-            if smaller is None:
+            if not chips.is_out_of_memory(error):
                 raise
-            engine = smaller
-            say(worker.HALVED.format(engine.settings.batch_size))
+            engine = worker.halved(engine, error)
     directory = compile_cache.directory()
     kept = f"kept in {directory}" if directory else "not kept: JAX_COMPILATION_CACHE_DIR names no directory"
     say(f"compiled in {time.monotonic() - start:.0f} s, some chunks of iterations included; {kept}")

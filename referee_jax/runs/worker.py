@@ -33,9 +33,6 @@ class Batch(Protocol):
     prompt: Any  # encoded prompts
 
 
-HALVED = "the device's memory is too small, going on with --config.batch_size={}"
-
-
 class Engine(Protocol):
     """What a run needs of an engine; engine.inverter.Inverter is one."""
 
@@ -291,18 +288,23 @@ class Worker:
 
     def halve(self, error: jax.errors.JaxRuntimeError) -> None:
         """Halves the batch size; raises `error` if it is 1."""
-        smaller = self.engine.halved()
-        if smaller is None:
-            raise error
-        self.engine = smaller
-        size = smaller.settings.batch_size
-        console.say(HALVED.format(size))
-        self.run.log("halved", batch_size=size)
+        self.engine = halved(self.engine, error)
+        self.run.log("halved", batch_size=self.engine.settings.batch_size)
 
     def check(self) -> None:
         """Raises Stopped if a stop was requested."""
         if self.stop.number is not None:
             raise Stopped(self.stop.number)
+
+
+def halved(engine: Engine, error: jax.errors.JaxRuntimeError) -> Engine:
+    """The engine with half the batch size, and says so; raises `error` if it is 1."""
+    smaller = engine.halved()
+    if smaller is None:
+        raise error
+    size = smaller.settings.batch_size
+    console.say(f"the device's memory is too small, going on with --config.batch_size={size}")
+    return smaller
 
 
 def costs(engine: Engine) -> cost.Running:
@@ -313,9 +315,12 @@ def costs(engine: Engine) -> cost.Running:
     if limit and needed > limit:
         size, side = engine.settings.batch_size, engine.settings.image_size
         fitting = int((limit / engine.groups - running.weights) * size // running.batch)
-        advice = f"--config.batch_size={fitting} fits" if fitting > 0 else "choose a smaller --config.image_size"
-        if fitting < 1 < engine.groups:
+        if fitting > 0:
+            advice = f"--config.batch_size={fitting} fits"
+        elif engine.groups > 1:
             advice = f"simulate fewer than {engine.groups} devices (JAX_NUM_CPU_DEVICES)"
+        else:
+            advice = "choose a smaller --config.image_size"
         raise config.ConfigError(
             f"{engine.groups * size} images of {side} x {side} pixels at once need about {cost.amount(needed, 'B')} "
             f"of memory, this machine has {cost.amount(limit, 'B')}; {advice}"

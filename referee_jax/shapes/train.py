@@ -94,9 +94,8 @@ def train(
         raise ValueError(f"{name} has no {', '.join(sorted(wrong))} to leave out")
     if start and "start" not in inspect.signature(NETWORKS[name]).parameters:
         raise ValueError(f"{name} begins from random weights alone")
-    network = NETWORKS[name](out, **({"start": start} if start else {}), **({"without": without} if without else {}))
-    network = network.to(device)
-    others = {"epoch": epoch, "start": str(start) if start else None, "without": ",".join(without)}
+    network = NETWORKS[name](out, **{key: x for key, x in (("start", start), ("without", without)) if x}).to(device)
+    others = {"epoch": epoch, "start": start and str(start), "without": ",".join(without)}
     data_settings = data | {key: value for key, value in others.items() if value}
     steps, trained = steps or network.steps, network.trained
     average = copy.deepcopy(trained).requires_grad_(False)
