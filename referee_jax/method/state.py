@@ -12,7 +12,7 @@ from referee_jax.method.referee import Referee
 from referee_jax.method.ways import guided as guided_lib
 from referee_jax.method.ways import noise as noise_lib
 from referee_jax.method.ways import optim, sds
-from referee_jax.models import vae as vae_lib
+from referee_jax.models.diffusion import vae as vae_lib
 
 
 class Networks(struct.PyTreeNode):

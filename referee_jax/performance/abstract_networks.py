@@ -15,7 +15,8 @@ import numpy as np
 
 from referee_jax import config, referees
 from referee_jax.engine import builders
-from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip, unet, vae
+from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip
+from referee_jax.models.diffusion import unet, vae
 from referee_jax.models.flan_t5 import clip_t5
 from referee_jax.weights import config_json, hub, load, tokenizers
 

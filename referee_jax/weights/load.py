@@ -20,7 +20,8 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip, unet, vae
+from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip
+from referee_jax.models.diffusion import unet, vae
 from referee_jax.models.flan_t5 import clip_t5, t5
 from referee_jax.weights import config_json, convert, hub, tensors, tokenizers
 from referee_jax.weights.convert import WeightsError

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from referee_jax.engine import peak_memory
-from referee_jax.models import blip, clip, vae
+from referee_jax.models import blip, clip
+from referee_jax.models.diffusion import vae
 
 KIB = jax.ShapeDtypeStruct((16, 16), "float32")  # a value of 1024 bytes
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from referee_jax.models import unet
+from referee_jax.models.diffusion import unet
 from referee_jax.weights import config_json, convert
 from tests.lazy import diffusers, torch
 from tests.oracles import networks

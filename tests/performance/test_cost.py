@@ -12,7 +12,8 @@ from flax import nnx
 from referee_jax import config, doctor
 from referee_jax.engine import capacity, inverter
 from referee_jax.hardware import chips
-from referee_jax.models import blip, blip2, clip, layers, unet, vae
+from referee_jax.models import blip, blip2, clip, layers
+from referee_jax.models.diffusion import unet, vae
 from referee_jax.performance import abstract_networks, cost, flops
 from tests.conftest import abstract_step
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from referee_jax.models import unet
+from referee_jax.models.diffusion import unet
 from referee_jax.performance import flops
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax.models import vae
+from referee_jax.models.diffusion import vae
 from referee_jax.weights import config_json, load
 from tests.lazy import torch, transformers
 from tests.oracles import networks

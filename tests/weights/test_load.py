@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from referee_jax.models import clip, unet, vae
+from referee_jax.models import clip
+from referee_jax.models.diffusion import unet, vae
 from referee_jax.weights import config_json, convert, load, tokenizers
 from tests import conftest
 from tests.lazy import diffusers, torch, transformers

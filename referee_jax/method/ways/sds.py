@@ -16,7 +16,7 @@ from flax import struct
 from jax import Array
 
 from referee_jax.method import schedules
-from referee_jax.models import unet as unet_lib
+from referee_jax.models.diffusion import unet as unet_lib
 
 
 class Hyper(struct.PyTreeNode):

@@ -13,7 +13,8 @@ from flax import nnx
 from jax import Array
 
 from referee_jax.hardware import chips
-from referee_jax.models import attention, layers, vae
+from referee_jax.models import attention, layers
+from referee_jax.models.diffusion import vae
 
 _DOWN_HAS_ATTENTION = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP_HAS_ATTENTION = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}

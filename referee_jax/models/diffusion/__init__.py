@@ -1,0 +1,1 @@
+"""Networks of generators: Stable Diffusion's and SDXL's U-Net (unet.py), and autoencoders' decoders (vae.py)."""
