@@ -43,7 +43,7 @@ from referee_jax.runs import prompt_file
 from referee_jax.runs.command import Command
 from referee_jax.storage import bucket as bucket_lib
 from referee_jax.storage import run_directory
-from referee_jax.weights import convert, load
+from referee_jax.weights import convert, generators, load
 from referee_jax.weights import hub as hub_files
 
 GB = 1e9
@@ -250,14 +250,14 @@ def unwritable(path: Path) -> str | None:
 
 
 def checkpoint(name: str, revision: str, kinds: Iterable[str] = ()) -> tuple[str, str]:
-    """Where a checkpoint is, and a remedy if it is nowhere, or not whole as what `load.check` calls these kinds."""
+    """Where a checkpoint is, and a remedy if it is nowhere, or not whole as these kinds of networks, "" being a generator."""
     try:
         directory = hub_files.present(name, revision or None)
     except convert.WeightsError as error:
         return str(error), "name one of those"
     try:
         for kind in kinds if directory else ():
-            load.check(directory, kind)
+            load.check(directory, kind) if kind else generators.check(directory)
     except convert.WeightsError as error:
         return f"{name} is here, but {error}", "get its files anew, from where it is from"
     if directory == hub_files.local_path(name):

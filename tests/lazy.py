@@ -33,6 +33,7 @@ diffusers, transformers, kornia = map(Module, ("diffusers", "transformers", "kor
 safetensors_torch = Module("safetensors.torch")
 oracle, judges = Module("tests.oracles.inversion"), Module("tests.oracles.judges")
 t5_oracles = Module("tests.oracles.t5")
+pipelines = Module("tests.oracles.pipelines")
 against_torch = Module("tests.tools.against_torch")
 recipes_generator, recipes_referees, recipes_vqascore, train = (
     Module(f"referee_jax.shapes.{name}")

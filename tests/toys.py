@@ -17,8 +17,10 @@ from jax import Array
 
 from referee_jax import config, referees
 from referee_jax.engine import inverter
+from referee_jax.models.diffusion.text import Text
 from referee_jax.performance import abstract_networks
-from referee_jax.weights import load
+from referee_jax.weights import config_json
+from referee_jax.weights.generators import Generator
 
 VOCABULARY, WIDTH, LENGTH = 64, 6, 77
 CELLS, FEATURES = 4, 5  # a referee sees the mean colours of 4 x 4 cells
@@ -36,12 +38,12 @@ class Words(abstract_networks.Words):
 
 
 class TextEncoder(struct.PyTreeNode):
-    """Ids `[N, T]` to states `[N, T, WIDTH]`."""
+    """Ids `[N, T]` of one tokenizer to states `[N, T, WIDTH]`."""
 
     table: Array
 
-    def __call__(self, ids: Array) -> Array:
-        return self.table[ids]
+    def __call__(self, ids: Sequence[Array]) -> Text:
+        return Text(self.table[ids[0]])
 
 
 class UNet(struct.PyTreeNode):
@@ -51,7 +53,7 @@ class UNet(struct.PyTreeNode):
     drift: Array
     matrix: Array
 
-    def __call__(self, z: Array, t: Array, states: Array) -> Array:
+    def __call__(self, z: Array, t: Array, states: Array, pooled: None = None) -> Array:
         moved = (t / 1000)[:, None] * self.drift + states.sum(1) @ self.matrix / 4
         return z * self.scale + moved[:, None, None]
 
@@ -99,17 +101,16 @@ class Referee(struct.PyTreeNode):
         return scores | {f"question_{n}": jax.nn.sigmoid(text[n].mean()) for n in range(self.questions)}
 
 
-def prior(seed: int = 0) -> load.StableDiffusion:
+def prior(seed: int = 0) -> Generator:
     """With Stable Diffusion's schedule."""
     rng = np.random.default_rng(seed)
-    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    return load.StableDiffusion(
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return Generator(
         text_encoder=TextEncoder(_table(rng, WIDTH)),
-        unet=UNet(0.5 + 0.1 * _normal(rng, 4), _normal(rng, 4), _normal(rng, WIDTH, 4)),
+        denoiser=UNet(0.5 + 0.1 * _normal(rng, 4), _normal(rng, 4), _normal(rng, WIDTH, 4)),
         vae=Decoder(_normal(rng, 4, 3)),
-        alphas_cumprod=jnp.asarray(np.cumprod(1 - betas), jnp.float32),
-        prediction_type="epsilon",
-        tokenizer=Words(LENGTH),
+        schedule=config_json.Schedule(**betas, steps_offset=1, set_alpha_to_one=False),
+        tokenizers=(Words(LENGTH),),
     )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,10 @@ from referee_jax.hardware import chips
 from referee_jax.method import augmentations, objective
 from referee_jax.method import state as state_lib
 from referee_jax.method.ways import ddim, guided, noise, optim, sds
+from referee_jax.method.ways import prior as prior_lib
 from referee_jax.models import layers
 from referee_jax.referees.questions import Atom
-from referee_jax.weights import load
+from referee_jax.weights.generators import Generator
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -58,7 +59,7 @@ def make_weights(spec: config.RefereeSpec) -> objective.Weights:
 
 
 def make_networks(
-    prior: load.StableDiffusion,
+    prior: Generator,
     judges: Sequence[referees.Judge],
     held_out: Sequence[referees.Judge] = (),
     *,
@@ -73,16 +74,23 @@ def make_networks(
     hardware = hardware or chips.traits()
     configured = functools.partial(layers.configured, hardware=hardware)
     return state_lib.Networks(
-        prior=sds.Prior(configured(prior.unet), prior.alphas_cumprod, prior.prediction_type),
+        prior=make_prior(prior, configured),
         vae=configured(prior.vae),
         referees=tuple(configured(judge.referee, remat=remat) for judge in judges),
         held_out=tuple(configured(judge.referee) for judge in held_out),
     )
 
 
+def make_prior(generator: Generator, configured: Callable = lambda network: network) -> prior_lib.Prior:
+    """The generator's diffusion model; `configured` sets static fields of its network."""
+    schedule = generator.schedule
+    alphas_cumprod = jnp.asarray(schedule.alphas_cumprod())
+    return prior_lib.Prior(configured(generator.denoiser), alphas_cumprod, schedule.prediction_type)
+
+
 def make_plan(
     settings: config.Settings,
-    prior: load.StableDiffusion,
+    prior: Generator,
     judges: Sequence[referees.Judge],
     held_out: Sequence[referees.Judge] = (),
     *,
@@ -199,7 +207,7 @@ def structure(settings: config.Settings) -> config.Settings:
 
 def tokenize(
     settings: config.Settings,
-    tokenizer: Any,
+    tokenizers: Sequence[Any],
     judges: Sequence[referees.Judge],
     held_out: Sequence[referees.Judge],
     prompt: str,
@@ -209,8 +217,9 @@ def tokenize(
     template = settings.sds
     is_guided = template.prompt != template.negative_prompt
     texts = [prompts.fill(template.prompt, prompt), template.negative_prompt][: 2 if is_guided else 1]
+    texts = list(map(prompts.repaired, texts))
     return {
-        "prior": prompts.tokenize(tokenizer, list(map(prompts.repaired, texts)), reader="the prior"),
+        "prior": tuple(prompts.tokenize(tokenizer, texts, reader="the prior") for tokenizer in tokenizers),
         "referees": tuple(judge.read(prompt, questions) for judge in judges),
         "held_out": tuple(judge.read(prompt, questions) for judge in held_out),
     }
@@ -218,11 +227,12 @@ def tokenize(
 
 def encode(networks: state_lib.Networks, text_encoder: Any, tokens: dict[str, Any]) -> state_lib.Prompt:
     """All that depends on the text alone, of `tokenize`'s tokens."""
-    states = text_encoder(tokens["prior"]).astype(jnp.float32)
+    text = jax.tree.map(lambda x: x.astype(jnp.float32), text_encoder(tokens["prior"]))
+    count = len(text.states)
     judged = lambda referees, key: tuple(r.encode(t) for r, t in zip(referees, tokens[key], strict=True))
     return state_lib.Prompt(
-        cond=states[0],
-        uncond=states[1] if len(states) > 1 else None,
+        cond=jax.tree.map(lambda x: x[0], text),
+        uncond=jax.tree.map(lambda x: x[1], text) if count > 1 else None,
         texts=judged(networks.referees, "referees"),
         held_out=judged(networks.held_out, "held_out"),
     )

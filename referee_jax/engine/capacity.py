@@ -15,7 +15,7 @@ from referee_jax.method import held_out as held_out_lib
 from referee_jax.method import inversion
 from referee_jax.method import state as state_lib
 from referee_jax.referees.judge import Judge
-from referee_jax.weights import load
+from referee_jax.weights.generators import Generator
 
 UNKNOWN = 8  # images at once where the memory is not known
 MOST = 64  # images at once: more are no faster
@@ -34,22 +34,20 @@ class Step:
     plan: state_lib.Plan
 
 
-def make_step(settings: config.Settings, prior: load.StableDiffusion, judges: Sequence[Judge]) -> Step:
+def make_step(settings: config.Settings, prior: Generator, judges: Sequence[Judge]) -> Step:
     """An iteration over these networks; what depends on the text is abstract."""
     optimised = [judge for judge in judges if judge.spec.role == "optimise"]
     held_out = [judge for judge in judges if judge.spec.role == "held_out"]
     remat = "full" if settings.remat == "auto" else settings.remat
     networks = builders.make_networks(prior, optimised, held_out, remat=remat)
-    tokens = builders.tokenize(settings, prior.tokenizer, optimised, held_out, "a")
+    tokens = builders.tokenize(settings, prior.tokenizers, optimised, held_out, "a")
     prompt = jax.eval_shape(builders.encode, networks, prior.text_encoder, tokens)
     plan = builders.make_plan(settings, prior, optimised, held_out)
     hyper = builders.make_hyper(settings)
     return Step(settings, networks, prior.text_encoder, prompt, hyper, plan)
 
 
-def fitting(
-    settings: config.Settings, prior: load.StableDiffusion, judges: Sequence[Judge], limit: int | None
-) -> config.Settings:
+def fitting(settings: config.Settings, prior: Generator, judges: Sequence[Judge], limit: int | None) -> config.Settings:
     """`settings` with `remat` and `batch_size` decided by a memory of `limit` bytes (None: unknown).
 
     `remat` "auto" becomes "dots" if a batch then fits, else "full". `batch_size` 0 becomes the number
@@ -70,7 +68,7 @@ def fitting(
     )  # too large by our estimate: the device decides
 
 
-def fitting_batch(settings: config.Settings, prior: load.StableDiffusion, judges: Sequence[Judge], limit: int) -> int:
+def fitting_batch(settings: config.Settings, prior: Generator, judges: Sequence[Judge], limit: int) -> int:
     """`settings.batch_size` if it fits, else 0; where it is 0, the largest that fits."""
     step = make_step(settings, prior, judges)
     free = USABLE * limit - sum(weights(step).values()) / settings.mesh.model  # of a group each holds its share
@@ -112,7 +110,7 @@ def traced(step: Step, batch: int) -> core.Jaxpr:
 def weights(step: Step) -> dict[str, int]:
     """Bytes of each network, by name."""
     networks = step.networks
-    named = {"text encoder": step.text_encoder, "U-Net": networks.prior.unet, "decoder": networks.vae}
+    named = {"text encoder": step.text_encoder, "U-Net": networks.prior.denoiser, "decoder": networks.vae}
     specs = [spec for role in ("optimise", "held_out") for spec in step.settings.referees if spec.role == role]
     for n, (spec, referee) in enumerate(zip(specs, (*networks.referees, *networks.held_out), strict=True)):
         held_out = " (held out)" if spec.role == "held_out" else ""

@@ -11,6 +11,7 @@ need to stop or inspect between chunks. It reads no files but checkpoints, and w
 import copy
 import dataclasses
 import functools
+import itertools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,9 +33,9 @@ from referee_jax.hardware import devices as hardware_devices
 from referee_jax.items import Item, Part
 from referee_jax.method import inversion
 from referee_jax.method import state as state_lib
-from referee_jax.method.ways import ddim
 from referee_jax.referees.questions import Atom
-from referee_jax.weights import load
+from referee_jax.weights import generators
+from referee_jax.weights.generators import Generator
 
 TOKENIZED = 4096  # prompts whose tokens stay in memory, some kilobytes each
 
@@ -56,12 +57,12 @@ class Inverter:
     def __init__(
         self,
         settings: config.Settings,
-        prior: load.StableDiffusion,
+        prior: Generator,
         judges: Sequence[referees.Judge],
         devices: Sequence[jax.Device] | None = None,
     ):
         hardware_devices.check_numbers()
-        self.mesh, self.tokenizer = builders.make_mesh(settings, devices), prior.tokenizer
+        self.mesh, self.tokenizers = builders.make_mesh(settings, devices), prior.tokenizers
         limit = chips.memory_limit(self.mesh.devices.flat[0])
         self.settings = settings = capacity.fitting(settings, prior, judges, limit)
         self.steps, self.chunk = settings.steps, settings.chunk
@@ -72,7 +73,7 @@ class Inverter:
         hardware = chips.traits(self.mesh.devices.flat[0], is_split=self.mesh.shape[parallel.MODEL] > 1)
         networks = builders.make_networks(prior, self.judges, self.held_out, remat=settings.remat, hardware=hardware)
         self.networks = parallel.place(networks, self.mesh, batched=False)
-        self.text_encoder = prior.text_encoder
+        self.text_encoder, self.schedule = prior.text_encoder, prior.schedule
         self.plan = builders.make_plan(settings, prior, self.judges, self.held_out, dense=hardware.dense)
         self.hyper = builders.make_hyper(settings)
         self.compiled, self._programs, self._tokens = False, {}, {}
@@ -90,7 +91,7 @@ class Inverter:
         """
         settings = config.from_config(settings)
         dtype = builders.DTYPES[settings.precision]
-        prior = load.load_stable_diffusion(
+        prior = generators.load_generator(
             settings.generator.checkpoint,
             revision=settings.generator.revision or None,
             unet=settings.generator.unet,
@@ -169,11 +170,18 @@ class Inverter:
         return self._program("judge", is_swept)(self.networks, prompt, hyper, latents)
 
     def _denoise(self, prompt: state_lib.Prompt, latents: Array, start: Start) -> Array:
-        """Latents of noise to those of a sample of the prior, by DDIM."""
-        total, program = len(self.networks.prior.alphas_cumprod), self._program("denoise")
-        stride, guidance = jnp.int32(total // start.steps), jnp.float32(start.guidance)
-        for t in ddim.timesteps(total, start.steps):
-            latents = program(self.networks, prompt, latents, jnp.int32(t), stride, guidance)
+        """Noise to the latents of a sample of the prior, by DDIM at its published sampler's timesteps."""
+        program, guidance, timesteps = (
+            self._program("denoise"),
+            jnp.float32(start.guidance),
+            self.schedule.timesteps(start.steps),
+        )
+        scale = self.schedule.first_scale(timesteps[0])
+        for t, after in itertools.pairwise(timesteps):
+            latents = program(
+                self.networks, prompt, latents, jnp.float32(scale), jnp.int32(t), jnp.int32(after), guidance
+            )
+            scale = 1.0
         return latents
 
     def _encode_items(
@@ -422,7 +430,7 @@ class Inverter:
         """A prompt's tokens. Those of the last TOKENIZED are kept: `begin` need not read again after `check`."""
         if prompt not in self._tokens:
             given = self.questions.get(prompt, ())
-            tokens = builders.tokenize(self.settings, self.tokenizer, self.judges, self.held_out, prompt, given)
+            tokens = builders.tokenize(self.settings, self.tokenizers, self.judges, self.held_out, prompt, given)
             if len(self._tokens) == TOKENIZED:
                 del self._tokens[next(iter(self._tokens))]
             self._tokens[prompt] = tokens

@@ -23,8 +23,10 @@ def _noise(key, number, *, plan: Plan):
     return jax.random.normal(jax.random.fold_in(key, 2**31 - 1 - number), plan.latent)
 
 
-def _denoise(networks, prompt, latents, t, stride, guidance, *, plan: Plan):
-    return ddim.step(networks.prior, latents, t, stride, cond=prompt.cond, uncond=prompt.uncond, guidance=guidance)
+def _denoise(networks, prompt, latents, scale, t, after, guidance, *, plan: Plan):
+    return ddim.step(
+        networks.prior, scale * latents, t, after, cond=prompt.cond, uncond=prompt.uncond, guidance=guidance
+    )
 
 
 def _judge(networks, prompt, hyper, latents, *, plan: Plan):
@@ -78,7 +80,7 @@ def _finish(networks, prompt, hyper, state, *, plan: Plan, output: str):
 # Name -> the function, which of its arguments have an axis of items ("hyper": in a sweep), and which are donated.
 PROGRAMS = {
     "noise": (_noise, (True, False), ()),
-    "denoise": (_denoise, (False, True, True, False, False, False), ()),
+    "denoise": (_denoise, (False, True, True, False, False, False, False), ()),
     "judge": (_judge, (False, True, "hyper", True), ()),
     "init": (_init, (False, True, True, "hyper"), ()),
     "take": (_take, (True, True), ()),

@@ -60,7 +60,7 @@ def draw(key: Array, networks: Networks, plan: Plan, hyper: Hyperparameters, i: 
         shape = (view_plan.keep, size, size, 3)
         referee_noise.append(jax.random.normal(jax.random.fold_in(referee, number), shape))
     return Noise(
-        t=sds.sample_timestep(t, hyper.prior, i, len(networks.prior.alphas_cumprod)),
+        t=sds.sample_timestep(t, hyper.prior, i, networks.prior.timesteps),
         eps=eps,
         n1=n1,
         n2=n2,

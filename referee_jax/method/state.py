@@ -12,26 +12,28 @@ from referee_jax.method.referee import Referee
 from referee_jax.method.ways import guided as guided_lib
 from referee_jax.method.ways import noise as noise_lib
 from referee_jax.method.ways import optim, sds
+from referee_jax.method.ways import prior as prior_lib
 from referee_jax.models.diffusion import vae as vae_lib
+from referee_jax.models.diffusion.text import Text
 
 
 class Networks(struct.PyTreeNode):
     """Everything with weights."""
 
-    prior: sds.Prior
+    prior: prior_lib.Prior
     vae: vae_lib.AutoencoderKL
     referees: tuple[Referee, ...]
     held_out: tuple[Referee, ...] = ()
 
 
 class Prompt(struct.PyTreeNode):
-    """What depends on the text alone: the U-Net's states `[T, D]`, and each referee's own encoding.
+    """What depends on the text alone: what the generator's network reads of it, and each referee's own encoding.
 
     `uncond` is None where the prior is not guided.
     """
 
-    cond: Array
-    uncond: Array | None
+    cond: Text
+    uncond: Text | None
     texts: tuple[Any, ...]
     held_out: tuple[Any, ...] = ()
 
@@ -92,7 +94,7 @@ class Plan(struct.PyTreeNode):
     normalise: bool = struct.field(pytree_node=False, default=False)
     latent_losses: tuple[str, ...] = struct.field(pytree_node=False, default=())
     method: str = struct.field(pytree_node=False, default="sds")
-    levels: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    levels: tuple[float, ...] = struct.field(pytree_node=False, default=())
     rule: str = struct.field(pytree_node=False, default="reno")
     is_guided: bool = struct.field(pytree_node=False, default=False)
 

@@ -1,6 +1,7 @@
 """CLIP (Radford et al. 2021, arXiv 2103.00020): text and vision tower.
 
-Laid out as transformers' `CLIPModel`. Also Stable Diffusion's text encoder, `CLIPTextModel`.
+Laid out as transformers' `CLIPModel`. Also text encoders of generators, `CLIPTextModel` and
+`CLIPTextModelWithProjection`.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ class TextConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
-    projection_dim: int | None = 512  # not used; `Config.projection_dim` is
+    projection_dim: int | None = 512  # of TextModelWithProjection; CLIP has `Config.projection_dim`
 
     def __post_init__(self):
         layers.check_config(self)
@@ -127,6 +128,13 @@ class Encoder(nnx.Module):
     def __call__(self, x: Array) -> Array:
         return layers.scan_layers(self.layers, x, remat=self.remat)
 
+    def last_two(self, x: Array) -> tuple[Array, Array]:
+        """The states after the last block but one, and after the last."""
+        blocks, depth = self.layers.layer, self.layers.depth
+        first = layers.Stack(jax.tree.map(lambda w: w[:-1], blocks), depth - 1)
+        before = layers.scan_layers(first, x) if depth > 1 else x
+        return before, jax.tree.map(lambda w: w[-1], blocks)(before)
+
 
 class TextEmbeddings(nnx.Module):
     """Token plus position embeddings."""
@@ -156,18 +164,31 @@ class TextTransformer(nnx.Module):
         No padding mask is needed: attention is causal. Raises ValueError if there are more tokens
         than positions.
         """
-        positions, end_token = self.config.max_position_embeddings, self.config.eos_token_id
+        states = self.final_layer_norm(self.encoder(self._embedded(input_ids)))
+        return states, self._of_end(states, input_ids)
+
+    @jax.named_scope("text_encoder")
+    def penultimate(self, input_ids: Array) -> tuple[Array, Array]:
+        """As `__call__`, but the states are those before the last block and the final norm."""
+        before, states = self.encoder.last_two(self._embedded(input_ids))
+        return before, self._of_end(self.final_layer_norm(states), input_ids)
+
+    def _embedded(self, input_ids: Array) -> Array:
+        positions = self.config.max_position_embeddings
         if input_ids.shape[-1] > positions:
             raise ValueError(f"{input_ids.shape[-1]} tokens, but CLIP has {positions} positions")
-        states = self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
+        return self.embeddings(input_ids)
+
+    def _of_end(self, states: Array, input_ids: Array) -> Array:
         # Checkpoints saved before transformers 4.31 have eos_token_id 2 and mean the largest id.
+        end_token = self.config.eos_token_id
         is_end = input_ids == (input_ids.max(-1, keepdims=True) if end_token == 2 else end_token)
         end = jnp.argmax(is_end, -1)
-        return states, jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]
+        return jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]
 
 
 class TextModel(nnx.Module):
-    """transformers' `CLIPTextModel`: Stable Diffusion's text encoder."""
+    """transformers' `CLIPTextModel`: the text encoder of Stable Diffusion, and one of SDXL's and FLUX's."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         self.text_model = TextTransformer(config, rngs=rngs)
@@ -175,6 +196,19 @@ class TextModel(nnx.Module):
     def __call__(self, input_ids: Array) -> Array:
         """`int32[B, T] -> [B, T, D]`: the last hidden states after the final norm."""
         return self.text_model(input_ids)[0]
+
+
+class TextModelWithProjection(nnx.Module):
+    """transformers' `CLIPTextModelWithProjection`: a text encoder of SDXL and of SD3."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.text_model = TextTransformer(config, rngs=rngs)
+        self.text_projection = nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
+
+    def __call__(self, input_ids: Array) -> tuple[Array, Array]:
+        """`int32[B, T]` to the states before the last block `[B, T, D]`, and the projected end token's `[B, P]`."""
+        states, pooled = self.text_model.penultimate(input_ids)
+        return states, self.text_projection(pooled)
 
 
 class VisionEmbeddings(nnx.Module):

@@ -135,7 +135,7 @@ def parts(step: capacity.Step) -> list[Part]:
 
 
 def _unet(networks, prompt, hyper, z: Array, key: Array) -> Array:
-    t = sds.sample_timestep(key, hyper.prior, jnp.int32(0), len(networks.prior.alphas_cumprod))
+    t = sds.sample_timestep(key, hyper.prior, jnp.int32(0), networks.prior.timesteps)
     how = {"cond": prompt.cond, "uncond": prompt.uncond, "hyper": hyper.prior, "i": jnp.int32(0)}
     return sds.gradient(networks.prior, z, t=t, eps=z, **how)
 

@@ -27,7 +27,15 @@ UNET = dict(
 )  # fmt: skip
 ONE_STEP = UNET | dict(block_out_channels=(44, 88), norm_num_groups=4)
 TEACHER_STEPS, GUIDANCE = 12, 7.5  # of the sampler that the generator of one step learns from
-SCHEDULER = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+# As Stable Diffusion's.
+SCHEDULER = dict(
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
 
 
 class Autoencoder(torch.nn.Module):
@@ -83,7 +91,7 @@ class UNet(torch.nn.Module):
         )
         texts = start / "stable-diffusion" / "text_encoder" if start else out / "clip"
         self.text_encoder = transformers.CLIPTextModel.from_pretrained(texts).float().requires_grad_(False)
-        self.scheduler = diffusers.DDPMScheduler(**SCHEDULER)
+        self.scheduler = diffusers.DDIMScheduler(**SCHEDULER)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict]:
         with torch.no_grad():
@@ -128,7 +136,7 @@ class OneStep(torch.nn.Module):
         self.teacher.requires_grad_(False)
         texts = out / "stable-diffusion" / "text_encoder"
         self.text_encoder = transformers.CLIPTextModel.from_pretrained(texts).float().requires_grad_(False)
-        self.scheduler = diffusers.DDPMScheduler(**SCHEDULER)
+        self.scheduler = diffusers.DDIMScheduler(**SCHEDULER)
         self.register_buffer("empty", torch.from_numpy(tokens.encode([""])))
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict]:

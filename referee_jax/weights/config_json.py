@@ -6,6 +6,7 @@ one of the keys that do not change what the network computes (`HARMLESS`), or an
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -21,9 +22,9 @@ from referee_jax.weights.convert import WeightsError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The part of scheduler_config.json about training, not samplers.
+    """The part of scheduler_config.json about training, and which timesteps its sampler goes through.
 
-    The defaults are diffusers'.
+    The defaults are those of diffusers' `DDIMScheduler`, and of sampling to the end: `set_alpha_to_one`.
     """
 
     num_train_timesteps: int = 1000
@@ -31,11 +32,15 @@ class Schedule:
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True  # whether the last step ends without noise, or at that of timestep 0
 
     def __post_init__(self):
         for name, values in (
             ("beta_schedule", ("scaled_linear", "linear")),
             ("prediction_type", ("epsilon", "v_prediction")),
+            ("timestep_spacing", ("leading", "trailing", "linspace")),
         ):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not implemented; supported: {', '.join(values)}")
@@ -45,6 +50,24 @@ class Schedule:
         power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
         betas = np.linspace(self.beta_start**power, self.beta_end**power, self.num_train_timesteps) ** (1 / power)
         return np.cumprod(1 - betas).astype(np.float32)
+
+    def first_scale(self, timestep: int) -> float:
+        """What the published sampler multiplies its noise by at the first timestep; 1 with "leading" ones."""
+        return 1.0 if self.timestep_spacing == "leading" else math.sqrt(1 - self.alphas_cumprod()[timestep])
+
+    def timesteps(self, steps: int) -> list[int]:
+        """Where the published sampler goes in so many steps, the noisiest first; the last, -1, is the end without noise.
+
+        As in diffusers, but for "linspace", whose timesteps are rounded.
+        """
+        total, numbers = self.num_train_timesteps, np.arange(steps)
+        if self.timestep_spacing == "leading":
+            levels = numbers[::-1] * (total // steps) + self.steps_offset
+        elif self.timestep_spacing == "trailing":
+            levels = np.round(total - numbers * total / steps) - 1
+        else:
+            levels = np.round(np.linspace(total - 1, 0, steps))
+        return [*np.minimum(levels, total - 1).astype(int).tolist(), -1 if self.set_alpha_to_one else 0]
 
 
 def _any(names: str) -> dict[str, None]:
@@ -143,8 +166,8 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     Schedule: _any(
         "_class_name _diffusers_version algorithm_type clip_sample clip_sample_range dynamic_thresholding_ratio "
         "euler_at_final final_sigmas_type interpolation_type lambda_min_clipped lower_order_final sample_max_value "
-        "set_alpha_to_one sigma_max sigma_min skip_prk_steps solver_order solver_type steps_offset thresholding "
-        "timestep_spacing timestep_type use_beta_sigmas use_exponential_sigmas use_karras_sigmas use_lu_lambdas "
+        "sigma_max sigma_min skip_prk_steps solver_order solver_type thresholding timestep_type use_beta_sigmas "
+        "use_exponential_sigmas use_karras_sigmas use_lu_lambdas "
         "variance_type "
         # of UniPC, DPM-Solver and SA-Solver; shifts act with use_flow_sigmas only
         "corrector_order disable_corrector flow_shift predict_x0 predictor_order shift_terminal solver_p tau_func "
@@ -232,6 +255,16 @@ def blip_config(values: Mapping, *, where: str) -> blip.Config:
     return config
 
 
+_LEADING = (
+    "PNDM",
+    "DDIM",
+    "DDPM",
+    "LCM",
+    "TCD",
+    "None",
+)  # samplers whose timesteps are "leading" unless they say other
+
+
 def schedule(values: Mapping, *, where: str) -> Schedule:
     """Reads scheduler_config.json: the schedule of training, whichever sampler it was saved with.
 
@@ -242,7 +275,9 @@ def schedule(values: Mapping, *, where: str) -> Schedule:
         raise WeightsError(
             f"{where}: _class_name={name!r} without beta_schedule is not implemented: it was trained as EDM"
         )
-    return config_from_json(Schedule, values, where=where)
+    spacing = "leading" if name.startswith(_LEADING) else "linspace"
+    defaults = {"timestep_spacing": spacing, "set_alpha_to_one": not name.startswith("PNDM")}
+    return config_from_json(Schedule, defaults | dict(values), where=where)
 
 
 # What rotary positions may be, besides the numbers that are fields -> the values that are implemented.

@@ -30,7 +30,6 @@ from referee_jax.weights.tensors import Tensors
 TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"  # files of weights
 # As transformers writes it before and from 5.0; the second file has other parts, too.
 _IMAGE_PROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
-FOLDERS = {"clip_text": "text_encoder", "unet": "unet", "vae_decoder": "vae"}  # of Stable Diffusion's networks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +92,12 @@ KINDS: dict[str, Kind] = {
         network=clip.TextModel,
         architecture="CLIPTextModel",
         renames=((r"^(?!text_model\.)", "text_model."),),
+        ignore=("*.position_ids",),
+    ),
+    "clip_text_projected": Kind(
+        config=config_json.reader(clip.TextConfig),
+        network=clip.TextModelWithProjection,
+        architecture="CLIPTextModelWithProjection",
         ignore=("*.position_ids",),
     ),
     "siglip": Kind(
@@ -205,7 +210,7 @@ def load(
         dtype: of the weights; see `convert.fill` for the exceptions.
     """
     row = KINDS[kind]
-    directory = _fetch(path_or_id, revision, {subfolder: row.stem}) / subfolder
+    directory = fetch(path_or_id, revision, {subfolder: row.stem}) / subfolder
     config = read_config(kind, directory)
     weights = Tensors(directory, row.stem)
     config = dataclasses.replace(config, **optional_parts(row, weights))
@@ -302,7 +307,7 @@ def fetch_referee(path_or_id: str | Path, *, revision: str | None = None) -> Pat
 
     Raises WeightsError if it cannot be downloaded, with one command for all files.
     """
-    return _fetch(path_or_id, revision, {"": TRANSFORMERS}, [*tokenizers.PATTERNS, _IMAGE_PROCESSOR, _PROCESSOR])
+    return fetch(path_or_id, revision, {"": TRANSFORMERS}, [*tokenizers.PATTERNS, _IMAGE_PROCESSOR, _PROCESSOR])
 
 
 def read_preprocessing(directory: Path) -> dict:
@@ -332,113 +337,27 @@ def load_tokenizer(path_or_id: str | Path, *, revision: str | None = None, kind:
     return tokenizers.read(directory, text_config(read_config(kind, directory)) if kind else None)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StableDiffusion:
-    """The parts of a Stable Diffusion checkpoint.
-
-    Attributes:
-        alphas_cumprod: float32[steps], of the noise schedule of training.
-        prediction_type: what the U-Net predicts, "epsilon" or "v_prediction".
-        tokenizer: transformers'; pad to its `model_max_length`.
-    """
-
-    text_encoder: clip.TextModel
-    unet: unet.UNet
-    vae: vae.AutoencoderKL
-    alphas_cumprod: jax.Array
-    prediction_type: str
-    tokenizer: object
-
-
-def load_stable_diffusion(
-    path_or_id: str | Path,
-    *,
-    revision: str | None = None,
-    unet: str | Path = "",
-    unet_revision: str | None = None,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-) -> StableDiffusion:
-    """Returns the parts of a checkpoint in diffusers' layout, with weights cast to `dtype`.
-
-    Raises WeightsError as `load` does, and if the parts do not fit together.
-
-    Args:
-        path_or_id: the directory or hub id.
-        revision: for hub ids.
-        unet: of another U-Net, which is a directory or repository by itself; empty: the checkpoint's own.
-        unet_revision: for its hub id.
-        dtype: of the weights.
-    """
-    folders = {kind: folder for kind, folder in FOLDERS.items() if not (kind == "unet" and unet)}
-    parts = {folder: KINDS[kind].stem for kind, folder in folders.items()}
-    directory = _fetch(path_or_id, revision, parts, ["scheduler/scheduler_config.json", "tokenizer/*"])
-    _check_layout(directory)
-    schedule, tokenizer = read_schedule(directory), load_prior_tokenizer(directory)
-    networks = {kind: load(kind, directory, subfolder=folder, dtype=dtype) for kind, folder in folders.items()}
-    if unet:
-        networks["unet"] = load("unet", unet, revision=unet_revision, dtype=dtype)
-    parts = StableDiffusion(
-        tokenizer=tokenizer,
-        text_encoder=networks["clip_text"],
-        unet=networks["unet"],
-        vae=networks["vae_decoder"],
-        alphas_cumprod=jnp.asarray(schedule.alphas_cumprod()),
-        prediction_type=schedule.prediction_type,
-    )
-    for name, width, expected in (
-        ("unet: in_channels", parts.unet.config.in_channels, parts.vae.config.latent_channels),
-        (
-            "unet: cross_attention_dim",
-            parts.unet.config.cross_attention_dim,
-            parts.text_encoder.text_model.config.hidden_size,
-        ),
-    ):
-        if width != expected:
-            where = unet if unet and name.startswith("unet") else directory
-            raise WeightsError(f"{where}: {name}={width} does not fit the other parts, which have {expected}")
-    return parts
-
-
-def read_schedule(directory: Path) -> config_json.Schedule:
-    """Returns the noise schedule of a local directory of Stable Diffusion."""
-    file = directory / "scheduler" / "scheduler_config.json"
-    return config_json.schedule(config_json.read_json(file), where=str(file))
-
-
-def load_prior_tokenizer(directory: Path) -> Any:
-    """Returns the tokenizer of a local directory of Stable Diffusion, compared with its text encoder."""
-    return tokenizers.read(directory / "tokenizer", read_config("clip_text", directory / FOLDERS["clip_text"]))
-
-
-def check(directory: Path, kind: str = "") -> None:
-    """Raises WeightsError for a part of a checkpoint that is missing or damaged; reads no weights.
+def check(directory: Path, kind: str) -> None:
+    """Raises WeightsError for a part of a network's directory that is missing or damaged; reads no weights.
 
     Args:
         directory: a local one.
-        kind: the network of a referee, or "unet" for one by itself; "" for a checkpoint of Stable Diffusion.
+        kind: of `KINDS`: a referee's, which has a tokenizer and an image processor, or "unet".
     """
-    if not kind:
-        _check_layout(directory)
-    for part, folder in ({kind: ""} if kind else FOLDERS).items():
-        read_config(part, directory / folder)
-        Tensors(directory / folder, KINDS[part].stem)
-    if not kind:
-        read_schedule(directory)
-        load_prior_tokenizer(directory)
-    elif kind != "unet":
+    read_config(kind, directory)
+    Tensors(directory, KINDS[kind].stem)
+    if kind != "unet":
         load_tokenizer(directory, kind=kind)
         read_preprocessing(directory)
 
 
-def _check_layout(directory: Path) -> None:
-    """Raises WeightsError for a directory without any part of Stable Diffusion."""
-    if not any((directory / folder).is_dir() for folder in FOLDERS.values()):
-        names = [file.name for file in directory.glob("*")]
-        parts = ", ".join(FOLDERS.values())
-        raise WeightsError(f"{directory} has none of the directories {parts}{tensors.instead(directory, names)}")
-
-
-def _fetch(path_or_id: str | Path, revision: str | None, parts: Mapping[str, str], others: Sequence[str] = ()) -> Path:
+def fetch(
+    path_or_id: str | Path,
+    revision: str | None,
+    parts: Mapping[str, str],
+    others: Sequence[str] = (),
+    needed: Callable[[Path], Iterable[str]] | None = None,
+) -> Path:
     """The directory of a checkpoint with the files of these networks, and others.
 
     Variants are downloaded where the hub has no other weights. Raises WeightsError, which says what
@@ -449,6 +368,7 @@ def _fetch(path_or_id: str | Path, revision: str | None, parts: Mapping[str, str
         revision: for hub ids.
         parts: subfolder of each network -> name of its files of weights, without ending.
         others: patterns of further files.
+        needed: the directory to the subfolders that must be there; None: all of `parts`.
     """
 
     def resolve(*variants: str) -> Path:
@@ -460,7 +380,8 @@ def _fetch(path_or_id: str | Path, revision: str | None, parts: Mapping[str, str
         return hub.resolve(path_or_id, revision, [*patterns, *others])
 
     def lacking() -> list[tuple[str, str]]:
-        return [part for part in parts.items() if tensors.source(directory / part[0], part[1]) is None]
+        folders = parts if needed is None else needed(directory)
+        return [(x, parts[x]) for x in folders if tensors.source(directory / x, parts[x]) is None]
 
     directory = resolve()
     if not lacking() or (files := hub.listing(directory)) is None:

@@ -233,7 +233,7 @@ def test_a_nonfinite_prompt_is_frozen_alone(monkeypatch, what):
         numbers = [numbers[0], inverter.hyper.replace(weights=weights), numbers[2]]
     broken = inverter.begin(items, 0, numbers)
     if what == "latents":
-        cond = broken.prompt.cond.at[1].set(jnp.nan)
+        cond = jax.tree.map(lambda x: x.at[1].set(jnp.nan), broken.prompt.cond)
         broken = dataclasses.replace(broken, prompt=broken.prompt.replace(cond=cond))
     start = np.asarray(broken.state.latents[1])
     clean, broken = inverter.advance(clean)[0], inverter.advance(broken)[0]
@@ -246,7 +246,8 @@ def test_a_nonfinite_prompt_is_frozen_alone(monkeypatch, what):
 
 def test_a_batch_of_frozen_items_is_over(inverter):
     batch = inverter.begin(items_lib.expand(tiny.PROMPTS[:2], 1), 0)
-    batch = dataclasses.replace(batch, prompt=batch.prompt.replace(cond=batch.prompt.cond * jnp.nan))
+    cond = jax.tree.map(lambda x: x * jnp.nan, batch.prompt.cond)
+    batch = dataclasses.replace(batch, prompt=batch.prompt.replace(cond=cond))
     batch, _ = inverter.advance(batch)
     assert inverter.chunk < inverter.steps and batch.step == inverter.steps
     assert [picture.status for picture in inverter.finish(batch)] == ["nonfinite"] * 2

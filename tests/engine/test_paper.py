@@ -22,7 +22,7 @@ def test_one_step():
     settings = dataclasses.replace(config.load("configs/paper.py"), chunk=1, batch_size=1)
     assert settings.image_size == 512 and settings.views.keep == settings.views.count == 10
     networks = abstract_networks.at_random(abstract_networks.abstract(settings))
-    parts = networks.prior.unet, networks.prior.vae, networks.judges[0].referee
+    parts = networks.prior.denoiser, networks.prior.vae, networks.judges[0].referee
     assert sum(x.size for x in jax.tree.leaves(parts)) > 2.0e9
     engine = inverter.Inverter(settings, networks.prior, networks.judges, jax.devices()[:1])
     assert engine.plan.latent == (64, 64, 4)

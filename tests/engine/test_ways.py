@@ -50,9 +50,9 @@ def build(name: str, devices: int = 1, **changes):
 
 def toned(engine):
     """With a prior that finds nearly all noise, so that what it denoises stays within what the decoder shows."""
-    unet = jax.tree.map(lambda x: 0.02 * x, engine.networks.prior.unet).replace(scale=jnp.full(4, 0.96))
+    unet = jax.tree.map(lambda x: 0.02 * x, engine.networks.prior.denoiser).replace(scale=jnp.full(4, 0.96))
     unet = parallel.place(unet, engine.mesh, batched=False)
-    engine.networks = engine.networks.replace(prior=engine.networks.prior.replace(unet=unet))
+    engine.networks = engine.networks.replace(prior=engine.networks.prior.replace(denoiser=unet))
     return engine
 
 
@@ -122,7 +122,7 @@ def denoised(engine, levels, guidance, prompt):
     first = jax.tree.map(lambda x: x[0], batch.prompt)
     start, prior = engine._program("noise")(batch.keys, jnp.int32(0))[0], engine.networks.prior
     if engine.plan.method == "noise":
-        start = start * jnp.sqrt(1 - prior.alphas_cumprod[levels[0]])
+        start = start * prior.levels(jnp.int32(levels[0]))[1]
     texts = {"cond": first.cond, "uncond": first.uncond, "guidance": guidance}
     return np.asarray(ddim.generate(prior, start, levels, **texts))
 

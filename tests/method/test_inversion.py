@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from referee_jax.engine import builders
 from referee_jax.method import augmentations, inversion, objective
 from referee_jax.method import state as state_lib
 from referee_jax.method.ways import optim, sds
 from referee_jax.referees import clip
-from referee_jax.weights import load
+from referee_jax.weights import generators, load
 from tests.conftest import relative_l2
 from tests.lazy import oracle, torch
 from tests.oracles import networks as tiny
@@ -65,12 +66,10 @@ SHORT = 5
 def sides(request, tmp_path_factory):
     """The same tiny random networks in torch and in JAX."""
     sd, judge = tiny.save(tmp_path_factory.mktemp(request.param), prediction_type=request.param)
-    prior = load.load_stable_diffusion(sd)
+    prior = generators.load_generator(sd)
     preprocessing = {"image_mean": tiny.CLIP_MEAN, "image_std": tiny.CLIP_STD}
     referee = clip.from_checkpoint(load.load("clip", judge), preprocessing)
-    networks = state_lib.Networks(
-        prior=sds.Prior(prior.unet, prior.alphas_cumprod, prior.prediction_type), vae=prior.vae, referees=(referee,)
-    )
+    networks = state_lib.Networks(prior=builders.make_prior(prior), vae=prior.vae, referees=(referee,))
     ids = {"sds": oracle.tokens(sd / "tokenizer", PROMPTS), "empty": oracle.tokens(sd / "tokenizer", [""])}
     ids |= {"referee": oracle.tokens(judge, PROMPTS)}
     ids |= {"negative": oracle.tokens(judge, NEGATIVES)[None].expand(len(PROMPTS), -1, -1)}
@@ -112,8 +111,9 @@ def encode(networks, text_encoder, ids) -> state_lib.Prompt:
     judge = networks.referees[0]
     texts = np.concatenate([ids["referee"].numpy()[:, None], ids["negative"].numpy()], axis=1)
     features = jax.vmap(judge.encode)({"input_ids": texts, "real": np.ones(texts.shape[:2], bool)})
-    cond = text_encoder(jnp.asarray(ids["sds"].numpy()))
-    uncond = jnp.broadcast_to(text_encoder(jnp.asarray(ids["empty"].numpy())), cond.shape)
+    cond = text_encoder([jnp.asarray(ids["sds"].numpy())])
+    uncond = text_encoder([jnp.asarray(ids["empty"].numpy())])
+    uncond = jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), uncond, cond)
     return state_lib.Prompt(cond=cond, uncond=uncond, texts=(features,))
 
 

@@ -34,6 +34,17 @@ BRANCHES = {
         "norm_eps": 1e-2,
         "norm_num_groups": 4,
     },
+    "sdxl": {
+        "block_out_channels": (16, 32, 24),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (2, 4, 3),
+        "transformer_layers_per_block": (1, 2, 3),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 20 + 6 * 8,
+    },
     "one level, sines first": {
         "block_out_channels": (16,),
         "down_block_types": ("CrossAttnDownBlock2D",),
@@ -75,6 +86,21 @@ PUBLISHED = {
             "resnet_skip_time_act": False,
         },
         865_910_724,
+    ),
+    "stable-diffusion-xl-base-1.0": (
+        {
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20],
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        2_567_463_684,
     ),
 }
 
@@ -130,15 +156,28 @@ def exact(oracle):
     return oracle.double()
 
 
-@jax.jit
-def predict(network, latents, timesteps, text):
-    return network(latents, timesteps, text)
+def doubled(*arrays):
+    return [torch.from_numpy(x).double() for x in arrays]
+
+
+def added(texts, size):
+    """What SDXL reads besides states: pooled text, and the sizes of a whole picture."""
+    if len(texts) == 1:
+        return None
+    height, width = (8 * n for n in size)
+    sizes = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(texts[1]), -1)
+    return {"text_embeds": texts[1], "time_ids": sizes}
 
 
 @jax.jit
-def run(network, latents, timesteps, text, cotangent):
-    """Output and the gradients with respect to latents and text."""
-    ours, pullback = jax.vjp(lambda z, h: network(z, timesteps, h), latents, text)
+def predict(network, latents, timesteps, *text):
+    return network(latents, timesteps, *text)
+
+
+@jax.jit
+def run(network, latents, timesteps, cotangent, *text):
+    """Output and the gradients with respect to latents and what is read of the text."""
+    ours, pullback = jax.vjp(lambda z, *h: network(z, timesteps, *h), latents, *text)
     return ours, *pullback(cotangent)
 
 
@@ -150,20 +189,41 @@ def test_matches_torch(branch, size):
     timesteps = np.array([37, 951])
     cotangent = draw(2, 2, *size, config.out_channels)
 
-    z, h = to_torch(latents).double().requires_grad_(True), torch.from_numpy(text).double().requires_grad_(True)
-    theirs = exact(oracle)(z, torch.from_numpy(timesteps), h).sample
+    texts = (text, draw(3, 2, config.pooled_width)) if config.pooled_width else (text,)
+
+    z, h = to_torch(latents).double().requires_grad_(True), [x.requires_grad_(True) for x in doubled(*texts)]
+    theirs = exact(oracle)(z, torch.from_numpy(timesteps), h[0], added_cond_kwargs=added(h, size)).sample
     (theirs * to_torch(cotangent)).sum().backward()
 
-    ours, by_latents, by_text = run(network, latents, timesteps, text, cotangent)
+    ours, by_latents, *by_texts = run(network, latents, timesteps, cotangent, *texts)
     theirs = to_numpy(theirs)
     assert error(ours, theirs) < 1e-4
     assert error(by_latents, to_numpy(z.grad)) < 1e-4
-    assert error(by_text, h.grad.numpy()) < 1e-4
+    for gradient, x in zip(by_texts, h, strict=True):
+        assert error(gradient, x.grad.numpy()) < 1e-4
 
-    # The comparison means something: the output depends on all three inputs.
-    assert error(run(network, latents[::-1], timesteps, text, cotangent)[0], theirs) > 0.1
-    assert error(run(network, latents, timesteps[::-1], text, cotangent)[0], theirs) > 0.1
-    assert error(run(network, latents, timesteps, text[::-1], cotangent)[0], theirs) > 0.1
+    # The comparison means something: the output depends on all inputs.
+    inputs = [latents, timesteps, cotangent, *texts]
+    for n in (0, 1, *range(3, len(inputs))):
+        other = [x[::-1] if i == n else x for i, x in enumerate(inputs)]
+        assert error(run(network, *other)[0], theirs) > 0.1
+
+
+def test_sizes_of_a_picture():
+    """SDXL is told of a crop; by default of none."""
+    oracle, config, weights = build("sdxl")
+    network, timesteps = load(config, weights), np.array([500])
+    latents, text, pooled = draw(0, 1, 4, 6, 4), draw(1, 1, 5, 32), draw(2, 1, config.pooled_width)
+    whole, cropped = (np.array([sizes], np.float32) for sizes in ([32, 48, 0, 0, 32, 48], [64, 96, 8, 16, 32, 48]))
+    for sizes in (whole, cropped):
+        conditions = {"text_embeds": torch.from_numpy(pooled), "time_ids": torch.from_numpy(sizes)}
+        theirs = oracle(
+            to_torch(latents), torch.from_numpy(timesteps), torch.from_numpy(text), added_cond_kwargs=conditions
+        ).sample
+        assert error(predict(network, latents, timesteps, text, pooled, sizes), to_numpy(theirs)) < 1e-4
+    ours = predict(network, latents, timesteps, text, pooled)
+    np.testing.assert_array_equal(ours, predict(network, latents, timesteps, text, pooled, whole))
+    assert error(ours, to_numpy(theirs)) > 0.01
 
 
 def test_fractional_timesteps_match_torch():
@@ -230,7 +290,7 @@ def test_full_size_matches_torch(name):
     network = load(config, {name: x.numpy() for name, x in oracle.state_dict().items()})
     latents, text = draw(0, 1, 32, 32, 4), draw(1, 1, 77, config.cross_attention_dim)
     timesteps, cotangent = np.array([421]), draw(2, 1, 32, 32, 4)
-    ours = run(network, latents, timesteps, text, cotangent)
+    ours = run(network, latents, timesteps, cotangent, text)
     other = predict(network, latents, timesteps, draw(3, *text.shape))
 
     z, h = to_torch(latents).double().requires_grad_(True), torch.from_numpy(text).double().requires_grad_(True)
@@ -255,13 +315,13 @@ def test_full_size_matches_torch(name):
         ("encoder_hid_dim", 1024),
         ("class_embed_type", "timestep"),
         ("num_class_embeds", 1000),
-        ("addition_embed_type", "text_time"),
+        ("addition_embed_type", "text_image"),
         ("resnet_time_scale_shift", "scale_shift"),
         ("time_embedding_type", "fourier"),
         ("time_cond_proj_dim", 256),
         ("conv_in_kernel", 1),
         ("layers_per_block", [2, 2, 2, 2]),
-        ("transformer_layers_per_block", [1, 2, 10, 10]),
+        ("transformer_layers_per_block", [1, 2, 10]),
         ("cross_attention_dim", [768, 768, 768, 768]),
         ("down_block_types", ["AttnDownBlock2D"] * 4),
         ("up_block_types", ["UpBlock2D"] * 3),

@@ -9,7 +9,7 @@ import pytest
 
 from referee_jax import config, referees
 from referee_jax.performance import abstract_networks
-from referee_jax.weights import hub, load
+from referee_jax.weights import generators, hub
 from referee_jax.weights.convert import WeightsError
 from tests.oracles import networks
 
@@ -47,12 +47,12 @@ def test_referees_are_as_they_are_loaded(name, tmp_path):
 
 def test_the_prior_is_as_it_is_loaded():
     sized = abstract_networks.abstract(config.from_config(SMALL))
-    loaded = load.load_stable_diffusion("shapes/stable-diffusion", dtype=jnp.bfloat16)
-    for name in ("text_encoder", "unet", "vae"):
+    loaded = generators.load_generator("shapes/stable-diffusion", dtype=jnp.bfloat16)
+    for name in ("text_encoder", "denoiser", "vae"):
         assert shapes(getattr(sized.prior, name)) == shapes(getattr(loaded, name)), name
-    np.testing.assert_array_equal(sized.prior.alphas_cumprod, loaded.alphas_cumprod)
-    assert sized.prior.prediction_type == loaded.prediction_type and not sized.assumed
-    assert sized.prior.tokenizer.model_max_length == loaded.tokenizer.model_max_length
+    assert sized.prior.schedule == loaded.schedule and not sized.assumed
+    lengths = [[x.model_max_length for x in prior.tokenizers] for prior in (sized.prior, loaded)]
+    assert lengths[0] == lengths[1]
 
 
 def test_another_unet(tmp_path):
@@ -62,10 +62,12 @@ def test_another_unet(tmp_path):
     (unet / "config.json").write_text(json.dumps(sizes | {"block_out_channels": [32, 64]}))
     changes = {"generator": {"checkpoint": "shapes/stable-diffusion", "unet": str(unet)}}
     sized = abstract_networks.abstract(config.from_config(SMALL | changes))
-    assert sized.prior.unet.config.block_out_channels == (32, 64) and not sized.assumed
+    assert sized.prior.denoiser.config.block_out_channels == (32, 64) and not sized.assumed
     changes["generator"]["unet"] = "someone/fast"
     sized = abstract_networks.abstract(config.from_config(SMALL | changes))
-    assert sized.prior.unet.config.block_out_channels == (64, 128) and "someone/fast is not here" in sized.assumed[0]
+    assert (
+        sized.prior.denoiser.config.block_out_channels == (64, 128) and "someone/fast is not here" in sized.assumed[0]
+    )
 
 
 @pytest.mark.parametrize("name", referees.REFEREES)
@@ -81,13 +83,16 @@ def test_random_weights(tmp_path):
     }
     sized = abstract_networks.abstract(config.override(config.load("shapes"), {"referees": (align,)}))
     drawn = abstract_networks.at_random(sized)
-    assert shapes(drawn.prior.unet) == shapes(sized.prior.unet)
-    again = jax.tree.leaves(abstract_networks.at_random(sized).prior.unet)
-    for x, y in zip(jax.tree.leaves(drawn.prior.unet), again, strict=True):
+    assert shapes(drawn.prior.denoiser) == shapes(sized.prior.denoiser)
+    again = jax.tree.leaves(abstract_networks.at_random(sized).prior.denoiser)
+    for x, y in zip(jax.tree.leaves(drawn.prior.denoiser), again, strict=True):
         np.testing.assert_array_equal(x, y)
-    norm, batch_norm = drawn.prior.unet.conv_norm_out, drawn.judges[0].referee.network.vision_model.embeddings.batchnorm
+    norm, batch_norm = (
+        drawn.prior.denoiser.conv_norm_out,
+        drawn.judges[0].referee.network.vision_model.embeddings.batchnorm,
+    )
     assert (norm.scale[...] == 1).all() and (batch_norm.running_var[...] == 1).all()
-    assert drawn.prior.unet.conv_in.kernel[...].std() == pytest.approx(0.02, rel=0.1)
+    assert drawn.prior.denoiser.conv_in.kernel[...].std() == pytest.approx(0.02, rel=0.1)
 
 
 def test_a_checkpoint_that_is_not_here():

@@ -10,7 +10,7 @@ import pytest
 from referee_jax import config, prompts, referees
 from referee_jax.engine import inverter as inverter_lib
 from referee_jax.items import expand
-from referee_jax.weights import load
+from referee_jax.weights import generators
 from tests.lazy import transformers
 from tests.oracles import networks
 
@@ -47,7 +47,7 @@ def engine(checkpoints, tmp_path_factory):
     settings = config.from_config(
         {"generator": {"checkpoint": sd}, "image_size": 32, "batch_size": 2, "referees": specs}
     )
-    prior = load.load_stable_diffusion(sd)
+    prior = generators.load_generator(sd)
     loaded = [referees.load_referee(spec) for spec in settings.referees]
     return inverter_lib.Inverter(settings, prior, loaded, jax.devices()[:1])
 

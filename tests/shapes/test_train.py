@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 
 from referee_jax import config, referees
-from referee_jax.method.ways import ddim, sds
+from referee_jax.engine import builders
+from referee_jax.method.ways import ddim
+from referee_jax.models.diffusion.text import Text
 from referee_jax.shapes import batches, tokens, world
-from referee_jax.weights import hub, load
+from referee_jax.weights import generators, hub, load
 from tests.conftest import cosine, relative_l2
 from tests.lazy import recipes_generator, recipes_referees, torch, train, transformers
 
@@ -238,9 +240,9 @@ def interrupt_after(monkeypatch, steps: int, run) -> None:
 def test_unet_makes_a_loadable_checkpoint(out):
     figures = train.train("unet", steps=3, seed=0, out=out, workdir=out / "work", workers=0)
     assert 0.5 < figures["error"] < 2  # an untrained network predicts nothing of unit noise
-    parts = load.load_stable_diffusion(out / "stable-diffusion")
-    assert parts.prediction_type == "epsilon" and parts.alphas_cumprod.shape == (1000,)
-    assert parts.unet.config.block_out_channels == (64, 128)
+    parts = generators.load_generator(out / "stable-diffusion")
+    assert parts.schedule.prediction_type == "epsilon" and parts.schedule.alphas_cumprod().shape == (1000,)
+    assert parts.denoiser.config.block_out_channels == (64, 128)
     network = load.load("clip", out / "clip")
     assert network.config.vision_config.image_size == world.SIZE
 
@@ -265,18 +267,18 @@ def test_the_generator_of_one_step(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes_generator.OneStep, "batch", staticmethod(functools.wraps(batches.prompt_batch)(small)))
     figures = train.train("one_step", steps=1, seed=0, out=tmp_path, workdir=tmp_path / "work", workers=0)
     assert 1 < figures["first"] < 30  # what it does not know of the noise is 14.6 times as much in the picture
-    prior = load.load_stable_diffusion("shapes/stable-diffusion", unet=tmp_path / "one_step")
-    assert prior.unet.config.block_out_channels == (44, 88)
+    prior = generators.load_generator("shapes/stable-diffusion", unet=tmp_path / "one_step")
+    assert prior.denoiser.config.block_out_channels == (44, 88)
     recipe, texts = recipes_generator.OneStep(tmp_path), ["a red circle", ""]
     states = recipe.text_encoder(torch.from_numpy(tokens.encode(texts))).last_hidden_state
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     levels, way, target = recipe.sampled(noise, states[:1])
     assert way.shape == (len(levels), 1, 4, 16, 16) and levels[0] == 999
-    prior = load.load_stable_diffusion("shapes/stable-diffusion")
-    cond, uncond = states.numpy()
+    prior = generators.load_generator("shapes/stable-diffusion")
+    cond, uncond = map(Text, states.numpy())
     generate = jax.jit(functools.partial(ddim.generate, levels=tuple(levels.tolist())))
     made = generate(
-        sds.Prior(prior.unet, prior.alphas_cumprod, prior.prediction_type), noise[0].permute(1, 2, 0).numpy(),
+        builders.make_prior(prior), noise[0].permute(1, 2, 0).numpy(),
         cond=cond, uncond=uncond, guidance=recipes_generator.GUIDANCE,
     )  # fmt: skip
     assert relative_l2(made, target[0].permute(1, 2, 0)) < 1e-3

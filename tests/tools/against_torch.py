@@ -106,8 +106,10 @@ def build(settings: config.Settings, device: str, **how: bool) -> tuple[oracle.O
     else:
         network = at_random(sized, **options)
     # Only the length of a text matters here.
-    tokens = builders.tokenize(settings, sized.prior.tokenizer, sized.judges, (), PROMPT)
-    cond, uncond = (_expand(ids, settings.batch_size, device) for ids in (tokens["prior"][0], tokens["prior"][-1]))
+    tokens = builders.tokenize(settings, sized.prior.tokenizers, sized.judges, (), PROMPT)
+    cond, uncond = (
+        _expand(ids, settings.batch_size, device) for ids in (tokens["prior"][0][0], tokens["prior"][0][-1])
+    )
     (texts,) = tokens["referees"]
     texts = {name: _expand(x, settings.batch_size, device) for name, x in texts.items()}
     return network, network.encode_text(cond, uncond, *_text_inputs(sized.judges[0], texts))
@@ -131,17 +133,18 @@ def at_random(sized: abstract_networks.Sized, *, device: str, dtype: torch.dtype
     make = {"clip": _clip, "blip2": _blip2}[sized.judges[0].spec.name]
     with torch.device(device):
         text_encoder = transformers.CLIPTextModel(
-            transformers.CLIPTextConfig(**dataclasses.asdict(prior.text_encoder.text_model.config))
+            transformers.CLIPTextConfig(**dataclasses.asdict(prior.text_encoder.text_encoder.text_model.config))
         )
-        unet = diffusers.UNet2DConditionModel(**dataclasses.asdict(prior.unet.config))
+        unet = diffusers.UNet2DConditionModel(**dataclasses.asdict(prior.denoiser.config))
         vae = diffusers.AutoencoderKL(**dataclasses.asdict(prior.vae.config))
         judge = make(referee)
     for m in (text_encoder, unet, vae, judge):
         _draw(m)
     for m in (text_encoder, unet, vae, *judge.parts):
         m.to(device, dtype)
-    alphas = torch.from_numpy(np.array(prior.alphas_cumprod))
-    return oracle.Oracle(text_encoder, unet, vae, judge, alphas, prediction_type=prior.prediction_type, **how)
+    schedule = prior.schedule
+    alphas = torch.from_numpy(schedule.alphas_cumprod())
+    return oracle.Oracle(text_encoder, unet, vae, judge, alphas, prediction_type=schedule.prediction_type, **how)
 
 
 def _clip(referee: Any) -> judges.Clip:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from referee_jax.models.diffusion import vae
-from referee_jax.weights import config_json, load
+from referee_jax.weights import config_json, generators, load
 from tests.lazy import torch, transformers
 from tests.oracles import networks
 from tests.weights.checkpoints import edit_json, edit_tensors, fails, same
@@ -320,14 +320,14 @@ def test_unknown_schedule(published, tmp_path, changes, message):
     directory = shutil.copytree(published[0], tmp_path / "sd")
     edit_json(directory / "scheduler" / "scheduler_config.json", **changes)
     with pytest.raises(load.WeightsError, match=r"scheduler_config\.json: " + message):
-        load.load_stable_diffusion(directory)
+        generators.load_generator(directory)
 
 
 def test_parts_of_different_checkpoints(published, tmp_path):
     directory = shutil.copytree(published[0], tmp_path / "sd")
     networks.unet(cross_attention_dim=16).save_pretrained(directory / "unet")
     with pytest.raises(load.WeightsError, match=r"cross_attention_dim=16 does not fit the other parts, which have 32"):
-        load.load_stable_diffusion(directory)
+        generators.load_generator(directory)
 
 
 def test_damaged_tokenizer(published, tmp_path):

@@ -21,7 +21,7 @@ import pytest
 from huggingface_hub import constants, utils
 from huggingface_hub import errors as hub_errors
 
-from referee_jax.weights import hub, load
+from referee_jax.weights import generators, hub, load
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {"config.json": b'{"model_type": "clip"}', "model.safetensors": b"weights " * 4000, "pytorch_model.bin": b"no"}
@@ -307,7 +307,7 @@ def test_a_repository_of_another_layout(name, message, client, monkeypatch):
     monkeypatch.setitem(globals(), "FILES", {"README.md": b"", name: b"weights"})
     with serve() as server:
         client(server)
-        for fetch in (load.fetch_referee, load.load_stable_diffusion):
+        for fetch in (load.fetch_referee, generators.load_generator):
             with pytest.raises(load.WeightsError, match=rf"some/model: .*is missing \(there is {name}\); {message}"):
                 fetch("some/model")
     assert not [request for request in server.models if name in request]

@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from referee_jax.models import clip
 from referee_jax.models.diffusion import unet, vae
-from referee_jax.weights import config_json, convert, load, tokenizers
+from referee_jax.weights import config_json, convert, generators, load, tokenizers
 from tests import conftest
 from tests.lazy import diffusers, torch, transformers
 from tests.oracles import networks
@@ -60,31 +60,33 @@ def test_text_encoder_with_and_without_the_old_prefix(published, tmp_path):
 
 
 def test_stable_diffusion(published):
-    parts = load.load_stable_diffusion(published[0])
-    assert isinstance(parts.unet, unet.UNet) and isinstance(parts.vae, vae.AutoencoderKL)
-    assert isinstance(parts.text_encoder, clip.TextModel)
+    parts = generators.load_generator(published[0])
+    assert isinstance(parts.denoiser, unet.UNet) and isinstance(parts.vae, vae.AutoencoderKL)
+    assert isinstance(parts.text_encoder.text_encoder, clip.TextModel)
     assert parts.vae.config.scaling_factor == 0.18215
-    assert parts.prediction_type == "epsilon"
-    assert parts.alphas_cumprod.shape == (1000,) and parts.alphas_cumprod.dtype == jnp.float32
-    np.testing.assert_allclose(parts.alphas_cumprod, networks.scheduler().alphas_cumprod.numpy(), rtol=1e-5)
+    assert parts.schedule.prediction_type == "epsilon"
+    alphas_cumprod = parts.schedule.alphas_cumprod()
+    assert alphas_cumprod.shape == (1000,) and alphas_cumprod.dtype == jnp.float32
+    np.testing.assert_allclose(alphas_cumprod, networks.scheduler().alphas_cumprod.numpy(), rtol=1e-5)
 
-    ids = parts.tokenizer("a red circle", padding="max_length", return_tensors="np").input_ids
-    assert ids.shape == (1, parts.tokenizer.model_max_length) == (1, 77)
+    (tokenizer,) = parts.tokenizers
+    ids = tokenizer("a red circle", padding="max_length", return_tensors="np").input_ids
+    assert ids.shape == (1, tokenizer.model_max_length) == (1, 77)
     theirs = networks.text_encoder(0)(torch.from_numpy(ids)).last_hidden_state
-    assert conftest.relative_l2(parts.text_encoder(ids), theirs) < 1e-4
+    assert conftest.relative_l2(parts.text_encoder([ids]).states, theirs) < 1e-4
 
 
 def test_another_unet(published, tmp_path):
     """In place of a checkpoint's own, which need not be there."""
     shutil.copytree(published[0], tmp_path / "sd", ignore=shutil.ignore_patterns("unet"))
     networks.unet(seed=9, sample_size=8).save_pretrained(tmp_path / "fast")
-    parts = load.load_stable_diffusion(tmp_path / "sd", unet=tmp_path / "fast")
-    same(parts.unet, load.load("unet", tmp_path / "fast"))
+    parts = generators.load_generator(tmp_path / "sd", unet=tmp_path / "fast")
+    same(parts.denoiser, load.load("unet", tmp_path / "fast"))
     same(parts.vae, load.load("vae_decoder", published[0], subfolder="vae"))
     load.check(tmp_path / "fast", "unet")
     networks.unet(seed=9, cross_attention_dim=16).save_pretrained(tmp_path / "narrow")
     with pytest.raises(convert.WeightsError, match="narrow: unet: cross_attention_dim=16 does not fit the other parts"):
-        load.load_stable_diffusion(tmp_path / "sd", unet=tmp_path / "narrow")
+        generators.load_generator(tmp_path / "sd", unet=tmp_path / "narrow")
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -152,7 +154,7 @@ def test_the_schedule_behind_any_sampler(name, prediction, tmp_path):
     """It is that of training, whichever sampler the checkpoint was saved with."""
     theirs = networks.scheduler(prediction)
     getattr(diffusers, f"{name}Scheduler").from_config(theirs.config).save_pretrained(tmp_path / "scheduler")
-    schedule = load.read_schedule(tmp_path)
+    schedule = generators.read_schedule(tmp_path)
     np.testing.assert_allclose(schedule.alphas_cumprod(), theirs.alphas_cumprod.numpy(), rtol=2e-5)
     assert schedule.prediction_type == prediction
 
@@ -161,7 +163,7 @@ def test_the_schedule_behind_any_sampler(name, prediction, tmp_path):
 def test_samplers_of_networks_of_another_training(name, tmp_path):
     getattr(diffusers, f"{name}Scheduler")().save_pretrained(tmp_path / "scheduler")
     with pytest.raises(load.WeightsError, match=r"scheduler_config\.json: .*(is not implemented|is not known)"):
-        load.read_schedule(tmp_path)
+        generators.read_schedule(tmp_path)
 
 
 # How images are prepared.
@@ -285,7 +287,7 @@ def test_hub_is_asked_for_the_needed_files_at_the_revision(published, monkeypatc
         return str(published[0])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    load.load_stable_diffusion("someone/some-model", revision="abc")
+    generators.load_generator("someone/some-model", revision="abc")
     ((name, kwargs),) = requests
     assert name == "someone/some-model" and kwargs["revision"] == "abc"
     patterns = kwargs["allow_patterns"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from referee_jax.weights import load, tensors
+from referee_jax.weights import generators, load, tensors
 from tests.lazy import torch
 from tests.oracles import networks
 from tests.weights.checkpoints import edit_json, fails, same
@@ -138,13 +138,13 @@ def test_other_files_instead_of_a_generators(case, tmp_path):
     files, message = OTHERS[case]
     for name, values in files.items():
         safetensors.numpy.save_file(values, tmp_path / name)
-        for look in (load.load_stable_diffusion, load.check):
+        for look in (generators.load_generator, generators.check):
             with pytest.raises(
                 load.WeightsError, match=rf"has none of the directories text_encoder, unet, vae .*{message}"
             ):
                 look(tmp_path)
         with pytest.raises(load.WeightsError, match=rf"{name} is not a directory: .*{message.partition('LoRA: ')[2]}"):
-            load.load_stable_diffusion(tmp_path / name)
+            generators.load_generator(tmp_path / name)
 
 
 def test_pickles_are_named_where_they_are(directory):

@@ -9,7 +9,7 @@ import pytest
 
 from referee_jax import config, prompts, referees
 from referee_jax.models import clip as models_clip
-from referee_jax.weights import load, tokenizers
+from referee_jax.weights import generators, load, tokenizers
 from tests.lazy import transformers
 from tests.oracles import networks
 
@@ -98,7 +98,7 @@ def checkpoint(request, whole, tmp_path):
 def read(name, directory):
     """The tokenizer, and the config of the network that reads its tokens."""
     if not name:
-        return load.load_prior_tokenizer(directory), load.read_config("clip_text", directory / "text_encoder")
+        return generators.load_tokenizers(directory)[0], load.read_config("clip_text", directory / "text_encoder")
     kind = referees.REFEREES[name].kind
     return load.load_tokenizer(directory, kind=kind), load.text_config(load.read_config(kind, directory))
 
@@ -106,9 +106,17 @@ def read(name, directory):
 def start(name, directory):
     """As a run starts."""
     if not name:
-        load.load_stable_diffusion(directory)
+        generators.load_generator(directory)
     else:
         referees.load_referee(config.RefereeSpec(name=name, checkpoint=str(directory), losses={}))
+
+
+def check(name, directory):
+    """What a start would find, without weights."""
+    if not name:
+        generators.check(directory)
+    else:
+        load.check(directory, referees.REFEREES[name].kind)
 
 
 def refused(name, directory):
@@ -116,7 +124,7 @@ def refused(name, directory):
     with pytest.raises(load.WeightsError) as caught:
         start(name, directory)
     with pytest.raises(load.WeightsError) as checked:
-        load.check(directory, name and referees.REFEREES[name].kind)
+        check(name, directory)
     assert str(checked.value) == str(caught.value) and "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -124,7 +132,7 @@ def refused(name, directory):
 def test_no_words(checkpoint):
     """Each family's: sizes of both where transformers makes a tokenizer of nothing, the files in any case."""
     name, directory, folder, files = checkpoint
-    load.check(directory, name and referees.REFEREES[name].kind)
+    check(name, directory)
     words = read(name, directory)[1].vocab_size
     for file in files:
         (folder / file).unlink()

@@ -82,7 +82,7 @@ def _optimizer(hyper, plan) -> optax.GradientTransformationExtraArgs:
 
 class _Guided:
     def begin(self, networks, hyper, plan, latents):
-        return guided.begin(latents, networks.prior.alphas_cumprod, plan.levels[0])
+        return guided.begin(latents, networks.prior, plan.levels[0])
 
     def render(self, networks, prompt, hyper, plan, latents):
         return latents
@@ -90,7 +90,7 @@ class _Guided:
     def prior(self, networks, prompt, hyper, plan, state, i, drawn):
         levels, prior = jnp.asarray(plan.levels, jnp.int32), networks.prior
         before, t = levels[jnp.maximum(i - 1, 0)], levels[i]
-        k = guided.renoised(state.carry, prior.alphas_cumprod, before, t, hyper.guided.eta, drawn.n1)
+        k = guided.renoised(state.carry, prior, before, t, hyper.guided.eta, drawn.n1)
         texts = {"cond": prompt.cond, "uncond": prompt.uncond, "guidance": hyper.guided.guidance}
         moved, k = guided.prior_move(prior, state.latents, k, t, **texts)
         return Look(state.latents - moved, moved, k)
@@ -106,7 +106,7 @@ class _Noise:
     def render(self, networks, prompt, hyper, plan, latents):
         uncond = prompt.uncond if plan.is_guided else None
         texts = {"cond": prompt.cond, "uncond": uncond, "guidance": hyper.noise.guidance}
-        noisy = jnp.sqrt(1 - networks.prior.alphas_cumprod[plan.levels[0]]) * latents
+        noisy = networks.prior.levels(jnp.asarray(plan.levels[0]))[1] * latents
         return ddim.generate(networks.prior, noisy, plan.levels, **texts)
 
     def prior(self, networks, prompt, hyper, plan, state, i, drawn):

@@ -1,7 +1,7 @@
 """DDIM in the space of clean latents, pulled by the referees: "from noise" without the sampler's loss of accuracy.
 
 Between two iterations there is a clean latent z and the noise k that the prior has found in it. At timestep t, with
-alpha_t = sqrt(abar_t) and sigma_t = sqrt(1 - abar_t):
+alpha_t and sigma_t of prior.py:
 
     x = alpha_t z + sigma_t k
     e = guided noise prediction at (x, t)
@@ -13,7 +13,7 @@ clean latent, as in MPGD (arXiv 2311.16424), whose length is beta times the prio
 it has to:
 
     one level down, stochastic:  k <- sqrt(1 - c^2) k + c xi,
-                                 c = eta sqrt((1 - abar_t') / (1 - abar_t) (1 - abar_t / abar_t')) / sigma_t'   (3)
+                                 c = eta sqrt(1 - (alpha_t / alpha_t')^2) / sigma_t            (3)
     back up (time travel):       k <- a k + sqrt(1 - a^2) xi,  a = alpha_t+ sigma_t / (alpha_t sigma_t+)         (4)
 
 (4) is the forward process from t to t+ (FreeDoM, arXiv 2303.09833) with z as it is.
@@ -24,7 +24,8 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from referee_jax.method.ways import sds
+from referee_jax.method.ways.prior import Prior, residual
+from referee_jax.models.diffusion.text import Text
 
 
 class Hyper(struct.PyTreeNode):
@@ -61,26 +62,27 @@ def levels(
     raise ValueError(f"{steps} iterations are too few for {travels} travels between {low} and {high}")
 
 
-def begin(noise: Array, alphas_cumprod: Array, first: Array) -> tuple[Array, Array]:
+def begin(noise: Array, prior: Prior, first: Array) -> tuple[Array, Array]:
     """z and k before the first iteration, at which x is the noise."""
-    return jnp.zeros_like(noise), noise / jnp.sqrt(1 - alphas_cumprod[first])
+    return jnp.zeros_like(noise), noise / prior.levels(first)[1]
 
 
-def renoised(k: Array, alphas_cumprod: Array, before: Array, t: Array, eta: Array, xi: Array) -> Array:
+def renoised(k: Array, prior: Prior, before: Array, t: Array, eta: Array, xi: Array) -> Array:
     """(3) or (4): the noise on the way from timestep `before` to `t`; as it is where they are equal."""
-    old, new = alphas_cumprod[before], alphas_cumprod[t]
-    down = eta * jnp.sqrt((1 - new) / (1 - old) * jnp.maximum(1 - old / new, 0)) / jnp.sqrt(1 - new)
-    keep = jnp.sqrt(new * (1 - old) / (old * (1 - new)))
+    (old_alpha, old_sigma), (alpha, sigma) = prior.levels(before), prior.levels(t)
+    down = eta * jnp.sqrt(jnp.maximum(1 - jnp.square(old_alpha / alpha), 0)) / old_sigma
+    keep = alpha * old_sigma / (old_alpha * sigma)
     share = jnp.where(t > before, keep, jnp.sqrt(jnp.maximum(1 - jnp.square(down), 0)))
     share = jnp.where(t == before, 1.0, share)
     return share * k + jnp.sqrt(jnp.maximum(1 - jnp.square(share), 0)) * xi
 
 
 def prior_move(
-    prior: sds.Prior, z: Array, k: Array, t: Array, *, cond: Array, uncond: Array | None, guidance: Array
+    prior: Prior, z: Array, k: Array, t: Array, *, cond: Text, uncond: Text | None, guidance: Array
 ) -> tuple[Array, Array]:
-    """(1): how far the clean latent moves, `(sigma / alpha) (e - k)`, and e."""
-    abar = prior.alphas_cumprod[t]
-    noisy = jnp.sqrt(abar) * z + jnp.sqrt(1 - abar) * k
-    e = sds.predict_noise(prior, noisy, t, cond, uncond, guidance=guidance)
-    return jnp.sqrt((1 - abar) / abar) * (e - k), e
+    """(1): how far the clean latent moves, and the noise that the prior finds. Of a flow they are of its own estimates."""
+    alpha, sigma = prior.levels(t)
+    found = residual(prior, z, k, t, cond=cond, uncond=uncond, guidance=guidance)
+    if prior.is_flow:
+        return sigma * found, k + alpha * found
+    return sigma / alpha * found, k + found

@@ -1,13 +1,14 @@
 """Score distillation (Poole et al. 2022, arXiv 2209.14988) with classifier-free guidance, for one latent.
 
-With the noise schedule abar_t, alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t) and noise eps:
+With alpha_t, sigma_t of prior.py and noise eps:
 
     z_t  = alpha_t z + sigma_t eps                                  (1)
     e    = e_uncond + guidance (e_text - e_uncond)                  (2)
     grad = weight(i) w_t (e - eps) / (h w),  w_t = 2 alpha_t^a sigma_t^b    (3)
 
-The factor 2, the division by the number of latent pixels h w and the schedule weight(i) are those of "Referee Can Play"
-(arXiv 2402.16305). No gradient passes through the U-Net: (3) is the closed form.
+Of a rectified flow e is the predicted v, and eps - z stands for eps in (3). The factor 2, the division by the number of
+latent pixels h w and the schedule weight(i) are those of "Referee Can Play" (arXiv 2402.16305). No gradient passes through
+the network: (3) is the closed form.
 """
 
 import jax
@@ -16,7 +17,8 @@ from flax import struct
 from jax import Array
 
 from referee_jax.method import schedules
-from referee_jax.models.diffusion import unet as unet_lib
+from referee_jax.method.ways.prior import Prior, residual
+from referee_jax.models.diffusion.text import Text
 
 
 class Hyper(struct.PyTreeNode):
@@ -37,17 +39,6 @@ class Hyper(struct.PyTreeNode):
     sigma_power: Array | float = 0.0
 
 
-class Prior(struct.PyTreeNode):
-    """The diffusion model: its U-Net, abar_t as float32 `[timesteps]`, and what the U-Net predicts.
-
-    `prediction_type` is "epsilon" (the noise) or "v_prediction" (alpha_t eps - sigma_t z).
-    """
-
-    unet: unet_lib.UNet
-    alphas_cumprod: Array
-    prediction_type: str = struct.field(pytree_node=False, default="epsilon")
-
-
 def weight_at(hyper: Hyper, i: Array) -> Array:
     """weight(i) of (3) at iteration `i`."""
     return schedules.cosine(hyper.weight, hyper.weight_final, i / hyper.weight_steps)
@@ -59,40 +50,14 @@ def sample_timestep(key: Array, hyper: Hyper, i: Array, timesteps: int) -> Array
     return jax.random.randint(key, (), hyper.t_min, jnp.minimum(t_max, timesteps) - 1)
 
 
-def predict_noise(prior: Prior, noisy: Array, t: Array, cond: Array, uncond: Array | None, *, guidance: Array) -> Array:
-    """(2): the guided noise of one noisy latent.
-
-    Args:
-        prior: the diffusion model.
-        noisy: `[h, w, C]`, the latent z_t.
-        t: the timestep, int32.
-        cond: text states `[T, D]` of the prompt.
-        uncond: those of the empty or negative prompt. If None there is no guidance, and one pass
-            through the U-Net instead of two.
-        guidance: the scale of (2).
-
-    Returns:
-        float32 `[h, w, C]`.
-    """
-    states = cond[None] if uncond is None else jnp.stack([uncond, cond])
-    noisy_batch = jnp.broadcast_to(noisy, (len(states), *noisy.shape))
-    out = prior.unet(noisy_batch, jnp.broadcast_to(t, (len(states),)), states)
-    out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
-    guided = out[0] if uncond is None else out[0] + guidance * (out[1] - out[0])
-    if prior.prediction_type == "v_prediction":  # affine in the output, so it may follow the guidance
-        abar = prior.alphas_cumprod[t]
-        return jnp.sqrt(abar) * guided + jnp.sqrt(1 - abar) * noisy
-    return guided
-
-
 def gradient(
     prior: Prior,
     latents: Array,
     *,
     t: Array,
     eps: Array,
-    cond: Array,
-    uncond: Array | None,
+    cond: Text,
+    uncond: Text | None,
     hyper: Hyper,
     i: Array,
 ) -> Array:
@@ -103,16 +68,15 @@ def gradient(
         latents: `[h, w, C]`, scaled.
         t: the timestep, int32.
         eps: the noise, as `latents`.
-        cond: text states `[T, D]` of the prompt.
-        uncond: as of `predict_noise`.
+        cond: the prompt's text.
+        uncond: as of `prior.predict`.
         hyper: the numbers of the term.
         i: the iteration, int32.
 
     Returns:
         float32 `[h, w, C]`.
     """
-    abar = prior.alphas_cumprod[t]
-    noisy = jnp.sqrt(abar) * latents + jnp.sqrt(1 - abar) * eps
-    predicted = predict_noise(prior, noisy, t, cond, uncond, guidance=hyper.guidance)
-    scale = weight_at(hyper, i) * 2 * abar ** (hyper.alpha_power / 2) * (1 - abar) ** (hyper.sigma_power / 2)
-    return scale * (predicted - eps) / (latents.shape[0] * latents.shape[1])
+    alpha, sigma = prior.levels(t)
+    found = residual(prior, latents, eps, t, cond=cond, uncond=uncond, guidance=hyper.guidance)
+    scale = weight_at(hyper, i) * 2 * alpha**hyper.alpha_power * sigma**hyper.sigma_power
+    return scale * found / (latents.shape[0] * latents.shape[1])

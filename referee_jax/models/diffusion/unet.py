@@ -1,6 +1,6 @@
-"""Stable Diffusion's U-Net (Rombach et al. 2022, arXiv 2112.10752).
+"""The U-Net of Stable Diffusion (Rombach et al. 2022, arXiv 2112.10752) and SDXL (Podell et al. 2023, arXiv 2307.01952).
 
-For SD 1.x, 2.x (base and v) and sd-turbo; laid out as diffusers' `UNet2DConditionModel`.
+For SD 1.x, 2.x (base and v), SDXL, and what is distilled from them; laid out as diffusers' `UNet2DConditionModel`.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from referee_jax.models.diffusion import vae
 
 _DOWN_HAS_ATTENTION = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP_HAS_ATTENTION = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+SIZES = 6  # of a picture, that SDXL reads: height and width before its crop, top and left of the crop, height and width
 
 
 # What config.json may say without a field below: key -> the values that are implemented.
@@ -38,7 +39,6 @@ REFUSED |= dict.fromkeys(
     (
         "reverse_transformer_layers_per_block", "num_attention_heads", "cross_attention_norm",
         "encoder_hid_dim", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds",
-        "projection_class_embeddings_input_dim", "addition_embed_type", "addition_time_embed_dim",
         "time_embedding_dim", "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim",
     ),
     (None,),
@@ -58,8 +58,11 @@ class Config:
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    transformer_layers_per_block: int = 1
+    transformer_layers_per_block: int | tuple[int, ...] = 1  # of all levels, or of each
     cross_attention_dim: int = 768
+    addition_embed_type: str | None = None  # "text_time": SDXL's, of the pooled text and sizes of the picture
+    addition_time_embed_dim: int | None = None  # sinusoids of each of the six sizes
+    projection_class_embeddings_input_dim: int | None = None  # the pooled text and these sinusoids
     # The NUMBER of heads, of all levels or of each; the name is an old mistake of diffusers'.
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
@@ -76,6 +79,20 @@ class Config:
                     f"{name}={value!r} is not implemented; supported: as many as block_out_channels, "
                     f"{len(widths)}, each one of {', '.join(kinds)}"
                 )
+        if len(self.depths) != len(widths):
+            raise ValueError(
+                f"transformer_layers_per_block={self.transformer_layers_per_block!r} must be one integer or {len(widths)}"
+            )
+        if self.addition_embed_type not in (None, "text_time"):
+            raise ValueError(
+                f"addition_embed_type={self.addition_embed_type!r} is not implemented; supported: None, text_time"
+            )
+        added = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if self.addition_embed_type and not (all(added) and added[1] > SIZES * added[0]):
+            raise ValueError(
+                f"projection_class_embeddings_input_dim={added[1]!r} is not implemented; supported: "
+                f"more than {SIZES} x addition_time_embed_dim={added[0]!r}"
+            )
         heads = self.heads
         if len(heads) != len(widths) or any(width % n for width, n in zip(widths, heads, strict=True)):
             raise ValueError(
@@ -86,8 +103,22 @@ class Config:
     @property
     def heads(self) -> tuple[int, ...]:
         """Attention heads of each level."""
-        heads = self.attention_head_dim
-        return heads if isinstance(heads, tuple) else (heads,) * len(self.block_out_channels)
+        return self._of_levels(self.attention_head_dim)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of each transformer of each level."""
+        return self._of_levels(self.transformer_layers_per_block)
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled text; 0: none is read."""
+        if not self.addition_embed_type:
+            return 0
+        return self.projection_class_embeddings_input_dim - SIZES * self.addition_time_embed_dim
+
+    def _of_levels(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
 
 def timestep_features(timesteps: Array, width: int, *, flip_sin_to_cos: bool, freq_shift: int) -> Array:
@@ -169,33 +200,41 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Transformer blocks over the pixels of a feature map, with a skip connection."""
+    """Transformer blocks over the pixels of a feature map, with a skip connection.
 
-    def __init__(self, width: int, heads: int, config: Config, *, rngs: nnx.Rngs):
+    Several are recomputed in the backward pass from their inputs.
+    """
+
+    def __init__(self, width: int, heads: int, depth: int, config: Config, *, rngs: nnx.Rngs):
         self.norm = layers.GroupNorm(config.norm_num_groups, width, epsilon=1e-6, rngs=rngs)
         if config.use_linear_projection:
             self.proj_in, self.proj_out = (nnx.Linear(width, width, rngs=rngs) for _ in range(2))
         else:
             self.proj_in, self.proj_out = (nnx.Conv(width, width, (1, 1), rngs=rngs) for _ in range(2))
-        depth, context = config.transformer_layers_per_block, config.cross_attention_dim
-        self.transformer_blocks = nnx.List([TransformerBlock(width, context, heads, rngs=rngs) for _ in range(depth)])
+        build = lambda rngs: TransformerBlock(width, config.cross_attention_dim, heads, rngs=rngs)
+        self.transformer_blocks = nnx.List([build(rngs)]) if depth == 1 else layers.stack(build, depth, rngs)
 
     def __call__(self, x: Array, context: Array) -> Array:
         y = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
-        for block in self.transformer_blocks:
-            y = block(y, context)
+        blocks = self.transformer_blocks
+        y = (
+            layers.scan_layers(blocks, y, context, remat=True)
+            if isinstance(blocks, layers.Stack)
+            else blocks[0](y, context)
+        )
         return x + self.proj_out(y.reshape(x.shape))
 
 
 class Level(nnx.Module):
     """Residual blocks, `inputs[i] -> width` channels each, and transformers."""
 
-    def __init__(self, inputs: list[int], width: int, config: Config, *, transformers: int, heads: int, rngs: nnx.Rngs):
+    def __init__(self, inputs: list[int], width: int, config: Config, *, level: int, transformers: int, rngs: nnx.Rngs):
+        heads, depth = config.heads[level], config.depths[level]
         groups, eps, time = config.norm_num_groups, config.norm_eps, 4 * config.block_out_channels[0]
         self.resnets = nnx.List(
             [vae.ResnetBlock(n, width, groups=groups, epsilon=eps, time_width=time, rngs=rngs) for n in inputs]
         )
-        self.attentions = nnx.List([Transformer(width, heads, config, rngs=rngs) for _ in range(transformers)])
+        self.attentions = nnx.List([Transformer(width, heads, depth, config, rngs=rngs) for _ in range(transformers)])
 
 
 class Downsample(nnx.Module):
@@ -215,9 +254,9 @@ class DownBlock(Level):
     """
 
     def __init__(
-        self, inputs: list[int], width: int, config: Config, *, attends: bool, heads: int, is_last: bool, rngs: nnx.Rngs
+        self, inputs: list[int], width: int, config: Config, *, level: int, attends: bool, is_last: bool, rngs: nnx.Rngs
     ):
-        super().__init__(inputs, width, config, transformers=len(inputs) * attends, heads=heads, rngs=rngs)
+        super().__init__(inputs, width, config, level=level, transformers=len(inputs) * attends, rngs=rngs)
         self.downsamplers = nnx.List([] if is_last else [Downsample(width, rngs=rngs)])
 
     def __call__(self, x: Array, time: Array, context: Array) -> tuple[Array, list[Array]]:
@@ -236,8 +275,8 @@ class DownBlock(Level):
 class MidBlock(Level):
     """The lowest resolution: residual block, transformer, residual block."""
 
-    def __init__(self, width: int, config: Config, *, heads: int, rngs: nnx.Rngs):
-        super().__init__([width, width], width, config, transformers=1, heads=heads, rngs=rngs)
+    def __init__(self, width: int, config: Config, *, rngs: nnx.Rngs):
+        super().__init__([width, width], width, config, level=-1, transformers=1, rngs=rngs)
 
     def __call__(self, x: Array, time: Array, context: Array) -> Array:
         return self.resnets[1](self.attentions[0](self.resnets[0](x, time), context), time)
@@ -247,9 +286,9 @@ class UpBlock(Level):
     """One resolution on the way up; every residual block reads a skip connection."""
 
     def __init__(
-        self, inputs: list[int], width: int, config: Config, *, attends: bool, heads: int, is_last: bool, rngs: nnx.Rngs
+        self, inputs: list[int], width: int, config: Config, *, level: int, attends: bool, is_last: bool, rngs: nnx.Rngs
     ):
-        super().__init__(inputs, width, config, transformers=len(inputs) * attends, heads=heads, rngs=rngs)
+        super().__init__(inputs, width, config, level=level, transformers=len(inputs) * attends, rngs=rngs)
         self.upsamplers = nnx.List([] if is_last else [vae.Upsample(width, rngs=rngs)])
 
     def __call__(self, x: Array, skips: list[Array], time: Array, context: Array, size: tuple | None) -> Array:
@@ -270,45 +309,66 @@ class UNet(nnx.Module):
     """diffusers' `UNet2DConditionModel`: predicts noise or v from latents, timestep and text."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        widths, heads, last = config.block_out_channels, config.heads, len(config.block_out_channels) - 1
+        widths, last = config.block_out_channels, len(config.block_out_channels) - 1
         self.conv_in = nnx.Conv(config.in_channels, widths[0], (3, 3), padding=1, rngs=rngs)
         self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0], rngs=rngs)
+        added = config.projection_class_embeddings_input_dim if config.addition_embed_type else None
+        self.add_embedding = TimeEmbedding(added, 4 * widths[0], rngs=rngs) if added else None
 
         skips, down = [widths[0]], []
         for i, (width, kind) in enumerate(zip(widths, config.down_block_types, strict=True)):
             inputs = [skips[-1]] + [width] * (config.layers_per_block - 1)
             attends, is_last = _DOWN_HAS_ATTENTION[kind], i == last
-            down.append(DownBlock(inputs, width, config, attends=attends, heads=heads[i], is_last=is_last, rngs=rngs))
+            down.append(DownBlock(inputs, width, config, level=i, attends=attends, is_last=is_last, rngs=rngs))
             skips += [width] * (config.layers_per_block + (not is_last))
         self.down_blocks = nnx.List(down)
 
-        self.mid_block = MidBlock(widths[-1], config, heads=heads[-1], rngs=rngs)
+        self.mid_block = MidBlock(widths[-1], config, rngs=rngs)
 
         up, before = [], widths[-1]
         for i, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
             mains = [before] + [widths[i]] * config.layers_per_block
             inputs = [main + skips.pop() for main in mains]
             attends, before = _UP_HAS_ATTENTION[kind], widths[i]
-            up.append(UpBlock(inputs, before, config, attends=attends, heads=heads[i], is_last=i == 0, rngs=rngs))
+            up.append(UpBlock(inputs, before, config, level=i, attends=attends, is_last=i == 0, rngs=rngs))
         self.up_blocks = nnx.List(up)
 
         self.conv_norm_out = layers.GroupNorm(config.norm_num_groups, widths[0], epsilon=config.norm_eps, rngs=rngs)
-        self.conv_out = nnx.Conv(widths[0], config.out_channels, (3, 3), padding=1, rngs=rngs)
+        # In float32: a generator of one step multiplies what is rounded here by 15.
+        self.conv_out = nnx.Conv(widths[0], config.out_channels, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs)
         self.config = config
 
     @jax.named_scope("unet")
-    def __call__(self, latents: Array, timesteps: Array, encoder_hidden_states: Array) -> Array:
+    def __call__(
+        self,
+        latents: Array,
+        timesteps: Array,
+        encoder_hidden_states: Array,
+        pooled: Array | None = None,
+        time_ids: Array | None = None,
+    ) -> Array:
         """Predicts noise or v, whichever the checkpoint's scheduler names: float32 `[B, h, w, 4]`.
 
         Args:
             latents: `[B, h, w, 4]`, scaled.
             timesteps: `[B]`, in [0, 1000).
             encoder_hidden_states: `[B, T, D]`, the text encoder's states.
+            pooled: `[B, P]`, SDXL's pooled text.
+            time_ids: `[B, 6]`, SDXL's sizes in pixels, SIZES; None: those of a whole picture of the latents' size.
         """
         config, dtype = self.config, layers.float_dtype(self)
-        width, flip, shift = config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
-        features = timestep_features(timesteps, width, flip_sin_to_cos=flip, freq_shift=shift)
-        time = self.time_embedding(features.astype(dtype))
+        width, how = (
+            config.block_out_channels[0],
+            {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift},
+        )
+        time = self.time_embedding(timestep_features(timesteps, width, **how).astype(dtype))
+        if self.add_embedding is not None:
+            if time_ids is None:
+                h, w = (8 * n for n in latents.shape[1:3])
+                time_ids = jnp.broadcast_to(jnp.array([h, w, 0, 0, h, w], jnp.float32), (len(latents), SIZES))
+            sizes = timestep_features(time_ids.reshape(-1), config.addition_time_embed_dim, **how)
+            added = jnp.concatenate([pooled.astype(jnp.float32), sizes.reshape(len(latents), -1)], axis=-1)
+            time = time + self.add_embedding(added.astype(dtype))
         context = encoder_hidden_states.astype(dtype)
 
         x = self.conv_in((2 * latents - 1 if config.center_input_sample else latents).astype(dtype))
@@ -320,4 +380,4 @@ class UNet(nnx.Module):
         for block in self.up_blocks:
             skips, block_skips = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
             x = block(x, block_skips[::-1], time, context, skips[-1].shape[1:3] if skips else None)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x.astype(jnp.float32))))

@@ -1,11 +1,17 @@
 """DDIM against diffusers' scheduler, with the U-Net replaced by a function that both sides can compute."""
 
+import itertools
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax.method.ways import ddim, sds
+from referee_jax.method.ways import ddim
+from referee_jax.method.ways.prior import Prior
+from referee_jax.models.diffusion.text import Text
+from referee_jax.weights import config_json
 from tests.conftest import relative_l2
 from tests.lazy import diffusers, torch
 
@@ -30,21 +36,22 @@ def test_ddim(prediction_type, steps):
         low, high = (predict(torch, z, float(t), text) for text in (uncond, cond))
         z = scheduler.step(low + guidance * (high - low), t, z).prev_sample
 
-    def unet(latents, timesteps, states):
+    def unet(latents, timesteps, states, pooled=None):
         shape = (-1, 1, 1, 1)
         return predict(jnp, latents, timesteps.astype(jnp.float32).reshape(shape), states.reshape(shape))
 
-    assert list(ddim.timesteps(1000, steps)) == scheduler.timesteps.tolist()
+    timesteps = config_json.schedule(json.loads(scheduler.to_json_string()), where="").timesteps(steps)
+    assert timesteps == [*scheduler.timesteps.tolist(), 0]
 
     @jax.jit
-    def step(z, t, uncond):
-        prior = sds.Prior(unet, jnp.asarray(scheduler.alphas_cumprod.numpy()), prediction_type)
-        states = {"cond": jnp.full((1, 1), cond), "uncond": uncond}
-        return ddim.step(prior, z, t, 1000 // steps, **states, guidance=jnp.float32(guidance))
+    def step(z, t, after, uncond):
+        prior = Prior(unet, jnp.asarray(scheduler.alphas_cumprod.numpy()), prediction_type)
+        states = {"cond": Text(jnp.full((1, 1), cond)), "uncond": uncond}
+        return ddim.step(prior, z, t, after, **states, guidance=jnp.float32(guidance))
 
     ours = unguided = jnp.asarray(start)
-    for t in ddim.timesteps(1000, steps):
-        ours, unguided = step(ours, t, jnp.full((1, 1), uncond)), step(unguided, t, None)
+    for t, after in itertools.pairwise(timesteps):
+        ours, unguided = step(ours, t, after, Text(jnp.full((1, 1), uncond))), step(unguided, t, after, None)
     assert relative_l2(ours, z.numpy()) < 1e-4
     assert relative_l2(z.numpy(), start) > 0.1
     assert relative_l2(unguided, ours) > 1e-2

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax.method.ways import guided, sds
+from referee_jax.method.ways import guided
+from referee_jax.method.ways.prior import Prior
+from referee_jax.models.diffusion.text import Text
 
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 
 
-def unet(latents, timesteps, states):
+def unet(latents, timesteps, states, pooled=None):
     """Anything that is not linear."""
     t = timesteps.reshape(-1, 1, 1, 1).astype(latents.dtype) / 1000
     return jnp.sin(2 * latents + 3 * t) * (0.5 + t) + states.reshape(-1, 1, 1, 1) * jnp.tanh(jnp.roll(latents, 1, 1))
@@ -32,10 +34,10 @@ def test_without_a_pull_it_is_ddim(dtype, bound):
     noise, text = np.random.default_rng(0).standard_normal((4, 4, 4)), 0.3
     levels = guided.levels(40, 980, 20)
     with jax.enable_x64(True):
-        prior = sds.Prior(unet, jnp.asarray(ABAR, dtype))
-        states = {"cond": jnp.full((1, 1), text, dtype), "uncond": None}
+        prior = Prior(unet, jnp.asarray(ABAR, dtype))
+        states = {"cond": Text(jnp.full((1, 1), text, dtype)), "uncond": None}
         move = jax.jit(lambda z, k, t: guided.prior_move(prior, z, k, t, **states, guidance=1.0))
-        z, k = guided.begin(jnp.asarray(noise, dtype), prior.alphas_cumprod, levels[0])
+        z, k = guided.begin(jnp.asarray(noise, dtype), prior, levels[0])
         for t in levels:
             moved, k = move(z, k, t)
             z = z - moved
@@ -46,9 +48,8 @@ def test_without_a_pull_it_is_ddim(dtype, bound):
 
 def shares(before, t, eta):
     """How much of the old noise is kept, and how much is new."""
-    of = lambda k, xi: float(
-        guided.renoised(jnp.float32(k), jnp.asarray(ABAR, jnp.float32), before, t, eta, jnp.float32(xi))
-    )
+    prior = Prior(unet, jnp.asarray(ABAR, jnp.float32))
+    of = lambda k, xi: float(guided.renoised(jnp.float32(k), prior, before, t, eta, jnp.float32(xi)))
     return of(1, 0), of(0, 1)
 
 
@@ -60,7 +61,7 @@ def test_known_answers():
         keep, new = shares(before, t, eta)
         assert keep**2 + new**2 == pytest.approx(1, abs=1e-5)
     assert shares(500, 450, 0.0) == (1.0, 0.0) and shares(500, 500, 1.0) == (1.0, 0.0)
-    assert guided.begin(np.ones(1), jnp.asarray(ABAR), 999)[1][0] == pytest.approx(1 / 0.997667, abs=1e-5)
+    assert guided.begin(np.ones(1), Prior(unet, jnp.asarray(ABAR)), 999)[1][0] == pytest.approx(1 / 0.997667, abs=1e-5)
 
 
 def test_levels():

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from referee_jax.method.ways import prior as prior_lib
 from referee_jax.method.ways import sds
+from referee_jax.method.ways.prior import Prior
+from referee_jax.models.diffusion.text import Text
 
 
 @pytest.mark.parametrize(("i", "top"), [(0, 950), (50, 625), (100, 300), (150, 300)])
@@ -38,7 +41,7 @@ def test_weight_falls_along_a_cosine():
 ALPHAS_CUMPROD = jnp.linspace(0.99, 0.01, 100)
 
 
-def unet(noisy, t, states):
+def unet(noisy, t, states, pooled=None):
     """A network whose prediction differs by side of the guidance, by latent and by timestep: `[b, h, w, C]`."""
     return noisy * states.mean((1, 2))[:, None, None, None] + 0.01 * t[:, None, None, None]
 
@@ -52,11 +55,18 @@ def drawn(seed):
 def test_gradient(prediction_type, guided):
     """Equations (1) to (3) written out in float64: signs, the side that guidance starts from, and each factor."""
     latents, eps, t, i = drawn(0), drawn(1), 70, 30
-    cond, uncond = np.full((5, 2), 0.7, np.float32), np.full((5, 2), -0.4, np.float32) if guided else None
+    cond, uncond = (Text(np.full((5, 2), x, np.float32)) for x in (0.7, -0.4))
     hyper = sds.Hyper(weight=8.0, weight_final=2.0, weight_steps=120, guidance=3.0, alpha_power=1.0, sigma_power=0.5)
-    prior = sds.Prior(unet, ALPHAS_CUMPROD, prediction_type)
+    prior = Prior(unet, ALPHAS_CUMPROD, prediction_type)
     gradient = sds.gradient(
-        prior, latents, t=jnp.int32(t), eps=eps, cond=cond, uncond=uncond, hyper=hyper, i=jnp.int32(i)
+        prior,
+        latents,
+        t=jnp.int32(t),
+        eps=eps,
+        cond=cond,
+        uncond=uncond if guided else None,
+        hyper=hyper,
+        i=jnp.int32(i),
     )
 
     alpha, sigma = np.sqrt(float(ALPHAS_CUMPROD[t])), np.sqrt(1 - float(ALPHAS_CUMPROD[t]))
@@ -75,6 +85,8 @@ def test_what_is_predicted_makes_the_noise_of_a_known_latent():
     alpha, sigma = jnp.sqrt(ALPHAS_CUMPROD[t]), jnp.sqrt(1 - ALPHAS_CUMPROD[t])
     exact = {"epsilon": eps, "v_prediction": alpha * eps - sigma * latents}
     for prediction_type, prediction in exact.items():
-        prior = sds.Prior(lambda noisy, t, states, x=prediction: x[None], ALPHAS_CUMPROD, prediction_type)
-        noise = sds.predict_noise(prior, alpha * latents + sigma * eps, t, jnp.zeros((1, 1)), None, guidance=7.0)
+        prior = Prior(lambda noisy, t, states, pooled, x=prediction: x[None], ALPHAS_CUMPROD, prediction_type)
+        text = {"cond": Text(jnp.zeros((1, 1))), "uncond": None, "guidance": 7.0}
+        clean, noise = prior_lib.estimates(prior, alpha * latents + sigma * eps, t, **text)
+        np.testing.assert_allclose(clean, latents, atol=1e-5)
         np.testing.assert_allclose(noise, eps, atol=1e-5)

@@ -1,0 +1,106 @@
+"""Whole generators against diffusers' pipelines, from text to latents, and the method on each of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from referee_jax.engine import inverter as inverter_lib
+from referee_jax.weights import generators, load
+from tests import tiny
+from tests.conftest import relative_l2
+from tests.lazy import pipelines
+from tests.oracles import networks
+
+PROMPT = "a red circle and a blue square"
+
+
+@pytest.fixture(scope="module")
+def referee(tmp_path_factory):
+    path = tmp_path_factory.mktemp("referee")
+    networks.save_clip(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Name, of pipelines.PUBLISHED, to its directory and the pipeline."""
+    root = tmp_path_factory.mktemp("generators")
+    return functools.cache(lambda name: (root / name, pipelines.save(name, root / name)))
+
+
+# Those with guidance: with a negative prompt, too.
+USES = [(name, "") for name in ("Stable Diffusion 2", "SD-Turbo", "SDXL", "SDXL-Turbo")]
+USES += [(name, "a green photo") for name in ("Stable Diffusion 2", "SDXL")]
+
+
+def build(directory, referee, **changes):
+    sds = {"prompt": "{}", "weight": 1.5, "weight_final": 0.75, "guidance": 1.5}
+    settings = tiny.settings((directory, referee), image_size=8 * pipelines.SIDE, **{"sds": sds} | changes)
+    return inverter_lib.Inverter.from_config(settings, jax.devices()[:1])
+
+
+def noise_of(engine, prompt=PROMPT):
+    """That the sample of this prompt begins with."""
+    batch = engine.begin([inverter_lib.items_lib.Item(prompt, 0)], 3)
+    return np.asarray(engine._program("noise")(batch.keys, jnp.int32(0))[0])
+
+
+@pytest.mark.parametrize(("name", "negative"), USES)
+def test_a_sample_is_the_pipelines(saved, referee, name, negative):
+    (directory, pipeline), published = saved(name), pipelines.PUBLISHED[name]
+    engine = build(directory, referee, sds={"prompt": "{}", "negative_prompt": negative, "guidance": 1.5})
+    how = {"steps": published.steps, "guidance": published.guidance}
+    theirs = pipelines.sampled(pipeline, noise_of(engine), PROMPT, **how, negative_prompt=negative or None)
+    ours = engine.sample([PROMPT], seed=3, **how).latents[0]
+    assert relative_l2(ours, theirs) < 1e-3
+    other = pipelines.sampled(pipeline, noise_of(engine), "a green photo", **how)
+    assert relative_l2(other, theirs) > 0.01
+
+
+def test_text(saved):
+    """SDXL's states and pooled text, of two tokenizers that pad otherwise; an empty text is zeros."""
+    root, pipeline = saved("SDXL")
+    parts = generators.load_generator(root)
+    ids = [t([PROMPT, ""], padding="max_length", return_tensors="np").input_ids for t in parts.tokenizers]
+    assert not np.array_equal(*ids)
+    text = parts.text_encoder(ids)
+    for n, prompt in enumerate((PROMPT, "")):
+        states, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+        if prompt:
+            assert relative_l2(text.states[n], states[0].detach()) < 1e-5
+            assert relative_l2(text.pooled[n], pooled[0].detach()) < 1e-5
+        else:
+            assert not np.any(text.states[n]) and not np.any(text.pooled[n])
+
+
+@pytest.mark.parametrize("method", ["sds", "guided", "noise"])
+def test_the_method_runs_on_sdxl(saved, referee, method):
+    """Each way to move a picture; the referees' loss falls, and text and pooled text are seen."""
+    root, _ = saved("SDXL-Turbo" if method == "noise" else "SDXL")
+    engine = build(root, referee, method=method, steps=3, batch_size=2)
+    result = engine([PROMPT, "a green square"], seed=3)
+    assert np.isfinite(result.latents).all() and result.images.std() > 0.01
+    other = engine(["a green square", "a green square"], seed=3)
+    assert relative_l2(other.latents[1], result.latents[1]) < 1e-5
+    assert not np.allclose(other.latents[0], result.latents[0], atol=1e-3)
+
+
+def test_parts_that_do_not_fit(saved, tmp_path):
+    root, _ = saved("SDXL")
+    networks.unet(cross_attention_dim=72).save_pretrained(tmp_path)
+    with pytest.raises(
+        load.WeightsError, match="the pooled text's width=0 does not fit the other parts, which have 24"
+    ):
+        generators.load_generator(root, unet=tmp_path)
+
+
+def test_a_pipeline_that_is_not_implemented(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    with pytest.raises(
+        load.WeightsError, match="_class_name='KandinskyPipeline' is not implemented; supported: Stable"
+    ):
+        generators.check(tmp_path)
