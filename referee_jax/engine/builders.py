@@ -83,9 +83,9 @@ def make_networks(
 
 def make_prior(generator: Generator, configured: Callable = lambda network: network) -> prior_lib.Prior:
     """The generator's diffusion model; `configured` sets static fields of its network."""
-    schedule = generator.schedule
-    alphas_cumprod = jnp.asarray(schedule.alphas_cumprod())
-    return prior_lib.Prior(configured(generator.denoiser), alphas_cumprod, schedule.prediction_type)
+    schedule, denoiser = generator.schedule, configured(generator.denoiser)
+    alphas_cumprod = jax.tree.map(jnp.asarray, schedule.alphas_cumprod())
+    return prior_lib.Prior(denoiser, alphas_cumprod, schedule.prediction_type, shift=schedule.shift)
 
 
 def make_plan(
@@ -114,17 +114,21 @@ def make_plan(
         normalise=settings.referee.normalise,
         latent_losses=tuple(sorted(settings.latent_losses)),
         method=settings.method,
-        levels=make_levels(settings),
+        levels=make_levels(settings, prior.schedule),
         rule=settings.noise.rule,
         is_guided=settings.noise.guidance != 1,
     )
 
 
-def make_levels(settings: config.Settings) -> tuple[int, ...]:
-    """`Plan.levels`."""
+def make_levels(settings: config.Settings, schedule: Any) -> tuple[float, ...]:
+    """`Plan.levels`; a rectified flow's sampler of "noise" goes through its published timesteps."""
     if settings.method == "guided":
         return config.guided_levels(settings)
-    return ddim.trailing(settings.noise.first, settings.noise.steps) if settings.method == "noise" else ()
+    if settings.method != "noise":
+        return ()
+    if schedule.prediction_type == "flow":
+        return tuple(schedule.timesteps(settings.noise.steps)[:-1])
+    return ddim.trailing(settings.noise.first, settings.noise.steps)
 
 
 # Numbers of the method -> the groups of the settings that they are from: field `name` of the numbers is field

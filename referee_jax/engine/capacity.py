@@ -15,6 +15,7 @@ from referee_jax.method import held_out as held_out_lib
 from referee_jax.method import inversion
 from referee_jax.method import state as state_lib
 from referee_jax.referees.judge import Judge
+from referee_jax.weights import generators
 from referee_jax.weights.generators import Generator
 
 UNKNOWN = 8  # images at once where the memory is not known
@@ -108,9 +109,13 @@ def traced(step: Step, batch: int) -> core.Jaxpr:
 
 
 def weights(step: Step) -> dict[str, int]:
-    """Bytes of each network, by name."""
+    """Bytes of each network that stays in a device's memory, by name."""
     networks = step.networks
-    named = {"text encoder": step.text_encoder, "U-Net": networks.prior.denoiser, "decoder": networks.vae}
+    named = {
+        "text encoder": generators.resident(step.text_encoder),
+        "U-Net": networks.prior.denoiser,
+        "decoder": networks.vae,
+    }
     specs = [spec for role in ("optimise", "held_out") for spec in step.settings.referees if spec.role == role]
     for n, (spec, referee) in enumerate(zip(specs, (*networks.referees, *networks.held_out), strict=True)):
         held_out = " (held out)" if spec.role == "held_out" else ""

@@ -90,15 +90,20 @@ class Inverter:
         DeviceError where JAX's options would give other pictures.
         """
         settings = config.from_config(settings)
-        dtype = builders.DTYPES[settings.precision]
+        dtype, mesh = builders.DTYPES[settings.precision], builders.make_mesh(settings, devices)
+        put = functools.partial(parallel.place, mesh=mesh, batched=False)
         prior = generators.load_generator(
             settings.generator.checkpoint,
             revision=settings.generator.revision or None,
             unet=settings.generator.unet,
             unet_revision=settings.generator.unet_revision or None,
             dtype=dtype,
+            put=put,
+            # It is needed once a prompt, and too large to stay.
+            put_t5=lambda weights: weights,
         )
-        return cls(settings, prior, [referees.load_referee(spec, dtype=dtype) for spec in settings.referees], devices)
+        judges = [referees.load_referee(spec, dtype=dtype, put=put) for spec in settings.referees]
+        return cls(settings, prior, judges, devices)
 
     @property
     def devices(self) -> str:
@@ -178,9 +183,8 @@ class Inverter:
         )
         scale = self.schedule.first_scale(timesteps[0])
         for t, after in itertools.pairwise(timesteps):
-            latents = program(
-                self.networks, prompt, latents, jnp.float32(scale), jnp.int32(t), jnp.int32(after), guidance
-            )
+            times = jnp.asarray([t, after], jnp.int32 if isinstance(t, int) else jnp.float32)
+            latents = program(self.networks, prompt, latents, jnp.float32(scale), *times, guidance)
             scale = 1.0
         return latents
 

@@ -179,12 +179,14 @@ class TextTransformer(nnx.Module):
             raise ValueError(f"{input_ids.shape[-1]} tokens, but CLIP has {positions} positions")
         return self.embeddings(input_ids)
 
-    def _of_end(self, states: Array, input_ids: Array) -> Array:
+    def end(self, input_ids: Array) -> Array:
+        """Position of the end token, `int32[B, T] -> int32[B]`; 1 for an empty text."""
         # Checkpoints saved before transformers 4.31 have eos_token_id 2 and mean the largest id.
         end_token = self.config.eos_token_id
-        is_end = input_ids == (input_ids.max(-1, keepdims=True) if end_token == 2 else end_token)
-        end = jnp.argmax(is_end, -1)
-        return jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]
+        return jnp.argmax(input_ids == (input_ids.max(-1, keepdims=True) if end_token == 2 else end_token), -1)
+
+    def _of_end(self, states: Array, input_ids: Array) -> Array:
+        return jnp.take_along_axis(states, self.end(input_ids)[:, None, None], axis=1)[:, 0]
 
 
 class TextModel(nnx.Module):

@@ -4,11 +4,12 @@ judge = load_referee(config.RefereeSpec(name="blip_itm", checkpoint="Salesforce/
 judge.score(["a.png"], ["a red book"])  # [[{"itm_probability": ..., "cosine": ...}]]
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from referee_jax import config
 from referee_jax.hardware import chips
@@ -52,8 +53,13 @@ def name_of(path_or_id: str, revision: str | None = None) -> str:
     )
 
 
-def load_referee(spec: config.RefereeSpec | str, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Judge | own.OwnJudge:
-    """Loads the referee of `spec`, or, to score with, of a directory or hub id.
+def load_referee(
+    spec: config.RefereeSpec | str,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    put: Callable[[np.ndarray], Any] = jax.device_put,
+) -> Judge | own.OwnJudge:
+    """Loads the referee of `spec`, or, to score with, of a directory or hub id; `put` is where its weights go.
 
     Raises WeightsError where it cannot be had, and ConfigError for a loss that it does not have:
     before anything is read, except for BLIP-2's captions, which depend on the weights.
@@ -70,7 +76,7 @@ def load_referee(spec: config.RefereeSpec | str, *, dtype: jax.typing.DTypeLike 
     tokenizer = load.load_tokenizer(directory, kind=family.kind)
     family.check(tokenizer)
     preprocessing = load.read_preprocessing(directory)
-    network = load.load(family.kind, directory, dtype=dtype)
+    network = load.load(family.kind, directory, dtype=dtype, put=put)
     try:
         return build(spec, network, preprocessing, tokenizer)
     except config.ConfigError:

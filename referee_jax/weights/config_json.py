@@ -6,68 +6,16 @@ one of the keys that do not change what the network computes (`HARMLESS`), or an
 
 import dataclasses
 import json
-import math
 import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
-
 from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip
 from referee_jax.models.diffusion import unet, vae
 from referee_jax.models.flan_t5 import clip_t5, t5
 from referee_jax.weights.convert import WeightsError
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The part of scheduler_config.json about training, and which timesteps its sampler goes through.
-
-    The defaults are those of diffusers' `DDIMScheduler`, and of sampling to the end: `set_alpha_to_one`.
-    """
-
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
-    steps_offset: int = 0
-    set_alpha_to_one: bool = True  # whether the last step ends without noise, or at that of timestep 0
-
-    def __post_init__(self):
-        for name, values in (
-            ("beta_schedule", ("scaled_linear", "linear")),
-            ("prediction_type", ("epsilon", "v_prediction")),
-            ("timestep_spacing", ("leading", "trailing", "linspace")),
-        ):
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not implemented; supported: {', '.join(values)}")
-
-    def alphas_cumprod(self) -> np.ndarray:
-        """float32[num_train_timesteps]: the remaining share of signal variance at each step."""
-        power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
-        betas = np.linspace(self.beta_start**power, self.beta_end**power, self.num_train_timesteps) ** (1 / power)
-        return np.cumprod(1 - betas).astype(np.float32)
-
-    def first_scale(self, timestep: int) -> float:
-        """What the published sampler multiplies its noise by at the first timestep; 1 with "leading" ones."""
-        return 1.0 if self.timestep_spacing == "leading" else math.sqrt(1 - self.alphas_cumprod()[timestep])
-
-    def timesteps(self, steps: int) -> list[int]:
-        """Where the published sampler goes in so many steps, the noisiest first; the last, -1, is the end without noise.
-
-        As in diffusers, but for "linspace", whose timesteps are rounded.
-        """
-        total, numbers = self.num_train_timesteps, np.arange(steps)
-        if self.timestep_spacing == "leading":
-            levels = numbers[::-1] * (total // steps) + self.steps_offset
-        elif self.timestep_spacing == "trailing":
-            levels = np.round(total - numbers * total / steps) - 1
-        else:
-            levels = np.round(np.linspace(total - 1, 0, steps))
-        return [*np.minimum(levels, total - 1).astype(int).tolist(), -1 if self.set_alpha_to_one else 0]
+from referee_jax.weights.schedules import FlowSchedule, Schedule
 
 
 def _any(names: str) -> dict[str, None]:
@@ -163,6 +111,22 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     | unet.REFUSED
     | {"_class_name": ("UNet2DConditionModel",), "addition_embed_type_num_heads": None},
     vae.Config: _DIFFUSERS | vae.REFUSED | {"_class_name": ("AutoencoderKL",), "in_channels": None},
+    # The shift by the size of the picture, and those keys, act with use_dynamic_shifting only.
+    FlowSchedule: _any(
+        "_class_name _diffusers_version base_image_seq_len base_shift max_image_seq_len max_shift time_shift_type"
+    )
+    | dict.fromkeys(
+        (
+            "use_dynamic_shifting",
+            "invert_sigmas",
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "stochastic_sampling",
+        ),
+        (False,),
+    )
+    | {"shift_terminal": (None,)},
     Schedule: _any(
         "_class_name _diffusers_version algorithm_type clip_sample clip_sample_range dynamic_thresholding_ratio "
         "euler_at_final final_sigmas_type interpolation_type lambda_min_clipped lower_order_final sample_max_value "
@@ -255,22 +219,18 @@ def blip_config(values: Mapping, *, where: str) -> blip.Config:
     return config
 
 
-_LEADING = (
-    "PNDM",
-    "DDIM",
-    "DDPM",
-    "LCM",
-    "TCD",
-    "None",
-)  # samplers whose timesteps are "leading" unless they say other
+# Samplers whose timesteps are "leading" unless they say otherwise.
+_LEADING = ("PNDM", "DDIM", "DDPM", "LCM", "TCD", "None")
 
 
-def schedule(values: Mapping, *, where: str) -> Schedule:
+def schedule(values: Mapping, *, where: str) -> Schedule | FlowSchedule:
     """Reads scheduler_config.json: the schedule of training, whichever sampler it was saved with.
 
     Raises WeightsError for EDM's without betas, which is that of networks trained in EDM's own way.
     """
     name = str(values.get("_class_name"))
+    if name.startswith("FlowMatch"):
+        return config_from_json(FlowSchedule, values, where=where)
     if name.startswith("EDM") and "beta_schedule" not in values:
         raise WeightsError(
             f"{where}: _class_name={name!r} without beta_schedule is not implemented: it was trained as EDM"

@@ -11,6 +11,7 @@ import fnmatch
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,7 @@ def fill(
     renames: Iterable[tuple[str, str]] = (),
     ignore: Iterable[str] = (),
     float32: Iterable[str] = (),
+    put: Callable[[np.ndarray], Any] = jax.device_put,
 ) -> nnx.Module:
     """Returns the abstract `module` (of `nnx.eval_shape`) with weights from `tensors`.
 
@@ -131,11 +133,12 @@ def fill(
             `tensors`.
         ignore: glob patterns of names of `tensors` that are not weights.
         float32: glob patterns of further parameters that are float32.
+        put: where each weight goes as soon as it is read; by default to JAX's default device.
     """
     parameters = targets(module)
     sources = matched(tensors, {name for target in parameters for name in target.names}, renames, ignore)
     dtypes = _dtypes(parameters, dtype, float32)
-    leaves = [_read(tensors, sources, target, kind) for target, kind in zip(parameters, dtypes, strict=True)]
+    leaves = [put(_read(tensors, sources, target, kind)) for target, kind in zip(parameters, dtypes, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(module), leaves)
 
 
@@ -185,7 +188,7 @@ def _listed(names: Sequence[str], limit: int = 20) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _read(tensors: Mapping, sources: Mapping[str, str], target: Target, dtype) -> jax.Array:
+def _read(tensors: Mapping, sources: Mapping[str, str], target: Target, dtype) -> np.ndarray:
     """One leaf: its tensors, checked, transposed, cast and stacked."""
     out = np.empty((len(target.names), *target.shape), dtype)
     for n, name in enumerate(target.names):
@@ -203,7 +206,7 @@ def _read(tensors: Mapping, sources: Mapping[str, str], target: Target, dtype) -
         if not _is_finite(tensor):
             raise WeightsError(f"{source} holds NaN or infinity")
         out[n] = tensor.transpose(target.axes)
-    return jax.device_put(out.reshape(target.depths + target.shape))
+    return out.reshape(target.depths + target.shape)
 
 
 def _is_finite(tensor: np.ndarray) -> bool:

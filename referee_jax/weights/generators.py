@@ -10,11 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from referee_jax.models.diffusion import text, vae
+from referee_jax.models.flan_t5 import t5
 from referee_jax.weights import config_json, load, tensors, tokenizers
 from referee_jax.weights.convert import WeightsError
+from referee_jax.weights.schedules import FlowSchedule, Schedule
 from referee_jax.weights.tensors import Tensors
 
 INDEX = "model_index.json"  # names the pipeline's class
@@ -29,25 +32,50 @@ class Family:
         pipelines: classes that model_index.json may name.
         folders: of its networks -> kind, of load.KINDS; `denoiser` is one of them.
         tokenizers: folder of each -> that of the text encoder that reads its tokens.
-        text: `(text encoders by folder, index) -> module`, of models.diffusion.text; `index` is model_index.json.
-        widths: of a config of the denoiser, what it takes: the text's states, and its pooled text or 0.
-        text_widths: of the configs of the text encoders, by folder, what they give: the same two.
+        text: `(text encoders by folder, config of the denoiser, index) -> module`, of models.diffusion.text; `index` is
+            model_index.json.
+        widths: of a config of the denoiser, its keys and values of what must fit the other parts: channels of latents,
+            width of the text's states, and of its pooled text or 0.
+        given: of the configs by folder, what the other parts give: the same three.
+        optional: folders that may be missing.
+        t5: folder of a T5, and its tokens.
+        last_is_step: of schedules.FlowSchedule.
     """
 
     pipelines: Sequence[str]
     folders: Mapping[str, str]
     tokenizers: Mapping[str, str]
-    text: Callable[[Mapping[str, nnx.Module], Mapping], nnx.Module]
-    text_widths: Callable[[Mapping[str, Any]], tuple[int, int]]
+    text: Callable[[Mapping[str, nnx.Module], Any, Mapping], nnx.Module]
+    widths: Callable[[Any], dict[str, int]]
+    given: Callable[[Mapping[str, Any]], tuple[int, int, int]]
     denoiser: str = "unet"
+    optional: Sequence[str] = ()
+    t5: str = ""
+    last_is_step: bool = False
 
 
-def _stable_diffusion_text(encoders: Mapping[str, nnx.Module], index: Mapping) -> nnx.Module:
-    return text.StableDiffusionText(encoders["text_encoder"])
+def _unet_widths(config: Any) -> dict[str, int]:
+    return {
+        "in_channels": config.in_channels,
+        "cross_attention_dim": config.cross_attention_dim,
+        "the pooled text's width": config.pooled_width,
+    }
 
 
-def _sdxl_text(encoders: Mapping[str, nnx.Module], index: Mapping) -> nnx.Module:
-    return text.SDXLText(**encoders, zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", True)))
+def _transformer_widths(config: Any) -> dict[str, int]:
+    names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
+    return {name: getattr(config, name) for name in names}
+
+
+def _sdxl_given(configs: Mapping[str, Any]) -> tuple[int, int, int]:
+    first, second = configs["text_encoder"], configs["text_encoder_2"]
+    return configs["vae"].latent_channels, first.hidden_size + second.hidden_size, second.projection_dim
+
+
+def _sd3_given(configs: Mapping[str, Any]) -> tuple[int, int, int]:
+    clips, width = [configs["text_encoder"], configs["text_encoder_2"]], configs["transformer"].joint_attention_dim
+    width = configs["text_encoder_3"].d_model if "text_encoder_3" in configs else width
+    return configs["vae"].latent_channels, width, sum(config.projection_dim for config in clips)
 
 
 FAMILIES: dict[str, Family] = {
@@ -55,8 +83,9 @@ FAMILIES: dict[str, Family] = {
         pipelines=("StableDiffusionPipeline",),
         folders={"text_encoder": "clip_text", "unet": "unet", "vae": "vae_decoder"},
         tokenizers={"tokenizer": "text_encoder"},
-        text=_stable_diffusion_text,
-        text_widths=lambda configs: (configs["text_encoder"].hidden_size, 0),
+        text=lambda encoders, config, index: text.StableDiffusionText(**encoders),
+        widths=_unet_widths,
+        given=lambda configs: (configs["vae"].latent_channels, configs["text_encoder"].hidden_size, 0),
     ),
     "sdxl": Family(
         pipelines=("StableDiffusionXLPipeline",),
@@ -67,11 +96,48 @@ FAMILIES: dict[str, Family] = {
             "vae": "vae_decoder",
         },
         tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
-        text=_sdxl_text,
-        text_widths=lambda configs: (
-            configs["text_encoder"].hidden_size + configs["text_encoder_2"].hidden_size,
-            configs["text_encoder_2"].projection_dim,
+        text=lambda encoders, config, index: text.SDXLText(
+            **encoders, zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", True))
         ),
+        widths=_unet_widths,
+        given=_sdxl_given,
+    ),
+    "sd3": Family(
+        pipelines=("StableDiffusion3Pipeline",),
+        folders={
+            "text_encoder": "clip_text_projected",
+            "text_encoder_2": "clip_text_projected",
+            "text_encoder_3": "t5_encoder",
+            "transformer": "sd3",
+            "vae": "vae_decoder",
+        },
+        tokenizers={f"tokenizer{end}": f"text_encoder{end}" for end in ("", "_2", "_3")},
+        text=lambda encoders, config, index: text.SD3Text(**encoders, width=config.joint_attention_dim),
+        widths=_transformer_widths,
+        given=_sd3_given,
+        denoiser="transformer",
+        optional=("text_encoder_3",),
+        t5="text_encoder_3",
+    ),
+    "flux": Family(
+        pipelines=("FluxPipeline",),
+        folders={
+            "text_encoder": "clip_text",
+            "text_encoder_2": "t5_encoder",
+            "transformer": "flux",
+            "vae": "vae_decoder",
+        },
+        tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
+        text=lambda encoders, config, index: text.FluxText(**encoders),
+        widths=_transformer_widths,
+        given=lambda configs: (
+            4 * configs["vae"].latent_channels,  # of two by two latents
+            configs["text_encoder_2"].d_model,
+            configs["text_encoder"].hidden_size,
+        ),
+        denoiser="transformer",
+        t5="text_encoder_2",
+        last_is_step=True,
     ),
 }
 
@@ -91,7 +157,7 @@ class Generator:
     text_encoder: nnx.Module
     denoiser: nnx.Module
     vae: vae.AutoencoderKL
-    schedule: config_json.Schedule
+    schedule: Schedule | FlowSchedule
     tokenizers: tuple[Any, ...]
 
 
@@ -102,6 +168,8 @@ def load_generator(
     unet: str | Path = "",
     unet_revision: str | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
+    put: Callable[[np.ndarray], Any] = jax.device_put,
+    put_t5: Callable[[np.ndarray], Any] | None = None,
 ) -> Generator:
     """Returns the parts of a checkpoint in diffusers' layout, with weights cast to `dtype`.
 
@@ -113,20 +181,21 @@ def load_generator(
         unet: of another denoiser, which is a directory or repository by itself; empty: the checkpoint's own.
         unet_revision: for its hub id.
         dtype: of the weights.
+        put: where each weight goes as soon as it is read; by default to JAX's default device.
+        put_t5: the same for a T5's; None: as `put`.
     """
     directory = _fetch(path_or_id, revision, has_denoiser=not unet)
     check_layout(directory)
     family = family_of(directory)
     schedule, tokenizer = read_schedule(directory), load_tokenizers(directory)
-    networks = {
-        folder: load.load(kind, directory, subfolder=folder, dtype=dtype)
-        for folder, kind in family.folders.items()
-        if not (unet and folder == family.denoiser)
-    }
-    if unet:
-        kind = family.folders[family.denoiser]
-        networks[family.denoiser] = load.load(kind, unet, revision=unet_revision, dtype=dtype)
-    configs = {folder: _config(networks[folder]) for folder in family.folders}
+    networks = {}
+    for folder, kind in family.folders.items():
+        how = {"dtype": dtype, "put": put_t5 if put_t5 and folder == family.t5 else put}
+        if unet and folder == family.denoiser:
+            networks[folder] = load.load(kind, unet, revision=unet_revision, **how)
+        else:
+            networks[folder] = load.load(kind, directory, subfolder=folder, **how)
+    configs = {folder: _config(network) for folder, network in networks.items()}
     check_widths(family, configs, where=directory, unet=unet)
     return assemble(family, networks, schedule, tokenizer, read_index(directory))
 
@@ -134,14 +203,14 @@ def load_generator(
 def assemble(
     family: Family,
     networks: Mapping[str, nnx.Module],
-    schedule: config_json.Schedule,
+    schedule: Schedule | FlowSchedule,
     tokenizers: Sequence[Any],
     index: Mapping,
 ) -> Generator:
     """The generator of a family's networks, by folder; `index` is its model_index.json."""
-    encoders = {folder: networks[folder] for folder in family.tokenizers.values()}
+    encoders = {folder: networks[folder] for folder in family.tokenizers.values() if folder in networks}
     return Generator(
-        text_encoder=family.text(encoders, index),
+        text_encoder=family.text(encoders, networks[family.denoiser].config, index),
         denoiser=networks[family.denoiser],
         vae=networks["vae"],
         schedule=schedule,
@@ -149,14 +218,16 @@ def assemble(
     )
 
 
+def resident(text_encoder: nnx.Module) -> list[Any]:
+    """The weights of a generator's text encoders that stay in a device's memory: all but those of a T5."""
+    is_t5 = lambda x: isinstance(x, t5.T5Encoder)
+    return [x for x in jax.tree.leaves(text_encoder, is_leaf=is_t5) if not is_t5(x)]
+
+
 def check_widths(family: Family, configs: Mapping[str, Any], *, where: str | Path, unet: str | Path = "") -> None:
     """Raises WeightsError, naming the config's key, if networks of these configs, by folder, do not fit together."""
-    config, (states, pooled) = configs[family.denoiser], family.text_widths(configs)
-    for name, width, expected in (
-        ("in_channels", config.in_channels, configs["vae"].latent_channels),
-        ("cross_attention_dim", config.cross_attention_dim, states),
-        ("the pooled text's width", config.pooled_width, pooled),
-    ):
+    taken = family.widths(configs[family.denoiser])
+    for (name, width), expected in zip(taken.items(), family.given(configs), strict=True):
         if width != expected:
             raise WeightsError(
                 f"{unet or where}: {family.denoiser}: {name}={width} does not fit the other parts, which have {expected}"
@@ -173,14 +244,25 @@ def family_of(directory: Path) -> Family:
     Raises WeightsError for a pipeline that is none of FAMILIES.
     """
     name = read_index(directory).get("_class_name")
+    is_there = lambda folder: (directory / folder).is_dir()
     for family in FAMILIES.values():
         if name in family.pipelines:
-            return family
+            left_out = [folder for folder in family.optional if not is_there(folder)]
+            return _without(family, left_out) if left_out else family
     if name is not None:
         known = ", ".join(name for family in FAMILIES.values() for name in family.pipelines)
         raise WeightsError(f"{directory / INDEX}: _class_name={name!r} is not implemented; supported: {known}")
-    is_there = lambda family: sum((directory / folder).is_dir() for folder in family.folders)
-    return max(FAMILIES.values(), key=is_there)
+    return max(FAMILIES.values(), key=lambda family: sum(map(is_there, family.folders)))
+
+
+def _without(family: Family, folders: Sequence[str]) -> Family:
+    """A family without some of its text encoders."""
+    return dataclasses.replace(
+        family,
+        folders={folder: kind for folder, kind in family.folders.items() if folder not in folders},
+        tokenizers={name: folder for name, folder in family.tokenizers.items() if folder not in folders},
+        t5="" if family.t5 in folders else family.t5,
+    )
 
 
 def read_index(directory: Path) -> dict:
@@ -194,16 +276,23 @@ def read_configs(directory: Path) -> dict[str, Any]:
     return {folder: load.read_config(kind, directory / folder) for folder, kind in family_of(directory).folders.items()}
 
 
-def read_schedule(directory: Path) -> config_json.Schedule:
+def read_schedule(directory: Path) -> Schedule | FlowSchedule:
     """Returns the noise schedule of a local directory."""
-    return config_json.schedule(config_json.read_json(directory / SCHEDULER), where=str(directory / SCHEDULER))
+    schedule = config_json.schedule(config_json.read_json(directory / SCHEDULER), where=str(directory / SCHEDULER))
+    if isinstance(schedule, FlowSchedule):
+        return dataclasses.replace(schedule, last_is_step=family_of(directory).last_is_step)
+    return schedule
 
 
 def load_tokenizers(directory: Path) -> list[Any]:
     """Returns the tokenizers of a local directory, each compared with the text encoder that reads its tokens."""
     family = family_of(directory)
     config = lambda folder: load.read_config(family.folders[folder], directory / folder)
-    return [tokenizers.read(directory / name, config(folder)) for name, folder in family.tokenizers.items()]
+    read = {name: tokenizers.read(directory / name, config(folder)) for name, folder in family.tokenizers.items()}
+    for name, folder in family.tokenizers.items():
+        if folder == family.t5:
+            read[name].model_max_length = text.T5_TOKENS
+    return list(read.values())
 
 
 def check(directory: Path) -> None:

@@ -197,6 +197,7 @@ def load(
     revision: str | None = None,
     subfolder: str = "",
     dtype: jax.typing.DTypeLike = jnp.float32,
+    put: Callable[[np.ndarray], Any] = jax.device_put,
 ) -> nnx.Module:
     """Returns a network with the weights of a local directory or a hub id.
 
@@ -208,6 +209,7 @@ def load(
         revision: for hub ids; a commit hash is best.
         subfolder: of the directory or repository, where the files are.
         dtype: of the weights; see `convert.fill` for the exceptions.
+        put: see `convert.fill`.
     """
     row = KINDS[kind]
     directory = fetch(path_or_id, revision, {subfolder: row.stem}) / subfolder
@@ -220,7 +222,8 @@ def load(
     try:
         check_ties(row, weights)
         ignore = (*row.ignore, *row.ties, *row.unread(config))
-        return convert.fill(module, weights, dtype=dtype, renames=row.renames, ignore=ignore, float32=row.float32)
+        how = {"renames": row.renames, "ignore": ignore, "float32": row.float32}
+        return convert.fill(module, weights, dtype=dtype, **how, put=put)
     except WeightsError as error:
         raise WeightsError(f"{weights.source}: {error}") from error
 

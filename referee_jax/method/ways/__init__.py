@@ -55,9 +55,8 @@ class _Sds:
         gradient = jnp.zeros_like(state.latents)
         if plan.use_sds:
             texts = {"cond": prompt.cond, "uncond": prompt.uncond}
-            gradient = sds.gradient(
-                networks.prior, state.latents, t=drawn.t, eps=drawn.eps, **texts, hyper=hyper.prior, i=i
-            )
+            t = networks.prior.time(drawn.t)
+            gradient = sds.gradient(networks.prior, state.latents, t=t, eps=drawn.eps, **texts, hyper=hyper.prior, i=i)
         return Look(state.latents, gradient, state.carry)
 
     def move(self, hyper, plan, state, i, drawn, found, pull, active):
@@ -82,14 +81,15 @@ def _optimizer(hyper, plan) -> optax.GradientTransformationExtraArgs:
 
 class _Guided:
     def begin(self, networks, hyper, plan, latents):
-        return guided.begin(latents, networks.prior, plan.levels[0])
+        prior = networks.prior
+        return guided.begin(latents, prior, prior.time(jnp.int32(plan.levels[0])))
 
     def render(self, networks, prompt, hyper, plan, latents):
         return latents
 
     def prior(self, networks, prompt, hyper, plan, state, i, drawn):
         levels, prior = jnp.asarray(plan.levels, jnp.int32), networks.prior
-        before, t = levels[jnp.maximum(i - 1, 0)], levels[i]
+        before, t = prior.time(levels[jnp.maximum(i - 1, 0)]), prior.time(levels[i])
         k = guided.renoised(state.carry, prior, before, t, hyper.guided.eta, drawn.n1)
         texts = {"cond": prompt.cond, "uncond": prompt.uncond, "guidance": hyper.guided.guidance}
         moved, k = guided.prior_move(prior, state.latents, k, t, **texts)

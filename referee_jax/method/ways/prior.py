@@ -30,11 +30,13 @@ class Prior(struct.PyTreeNode):
         denoiser: `(latents [B, h, w, C], timesteps [B], *text) -> [B, h, w, C]`, of models.diffusion.
         alphas_cumprod: abar_t, float32 `[timesteps]`; None of "flow".
         prediction_type: what it predicts, see the table above.
+        shift: of "flow", how far training moves timesteps towards noise.
     """
 
     denoiser: Any
     alphas_cumprod: Array | None
     prediction_type: str = struct.field(pytree_node=False, default="epsilon")
+    shift: float = struct.field(pytree_node=False, default=1.0)
 
     @property
     def is_flow(self) -> bool:
@@ -45,6 +47,13 @@ class Prior(struct.PyTreeNode):
     def timesteps(self) -> int:
         """How many timesteps training had."""
         return FLOW_TIMESTEPS if self.is_flow else len(self.alphas_cumprod)
+
+    def time(self, t: Array) -> Array:
+        """The timestep where training, without its shift, would be at `t`: `t` itself but for "flow"."""
+        if not self.is_flow:
+            return t
+        share = jnp.asarray(t, jnp.float32) / FLOW_TIMESTEPS
+        return FLOW_TIMESTEPS * self.shift * share / (1 + (self.shift - 1) * share)
 
     def levels(self, t: Array) -> tuple[Array, Array]:
         """alpha_t and sigma_t; a timestep below 0 is the end, without noise."""
