@@ -122,10 +122,11 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Array) -> Array:
-        return normalise(_of_features, self.epsilon, x, self.scale[...], self.bias[...])
+        return normalise(of_features, self.epsilon, x, self.scale[...], self.bias[...])
 
 
-def _of_features(x: Array) -> Array:
+def of_features(x: Array) -> Array:
+    """Means over the last axis, for `normalise`."""
     return x.mean(-1, keepdims=True)
 
 
@@ -274,8 +275,8 @@ def unrolls(depth: int) -> bool:
     return depth <= UNROLLED
 
 
-def scan_layers(stack: Stack, x: Array, *args, each: Array | None = None, remat: bool = False) -> Array:
-    """Applies the layers one after the other, each as `layer(x, *args)`.
+def scan_layers(stack: Stack, x: Any, *args, each: Array | None = None, remat: bool = False) -> Any:
+    """Applies the layers one after the other, each as `layer(x, *args)`; `x` is an array, or several.
 
     With `each` `[depth, ...]` a layer's part of it is its last argument. With `remat` only what
     `stack.remat` names is stored for the backward pass.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip
-from referee_jax.models.diffusion import unet, vae
+from referee_jax.models.diffusion import flux, sd3, unet, vae
 from referee_jax.models.flan_t5 import clip_t5, t5
 from referee_jax.weights.convert import WeightsError
 from referee_jax.weights.schedules import FlowSchedule, Schedule
@@ -110,7 +110,11 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     unet.Config: _DIFFUSERS
     | unet.REFUSED
     | {"_class_name": ("UNet2DConditionModel",), "addition_embed_type_num_heads": None},
-    vae.Config: _DIFFUSERS | vae.REFUSED | {"_class_name": ("AutoencoderKL",), "in_channels": None},
+    vae.Config: _DIFFUSERS
+    | vae.REFUSED
+    | {"_class_name": ("AutoencoderKL",), "in_channels": None, "use_quant_conv": None},
+    sd3.Config: _DIFFUSERS | {"_class_name": ("SD3Transformer2DModel",)},
+    flux.Config: _DIFFUSERS | {"_class_name": ("FluxTransformer2DModel",)},
     # The shift by the size of the picture, and those keys, act with use_dynamic_shifting only.
     FlowSchedule: _any(
         "_class_name _diffusers_version base_image_seq_len base_shift max_image_seq_len max_shift time_shift_type"

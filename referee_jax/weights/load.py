@@ -21,7 +21,7 @@ import safetensors.numpy
 from flax import nnx
 
 from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip
-from referee_jax.models.diffusion import unet, vae
+from referee_jax.models.diffusion import flux, sd3, unet, vae
 from referee_jax.models.flan_t5 import clip_t5, t5
 from referee_jax.weights import config_json, convert, hub, tensors, tokenizers
 from referee_jax.weights.convert import WeightsError
@@ -180,6 +180,13 @@ KINDS: dict[str, Kind] = {
         ),
     ),
     "unet": Kind(config=config_json.reader(unet.Config), network=unet.UNet, stem=DIFFUSERS),
+    "sd3": Kind(
+        config=config_json.reader(sd3.Config),
+        network=sd3.SD3,
+        stem=DIFFUSERS,
+        float32=("pos_embed.pos_embed",),
+    ),
+    "flux": Kind(config=config_json.reader(flux.Config), network=flux.Flux, stem=DIFFUSERS),
     "vae_decoder": Kind(
         config=config_json.reader(vae.Config),
         network=vae.AutoencoderKL,

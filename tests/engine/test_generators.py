@@ -32,8 +32,9 @@ def saved(tmp_path_factory):
 
 
 # Those with guidance: with a negative prompt, too.
-USES = [(name, "") for name in ("Stable Diffusion 2", "SD-Turbo", "SDXL", "SDXL-Turbo")]
-USES += [(name, "a green photo") for name in ("Stable Diffusion 2", "SDXL")]
+USES = [(name, "") for name in ("Stable Diffusion 2", "SD-Turbo", "SDXL", "SDXL-Turbo", "SD3.5", "SD3.5 without T5")]
+USES += [("FLUX.1-schnell", "")]
+USES += [(name, "a green photo") for name in ("Stable Diffusion 2", "SDXL", "SD3.5")]
 
 
 def build(directory, referee, **changes):
@@ -76,10 +77,18 @@ def test_text(saved):
             assert not np.any(text.states[n]) and not np.any(text.pooled[n])
 
 
-@pytest.mark.parametrize("method", ["sds", "guided", "noise"])
-def test_the_method_runs_on_sdxl(saved, referee, method):
-    """Each way to move a picture; the referees' loss falls, and text and pooled text are seen."""
-    root, _ = saved("SDXL-Turbo" if method == "noise" else "SDXL")
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *(("SDXL", method) for method in ("sds", "guided")),
+        ("SDXL-Turbo", "noise"),
+        *(("SD3.5", method) for method in ("sds", "guided")),
+        *(("FLUX.1-schnell", method) for method in ("guided", "noise")),
+    ],
+)
+def test_the_method_runs(saved, referee, name, method):
+    """Each way to move a picture, on each kind of generator; a batch's items do not depend on each other."""
+    root, _ = saved(name)
     engine = build(root, referee, method=method, steps=3, batch_size=2)
     result = engine([PROMPT, "a green square"], seed=3)
     assert np.isfinite(result.latents).all() and result.images.std() > 0.01

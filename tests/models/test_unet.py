@@ -138,24 +138,6 @@ def draw(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def exact(oracle):
-    """The oracle in float64, its sinusoids included, which diffusers computes in float32 whatever the network's dtype.
-
-    float32 angles near 1000 are off by 3e-5, torch's as much as ours, and a random network's
-    gradient makes that 1e-4.
-    """
-
-    def features(timesteps, time=oracle.time_proj):
-        half = time.num_channels // 2
-        exponents = -np.log(10000) * torch.arange(half, dtype=torch.float64) / (half - time.downscale_freq_shift)
-        angles = timesteps.double()[:, None] * exponents.exp()
-        parts = [angles.sin(), angles.cos()]
-        return torch.cat(parts[::-1] if time.flip_sin_to_cos else parts, dim=-1)
-
-    oracle.time_proj.forward = features
-    return oracle.double()
-
-
 def doubled(*arrays):
     return [torch.from_numpy(x).double() for x in arrays]
 
@@ -192,7 +174,9 @@ def test_matches_torch(branch, size):
     texts = (text, draw(3, 2, config.pooled_width)) if config.pooled_width else (text,)
 
     z, h = to_torch(latents).double().requires_grad_(True), [x.requires_grad_(True) for x in doubled(*texts)]
-    theirs = exact(oracle)(z, torch.from_numpy(timesteps), h[0], added_cond_kwargs=added(h, size)).sample
+    theirs = networks.exact(oracle, oracle.time_proj)(
+        z, torch.from_numpy(timesteps), h[0], added_cond_kwargs=added(h, size)
+    ).sample
     (theirs * to_torch(cotangent)).sum().backward()
 
     ours, by_latents, *by_texts = run(network, latents, timesteps, cotangent, *texts)
@@ -294,7 +278,7 @@ def test_full_size_matches_torch(name):
     other = predict(network, latents, timesteps, draw(3, *text.shape))
 
     z, h = to_torch(latents).double().requires_grad_(True), torch.from_numpy(text).double().requires_grad_(True)
-    theirs = exact(oracle)(z, torch.from_numpy(timesteps), h).sample
+    theirs = networks.exact(oracle, oracle.time_proj)(z, torch.from_numpy(timesteps), h).sample
     (theirs * to_torch(cotangent)).sum().backward()
     errors = [error(a, b) for a, b in zip(ours, (to_numpy(theirs), to_numpy(z.grad), h.grad.numpy()), strict=True)]
     print(name, "output, gradients by latents and text:", errors)

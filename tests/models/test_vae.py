@@ -16,6 +16,13 @@ from tests.oracles import networks
 BRANCHES = {
     "three levels": {},
     "two blocks a level": {"block_out_channels": (8, 24), "layers_per_block": 2, "norm_num_groups": 8},
+    "as SD3 and FLUX have it": {
+        "latent_channels": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "shift_factor": 0.7,
+        "scaling_factor": 1.5305,
+    },
     "one level": {"block_out_channels": (8,), "scaling_factor": 0.5, "latent_channels": 3},
 }
 
@@ -80,7 +87,7 @@ def test_decoder_matches_torch(branch, size):
     latents = draw(0, 2, *size, config.latent_channels)
 
     z = to_torch(latents).requires_grad_(True)
-    images = oracle.decode(z / oracle.config.scaling_factor).sample / 2 + 0.5
+    images = oracle.decode(z / oracle.config.scaling_factor + (config.shift_factor or 0)).sample / 2 + 0.5
     a = draw(1, *to_numpy(images).shape)
     (images * to_torch(a)).sum().backward()
 
@@ -125,22 +132,25 @@ def test_old_attention_names_load():
         np.testing.assert_array_equal(a, b)
 
 
-def test_published_shapes():
-    """config.json of SD 1.5, 2.1, sd-vae-ft-mse, sd-turbo: one architecture."""
+@pytest.mark.parametrize("channels, count", [(4, 83_653_863), (16, 83_819_683)])
+def test_published_shapes(channels, count):
+    """config.json of SD 1.5, 2.1, sd-vae-ft-mse, sd-turbo, SDXL: one architecture; and of SD3 and FLUX.1."""
+    more = {"use_quant_conv": False, "use_post_quant_conv": False} if channels == 16 else {}
     with torch.device("meta"):
         oracle = diffusers.AutoencoderKL(
             act_fn="silu",
             block_out_channels=[128, 256, 512, 512],
             down_block_types=["DownEncoderBlock2D"] * 4,
-            latent_channels=4,
+            latent_channels=channels,
             layers_per_block=2,
             norm_num_groups=32,
             up_block_types=["UpDecoderBlock2D"] * 4,
+            **more,
         )
-    assert sum(x.numel() for x in oracle.parameters()) == 83_653_863
+    assert sum(x.numel() for x in oracle.parameters()) == count
     theirs = {name: tuple(x.shape) for name, x in oracle.state_dict().items()}
     theirs = {name: shape for name, shape in theirs.items() if not name.startswith(("encoder.", "quant_conv."))}
-    module = nnx.eval_shape(lambda: vae.AutoencoderKL(vae.Config(), rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: vae.AutoencoderKL(read(oracle.config), rngs=nnx.Rngs(0)))
     assert {name: t.source_shape for t in convert.targets(module) for name in t.names} == theirs
     assert sum(x.size for x in jax.tree.leaves(module)) == sum(np.prod(shape) for shape in theirs.values())
 
@@ -184,9 +194,6 @@ def test_double_is_torchs_nearest(shape, is_dense):
     "key, value",
     [
         ("act_fn", "gelu"),
-        ("shift_factor", 0.1159),
-        ("use_quant_conv", False),
-        ("use_post_quant_conv", 1),
         ("mid_block_add_attention", False),
         ("latents_mean", [0.0, 0.0, 0.0, 0.0]),
         ("down_block_types", ["AttnDownEncoderBlock2D"] * 4),

@@ -1,6 +1,7 @@
 """Tiny pipelines of diffusers with random weights, each with the layout and the sampler of a published one."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from tests.oracles import networks
+from tests.oracles import networks, t5
 
 SIDE = 8  # of the latents; pictures are eight times as wide
 _BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -73,6 +74,57 @@ def sdxl(scheduler: Any) -> diffusers.StableDiffusionXLPipeline:
     )  # fmt: skip
 
 
+_VAE_16 = dict(
+    **_VAE,
+    latent_channels=16,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+    scaling_factor=1.5305,
+    shift_factor=0.0609,
+)
+_T5_WIDTH = 64  # at least that of both CLIPs' states beside each other
+
+
+def t5_encoder() -> transformers.T5EncoderModel:
+    """The third text encoder of SD3, and the second of FLUX."""
+    return t5.t5_encoder(d_model=_T5_WIDTH, vocab_size=len(t5.tokenizer()))
+
+
+def sd3(scheduler: Any, has_t5: bool = True) -> diffusers.StableDiffusion3Pipeline:
+    """Two CLIPs and a T5; four blocks, of which two attend twice."""
+    clips = [projected_text_encoder(seed=0, hidden_size=24, projection_dim=20), projected_text_encoder()]
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=SIDE, in_channels=16, out_channels=16, num_layers=4, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=_T5_WIDTH, caption_projection_dim=32, pooled_projection_dim=20 + 24, pos_embed_max_size=9,
+        qk_norm="rms_norm", dual_attention_layers=(0, 1),
+    )  # fmt: skip
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=small(networks.redraw(transformer, 2)), scheduler=scheduler, vae=networks.vae(**_VAE_16),
+        text_encoder=clips[0], tokenizer=networks.tokenizer(), text_encoder_2=clips[1], tokenizer_2=padded_with_zero(),
+        text_encoder_3=t5_encoder() if has_t5 else None, tokenizer_3=t5.tokenizer(length=512) if has_t5 else None,
+    )  # fmt: skip
+
+
+def flux(scheduler: Any) -> diffusers.FluxPipeline:
+    """CLIP and T5; two blocks of two streams, two of one."""
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=_T5_WIDTH, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    return diffusers.FluxPipeline(
+        transformer=small(networks.redraw(transformer, 2)), scheduler=scheduler, vae=networks.vae(**_VAE_16),
+        text_encoder=networks.text_encoder(), tokenizer=networks.tokenizer(), text_encoder_2=t5_encoder(),
+        tokenizer_2=t5.tokenizer(length=512),
+    )  # fmt: skip
+
+
+def small(transformer: Any) -> Any:
+    """With small predictions, as `sdxl_unet`."""
+    with torch.no_grad():
+        transformer.proj_out.weight.mul_(0.2)
+    return transformer
+
+
 @dataclasses.dataclass(frozen=True)
 class Published:
     """A pipeline, and how it is used."""
@@ -110,6 +162,16 @@ PUBLISHED = {
         steps=1,
         guidance=1.0,
     ),
+    "SD3.5": Published(sd3, lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), steps=5, guidance=4.5),
+    "SD3.5 without T5": Published(
+        functools.partial(sd3, has_t5=False),
+        lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        steps=3,
+        guidance=4.5,
+    ),
+    "FLUX.1-schnell": Published(
+        flux, lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0), steps=4, guidance=1.0
+    ),
 }
 
 
@@ -123,10 +185,18 @@ def save(name: str, root: pathlib.Path) -> diffusers.DiffusionPipeline:
 
 def sampled(pipeline: Any, noise: np.ndarray, prompt: str, *, steps: int, guidance: float, **how: Any) -> np.ndarray:
     """Latents `[h, w, C]` that the pipeline makes of noise `[h, w, C]`."""
-    start = torch.from_numpy(noise.transpose(2, 0, 1)[None].copy())
-    side = 8 * noise.shape[0]
+    start, count = torch.from_numpy(noise.transpose(2, 0, 1)[None].copy()), noise.shape[0]
+    side = 8 * count
+    if isinstance(pipeline, diffusers.FluxPipeline):
+        start = pipeline._pack_latents(start, 1, start.shape[1], count, count)
+        guidance = 0.0  # not read
+    if isinstance(pipeline, diffusers.FluxPipeline | diffusers.StableDiffusion3Pipeline):
+        how["max_sequence_length"] = 256
     made = pipeline(
         prompt, num_inference_steps=steps, guidance_scale=guidance, latents=start, height=side, width=side,
         output_type="latent", **how,
     )  # fmt: skip
-    return made.images[0].numpy().transpose(1, 2, 0)
+    latents = made.images
+    if isinstance(pipeline, diffusers.FluxPipeline):
+        latents = pipeline._unpack_latents(latents, side, side, 8)
+    return latents[0].detach().numpy().transpose(1, 2, 0)

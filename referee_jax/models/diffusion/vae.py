@@ -28,11 +28,8 @@ RENAMES: tuple[tuple[str, str], ...] = (
 # What config.json may say without a field below: key -> the values that are implemented.
 REFUSED = {
     "act_fn": ("silu", "swish"),
-    "shift_factor": (None,),
     "latents_mean": (None,),
     "latents_std": (None,),
-    "use_quant_conv": (True,),
-    "use_post_quant_conv": (True,),
     "mid_block_add_attention": (True,),
 }
 
@@ -49,6 +46,8 @@ class Config:
     latent_channels: int = 4
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
+    shift_factor: float | None = None  # of the latents, before they are scaled
+    use_post_quant_conv: bool = True  # whether a layer comes before the decoder
 
     @property
     def downscale(self) -> int:
@@ -187,12 +186,14 @@ class AutoencoderKL(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         latent = config.latent_channels
-        self.post_quant_conv = nnx.Conv(latent, latent, (1, 1), rngs=rngs)
+        self.post_quant_conv = nnx.Conv(latent, latent, (1, 1), rngs=rngs) if config.use_post_quant_conv else None
         self.decoder = Decoder(config, rngs=rngs)
         self.config = config
 
     @jax.named_scope("vae_decoder")
     def decode(self, latents: Array) -> Array:
-        """Scaled latents `[B, h, w, 4]` to float32 images `[B, H, W, 3]`, not clamped to [0, 1]."""
-        x = (latents / self.config.scaling_factor).astype(layers.float_dtype(self))
-        return self.decoder(self.post_quant_conv(x)).astype(jnp.float32) / 2 + 0.5
+        """Scaled latents `[B, h, w, C]` to float32 images `[B, H, W, 3]`, not clamped to [0, 1]."""
+        raw = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
+        x = raw.astype(layers.float_dtype(self))
+        x = x if self.post_quant_conv is None else self.post_quant_conv(x)
+        return self.decoder(x).astype(jnp.float32) / 2 + 0.5
