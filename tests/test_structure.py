@@ -27,6 +27,7 @@ TABLE = {
     },
     "storage": {"config", "items", "hardware.processes", "method.held_out"},
     "cli": {"config", "hardware", "console", "schema"},
+    "networks": {"referees", "weights", "config", "prompts", "storage.images"},
     "engine": {
         "config", "method", "models.layers", "referees", "weights", "hardware", "items", "prompts",
     },

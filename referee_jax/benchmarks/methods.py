@@ -292,7 +292,7 @@ def draw(curves: Mapping[str, Sequence[Point]], file: pathlib.Path) -> None:
 def passes(settings: config.Settings) -> float:
     """What a picture costs with all networks, in passes of the U-Net."""
     estimate, is_guided = cost.estimate(settings), settings.sds.prompt != settings.sds.negative_prompt
-    return estimate.image / estimate.parts["U-Net"] * (2 if is_guided else 1)
+    return estimate.image / estimate.parts["denoiser"] * (2 if is_guided else 1)
 
 
 def compare(args: flags.FlagValues) -> str:

@@ -13,11 +13,12 @@ def _group(cls: type) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generator:
-    """The image prior: a Stable Diffusion checkpoint in diffusers' layout."""
+    """The image prior: a checkpoint of Stable Diffusion, SDXL, SD3 or FLUX.1-schnell in diffusers' layout."""
 
     checkpoint: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id, local directory, or shapes/...
     revision: str = ""  # commit of a hub id; empty: the latest
-    # Another U-Net in its place, such as one of few steps: hub id, local directory, or shapes/...; empty: its own.
+    # Another network in the place of its U-Net or transformer, such as one of few steps: hub id, local directory, or
+    # shapes/...; empty: its own.
     unet: str = ""
     unet_revision: str = ""  # commit of that hub id; empty: the latest
 
@@ -64,7 +65,8 @@ class Noise:
 
     rule: str = "reno"  # how it is moved: reno, sphere, gper, langevin, or a plugin's
     steps: int = bounded(1, low=1, high=50)  # of the sampler; each has a gradient
-    first: int = bounded(999, low=99, high=999)  # timestep of its first step; 800 for Hyper-SD's one-step generators
+    # Timestep of its first step; 800 for Hyper-SD's one-step generators. SD3 and FLUX begin at noise.
+    first: int = bounded(999, low=99, high=999)
     guidance: float = 1.0  # scale of the sampler's classifier-free guidance; 1: none
     lr: float = bounded(5.0, low=0)  # step size of reno, sphere and gper
     momentum: float = bounded(0.9, low=0, high=1)  # of reno and sphere

@@ -113,7 +113,7 @@ def weights(step: Step) -> dict[str, int]:
     networks = step.networks
     named = {
         "text encoder": generators.resident(step.text_encoder),
-        "U-Net": networks.prior.denoiser,
+        "denoiser": networks.prior.denoiser,
         "decoder": networks.vae,
     }
     specs = [spec for role in ("optimise", "held_out") for spec in step.settings.referees if spec.role == role]

@@ -14,6 +14,7 @@ import numpy as np
 
 from referee_jax import config, referees
 from referee_jax.engine import builders
+from referee_jax.models.diffusion.text import T5_TOKENS
 from referee_jax.performance.published import GENERATORS, PUBLISHED
 from referee_jax.weights import config_json, generators, hub, load, tokenizers
 from referee_jax.weights.generators import Generator
@@ -110,7 +111,8 @@ def _prior(generator: config.Generator, dtype: Any, assumed: list[str]) -> Gener
         assumed.append(f"{generator.unet} is not here: its sizes are those of {checkpoint}")
     generators.check_widths(family, sizes, where=checkpoint, unet=generator.unet)
     networks = {folder: load.abstract(kind, sizes[folder], dtype=dtype) for folder, kind in family.folders.items()}
-    words = [Words(sizes[folder].max_position_embeddings) for folder in family.tokenizers.values()]
+    longest = lambda folder: T5_TOKENS if folder == family.t5 else sizes[folder].max_position_embeddings
+    words = [Words(longest(folder)) for folder in family.tokenizers.values()]
     return generators.assemble(family, networks, schedule, words, index)
 
 

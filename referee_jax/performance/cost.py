@@ -117,7 +117,7 @@ def parts(step: capacity.Step) -> list[Part]:
     side = step.settings.image_size
     decoder = "sampler and decoder" if plan.method == "noise" else "decoder"
     pieces = [
-        Part("U-Net", _unet, plan.latent),
+        Part("denoiser", _denoiser, plan.latent),
         Part(decoder, _picture(plan), plan.latent),
         Part(f"{decoder} + pullback", _pulled(plan), plan.latent),
     ]
@@ -134,7 +134,7 @@ def parts(step: capacity.Step) -> list[Part]:
     return pieces
 
 
-def _unet(networks, prompt, hyper, z: Array, key: Array) -> Array:
+def _denoiser(networks, prompt, hyper, z: Array, key: Array) -> Array:
     t = sds.sample_timestep(key, hyper.prior, jnp.int32(0), networks.prior.timesteps)
     how = {"cond": prompt.cond, "uncond": prompt.uncond, "hyper": hyper.prior, "i": jnp.int32(0)}
     return sds.gradient(networks.prior, z, t=t, eps=z, **how)
@@ -187,7 +187,7 @@ def estimate(settings: config.Settings) -> Estimate:
     least, most = peak_memory.peak(one), peak_memory.peak(two)
     return Estimate(
         parts=counts,
-        **_work(step, flops.count(one), counts["U-Net"])._asdict(),
+        **_work(step, flops.count(one), counts["denoiser"])._asdict(),
         weights=capacity.weights(step),
         fixed=max(0, 2 * least - most),
         live=most - least,
@@ -209,25 +209,25 @@ def running(engine: inverter.Inverter, iteration: jax.stages.Traced, prompts: st
     traced, device = iteration.jaxpr.jaxpr, engine.mesh.devices.flat[0]
     prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), prompts)
     step = capacity.Step(engine.settings, engine.networks, engine.text_encoder, prompt, engine.hyper, engine.plan)
-    whole, unet = flops.count(traced) / engine.settings.batch_size, _flops(step, _unet, step.plan.latent)
+    whole, denoiser = flops.count(traced) / engine.settings.batch_size, _flops(step, _denoiser, step.plan.latent)
     return Running(
-        image=_work(step, whole, unet).image,
+        image=_work(step, whole, denoiser).image,
         weights=sum(capacity.weights(step).values()),
         batch=peak_memory.peak(traced),
         chip=chips.of(device.device_kind),
     )
 
 
-def _work(step: capacity.Step, whole: float, unet: float) -> Work:
-    """FLOPs of an image, where an iteration takes `whole`, and the U-Net in it `unet`."""
+def _work(step: capacity.Step, whole: float, denoiser: float) -> Work:
+    """FLOPs of an image, where an iteration takes `whole`, and the denoiser in it `denoiser`."""
     settings, plan = step.settings, step.plan
     judged = _flops(step, _judged(plan), plan.latent)
-    start = settings.init_steps * unet if settings.init == "sample" else 0.0
+    start = settings.init_steps * denoiser if settings.init == "sample" else 0.0
     if settings.init_candidates > 1 or plan.held_out:
         start += judged
     acts = builders.make_referee(settings, settings.referee)
     active = max(0, min(acts.stop, settings.steps) - acts.start) if plan.views else 0
-    tail = unet if plan.method == "guided" or plan.method == "sds" and plan.use_sds else 0.0
+    tail = denoiser if plan.method == "guided" or plan.method == "sds" and plan.use_sds else 0.0
     evaluation = judged if plan.held_out else 0.0
     # At the end the result is scored, and where there are held-out referees judged as at the start.
     # Of the particles that are still there, and what is looked at to choose among them.

@@ -6,9 +6,9 @@ from typing import Any
 
 from referee_jax import config
 from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip
-from referee_jax.models.diffusion import unet, vae
-from referee_jax.models.flan_t5 import clip_t5
-from referee_jax.weights import config_json, generators
+from referee_jax.models.diffusion import flux, sd3, unet, vae
+from referee_jax.models.flan_t5 import clip_t5, t5
+from referee_jax.weights import generators, schedules
 
 
 def _tower(cls: type, width: int, layers: int, heads: int, hidden: int | None = None, **other: Any) -> Any:
@@ -93,13 +93,14 @@ class PublishedGenerator:
 
     family: generators.Family
     sizes: dict[str, Any]
-    schedule: config_json.Schedule
+    schedule: schedules.Schedule | schedules.FlowSchedule
 
 
-_SCHEDULE = config_json.Schedule(
+_SCHEDULE = schedules.Schedule(
     beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, set_alpha_to_one=False
 )
 _CLIP_L_TEXT = _CLIP_L(224).text_config
+_BIG_G_TEXT = _tower(clip.TextConfig, 1280, 32, 20, hidden_act="gelu", projection_dim=1280)
 _SD = PublishedGenerator(
     family=generators.FAMILIES["stable diffusion"],
     sizes={"text_encoder": _CLIP_L_TEXT, "unet": unet.Config(), "vae": vae.Config()},
@@ -117,7 +118,7 @@ _SDXL = PublishedGenerator(
     family=generators.FAMILIES["sdxl"],
     sizes={
         "text_encoder": _CLIP_L_TEXT,
-        "text_encoder_2": _tower(clip.TextConfig, 1280, 32, 20, hidden_act="gelu", projection_dim=1280),
+        "text_encoder_2": _BIG_G_TEXT,
         "unet": unet.Config(
             down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
             up_block_types=(*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
@@ -134,6 +135,36 @@ _SDXL = PublishedGenerator(
     },
     schedule=dataclasses.replace(_SCHEDULE, set_alpha_to_one=True),
 )
+_VAE_16 = dict(latent_channels=16, use_post_quant_conv=False)
+_T5_XXL = t5.Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, tie_word_embeddings=False)
+_SD3_5 = PublishedGenerator(
+    family=generators.FAMILIES["sd3"],
+    sizes={
+        "text_encoder": _tower(clip.TextConfig, 768, 12, 12, projection_dim=768),
+        "text_encoder_2": _BIG_G_TEXT,
+        "text_encoder_3": _T5_XXL,
+        "transformer": sd3.Config(
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        ),
+        "vae": vae.Config(**_VAE_16, scaling_factor=1.5305, shift_factor=0.0609),
+    },
+    schedule=schedules.FlowSchedule(shift=3.0),
+)
+_FLUX = PublishedGenerator(
+    family=generators.FAMILIES["flux"],
+    sizes={
+        "text_encoder": _CLIP_L_TEXT,
+        "text_encoder_2": _T5_XXL,
+        "transformer": flux.Config(),
+        "vae": vae.Config(**_VAE_16, scaling_factor=0.3611, shift_factor=0.1159),
+    },
+    schedule=schedules.FlowSchedule(last_is_step=True),
+)
 _TURBO = dataclasses.replace(_SCHEDULE, timestep_spacing="trailing", set_alpha_to_one=True)
 # Published checkpoint -> its sizes.
 GENERATORS: dict[str, PublishedGenerator] = {
@@ -142,4 +173,6 @@ GENERATORS: dict[str, PublishedGenerator] = {
     "stabilityai/sd-turbo": dataclasses.replace(_SD_2, schedule=_TURBO),
     "stabilityai/stable-diffusion-xl-base-1.0": _SDXL,
     "stabilityai/sdxl-turbo": dataclasses.replace(_SDXL, schedule=_TURBO),
+    "stabilityai/stable-diffusion-3.5-medium": _SD3_5,
+    "black-forest-labs/FLUX.1-schnell": _FLUX,
 }

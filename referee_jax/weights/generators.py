@@ -29,6 +29,7 @@ class Family:
     """One kind of generator.
 
     Attributes:
+        name: of the kind.
         pipelines: classes that model_index.json may name.
         folders: of its networks -> kind, of load.KINDS; `denoiser` is one of them.
         tokenizers: folder of each -> that of the text encoder that reads its tokens.
@@ -42,6 +43,7 @@ class Family:
         last_is_step: of schedules.FlowSchedule.
     """
 
+    name: str
     pipelines: Sequence[str]
     folders: Mapping[str, str]
     tokenizers: Mapping[str, str]
@@ -78,8 +80,9 @@ def _sd3_given(configs: Mapping[str, Any]) -> tuple[int, int, int]:
     return configs["vae"].latent_channels, width, sum(config.projection_dim for config in clips)
 
 
-FAMILIES: dict[str, Family] = {
-    "stable diffusion": Family(
+_FAMILIES = (
+    Family(
+        name="stable diffusion",
         pipelines=("StableDiffusionPipeline",),
         folders={"text_encoder": "clip_text", "unet": "unet", "vae": "vae_decoder"},
         tokenizers={"tokenizer": "text_encoder"},
@@ -87,7 +90,8 @@ FAMILIES: dict[str, Family] = {
         widths=_unet_widths,
         given=lambda configs: (configs["vae"].latent_channels, configs["text_encoder"].hidden_size, 0),
     ),
-    "sdxl": Family(
+    Family(
+        name="sdxl",
         pipelines=("StableDiffusionXLPipeline",),
         folders={
             "text_encoder": "clip_text",
@@ -102,7 +106,8 @@ FAMILIES: dict[str, Family] = {
         widths=_unet_widths,
         given=_sdxl_given,
     ),
-    "sd3": Family(
+    Family(
+        name="sd3",
         pipelines=("StableDiffusion3Pipeline",),
         folders={
             "text_encoder": "clip_text_projected",
@@ -119,7 +124,8 @@ FAMILIES: dict[str, Family] = {
         optional=("text_encoder_3",),
         t5="text_encoder_3",
     ),
-    "flux": Family(
+    Family(
+        name="flux",
         pipelines=("FluxPipeline",),
         folders={
             "text_encoder": "clip_text",
@@ -139,7 +145,8 @@ FAMILIES: dict[str, Family] = {
         t5="text_encoder_2",
         last_is_step=True,
     ),
-}
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,6 +171,7 @@ class Generator:
 def load_generator(
     path_or_id: str | Path,
     *,
+    family: str = "",
     revision: str | None = None,
     unet: str | Path = "",
     unet_revision: str | None = None,
@@ -177,6 +185,7 @@ def load_generator(
 
     Args:
         path_or_id: the directory or hub id.
+        family: of FAMILIES, which it must be; empty: any.
         revision: for hub ids.
         unet: of another denoiser, which is a directory or repository by itself; empty: the checkpoint's own.
         unet_revision: for its hub id.
@@ -186,18 +195,20 @@ def load_generator(
     """
     directory = _fetch(path_or_id, revision, has_denoiser=not unet)
     check_layout(directory)
-    family = family_of(directory)
+    kinds = family_of(directory)
+    if family and kinds.name != family:
+        raise WeightsError(f"{directory} is of another kind of generator: {kinds.name}, not {family}")
     schedule, tokenizer = read_schedule(directory), load_tokenizers(directory)
     networks = {}
-    for folder, kind in family.folders.items():
-        how = {"dtype": dtype, "put": put_t5 if put_t5 and folder == family.t5 else put}
-        if unet and folder == family.denoiser:
+    for folder, kind in kinds.folders.items():
+        how = {"dtype": dtype, "put": put_t5 if put_t5 and folder == kinds.t5 else put}
+        if unet and folder == kinds.denoiser:
             networks[folder] = load.load(kind, unet, revision=unet_revision, **how)
         else:
             networks[folder] = load.load(kind, directory, subfolder=folder, **how)
     configs = {folder: _config(network) for folder, network in networks.items()}
-    check_widths(family, configs, where=directory, unet=unet)
-    return assemble(family, networks, schedule, tokenizer, read_index(directory))
+    check_widths(kinds, configs, where=directory, unet=unet)
+    return assemble(kinds, networks, schedule, tokenizer, read_index(directory))
 
 
 def assemble(

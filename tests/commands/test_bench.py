@@ -41,7 +41,7 @@ def test_bench(checkpoints, tmp_path, keep_cache):
     assert list(rows) == [*expected, "iteration"] and "clip: forward + backward" in rows
     assert all(row["seconds"] > 0 and row["batch"] == 2 and row["compile"] > 0 for row in found["rows"])
     whole = rows["iteration"]
-    within = sum(rows[name]["flops"] for name in ("U-Net", "decoder + pullback", "clip: forward + backward"))
+    within = sum(rows[name]["flops"] for name in ("denoiser", "decoder + pullback", "clip: forward + backward"))
     assert whole["flops"] == pytest.approx(within, rel=0.03)
     assert whole["images_per_hour"] == pytest.approx(3600 * 2 / (4 * whole["seconds"])) and found["matmul"] > 1e8
     assert whole["warm"] >= 0 and "peak" in whole and whole["remat"] == "full"

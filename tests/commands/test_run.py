@@ -371,7 +371,7 @@ def test_estimate_needs_no_prompts_weights_or_directory(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for word in ("U-Net", "clip: forward + backward", "each image at once", "TPU v5e"):
+    for word in ("denoiser", "clip: forward + backward", "each image at once", "TPU v5e"):
         assert word in done.stdout
     assert not any(tmp_path.iterdir())
 

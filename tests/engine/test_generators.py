@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from referee_jax.engine import inverter as inverter_lib
+from referee_jax.engine import parallel
 from referee_jax.weights import generators, load
 from tests import tiny
 from tests.conftest import relative_l2
@@ -37,10 +38,10 @@ USES += [("FLUX.1-schnell", "")]
 USES += [(name, "a green photo") for name in ("Stable Diffusion 2", "SDXL", "SD3.5")]
 
 
-def build(directory, referee, **changes):
+def build(directory, referee, devices=1, **changes):
     sds = {"prompt": "{}", "weight": 1.5, "weight_final": 0.75, "guidance": 1.5}
     settings = tiny.settings((directory, referee), image_size=8 * pipelines.SIDE, **{"sds": sds} | changes)
-    return inverter_lib.Inverter.from_config(settings, jax.devices()[:1])
+    return inverter_lib.Inverter.from_config(settings, jax.devices()[:devices])
 
 
 def noise_of(engine, prompt=PROMPT):
@@ -95,6 +96,37 @@ def test_the_method_runs(saved, referee, name, method):
     other = engine(["a green square", "a green square"], seed=3)
     assert relative_l2(other.latents[1], result.latents[1]) < 1e-5
     assert not np.allclose(other.latents[0], result.latents[0], atol=1e-3)
+
+
+def test_weights_go_where_they_stay(saved, referee, monkeypatch):
+    """Split over a group as they are read: no device holds a copy of all, nor does the host once they are placed; T5 stays
+    on the host. The pictures are those of one device."""
+    root, _ = saved("FLUX.1-schnell")
+    monkeypatch.setattr(parallel, "LARGE", 256)
+    before, most = sum(x.nbytes for x in jax.live_arrays()), []
+    place = parallel.place
+
+    def watched(tree, mesh, *, batched):
+        placed = place(tree, mesh, batched=batched)
+        most.append(sum(x.nbytes for x in jax.live_arrays()) - before)
+        return placed
+
+    monkeypatch.setattr(parallel, "place", watched)
+    settings = {"method": "noise", "steps": 2, "batch_size": 1}
+    engine = build(root, referee, 2, mesh={"model": 2}, **settings)
+    networks = engine.networks.prior.denoiser, engine.networks.vae, engine.text_encoder.text_encoder
+    clip = engine.networks.referees
+    size = sum(x.nbytes for x in jax.tree.leaves((networks, clip)))
+    assert max(most) < 1.05 * size
+    held = [
+        sum(s.data.nbytes for x in jax.tree.leaves(networks[0]) for s in x.addressable_shards if s.device == device)
+        for device in jax.devices()[:2]
+    ]
+    whole = sum(x.nbytes for x in jax.tree.leaves(networks[0]))
+    assert max(held) < 0.6 * whole
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(engine.text_encoder.text_encoder_2))
+    ours, alone = (e([PROMPT], seed=3).latents[0] for e in (engine, build(root, referee, **settings)))
+    assert relative_l2(ours, alone) < 1e-3
 
 
 def test_parts_that_do_not_fit(saved, tmp_path):

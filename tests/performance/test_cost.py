@@ -37,7 +37,7 @@ def pulled_back(fn):
 PUBLISHED_SIZES = abstract_networks.PUBLISHED
 # Network -> makes it, what is asked of it, and GF as counted layer by layer, within 2 %.
 PUBLISHED = {
-    "U-Net": (
+    "denoiser": (
         functools.partial(unet.UNet, unet.Config()),
         lambda module, x: module(x, jnp.zeros(1, int), jnp.zeros((1, 77, 768))), (1, 64, 64, 4), 803,
     ),
@@ -98,7 +98,7 @@ def paper():
 def test_the_paper(paper):
     """The published parts within 2 %; BLIP-2 passes its vision transformer's layers but for their last product once more."""
     tera = {name: x / 1e12 for name, x in paper.parts.items()}
-    assert tera["U-Net"] == pytest.approx(2 * 0.803, rel=0.02)
+    assert tera["denoiser"] == pytest.approx(2 * 0.803, rel=0.02)
     assert tera["decoder + pullback"] == pytest.approx(2.514 + 2.549, rel=0.02)
     # Queries, matching and captions, whose keys and values of the image are computed once.
     assert tera["blip2: forward"] == pytest.approx(10 * (0.521 + 0.0127 + 0.0183 + 0.0070 - 0.0067), rel=0.02)
@@ -106,7 +106,7 @@ def test_the_paper(paper):
     again = 10 * (0.521 - blocks)
     assert tera["blip2: forward + backward"] == pytest.approx(10 * (0.521 + 0.535) + 0.77 + again, rel=0.02)
     assert paper.step / 1e12 == pytest.approx(18.0 + again, rel=0.02)
-    assert paper.tail == paper.parts["U-Net"] and paper.evaluation == 0
+    assert paper.tail == paper.parts["denoiser"] and paper.evaluation == 0
     assert paper.image == pytest.approx(150 * paper.step + 10 * paper.tail + 2.514e12, rel=0.01)
     assert paper.seconds(chips.CHIPS[0]) == pytest.approx(paper.image / 790e12)
 
@@ -126,19 +126,19 @@ def test_the_lean_paper(paper):
 
 def test_the_memory_of_the_paper(paper):
     giga = {name: x / 1e9 for name, x in paper.weights.items()}
-    assert giga["U-Net"] == pytest.approx(1.72, rel=0.02) and giga["text encoder"] == pytest.approx(0.25, rel=0.02)
+    assert giga["denoiser"] == pytest.approx(1.72, rel=0.02) and giga["text encoder"] == pytest.approx(0.25, rel=0.02)
     assert giga["decoder"] == pytest.approx(0.10, rel=0.02)
     # The Q-Former stays float32.
     assert giga["blip2"] == pytest.approx(1.97 + 2 * 0.38, rel=0.03)
     fitting = {chip.name: paper.fits(chip) for chip in chips.CHIPS}
     assert fitting["H200"] > fitting["H100 SXM"] > fitting["TPU v5e"] >= 1
     table = cost.table(paper)
-    assert all(x in table for x in ("U-Net", "Memory is estimated", "checkpoints/blip2-stage1 is not here"))
+    assert all(x in table for x in ("denoiser", "Memory is estimated", "checkpoints/blip2-stage1 is not here"))
 
 
 def test_weights_that_are_split_over_a_group():
     """By hand: 25 GB of weights and 4 GB an image need four chips of 16 GiB, one of 32 GiB or 80 GB."""
-    costs = cost.Estimate({"U-Net": 1e12}, 4e12, 1e12, 0.0, 100e12, {"t5": int(25e9)}, 0, int(4e9))
+    costs = cost.Estimate({"denoiser": 1e12}, 4e12, 1e12, 0.0, 100e12, {"t5": int(25e9)}, 0, int(4e9))
     chip = {chip.name: chip for chip in chips.CHIPS}
     v5e, v4, a100 = chip["TPU v5e"], chip["TPU v4"], chip["A100"]
     assert [costs.fits(v5e, n) for n in (1, 2, 4, 8)] == [0, 0, 2, 3]
@@ -168,7 +168,7 @@ def tiny(checkpoints):
 
 def test_an_iteration_is_its_parts(checkpoints, tiny):
     within = (
-        "U-Net",
+        "denoiser",
         "decoder + pullback",
         "clip: views + pullback",
         "clip: forward + backward",
@@ -179,7 +179,8 @@ def test_an_iteration_is_its_parts(checkpoints, tiny):
     sd, judge = checkpoints
     files = [sd / part / "diffusion_pytorch_model.safetensors" for part in ("unet", "vae")]
     assert (
-        0 < tiny.weights["U-Net"] <= files[0].stat().st_size and 0 < tiny.weights["decoder"] < files[1].stat().st_size
+        0 < tiny.weights["denoiser"] <= files[0].stat().st_size
+        and 0 < tiny.weights["decoder"] < files[1].stat().st_size
     )
     assert tiny.weights["clip 0"] == tiny.weights["clip 1 (held out)"] <= (judge / "model.safetensors").stat().st_size
 
@@ -192,7 +193,7 @@ def test_an_image_is_its_iterations_start_and_end(checkpoints, tiny):
     end = 2 * judged  # scores, then losses as at the start
     assert tiny.image == pytest.approx(body + judged + end, rel=1e-3)
     chosen = cost.estimate(dataclasses.replace(small(checkpoints), init="sample", init_steps=5, init_candidates=4))
-    start = 4 * (5 * tiny.parts["U-Net"] + judged)
+    start = 4 * (5 * tiny.parts["denoiser"] + judged)
     assert chosen.image == pytest.approx(body + start + end, rel=1e-3)
 
 
