@@ -49,6 +49,7 @@ from referee_jax.weights import hub as hub_files
 GB = 1e9
 KNOWN = "openai/clip-vit-large-patch14"  # a repository that the hub has, to ask for without a config
 HUB_SECONDS = 5  # timeout
+OF_DIFFUSERS = "diffusers"  # a network by itself, of a kind that its config.json says
 SKEW_SECONDS = 60  # allowed between this machine's clock and that of the run directory's file system
 SPARE_BYTES = 1 * GB  # for logs and checkpoints
 
@@ -191,7 +192,8 @@ def checkpoints(command: Command | None) -> list[Finding]:
         return [Finding("hub", text, "" if constants.HF_HUB_OFFLINE else remedy)]
     generator, kinds = command.settings.generator, collections.defaultdict(list)
     kinds[generator.checkpoint, generator.revision].append("")
-    kinds[generator.unet, generator.unet_revision].append("unet")
+    kinds[generator.unet, generator.unet_revision].append(OF_DIFFUSERS)
+    kinds[generator.vae, generator.vae_revision].append(OF_DIFFUSERS)
     for spec in command.settings.referees:
         if spec.name in referees.REFEREES:  # what one of the user's own reads, it alone knows
             kinds[spec.checkpoint, spec.revision].append(referees.REFEREES[spec.name].kind)
@@ -250,14 +252,17 @@ def unwritable(path: Path) -> str | None:
 
 
 def checkpoint(name: str, revision: str, kinds: Iterable[str] = ()) -> tuple[str, str]:
-    """Where a checkpoint is, and a remedy if it is nowhere, or not whole as these kinds of networks, "" being a generator."""
+    """Where a checkpoint is, and a remedy if it is nowhere, or not whole as these kinds of networks ("": a generator)."""
     try:
         directory = hub_files.present(name, revision or None)
     except convert.WeightsError as error:
         return str(error), "name one of those"
     try:
         for kind in kinds if directory else ():
-            load.check(directory, kind) if kind else generators.check(directory)
+            if kind:
+                load.check(directory, load.kind_of(directory) if kind == OF_DIFFUSERS else kind)
+            else:
+                generators.check(directory)
     except convert.WeightsError as error:
         return f"{name} is here, but {error}", "get its files anew, from where it is from"
     if directory == hub_files.local_path(name):

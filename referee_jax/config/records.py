@@ -79,7 +79,11 @@ def _flat(values: Any, key: str = "") -> dict[str, Any]:
 def checkpoints(settings: Settings) -> list[tuple[str, str]]:
     """(name, revision) of each checkpoint in the settings, once."""
     generator = settings.generator
-    named = [(generator.checkpoint, generator.revision), (generator.unet, generator.unet_revision)]
+    named = [
+        (generator.checkpoint, generator.revision),
+        (generator.unet, generator.unet_revision),
+        (generator.vae, generator.vae_revision),
+    ]
     named += [(spec.checkpoint, spec.revision) for spec in settings.referees]
     return list(dict.fromkeys(pair for pair in named if pair[0]))
 
@@ -88,6 +92,9 @@ def pinned(settings: Settings, commits: Mapping[str, str]) -> Settings:
     """The settings, with `commits` (by checkpoint) in place of empty revisions."""
     pin = lambda x: dataclasses.replace(x, revision=x.revision or commits.get(x.checkpoint, ""))
     generator = pin(settings.generator)
-    revision = generator.unet_revision or commits.get(generator.unet, "")
-    generator = dataclasses.replace(generator, unet_revision=revision)
+    generator = dataclasses.replace(
+        generator,
+        unet_revision=generator.unet_revision or commits.get(generator.unet, ""),
+        vae_revision=generator.vae_revision or commits.get(generator.vae, ""),
+    )
     return dataclasses.replace(settings, generator=generator, referees=tuple(map(pin, settings.referees)))

@@ -21,6 +21,8 @@ class Generator:
     # shapes/...; empty: its own.
     unet: str = ""
     unet_revision: str = ""  # commit of that hub id; empty: the latest
+    vae: str = ""  # another decoder in the place of its own, such as a tiny one; as `unet`
+    vae_revision: str = ""  # commit of that hub id; empty: the latest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,8 @@ class Inverter:
             revision=settings.generator.revision or None,
             unet=settings.generator.unet,
             unet_revision=settings.generator.unet_revision or None,
+            vae=settings.generator.vae,
+            vae_revision=settings.generator.vae_revision or None,
             dtype=dtype,
             put=put,
             # It is needed once a prompt, and too large to stay.

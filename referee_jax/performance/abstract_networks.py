@@ -105,12 +105,15 @@ def _prior(generator: config.Generator, dtype: Any, assumed: list[str]) -> Gener
         schedule, index = generators.read_schedule(directory), generators.read_index(directory)
     elif checkpoint not in GENERATORS:
         assumed.append(f"{checkpoint} is not here: sizes are those of {config.Generator().checkpoint}")
-    if generator.unet and (unet := hub.local_path(generator.unet)).is_dir():
-        sizes = sizes | {family.denoiser: load.read_config(family.folders[family.denoiser], unet)}
-    elif generator.unet:
-        assumed.append(f"{generator.unet} is not here: its sizes are those of {checkpoint}")
+    kinds = dict(family.folders) | (generators.kinds_of(directory) if directory.is_dir() else {})
+    for folder, other in ((family.denoiser, generator.unet), ("vae", generator.vae)):
+        if other and (where := hub.local_path(other)).is_dir():
+            kinds[folder] = load.kind_of(where)
+            sizes = sizes | {folder: load.read_config(kinds[folder], where)}
+        elif other:
+            assumed.append(f"{other} is not here: its sizes are those of {checkpoint}")
     generators.check_widths(family, sizes, where=checkpoint, unet=generator.unet)
-    networks = {folder: load.abstract(kind, sizes[folder], dtype=dtype) for folder, kind in family.folders.items()}
+    networks = {folder: load.abstract(kind, sizes[folder], dtype=dtype) for folder, kind in kinds.items()}
     longest = lambda folder: T5_TOKENS if folder == family.t5 else sizes[folder].max_position_embeddings
     words = [Words(longest(folder)) for folder in family.tokenizers.values()]
     return generators.assemble(family, networks, schedule, words, index)

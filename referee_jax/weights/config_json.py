@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip
-from referee_jax.models.diffusion import flux, sd3, unet, vae
+from referee_jax.models.diffusion import flux, sd3, tiny_vae, unet, vae
 from referee_jax.models.flan_t5 import clip_t5, t5
 from referee_jax.weights.convert import WeightsError
 from referee_jax.weights.schedules import FlowSchedule, Schedule
@@ -113,6 +113,11 @@ HARMLESS: dict[type, Mapping[str, tuple | None]] = {
     vae.Config: _DIFFUSERS
     | vae.REFUSED
     | {"_class_name": ("AutoencoderKL",), "in_channels": None, "use_quant_conv": None},
+    tiny_vae.Config: _DIFFUSERS
+    | tiny_vae.REFUSED
+    # of the encoder, of latents written as bytes, and a copy of the decoder's widths
+    | _any("in_channels encoder_block_out_channels num_encoder_blocks latent_magnitude latent_shift block_out_channels")
+    | {"_class_name": ("AutoencoderTiny",)},
     sd3.Config: _DIFFUSERS | {"_class_name": ("SD3Transformer2DModel",)},
     flux.Config: _DIFFUSERS | {"_class_name": ("FluxTransformer2DModel",)},
     # The shift by the size of the picture, and those keys, act with use_dynamic_shifting only.

@@ -40,6 +40,7 @@ class Family:
         given: of the configs by folder, what the other parts give: the same three.
         optional: folders that may be missing.
         t5: folder of a T5, and its tokens.
+        is_flow: whether it is a rectified flow.
         last_is_step: of schedules.FlowSchedule.
     """
 
@@ -53,6 +54,7 @@ class Family:
     denoiser: str = "unet"
     optional: Sequence[str] = ()
     t5: str = ""
+    is_flow: bool = False
     last_is_step: bool = False
 
 
@@ -123,6 +125,7 @@ _FAMILIES = (
         denoiser="transformer",
         optional=("text_encoder_3",),
         t5="text_encoder_3",
+        is_flow=True,
     ),
     Family(
         name="flux",
@@ -143,6 +146,7 @@ _FAMILIES = (
         ),
         denoiser="transformer",
         t5="text_encoder_2",
+        is_flow=True,
         last_is_step=True,
     ),
 )
@@ -175,6 +179,8 @@ def load_generator(
     revision: str | None = None,
     unet: str | Path = "",
     unet_revision: str | None = None,
+    vae: str | Path = "",
+    vae_revision: str | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     put: Callable[[np.ndarray], Any] = jax.device_put,
     put_t5: Callable[[np.ndarray], Any] | None = None,
@@ -189,23 +195,25 @@ def load_generator(
         revision: for hub ids.
         unet: of another denoiser, which is a directory or repository by itself; empty: the checkpoint's own.
         unet_revision: for its hub id.
+        vae: the same of a decoder, such as a tiny one.
+        vae_revision: for its hub id.
         dtype: of the weights.
         put: where each weight goes as soon as it is read; by default to JAX's default device.
         put_t5: the same for a T5's; None: as `put`.
     """
-    directory = _fetch(path_or_id, revision, has_denoiser=not unet)
+    directory = _fetch(path_or_id, revision, has_denoiser=not unet, has_vae=not vae)
     check_layout(directory)
     kinds = family_of(directory)
     if family and kinds.name != family:
         raise WeightsError(f"{directory} is of another kind of generator: {kinds.name}, not {family}")
     schedule, tokenizer = read_schedule(directory), load_tokenizers(directory)
+    others = {kinds.denoiser: (unet, unet_revision), "vae": (vae, vae_revision)}
     networks = {}
     for folder, kind in kinds.folders.items():
-        how = {"dtype": dtype, "put": put_t5 if put_t5 and folder == kinds.t5 else put}
-        if unet and folder == kinds.denoiser:
-            networks[folder] = load.load(kind, unet, revision=unet_revision, **how)
-        else:
-            networks[folder] = load.load(kind, directory, subfolder=folder, **how)
+        other, other_revision = others.get(folder, ("", None))
+        where = load.fetch(other, other_revision, {"": load.DIFFUSERS}) if other else directory / folder
+        kind = load.kind_of(where) if other or folder == "vae" else kind
+        networks[folder] = load.load(kind, where, dtype=dtype, put=put_t5 if put_t5 and folder == kinds.t5 else put)
     configs = {folder: _config(network) for folder, network in networks.items()}
     check_widths(kinds, configs, where=directory, unet=unet)
     return assemble(kinds, networks, schedule, tokenizer, read_index(directory))
@@ -284,15 +292,25 @@ def read_index(directory: Path) -> dict:
 
 def read_configs(directory: Path) -> dict[str, Any]:
     """The configs of a local directory's networks, by folder."""
-    return {folder: load.read_config(kind, directory / folder) for folder, kind in family_of(directory).folders.items()}
+    return {folder: load.read_config(kind, directory / folder) for folder, kind in kinds_of(directory).items()}
+
+
+def kinds_of(directory: Path) -> dict[str, str]:
+    """The kinds of a local directory's networks, by folder; its decoder may be a tiny one."""
+    vae = directory / "vae"
+    return {**family_of(directory).folders, **({"vae": load.kind_of(vae)} if vae.is_dir() else {})}
 
 
 def read_schedule(directory: Path) -> Schedule | FlowSchedule:
-    """Returns the noise schedule of a local directory."""
-    schedule = config_json.schedule(config_json.read_json(directory / SCHEDULER), where=str(directory / SCHEDULER))
-    if isinstance(schedule, FlowSchedule):
-        return dataclasses.replace(schedule, last_is_step=family_of(directory).last_is_step)
-    return schedule
+    """Returns the noise schedule of a local directory. Raises WeightsError for one that its family does not have."""
+    file = directory / SCHEDULER
+    schedule, family = config_json.schedule(config_json.read_json(file), where=str(file)), family_of(directory)
+    if (schedule.prediction_type == "flow") != family.is_flow:
+        kinds = ("of diffusion", "of a rectified flow")
+        raise WeightsError(
+            f"{file}: a schedule {kinds[not family.is_flow]} is not implemented for {family.name}, which is {kinds[family.is_flow]}"
+        )
+    return dataclasses.replace(schedule, last_is_step=family.last_is_step) if family.is_flow else schedule
 
 
 def load_tokenizers(directory: Path) -> list[Any]:
@@ -309,7 +327,7 @@ def load_tokenizers(directory: Path) -> list[Any]:
 def check(directory: Path) -> None:
     """Raises WeightsError for a part of a local directory that is missing or damaged; reads no weights."""
     check_layout(directory)
-    for folder, kind in family_of(directory).folders.items():
+    for folder, kind in kinds_of(directory).items():
         load.read_config(kind, directory / folder)
         Tensors(directory / folder, load.KINDS[kind].stem)
     read_schedule(directory)
@@ -324,10 +342,11 @@ def check_layout(directory: Path) -> None:
         raise WeightsError(f"{directory} has none of the directories {parts}{tensors.instead(directory, names)}")
 
 
-def _fetch(path_or_id: str | Path, revision: str | None, *, has_denoiser: bool) -> Path:
+def _fetch(path_or_id: str | Path, revision: str | None, *, has_denoiser: bool, has_vae: bool) -> Path:
     """The directory of a checkpoint with the files of its family, which its model_index.json tells."""
     all_folders = {folder: kind for family in FAMILIES.values() for folder, kind in family.folders.items()}
-    left_out = () if has_denoiser else {family.denoiser for family in FAMILIES.values()}
+    left_out = set() if has_denoiser else {family.denoiser for family in FAMILIES.values()}
+    left_out |= set() if has_vae else {"vae"}
     parts = {folder: load.KINDS[kind].stem for folder, kind in all_folders.items() if folder not in left_out}
     names = sorted({name for family in FAMILIES.values() for name in family.tokenizers})
     others = [INDEX, str(SCHEDULER), *(f"{name}/*" for name in names)]

@@ -21,7 +21,7 @@ import safetensors.numpy
 from flax import nnx
 
 from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip
-from referee_jax.models.diffusion import flux, sd3, unet, vae
+from referee_jax.models.diffusion import flux, sd3, tiny_vae, unet, vae
 from referee_jax.models.flan_t5 import clip_t5, t5
 from referee_jax.weights import config_json, convert, hub, tensors, tokenizers
 from referee_jax.weights.convert import WeightsError
@@ -194,6 +194,20 @@ KINDS: dict[str, Kind] = {
         renames=vae.RENAMES,
         ignore=("encoder.*", "quant_conv.*"),
     ),
+    "tiny_vae": Kind(
+        config=config_json.reader(tiny_vae.Config),
+        network=tiny_vae.AutoencoderTiny,
+        stem=DIFFUSERS,
+        ignore=("encoder.*",),
+    ),
+}
+# diffusers' class, in a config.json -> the kind.
+_OF_DIFFUSERS = {
+    "UNet2DConditionModel": "unet",
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+    "AutoencoderKL": "vae_decoder",
+    "AutoencoderTiny": "tiny_vae",
 }
 
 
@@ -250,6 +264,18 @@ def read_config(kind: str, directory: Path) -> Any:
     values = config_json.read_json(file)
     _check_kind(kind, values, file)
     return KINDS[kind].config(values, where=str(file))
+
+
+def kind_of(directory: Path) -> str:
+    """The kind of a network that diffusers wrote into a local directory, by its config.json.
+
+    Raises WeightsError for one that is not implemented.
+    """
+    file = directory / "config.json"
+    name = config_json.read_json(file).get("_class_name")
+    if name not in _OF_DIFFUSERS:
+        raise WeightsError(f"{file}: _class_name={name!r} is not implemented; supported: {', '.join(_OF_DIFFUSERS)}")
+    return _OF_DIFFUSERS[name]
 
 
 def check_names(kind: str, directory: Path) -> None:
@@ -352,11 +378,11 @@ def check(directory: Path, kind: str) -> None:
 
     Args:
         directory: a local one.
-        kind: of `KINDS`: a referee's, which has a tokenizer and an image processor, or "unet".
+        kind: of `KINDS`: a referee's, which has a tokenizer and an image processor, or one of diffusers'.
     """
     read_config(kind, directory)
     Tensors(directory, KINDS[kind].stem)
-    if kind != "unet":
+    if KINDS[kind].stem != DIFFUSERS:
         load_tokenizer(directory, kind=kind)
         read_preprocessing(directory)
 

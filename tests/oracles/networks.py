@@ -551,6 +551,17 @@ def vae(seed: int = 3, **overrides) -> diffusers.AutoencoderKL:
     return redraw(diffusers.AutoencoderKL(**{**config, **overrides}), seed)
 
 
+def tiny_vae(seed: int = 10, **overrides) -> diffusers.AutoencoderTiny:
+    """As TAESD, of three levels (f = 4)."""
+    config = dict(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(2, 1, 1),
+    )
+    return redraw(diffusers.AutoencoderTiny(**{**config, **overrides}), seed)
+
+
 def scheduler(prediction_type: str = "epsilon") -> diffusers.DDIMScheduler:
     """Stable Diffusion's noise schedule."""
     return diffusers.DDIMScheduler(

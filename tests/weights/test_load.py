@@ -15,10 +15,10 @@ import pytest
 import safetensors.numpy
 
 from referee_jax.models import clip
-from referee_jax.models.diffusion import unet, vae
+from referee_jax.models.diffusion import tiny_vae, unet, vae
 from referee_jax.weights import config_json, convert, generators, load, tokenizers
 from tests import conftest
-from tests.lazy import diffusers, torch, transformers
+from tests.lazy import diffusers, pipelines, torch, transformers
 from tests.oracles import networks
 from tests.weights.checkpoints import edit_json, same
 
@@ -87,6 +87,25 @@ def test_another_unet(published, tmp_path):
     networks.unet(seed=9, cross_attention_dim=16).save_pretrained(tmp_path / "narrow")
     with pytest.raises(convert.WeightsError, match="narrow: unet: cross_attention_dim=16 does not fit the other parts"):
         generators.load_generator(tmp_path / "sd", unet=tmp_path / "narrow")
+
+
+def test_another_decoder(published, tmp_path):
+    """A tiny one in the place of a checkpoint's own, or among its parts."""
+    networks.tiny_vae().save_pretrained(tmp_path / "tiny")
+    parts = generators.load_generator(published[0], vae=tmp_path / "tiny")
+    assert isinstance(parts.vae, tiny_vae.AutoencoderTiny)
+    load.check(tmp_path / "tiny", load.kind_of(tmp_path / "tiny"))
+    shutil.copytree(published[0], tmp_path / "sd")
+    shutil.rmtree(tmp_path / "sd" / "vae")
+    shutil.copytree(tmp_path / "tiny", tmp_path / "sd" / "vae")
+    generators.check(tmp_path / "sd")
+    same(generators.load_generator(tmp_path / "sd").vae, parts.vae)
+    networks.tiny_vae(latent_channels=16).save_pretrained(tmp_path / "wide")
+    with pytest.raises(convert.WeightsError, match="unet: in_channels=4 does not fit the other parts, which have 16"):
+        generators.load_generator(published[0], vae=tmp_path / "wide")
+    edit_json(tmp_path / "tiny" / "config.json", _class_name="VQModel")
+    with pytest.raises(convert.WeightsError, match="_class_name='VQModel' is not implemented; supported: UNet2D"):
+        generators.load_generator(published[0], vae=tmp_path / "tiny")
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -378,3 +397,78 @@ def test_pytorch_is_not_recommended(tmp_path, monkeypatch):
             patch.delenv(advice, raising=False) if before is None else patch.setenv(advice, before)
             assert tokenizers.transformers_class("Auto") == ("Auto", "1", "1") and os.environ.get(advice) == before
     assert "import transformers" not in inspect.getsource(tokenizers.read)
+
+
+LOAD_SDXL = """
+import json, resource, sys, time
+import jax, jax.numpy as jnp
+from referee_jax.weights import generators
+start = time.monotonic()
+parts = generators.load_generator(sys.argv[1], dtype=jnp.bfloat16)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+count = sum(x.size for x in jax.tree.leaves((parts.text_encoder, parts.denoiser, parts.vae)))
+print(json.dumps({"seconds": time.monotonic() - start, "peak": peak, "count": count}))
+"""
+
+
+def save_random(directory, shapes, config, stem, *, shard=2**30):
+    """Random float16 tensors of these shapes in shards, as a directory of transformers' or diffusers' has them."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    rng, places, shards, current = np.random.default_rng(0), {}, [{}], 0
+    for name, shape in shapes.items():
+        if current > shard:
+            shards, current = [*shards, {}], 0
+        shards[-1][name] = shape
+        current += 2 * int(np.prod(shape))
+    for n, part in enumerate(shards, 1):
+        file = f"{stem}-{n:05}-of-{len(shards):05}.safetensors"
+        drawn = {
+            name: (0.02 * rng.standard_normal(shape, np.float32)).astype(np.float16) for name, shape in part.items()
+        }
+        safetensors.numpy.save_file(drawn, directory / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, file)
+    (directory / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+@pytest.mark.slow
+def test_full_size_sdxl_is_read_from_float16(tmp_path):
+    """3.5 billion random parameters, float16 on disk -> bfloat16 in memory, in a fresh process."""
+    root = tmp_path / "sdxl"
+    pipeline = pipelines.save("SDXL", root)  # its tokenizers, scheduler and index
+    words = dict(vocab_size=len(pipeline.tokenizer), bos_token_id=0, eos_token_id=len(pipeline.tokenizer) - 1)
+    with torch.device("meta"):
+        encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP_L | words))
+        encoder_2 = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**BIG_G | words))
+        unet = diffusers.UNet2DConditionModel(**SDXL_UNET)
+        vae = diffusers.AutoencoderKL(**SDXL_VAE)
+    for folder, network in (("text_encoder", encoder), ("text_encoder_2", encoder_2), ("unet", unet), ("vae", vae)):
+        shutil.rmtree(root / folder)
+        is_text = folder.startswith("text")
+        config = json.loads(network.config.to_json_string()) if is_text else dict(network.config)
+        shapes = {name: tuple(x.shape) for name, x in network.state_dict().items()}
+        save_random(root / folder, shapes, config, load.TRANSFORMERS if is_text else load.DIFFUSERS)
+    done = subprocess.run([sys.executable, "-c", LOAD_SDXL, root], capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout)
+    print(figures)
+    assert figures["count"] > 3.2e9
+    assert figures["peak"] < 9e9 and figures["seconds"] < 60
+
+
+CLIP_L = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=77
+)
+BIG_G = dict(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu",
+    projection_dim=1280, max_position_embeddings=77,
+)  # fmt: skip
+SDXL_UNET = dict(
+    block_out_channels=[320, 640, 1280], down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], transformer_layers_per_block=[1, 2, 10],
+    attention_head_dim=[5, 10, 20], cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
+    addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+)  # fmt: skip
+SDXL_VAE = dict(
+    block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4, layers_per_block=2,
+    up_block_types=["UpDecoderBlock2D"] * 4, scaling_factor=0.13025,
+)  # fmt: skip
