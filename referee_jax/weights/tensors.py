@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -21,6 +22,12 @@ _MERGE = (
 _CONVERT = (
     "a checkpoint is a directory as save_pretrained of transformers or diffusers writes it: make one once, of Stable Diffusion "
     "in one file with StableDiffusionPipeline.from_single_file"
+)
+_TORCH = (".bin", ".pth", ".pt", ".ckpt")  # of the pickled files, those that torch writes
+_REWRITE = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    "x = torch.load(sys.argv[1], map_location='cpu', weights_only=True); x = x.get('state_dict', x); "
+    "save_file({k: v.contiguous().clone() for k, v in x.items() if torch.is_tensor(v)}, sys.argv[2])"
 )
 _SAVED_AGAIN = "save the checkpoint in float32, float16 or bfloat16"
 # Floats of a byte, which safetensors' reader for numpy does not have.
@@ -124,6 +131,8 @@ def instead(directory: Path, names: Iterable[str], stem: str = "") -> str:
         remedy = f"if {variants[0]} has the weights that are meant, rename it to {stem}.safetensors"
     elif whole:
         remedy = _CONVERT
+    elif checkpoints := [name for name in names if name.endswith(".ckpt")]:
+        remedy = rewritten(directory / checkpoints[0])
     elif names:
         remedy = (
             "only safetensors are read, as pickled files can run code: convert a checkpoint that has no others once, with "
@@ -139,7 +148,15 @@ def of_one_file(file: Path) -> str:
     """The way on for the path of a file where a directory is needed."""
     if (file.parent / "config.json").exists():
         return f"say {file.parent}"
+    if file.suffix in _TORCH:
+        return rewritten(file)
     return _MERGE if is_lora(file) else _CONVERT
+
+
+def rewritten(file: Path) -> str:
+    """The way on for a file that torch pickled: the command that writes its tensors to one of safetensors."""
+    command = shlex.join(["python", "-c", _REWRITE, str(file), str(file.with_suffix(".safetensors"))])
+    return f"only safetensors are read, as pickled files can run code: where torch is, run: {command}"
 
 
 def is_lora(file: Path) -> bool:

@@ -2,7 +2,10 @@
 
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -155,3 +158,26 @@ def test_pickles_are_named_where_they_are(directory):
     )
     (directory / "pytorch_model.bin").unlink()
     fails(directory, r"model\.safetensors is missing; only safetensors are read, and there are none$")
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_checkpoint_of_torch_is_turned_by_the_command_in_the_message(wrapped, tmp_path):
+    """As given by its path, and where it is all that there is; the tensors are the same, shared ones, too."""
+    x = torch.arange(6.0).reshape(2, 3)
+    state = {"a.weight": x, "shared": x, "turned": x.T, "half": x.half(), "step": 3}
+    file = tmp_path / "it's v1.ckpt"
+    torch.save({"state_dict": state, "global_step": 5} if wrapped else state, file)
+    for path, start in ((file, f"{file} is not a directory: "), (tmp_path, f"{tmp_path} has none of the directories ")):
+        with pytest.raises(
+            load.WeightsError, match="only safetensors are read, as pickled files can run code"
+        ) as caught:
+            load.load_stable_diffusion(path)
+        message = str(caught.value)
+        assert message.startswith(start) and "\n" not in message
+    command = shlex.split(message.partition("run: ")[2])
+    assert command[0] == "python"
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    opened = tensors.Tensors(tmp_path, file.stem)
+    assert set(opened) == set(state) - {"step"}
+    for name in opened:
+        np.testing.assert_array_equal(opened[name], state[name].numpy())
