@@ -114,7 +114,7 @@ def _text(family: str, config: dict) -> torch.nn.Module:
 def one_file(family: str, parts: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
     """The tensors of the original file, with some that no network reads."""
     out: dict[str, torch.Tensor] = {}
-    _unet(out, parts["unet"])
+    unet_names(out, parts["unet"])
     _vae(out, parts["vae"])
     for part, prefix in zip(("text_encoder", "text_encoder_2"), TEXTS[family], strict=False):
         (_open_clip if prefix.endswith("model.") else _clip)(out, parts[part], prefix)
@@ -145,7 +145,8 @@ def _all(out: dict, name: str, module: torch.nn.Module) -> None:
         out[f"{name}.{path}"] = x.detach()
 
 
-def _unet(out: dict, unet: torch.nn.Module) -> None:
+def unet_names(out: dict, unet: torch.nn.Module) -> None:
+    """Put a U-Net's tensors into `out` by their original names."""
     root = "model.diffusion_model."
     _put(out, f"{root}time_embed.0", unet.time_embedding.linear_1)
     _put(out, f"{root}time_embed.2", unet.time_embedding.linear_2)
