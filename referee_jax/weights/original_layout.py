@@ -190,7 +190,8 @@ def configs(
     """What config.json of each part of `split` says, and scheduler_config.json as "scheduler".
 
     Sizes are from shapes; numbers of heads and of groups, activations and the noise schedule are
-    those of all published files. Raises WeightsError as `split` does, and for a missing tensor.
+    those of all published files. Raises WeightsError as `split` does, and for a missing tensor, or one
+    of too few axes.
 
     Args:
         tensors: of the file, by its names.
@@ -201,8 +202,14 @@ def configs(
     kind, parts = family(tensors), split(tensors)
     prediction = prediction or prediction_type(tensors, metadata) or "epsilon"
     size = 768 if kind == "sd2" and prediction == "v_prediction" else FAMILIES[kind].size
-    values = {"unet": _unet_config, "vae": _vae_config}
-    out = {part: values.get(part, _text_config)(_Shapes(part, names)) for part, names in parts.items()}
+    out: dict[str, dict] = {}
+    for part, named in parts.items():
+        try:
+            out[part] = {"unet": _unet_config, "vae": _vae_config}.get(part, _text_config)(_Shapes(part, named))
+        except WeightsError:
+            raise
+        except (IndexError, ValueError) as error:
+            raise WeightsError(f"{part}: a tensor has too few axes to say how large the network is") from error
     for part, side in (("unet", size // 8), ("vae", size)):
         if part in out:
             out[part]["sample_size"] = side

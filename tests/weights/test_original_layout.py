@@ -257,6 +257,20 @@ def test_a_missing_tensor_is_named():
         original_layout.configs(values)
 
 
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("unet", "model.diffusion_model.input_blocks.0.0.weight"),
+        ("vae", "first_stage_model.decoder.conv_in.weight"),
+        ("text_encoder", "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"),
+    ],
+)
+def test_a_tensor_of_too_few_axes(part, name):
+    values = original.arrays(original.one_file("sd1", original.tiny("sd1"))) | {name: np.zeros(3)}
+    with pytest.raises(convert.WeightsError, match=f"{part}: a tensor has too few axes"):
+        original_layout.configs(values)
+
+
 # What the U-Net predicts.
 
 
