@@ -198,7 +198,7 @@ def checkpoints(command: Command | None) -> list[Finding]:
         if spec.name in referees.REFEREES:  # what one of the user's own reads, it alone knows
             kinds[spec.checkpoint, spec.revision].append(referees.REFEREES[spec.name].kind)
     read = [pair for pair in config.checkpoints(command.settings) if kinds[pair]]
-    return [Finding("checkpoint", *checkpoint(*pair, kinds[pair])) for pair in read]
+    return [Finding("checkpoint", *checkpoint(*pair, kinds[pair], generator.prediction)) for pair in read]
 
 
 def price(command: Command | None) -> list[Finding]:
@@ -251,7 +251,7 @@ def unwritable(path: Path) -> str | None:
         return f"{parent} cannot be written: {error.strerror or error}"
 
 
-def checkpoint(name: str, revision: str, kinds: Iterable[str] = ()) -> tuple[str, str]:
+def checkpoint(name: str, revision: str, kinds: Iterable[str] = (), prediction: str = "") -> tuple[str, str]:
     """Where a checkpoint is, and a remedy if it is nowhere, or not whole as these kinds of networks ("": a generator)."""
     try:
         directory = hub_files.present(name, revision or None)
@@ -262,7 +262,7 @@ def checkpoint(name: str, revision: str, kinds: Iterable[str] = ()) -> tuple[str
             if kind:
                 load.check(directory, load.kind_of(directory) if kind == OF_DIFFUSERS else kind)
             else:
-                generators.check(directory)
+                generators.check(directory, prediction)
     except convert.WeightsError as error:
         return f"{name} is here, but {error}", "get its files anew, from where it is from"
     if directory == hub_files.local_path(name):

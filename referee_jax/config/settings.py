@@ -15,7 +15,8 @@ def _group(cls: type) -> Any:
 class Generator:
     """The image prior: a checkpoint of Stable Diffusion, SDXL, SD3 or FLUX.1-schnell in diffusers' layout."""
 
-    checkpoint: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id, local directory, or shapes/...
+    # Hub id, local directory, shapes/..., or a file of Stable Diffusion 1, 2 or XL in the authors' layout (.safetensors).
+    checkpoint: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     revision: str = ""  # commit of a hub id; empty: the latest
     # Another network in the place of its U-Net or transformer, such as one of few steps: hub id, local directory, or
     # shapes/...; empty: its own.
@@ -23,6 +24,9 @@ class Generator:
     unet_revision: str = ""  # commit of that hub id; empty: the latest
     vae: str = ""  # another decoder in the place of its own, such as a tiny one; as `unet`
     vae_revision: str = ""  # commit of that hub id; empty: the latest
+    loras: dict[str, float] = _group(dict)  # file of a LoRA (.safetensors): weight with which it is merged
+    # What the U-Net of a file predicts, where it does not say it itself: those of Stable Diffusion 2.
+    prediction: str = bounded("", allowed=("", "epsilon", "v_prediction"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,8 @@ class Inverter:
             unet_revision=settings.generator.unet_revision or None,
             vae=settings.generator.vae,
             vae_revision=settings.generator.vae_revision or None,
+            loras=settings.generator.loras,
+            prediction=settings.generator.prediction,
             dtype=dtype,
             put=put,
             # It is needed once a prompt, and too large to stay.

@@ -16,7 +16,7 @@ from referee_jax import config, referees
 from referee_jax.engine import builders
 from referee_jax.models.diffusion.text import T5_TOKENS
 from referee_jax.performance.published import GENERATORS, PUBLISHED
-from referee_jax.weights import config_json, generators, hub, load, tokenizers
+from referee_jax.weights import config_json, families, generators, hub, load, tokenizers
 from referee_jax.weights.generators import Generator
 
 DRAWN = 4_194_301  # random numbers; a prime, so that no two rows or layers are equal
@@ -103,6 +103,10 @@ def _prior(generator: config.Generator, dtype: Any, assumed: list[str]) -> Gener
     if directory.is_dir():
         family, sizes = generators.family_of(directory), generators.read_configs(directory)
         schedule, index = generators.read_schedule(directory), generators.read_index(directory)
+    elif file := hub.file_of(checkpoint):
+        has = {"denoiser": not generator.unet, "vae": not generator.vae}
+        files = generators.read_file(file, has, prediction=generator.prediction, reads_words=False)
+        family, sizes, schedule = files.family, files.configs, files.schedule
     elif checkpoint not in GENERATORS:
         assumed.append(f"{checkpoint} is not here: sizes are those of {config.Generator().checkpoint}")
     kinds = dict(family.folders) | (generators.kinds_of(directory) if directory.is_dir() else {})
@@ -112,7 +116,7 @@ def _prior(generator: config.Generator, dtype: Any, assumed: list[str]) -> Gener
             sizes = sizes | {folder: load.read_config(kinds[folder], where)}
         elif other:
             assumed.append(f"{other} is not here: its sizes are those of {checkpoint}")
-    generators.check_widths(family, sizes, where=checkpoint, unet=generator.unet)
+    families.check_widths(family, sizes, where=generator.unet or checkpoint)
     networks = {folder: load.abstract(kind, sizes[folder], dtype=dtype) for folder, kind in kinds.items()}
     longest = lambda folder: T5_TOKENS if folder == family.t5 else sizes[folder].max_position_embeddings
     words = [Words(longest(folder)) for folder in family.tokenizers.values()]

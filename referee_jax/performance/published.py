@@ -8,7 +8,7 @@ from referee_jax import config
 from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip
 from referee_jax.models.diffusion import flux, sd3, unet, vae
 from referee_jax.models.flan_t5 import clip_t5, t5
-from referee_jax.weights import generators, schedules
+from referee_jax.weights import families, schedules
 
 
 def _tower(cls: type, width: int, layers: int, heads: int, hidden: int | None = None, **other: Any) -> Any:
@@ -91,7 +91,7 @@ PUBLISHED: dict[str, Any] = {
 class PublishedGenerator:
     """Sizes of a generator: its networks' configs by folder, and its schedule."""
 
-    family: generators.Family
+    family: families.Family
     sizes: dict[str, Any]
     schedule: schedules.Schedule | schedules.FlowSchedule
 
@@ -102,7 +102,7 @@ _SCHEDULE = schedules.Schedule(
 _CLIP_L_TEXT = _CLIP_L(224).text_config
 _BIG_G_TEXT = _tower(clip.TextConfig, 1280, 32, 20, hidden_act="gelu", projection_dim=1280)
 _SD = PublishedGenerator(
-    family=generators.FAMILIES["stable diffusion"],
+    family=families.FAMILIES["stable diffusion"],
     sizes={"text_encoder": _CLIP_L_TEXT, "unet": unet.Config(), "vae": vae.Config()},
     schedule=_SCHEDULE,
 )
@@ -115,7 +115,7 @@ _SD_2 = dataclasses.replace(
     },
 )
 _SDXL = PublishedGenerator(
-    family=generators.FAMILIES["sdxl"],
+    family=families.FAMILIES["sdxl"],
     sizes={
         "text_encoder": _CLIP_L_TEXT,
         "text_encoder_2": _BIG_G_TEXT,
@@ -138,7 +138,7 @@ _SDXL = PublishedGenerator(
 _VAE_16 = dict(latent_channels=16, use_post_quant_conv=False)
 _T5_XXL = t5.Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, tie_word_embeddings=False)
 _SD3_5 = PublishedGenerator(
-    family=generators.FAMILIES["sd3"],
+    family=families.FAMILIES["sd3"],
     sizes={
         "text_encoder": _tower(clip.TextConfig, 768, 12, 12, projection_dim=768),
         "text_encoder_2": _BIG_G_TEXT,
@@ -156,7 +156,7 @@ _SD3_5 = PublishedGenerator(
     schedule=schedules.FlowSchedule(shift=3.0),
 )
 _FLUX = PublishedGenerator(
-    family=generators.FAMILIES["flux"],
+    family=families.FAMILIES["flux"],
     sizes={
         "text_encoder": _CLIP_L_TEXT,
         "text_encoder_2": _T5_XXL,

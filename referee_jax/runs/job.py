@@ -173,7 +173,7 @@ def check_weights(run: run_directory.RunDirectory, resume: str) -> None:
 
     Those of the hub are loaded by the commit that is noted.
     """
-    digests = hub.versions(pair for pair in config.checkpoints(run.settings) if hub.is_directory(pair[0]))
+    digests = hub.versions(pair for pair in config.checkpoints(run.settings) if hub.is_local(pair[0]))
     noted = run.noted("weights")
     if changed := [name for name, digest in digests.items() if noted.get(name, digest) != digest]:
         if resume != "force" and run.is_bound():

@@ -1,6 +1,6 @@
-"""Loads generators in diffusers' layout: a directory, local or on the hub, with a folder for each network.
+"""Loads generators: of a directory in diffusers' layout, local or on the hub, or of one file; with LoRAs merged.
 
-`FAMILIES` has the folders of each kind of generator, and which text encoders read a prompt.
+families.py has the folders of each kind of generator.
 """
 
 import dataclasses
@@ -11,146 +11,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from flax import nnx
 
-from referee_jax.models.diffusion import text, vae
+from referee_jax.models.diffusion import text, tiny_vae, vae
 from referee_jax.models.flan_t5 import t5
-from referee_jax.weights import config_json, load, tensors, tokenizers
+from referee_jax.weights import config_json, hub, load, tensors, tokenizers
 from referee_jax.weights.convert import WeightsError
+from referee_jax.weights.families import FAMILIES, Family, check_widths, without
+from referee_jax.weights.formats import lora, original_layout
 from referee_jax.weights.schedules import FlowSchedule, Schedule
 from referee_jax.weights.tensors import Tensors
 
 INDEX = "model_index.json"  # names the pipeline's class
 SCHEDULER = Path("scheduler", "scheduler_config.json")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """One kind of generator.
-
-    Attributes:
-        name: of the kind.
-        pipelines: classes that model_index.json may name.
-        folders: of its networks -> kind, of load.KINDS; `denoiser` is one of them.
-        tokenizers: folder of each -> that of the text encoder that reads its tokens.
-        text: `(text encoders by folder, config of the denoiser, index) -> module`, of models.diffusion.text; `index` is
-            model_index.json.
-        widths: of a config of the denoiser, its keys and values of what must fit the other parts: channels of latents,
-            width of the text's states, and of its pooled text or 0.
-        given: of the configs by folder, what the other parts give: the same three.
-        optional: folders that may be missing.
-        t5: folder of a T5, and its tokens.
-        is_flow: whether it is a rectified flow.
-        last_is_step: of schedules.FlowSchedule.
-    """
-
-    name: str
-    pipelines: Sequence[str]
-    folders: Mapping[str, str]
-    tokenizers: Mapping[str, str]
-    text: Callable[[Mapping[str, nnx.Module], Any, Mapping], nnx.Module]
-    widths: Callable[[Any], dict[str, int]]
-    given: Callable[[Mapping[str, Any]], tuple[int, int, int]]
-    denoiser: str = "unet"
-    optional: Sequence[str] = ()
-    t5: str = ""
-    is_flow: bool = False
-    last_is_step: bool = False
-
-
-def _unet_widths(config: Any) -> dict[str, int]:
-    return {
-        "in_channels": config.in_channels,
-        "cross_attention_dim": config.cross_attention_dim,
-        "the pooled text's width": config.pooled_width,
-    }
-
-
-def _transformer_widths(config: Any) -> dict[str, int]:
-    names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
-    return {name: getattr(config, name) for name in names}
-
-
-def _sdxl_given(configs: Mapping[str, Any]) -> tuple[int, int, int]:
-    first, second = configs["text_encoder"], configs["text_encoder_2"]
-    return configs["vae"].latent_channels, first.hidden_size + second.hidden_size, second.projection_dim
-
-
-def _sd3_given(configs: Mapping[str, Any]) -> tuple[int, int, int]:
-    clips, width = [configs["text_encoder"], configs["text_encoder_2"]], configs["transformer"].joint_attention_dim
-    width = configs["text_encoder_3"].d_model if "text_encoder_3" in configs else width
-    return configs["vae"].latent_channels, width, sum(config.projection_dim for config in clips)
-
-
-_FAMILIES = (
-    Family(
-        name="stable diffusion",
-        pipelines=("StableDiffusionPipeline",),
-        folders={"text_encoder": "clip_text", "unet": "unet", "vae": "vae_decoder"},
-        tokenizers={"tokenizer": "text_encoder"},
-        text=lambda encoders, config, index: text.StableDiffusionText(**encoders),
-        widths=_unet_widths,
-        given=lambda configs: (configs["vae"].latent_channels, configs["text_encoder"].hidden_size, 0),
-    ),
-    Family(
-        name="sdxl",
-        pipelines=("StableDiffusionXLPipeline",),
-        folders={
-            "text_encoder": "clip_text",
-            "text_encoder_2": "clip_text_projected",
-            "unet": "unet",
-            "vae": "vae_decoder",
-        },
-        tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
-        text=lambda encoders, config, index: text.SDXLText(
-            **encoders, zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", True))
-        ),
-        widths=_unet_widths,
-        given=_sdxl_given,
-    ),
-    Family(
-        name="sd3",
-        pipelines=("StableDiffusion3Pipeline",),
-        folders={
-            "text_encoder": "clip_text_projected",
-            "text_encoder_2": "clip_text_projected",
-            "text_encoder_3": "t5_encoder",
-            "transformer": "sd3",
-            "vae": "vae_decoder",
-        },
-        tokenizers={f"tokenizer{end}": f"text_encoder{end}" for end in ("", "_2", "_3")},
-        text=lambda encoders, config, index: text.SD3Text(**encoders, width=config.joint_attention_dim),
-        widths=_transformer_widths,
-        given=_sd3_given,
-        denoiser="transformer",
-        optional=("text_encoder_3",),
-        t5="text_encoder_3",
-        is_flow=True,
-    ),
-    Family(
-        name="flux",
-        pipelines=("FluxPipeline",),
-        folders={
-            "text_encoder": "clip_text",
-            "text_encoder_2": "t5_encoder",
-            "transformer": "flux",
-            "vae": "vae_decoder",
-        },
-        tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
-        text=lambda encoders, config, index: text.FluxText(**encoders),
-        widths=_transformer_widths,
-        given=lambda configs: (
-            4 * configs["vae"].latent_channels,  # of two by two latents
-            configs["text_encoder_2"].d_model,
-            configs["text_encoder"].hidden_size,
-        ),
-        denoiser="transformer",
-        t5="text_encoder_2",
-        is_flow=True,
-        last_is_step=True,
-    ),
-)
-FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
+# Of original_layout.FAMILIES -> a repository with its tokenizers.
+PUBLISHED = {
+    "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd2": "stabilityai/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,9 +47,31 @@ class Generator:
 
     text_encoder: nnx.Module
     denoiser: nnx.Module
-    vae: vae.AutoencoderKL
+    vae: vae.AutoencoderKL | tiny_vae.AutoencoderTiny
     schedule: Schedule | FlowSchedule
     tokenizers: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Files:
+    """What is read of a generator before its weights.
+
+    Attributes:
+        family: its kind.
+        where: the checkpoint, for messages.
+        kinds: of its networks, of load.KINDS, by folder, as are `configs` and `weights`.
+        schedule, tokenizers: as of `Generator`.
+        index: model_index.json.
+    """
+
+    family: Family
+    where: str
+    kinds: dict[str, str]
+    configs: dict[str, Any]
+    weights: dict[str, Mapping[str, np.ndarray]]
+    schedule: Schedule | FlowSchedule
+    tokenizers: Sequence[Any]
+    index: Mapping
 
 
 def load_generator(
@@ -181,42 +83,148 @@ def load_generator(
     unet_revision: str | None = None,
     vae: str | Path = "",
     vae_revision: str | None = None,
+    loras: Mapping[str, float] | None = None,
+    prediction: str = "",
     dtype: jax.typing.DTypeLike = jnp.float32,
     put: Callable[[np.ndarray], Any] = jax.device_put,
     put_t5: Callable[[np.ndarray], Any] | None = None,
 ) -> Generator:
-    """Returns the parts of a checkpoint in diffusers' layout, with weights cast to `dtype`.
+    """Returns the parts of a checkpoint, with weights cast to `dtype`.
 
     Raises WeightsError as `load.load` does, and if the parts do not fit together.
 
     Args:
-        path_or_id: the directory or hub id.
+        path_or_id: the directory or hub id of diffusers' layout; or a file, see `read_file`.
         family: of FAMILIES, which it must be; empty: any.
         revision: for hub ids.
         unet: of another denoiser, which is a directory or repository by itself; empty: the checkpoint's own.
         unet_revision: for its hub id.
         vae: the same of a decoder, such as a tiny one.
         vae_revision: for its hub id.
+        loras: files of LoRAs, and with which weight each is merged.
+        prediction: what the U-Net of a file predicts, where the file does not say it.
         dtype: of the weights.
         put: where each weight goes as soon as it is read; by default to JAX's default device.
         put_t5: the same for a T5's; None: as `put`.
     """
-    directory = _fetch(path_or_id, revision, has_denoiser=not unet, has_vae=not vae)
+    has = {"denoiser": not unet, "vae": not vae}
+    if file := hub.file_of(path_or_id):
+        files = read_file(file, has, prediction=prediction)
+    else:
+        files = read_directory(_fetch(path_or_id, revision, has), has)
+    if family and files.family.name != family:
+        raise WeightsError(f"{files.where} is of another kind of generator: {files.family.name}, not {family}")
+    files = _replaced(files, {files.family.denoiser: (unet, unet_revision), "vae": (vae, vae_revision)})
+    files = _with_loras(files, loras or {})
+    networks = {
+        folder: load.build(
+            kind,
+            files.configs[folder],
+            files.weights[folder],
+            dtype=dtype,
+            put=put_t5 if put_t5 and folder == files.family.t5 else put,
+        )
+        for folder, kind in files.kinds.items()
+    }
+    return assemble(files.family, networks, files.schedule, files.tokenizers, files.index)
+
+
+def _needed(family: Family, kinds: Mapping[str, str], has: Mapping[str, bool]) -> dict[str, str]:
+    """Without the kinds of the denoiser, or the decoder, where another is in its place."""
+    replaced = {family.denoiser: not has["denoiser"], "vae": not has["vae"]}
+    return {folder: kind for folder, kind in kinds.items() if not replaced.get(folder)}
+
+
+def read_directory(directory: Path, has: Mapping[str, bool]) -> Files:
+    """What a local directory of diffusers' layout says; `has`: of "denoiser" and "vae", whether its own is read."""
     check_layout(directory)
-    kinds = family_of(directory)
-    if family and kinds.name != family:
-        raise WeightsError(f"{directory} is of another kind of generator: {kinds.name}, not {family}")
-    schedule, tokenizer = read_schedule(directory), load_tokenizers(directory)
-    others = {kinds.denoiser: (unet, unet_revision), "vae": (vae, vae_revision)}
-    networks = {}
-    for folder, kind in kinds.folders.items():
-        other, other_revision = others.get(folder, ("", None))
-        where = load.fetch(other, other_revision, {"": load.DIFFUSERS}) if other else directory / folder
-        kind = load.kind_of(where) if other or folder == "vae" else kind
-        networks[folder] = load.load(kind, where, dtype=dtype, put=put_t5 if put_t5 and folder == kinds.t5 else put)
-    configs = {folder: _config(network) for folder, network in networks.items()}
-    check_widths(kinds, configs, where=directory, unet=unet)
-    return assemble(kinds, networks, schedule, tokenizer, read_index(directory))
+    family = family_of(directory)
+    kinds = _needed(family, kinds_of(directory), has)
+    schedule, tokenizers = read_schedule(directory), load_tokenizers(directory)
+    return Files(
+        family=family,
+        where=str(directory),
+        kinds=kinds,
+        configs={folder: load.read_config(kind, directory / folder) for folder, kind in kinds.items()},
+        weights={folder: Tensors(directory / folder, load.KINDS[kind].stem) for folder, kind in kinds.items()},
+        schedule=schedule,
+        tokenizers=tokenizers,
+        index=read_index(directory),
+    )
+
+
+def read_file(file: Path, has: Mapping[str, bool], *, prediction: str = "", reads_words: bool = True) -> Files:
+    """What a file of Stable Diffusion 1, 2 or XL in the authors' layout says, with all networks in one.
+
+    Its tokenizers are those of the directories `tokenizer` and `tokenizer_2` beside it, or the published ones; none
+    unless `reads_words`. `has` is as of `read_directory`. Raises WeightsError where parts are missing, or the file does not
+    say what its U-Net predicts and `prediction` neither.
+    """
+    tensors = Tensors(file.parent, file.stem)
+    with safetensors.safe_open(file, framework="numpy") as opened:
+        metadata = opened.metadata() or {}
+    try:
+        name = original_layout.family(tensors)
+        prediction = prediction or original_layout.prediction_type(tensors, metadata)
+        if not prediction:
+            raise WeightsError(
+                "it does not say what its U-Net predicts: say generator.prediction, epsilon (base, turbo) or v_prediction "
+                "(768 px)"
+            )
+        values = original_layout.configs(tensors, prediction=prediction, metadata=metadata)
+        parts = original_layout.split(tensors)
+        family = FAMILIES["sdxl" if name == "sdxl" else "stable diffusion"]
+        kinds = _needed(family, family.folders, has)
+        if missing := [folder for folder in kinds if folder not in parts]:
+            raise WeightsError(f"it has no {' and no '.join(missing)}")
+    except WeightsError as error:
+        raise WeightsError(f"{file}: {error}") from error
+    configs = {folder: load.KINDS[kind].config(values[folder], where=str(file)) for folder, kind in kinds.items()}
+    schedule = config_json.schedule(values["scheduler"], where=str(file))
+    directory, words = file.parent, []
+    if reads_words:
+        if not all((directory / folder).is_dir() for folder in family.tokenizers):
+            directory = hub.resolve(PUBLISHED[name], None, [f"{folder}/*" for folder in family.tokenizers])
+        words = [tokenizers.read(directory / name, configs[folder]) for name, folder in family.tokenizers.items()]
+    return Files(
+        family=family,
+        where=str(file),
+        kinds=kinds,
+        configs=configs,
+        weights={folder: parts[folder] for folder in kinds},
+        schedule=schedule,
+        tokenizers=words,
+        index={},
+    )
+
+
+def _replaced(files: Files, others: Mapping[str, tuple[str | Path, str | None]]) -> Files:
+    """With other networks, paths or ids and revisions by folder, in the place of some. Checks that all fit together."""
+    kinds, configs, weights = dict(files.kinds), dict(files.configs), dict(files.weights)
+    for folder, (other, revision) in others.items():
+        if other:
+            where = load.fetch(other, revision, {"": load.DIFFUSERS})
+            kinds[folder] = load.kind_of(where)
+            configs[folder] = load.read_config(kinds[folder], where)
+            weights[folder] = Tensors(where, load.DIFFUSERS)
+    denoiser, _ = others[files.family.denoiser]
+    check_widths(files.family, configs, where=denoiser or files.where)
+    return dataclasses.replace(files, kinds=kinds, configs=configs, weights=weights)
+
+
+def _with_loras(files: Files, loras: Mapping[str, float]) -> Files:
+    """With LoRAs merged into the weights as they are read."""
+    if not loras:
+        return files
+    read = [(lora.File(Path(file).expanduser()), weight) for file, weight in loras.items()]
+    parts = {}
+    for folder in set(files.kinds) & set(lora.PARTS.values()):
+        weights = files.weights[folder]
+        is_named = not isinstance(weights, Tensors)  # those of one file have the network's names already
+        parts[folder] = weights if is_named else load.Renamed(files.kinds[folder], files.configs[folder], weights)
+    lora.check([tensors for tensors, _ in read], parts)
+    merged = {folder: lora.merged(weights, read, folder) for folder, weights in parts.items()}
+    return dataclasses.replace(files, weights=files.weights | merged)
 
 
 def assemble(
@@ -237,26 +245,6 @@ def assemble(
     )
 
 
-def resident(text_encoder: nnx.Module) -> list[Any]:
-    """The weights of a generator's text encoders that stay in a device's memory: all but those of a T5."""
-    is_t5 = lambda x: isinstance(x, t5.T5Encoder)
-    return [x for x in jax.tree.leaves(text_encoder, is_leaf=is_t5) if not is_t5(x)]
-
-
-def check_widths(family: Family, configs: Mapping[str, Any], *, where: str | Path, unet: str | Path = "") -> None:
-    """Raises WeightsError, naming the config's key, if networks of these configs, by folder, do not fit together."""
-    taken = family.widths(configs[family.denoiser])
-    for (name, width), expected in zip(taken.items(), family.given(configs), strict=True):
-        if width != expected:
-            raise WeightsError(
-                f"{unet or where}: {family.denoiser}: {name}={width} does not fit the other parts, which have {expected}"
-            )
-
-
-def _config(network: nnx.Module) -> Any:
-    return network.text_model.config if hasattr(network, "text_model") else network.config
-
-
 def family_of(directory: Path) -> Family:
     """The family of a local directory, by its model_index.json or, where there is none, by its folders.
 
@@ -267,21 +255,11 @@ def family_of(directory: Path) -> Family:
     for family in FAMILIES.values():
         if name in family.pipelines:
             left_out = [folder for folder in family.optional if not is_there(folder)]
-            return _without(family, left_out) if left_out else family
+            return without(family, left_out) if left_out else family
     if name is not None:
         known = ", ".join(name for family in FAMILIES.values() for name in family.pipelines)
         raise WeightsError(f"{directory / INDEX}: _class_name={name!r} is not implemented; supported: {known}")
     return max(FAMILIES.values(), key=lambda family: sum(map(is_there, family.folders)))
-
-
-def _without(family: Family, folders: Sequence[str]) -> Family:
-    """A family without some of its text encoders."""
-    return dataclasses.replace(
-        family,
-        folders={folder: kind for folder, kind in family.folders.items() if folder not in folders},
-        tokenizers={name: folder for name, folder in family.tokenizers.items() if folder not in folders},
-        t5="" if family.t5 in folders else family.t5,
-    )
 
 
 def read_index(directory: Path) -> dict:
@@ -297,8 +275,9 @@ def read_configs(directory: Path) -> dict[str, Any]:
 
 def kinds_of(directory: Path) -> dict[str, str]:
     """The kinds of a local directory's networks, by folder; its decoder may be a tiny one."""
-    vae = directory / "vae"
-    return {**family_of(directory).folders, **({"vae": load.kind_of(vae)} if vae.is_dir() else {})}
+    file, kinds = directory / "vae" / "config.json", dict(family_of(directory).folders)
+    is_tiny = file.exists() and config_json.read_json(file).get("_class_name") == "AutoencoderTiny"
+    return kinds | ({"vae": "tiny_vae"} if is_tiny else {})
 
 
 def read_schedule(directory: Path) -> Schedule | FlowSchedule:
@@ -306,9 +285,9 @@ def read_schedule(directory: Path) -> Schedule | FlowSchedule:
     file = directory / SCHEDULER
     schedule, family = config_json.schedule(config_json.read_json(file), where=str(file)), family_of(directory)
     if (schedule.prediction_type == "flow") != family.is_flow:
-        kinds = ("of diffusion", "of a rectified flow")
+        what = "of diffusion" if family.is_flow else "of a rectified flow"
         raise WeightsError(
-            f"{file}: a schedule {kinds[not family.is_flow]} is not implemented for {family.name}, which is {kinds[family.is_flow]}"
+            f"{file}: a schedule {what} is not implemented for {family.name}, which is of the other kind"
         )
     return dataclasses.replace(schedule, last_is_step=family.last_is_step) if family.is_flow else schedule
 
@@ -324,8 +303,14 @@ def load_tokenizers(directory: Path) -> list[Any]:
     return list(read.values())
 
 
-def check(directory: Path) -> None:
-    """Raises WeightsError for a part of a local directory that is missing or damaged; reads no weights."""
+def check(directory: Path, prediction: str = "") -> None:
+    """Raises WeightsError for a part of a local directory, or file, that is missing or damaged; reads no weights.
+
+    `prediction` is as of `load_generator`.
+    """
+    if file := hub.file_of(directory):
+        read_file(file, {"denoiser": True, "vae": True}, prediction=prediction)
+        return
     check_layout(directory)
     for folder, kind in kinds_of(directory).items():
         load.read_config(kind, directory / folder)
@@ -342,12 +327,16 @@ def check_layout(directory: Path) -> None:
         raise WeightsError(f"{directory} has none of the directories {parts}{tensors.instead(directory, names)}")
 
 
-def _fetch(path_or_id: str | Path, revision: str | None, *, has_denoiser: bool, has_vae: bool) -> Path:
+def resident(text_encoder: nnx.Module) -> list[Any]:
+    """The weights of a generator's text encoders that stay in a device's memory: all but those of a T5."""
+    is_t5 = lambda x: isinstance(x, t5.T5Encoder)
+    return [x for x in jax.tree.leaves(text_encoder, is_leaf=is_t5) if not is_t5(x)]
+
+
+def _fetch(path_or_id: str | Path, revision: str | None, has: Mapping[str, bool]) -> Path:
     """The directory of a checkpoint with the files of its family, which its model_index.json tells."""
-    all_folders = {folder: kind for family in FAMILIES.values() for folder, kind in family.folders.items()}
-    left_out = set() if has_denoiser else {family.denoiser for family in FAMILIES.values()}
-    left_out |= set() if has_vae else {"vae"}
-    parts = {folder: load.KINDS[kind].stem for folder, kind in all_folders.items() if folder not in left_out}
+    kinds = [_needed(family, family.folders, has) for family in FAMILIES.values()]
+    parts = {folder: load.KINDS[kind].stem for row in kinds for folder, kind in row.items()}
     names = sorted({name for family in FAMILIES.values() for name in family.tokenizers})
     others = [INDEX, str(SCHEDULER), *(f"{name}/*" for name in names)]
     needed = lambda directory: [folder for folder in family_of(directory).folders if folder in parts]

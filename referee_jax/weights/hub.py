@@ -91,17 +91,17 @@ def is_id(name: str) -> bool:
 
 
 def present(name: str, revision: str | None) -> Path | None:
-    """The directory of a checkpoint that is on this machine, whole or not; None if there is none.
+    """The directory, or file, of a checkpoint that is on this machine, whole or not; None if there is none.
 
     Raises WeightsError for an unknown one of the package.
     """
     path = local_path(name)
-    return path if path.is_dir() else _snapshot(name, revision)
+    return path if path.exists() else _snapshot(name, revision)
 
 
 def commit(name: str, revision: str | None) -> str | None:
-    """The commit of a repository's cached snapshot; None if there is none, or for a directory."""
-    directory = None if Path(name).is_dir() else _snapshot(name, revision)
+    """The commit of a repository's cached snapshot; None if there is none, or for a directory or file."""
+    directory = None if Path(name).expanduser().exists() else _snapshot(name, revision)
     return directory and directory.name
 
 
@@ -115,12 +115,14 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
 
 
 def version(name: str, revision: str | None = None) -> str:
-    """Stands for the content of a checkpoint: a directory's `digest`, or the commit on the hub.
+    """Stands for the content of a checkpoint: the `digest` of a directory or file, or the commit on the hub.
 
     Raises WeightsError as `resolve`.
     """
+    if file := file_of(name):
+        return digest(file)
     directory = resolve(name, revision, CONFIGS)
-    return digest(directory) if is_directory(name) else directory.name
+    return digest(directory) if is_local(name) else directory.name
 
 
 def versions(checkpoints: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -128,13 +130,22 @@ def versions(checkpoints: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {name: version(name, revision or None) for name, revision in checkpoints}
 
 
-def is_directory(name: str) -> bool:
-    """Whether a checkpoint is in a directory, the package's included, and not on the hub."""
-    return is_embedded(name) or Path(name).expanduser().is_dir()
+def file_of(name: str | Path) -> Path | None:
+    """The file, if a checkpoint is one of safetensors on this machine."""
+    path = Path(name).expanduser()
+    return path if path.suffix == ".safetensors" and path.is_file() else None
+
+
+def is_local(name: str) -> bool:
+    """Whether a checkpoint is a directory, the package's included, or a file, and not on the hub."""
+    return is_embedded(name) or Path(name).expanduser().exists()
 
 
 def digest(directory: Path) -> str:
-    """SHA-256, 16 hex digits, of all in a directory that a network, tokenizer or processor is read from."""
+    """SHA-256, 16 hex digits, of a file, or of all in a directory that a network, tokenizer or processor is read from."""
+    if directory.is_file():
+        with directory.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     files = (x for x in directory.rglob("*") if x.suffix in READ and x.is_file())
     total = hashlib.sha256()
     for name, path in sorted((path.relative_to(directory).as_posix(), path) for path in files):
@@ -147,7 +158,7 @@ def digest(directory: Path) -> str:
 def license_of(name: str, revision: str | None) -> str | None:
     """The license in a checkpoint's card, e.g. "openrail++"; None if there is none, or no card."""
     path = Path(name).expanduser()
-    is_cached = is_id(name) and not path.is_dir()
+    is_cached = is_id(name) and not path.exists()
     card = huggingface_hub.try_to_load_from_cache(name, CARD, revision=revision) if is_cached else str(path / CARD)
     metadata = {}
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):

@@ -10,7 +10,7 @@ import fnmatch
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,10 +232,21 @@ def load(
         dtype: of the weights; see `convert.fill` for the exceptions.
         put: see `convert.fill`.
     """
+    stem = KINDS[kind].stem
+    directory = fetch(path_or_id, revision, {subfolder: stem}) / subfolder
+    return build(kind, read_config(kind, directory), Tensors(directory, stem), dtype=dtype, put=put)
+
+
+def build(
+    kind: str,
+    config: Any,
+    weights: Mapping[str, np.ndarray],
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    put: Callable[[np.ndarray], Any] = jax.device_put,
+) -> nnx.Module:
+    """Returns a network of `KINDS` with its config, and weights by the names of its files; see `load`."""
     row = KINDS[kind]
-    directory = fetch(path_or_id, revision, {subfolder: row.stem}) / subfolder
-    config = read_config(kind, directory)
-    weights = Tensors(directory, row.stem)
     config = dataclasses.replace(config, **optional_parts(row, weights))
     module = unfilled(row, config)
     own = {name for target in convert.targets(module) for name in target.names}
@@ -246,7 +257,30 @@ def load(
         how = {"renames": row.renames, "ignore": ignore, "float32": row.float32}
         return convert.fill(module, weights, dtype=dtype, **how, put=put)
     except WeightsError as error:
-        raise WeightsError(f"{weights.source}: {error}") from error
+        source = getattr(weights, "source", "")
+        raise WeightsError(f"{source}: {error}" if source else str(error)) from error
+
+
+class Renamed(Mapping):
+    """Weights by the names of the network's parameters, each read when it is asked for.
+
+    Raises WeightsError as `load` does for names that do not fit.
+    """
+
+    def __init__(self, kind: str, config: Any, weights: Tensors):
+        row = KINDS[kind]
+        self.source, self._weights = weights.source, weights
+        parameters = {name for target in convert.targets(unfilled(row, config)) for name in target.names}
+        self._names = convert.matched(weights, parameters, row.renames, (*row.ignore, *row.ties))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._weights[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def read_config(kind: str, directory: Path) -> Any:

@@ -69,7 +69,7 @@ TINY_UNETS = {
     "sdxl": dict(
         block_out_channels=(64, 64), cross_attention_dim=128, attention_head_dim=(1, 1), use_linear_projection=True,
         transformer_layers_per_block=(1, 2), addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=1600, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        projection_class_embeddings_input_dim=6 * 256 + 40, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     ),
 }  # fmt: skip

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from referee_jax.weights import convert, lora, original_layout
+from referee_jax.weights import convert
+from referee_jax.weights.formats import lora, original_layout
 from tests.lazy import diffusers, torch
 from tests.oracles import original
 

@@ -6,7 +6,8 @@ import safetensors.numpy
 
 from referee_jax.models import clip
 from referee_jax.models.diffusion import unet, vae
-from referee_jax.weights import config_json, convert, load, original_layout, tensors
+from referee_jax.weights import config_json, convert, load, tensors
+from referee_jax.weights.formats import original_layout
 from tests.lazy import diffusers, torch, transformers
 from tests.oracles import original
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from referee_jax.weights import original_names
 from referee_jax.weights.convert import WeightsError
+from referee_jax.weights.formats import original_names
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 

@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from referee_jax.weights import config_json, original_names, tensors
+from referee_jax.weights import config_json, tensors
 from referee_jax.weights.convert import WeightsError
+from referee_jax.weights.formats import original_names
 
 PARTS = {
     "lora_unet_": "unet",
