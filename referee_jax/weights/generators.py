@@ -108,7 +108,7 @@ def load_generator(
         put_t5: the same for a T5's; None: as `put`.
     """
     has = {"denoiser": not unet, "vae": not vae}
-    if file := hub.file_of(path_or_id):
+    if file := _whole_file(path_or_id):
         files = read_file(file, has, prediction=prediction)
     else:
         files = read_directory(_fetch(path_or_id, revision, has), has)
@@ -133,6 +133,12 @@ def _needed(family: Family, kinds: Mapping[str, str], has: Mapping[str, bool]) -
     """Without the kinds of the denoiser, or the decoder, where another is in its place."""
     replaced = {family.denoiser: not has["denoiser"], "vae": not has["vae"]}
     return {folder: kind for folder, kind in kinds.items() if not replaced.get(folder)}
+
+
+def _whole_file(path_or_id: str | Path) -> Path | None:
+    """The file, if a checkpoint is one with all networks in the authors' layout."""
+    file = hub.file_of(path_or_id)
+    return file if file and original_layout.is_original(Tensors(file.parent, file.stem)) else None
 
 
 def read_directory(directory: Path, has: Mapping[str, bool]) -> Files:
@@ -308,7 +314,7 @@ def check(directory: Path, prediction: str = "") -> None:
 
     `prediction` is as of `load_generator`.
     """
-    if file := hub.file_of(directory):
+    if file := _whole_file(directory):
         read_file(file, {"denoiser": True, "vae": True}, prediction=prediction)
         return
     check_layout(directory)

@@ -17,11 +17,12 @@ _PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5")
 VARIANTS = ("fp16", "bf16")  # of files: the same weights in fewer bits
 _SHOWN = 5  # files, in a message
 _MERGE = (
-    "merge it into its checkpoint (fuse_lora of diffusers, merge_and_unload of peft) and save that with save_pretrained"
+    "one of a generator is named in generator.loras, beside its checkpoint; merge another into its checkpoint once "
+    "(merge_and_unload of peft), and save that with save_pretrained"
 )
 _CONVERT = (
-    "a checkpoint is a directory as save_pretrained of transformers or diffusers writes it: make one once, of Stable Diffusion "
-    "in one file with StableDiffusionPipeline.from_single_file"
+    "a checkpoint is a directory as save_pretrained of transformers or diffusers writes it, or, of Stable Diffusion 1, 2 or XL, "
+    "the path of the authors' file with all networks"
 )
 _TORCH = (".bin", ".pth", ".pt", ".ckpt")  # of the pickled files, those that torch writes
 _REWRITE = (
