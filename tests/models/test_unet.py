@@ -8,6 +8,7 @@ from flax import nnx
 
 from referee_jax.models.diffusion import unet
 from referee_jax.weights import config_json, convert
+from referee_jax.weights import load as loading
 from tests.lazy import diffusers, torch
 from tests.oracles import networks
 
@@ -229,6 +230,15 @@ def test_bfloat16_weights_give_the_same_prediction():
     assert np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) > 0.99
 
 
+def test_what_a_generator_of_one_step_multiplies_is_not_rounded():
+    """By 15 at timestep 999: the last convolution is in float32, also of bfloat16 weights."""
+    _, config, weights = build("sdxl")
+    given = draw(0, 1, 8, 8, 4), np.array([999]), draw(1, 1, 5, 32), draw(2, 1, config.pooled_width)
+    out = predict(load(config, weights, jnp.bfloat16), *given)
+    rounded = np.asarray(out.astype(jnp.bfloat16).astype(jnp.float32))
+    assert out.dtype == jnp.float32 and np.mean(out != rounded) > 0.9
+
+
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_timestep_features_match_torch(flip, shift):
@@ -284,6 +294,28 @@ def test_full_size_matches_torch(name):
     print(name, "output, gradients by latents and text:", errors)
     assert max(errors) < 1e-4
     assert error(other, to_numpy(theirs)) > 0.1
+
+
+@pytest.mark.slow
+def test_full_size_sdxl_matches_torch(tmp_path):
+    """The published network at 16 x 16 latents in float32, output and gradients, one side after the other for the memory."""
+    changes, _ = PUBLISHED["stable-diffusion-xl-base-1.0"]
+    oracle = networks.redraw(diffusers.UNet2DConditionModel(**changes), seed=0)
+    config = read(oracle.config)
+    given = draw(0, 1, 16, 16, 4), np.array([421]), draw(1, 1, 77, config.cross_attention_dim), draw(2, 1, 1280)
+    cotangent, size = draw(3, 1, 16, 16, 4), (16, 16)
+    z, h, pooled = to_torch(given[0]).requires_grad_(), *(torch.from_numpy(x).requires_grad_() for x in given[2:])
+    for p in oracle.parameters():
+        p.requires_grad_(False)
+    theirs = oracle(z, torch.from_numpy(given[1]), h, added_cond_kwargs=added([h, pooled], size)).sample
+    (theirs * to_torch(cotangent)).sum().backward()
+    exact = [to_numpy(theirs), to_numpy(z.grad), h.grad.numpy(), pooled.grad.numpy()]
+    oracle.save_pretrained(tmp_path)
+    del oracle, theirs
+    ours = run(loading.load("unet", tmp_path), given[0], given[1], cotangent, *given[2:])
+    errors = [error(a, b) for a, b in zip(ours, exact, strict=True)]
+    print("output, gradients by latents, states and pooled text:", errors)
+    assert max(errors) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,9 @@ def engine(checkpoints, tmp_path_factory):
 @pytest.fixture
 def counted(engine):
     """The engine with nothing read, and the tokenizers of its prior and of its three referees."""
-    tokenizers = [Counting(engine.tokenizer)]
+    tokenizers = [Counting(engine.tokenizers[0])]
     engine = copy.copy(engine)
-    engine.tokenizer, engine._tokens = tokenizers[0], {}
+    engine.tokenizers, engine._tokens = tokenizers[:1], {}
     for role in ("judges", "held_out"):
         counting = [dataclasses.replace(judge, tokenizer=Counting(judge.tokenizer)) for judge in getattr(engine, role)]
         tokenizers += [judge.tokenizer for judge in counting]

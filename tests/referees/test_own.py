@@ -14,7 +14,7 @@ import pytest
 
 from referee_jax import config, doctor, prompts, referees, run, score
 from referee_jax.performance import abstract_networks
-from referee_jax.weights import load
+from referee_jax.weights import generators
 from tests import fakes, outside, toys
 
 NAME = "mean_colour:build"
@@ -58,7 +58,7 @@ def test_the_example_is_short(directory):
 
 def test_the_documented_run(directory, monkeypatch):
     """The config alone is enough: what lies beside it is found. The networks beside the referee are toys."""
-    monkeypatch.setattr(load, "load_stable_diffusion", lambda *_, **how: toys.prior())
+    monkeypatch.setattr(generators, "load_generator", lambda *_, **how: toys.prior())
     name, *arguments = documented("run")
     assert name == "--config=my_config.py"
     command = fakes.command(*arguments, *CHEAP, f"--workdir={directory / 'run'}", path=directory / "my_config.py")

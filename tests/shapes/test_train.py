@@ -276,7 +276,7 @@ def test_the_generator_of_one_step(tmp_path, monkeypatch):
     assert way.shape == (len(levels), 1, 4, 16, 16) and levels[0] == 999
     prior = generators.load_generator("shapes/stable-diffusion")
     cond, uncond = map(Text, states.numpy())
-    generate = jax.jit(functools.partial(ddim.generate, levels=tuple(levels.tolist())))
+    generate = jax.jit(functools.partial(ddim.generate, timesteps=tuple(levels.tolist())))
     made = generate(
         builders.make_prior(prior), noise[0].permute(1, 2, 0).numpy(),
         cond=cond, uncond=uncond, guidance=recipes_generator.GUIDANCE,
