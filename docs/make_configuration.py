@@ -32,6 +32,7 @@ numbers are those of the paper; its referee, `ema.alias` and `outputs.stretch` a
 GROUPS = {
     "": config.Settings,
     "generator": config.Generator,
+    "generator.loras[n]": config.Lora,
     "sds": config.Sds,
     "guided": config.Guided,
     "noise": config.Noise,

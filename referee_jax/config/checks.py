@@ -38,6 +38,9 @@ def check(settings: Settings) -> None:
         _check_way(settings)
     if settings.optim.name not in optim.OPTIMIZERS:
         raise wrong("optim.name", settings.optim.name, f"one of {optim.OPTIMIZERS.known()}")
+    for n, lora in enumerate(settings.generator.loras):
+        if not lora.file.endswith(".safetensors"):
+            raise wrong(f"generator.loras[{n}].file", lora.file, "a file of safetensors")
     if settings.latent_losses.keys() - LATENT_LOSSES:
         known = f"a dictionary of weights of {LATENT_LOSSES.known()}"
         raise wrong("latent_losses", settings.latent_losses, known)

@@ -83,7 +83,7 @@ def checkpoints(settings: Settings) -> list[tuple[str, str]]:
         (generator.checkpoint, generator.revision),
         (generator.unet, generator.unet_revision),
         (generator.vae, generator.vae_revision),
-        *((file, "") for file in generator.loras),
+        *((lora.file, "") for lora in generator.loras),
     ]
     named += [(spec.checkpoint, spec.revision) for spec in settings.referees]
     return list(dict.fromkeys(pair for pair in named if pair[0]))

@@ -12,6 +12,14 @@ def _group(cls: type) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A LoRA, which is merged into the generator's weights as they are read."""
+
+    file: str = ""  # of safetensors, by any of the usual names
+    weight: float = 1.0  # of its change
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Generator:
     """The image prior: a checkpoint of Stable Diffusion, SDXL, SD3 or FLUX.1-schnell in diffusers' layout."""
 
@@ -24,7 +32,7 @@ class Generator:
     unet_revision: str = ""  # commit of that hub id; empty: the latest
     vae: str = ""  # another decoder in the place of its own, such as a tiny one; as `unet`
     vae_revision: str = ""  # commit of that hub id; empty: the latest
-    loras: dict[str, float] = _group(dict)  # file of a LoRA (.safetensors): weight with which it is merged
+    loras: tuple[Lora, ...] = ()  # merged into its weights, below
     # What the U-Net of a file predicts, where it does not say it itself: those of Stable Diffusion 2.
     prediction: str = bounded("", allowed=("", "epsilon", "v_prediction"))
 

@@ -99,7 +99,7 @@ class Inverter:
             unet_revision=settings.generator.unet_revision or None,
             vae=settings.generator.vae,
             vae_revision=settings.generator.vae_revision or None,
-            loras=settings.generator.loras,
+            loras=[(lora.file, lora.weight) for lora in settings.generator.loras],
             prediction=settings.generator.prediction,
             dtype=dtype,
             put=put,

@@ -83,7 +83,7 @@ def load_generator(
     unet_revision: str | None = None,
     vae: str | Path = "",
     vae_revision: str | None = None,
-    loras: Mapping[str, float] | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
     prediction: str = "",
     dtype: jax.typing.DTypeLike = jnp.float32,
     put: Callable[[np.ndarray], Any] = jax.device_put,
@@ -101,7 +101,7 @@ def load_generator(
         unet_revision: for its hub id.
         vae: the same of a decoder, such as a tiny one.
         vae_revision: for its hub id.
-        loras: files of LoRAs, and with which weight each is merged.
+        loras: file of each LoRA, and the weight with which it is merged.
         prediction: what the U-Net of a file predicts, where the file does not say it.
         dtype: of the weights.
         put: where each weight goes as soon as it is read; by default to JAX's default device.
@@ -115,7 +115,7 @@ def load_generator(
     if family and files.family.name != family:
         raise WeightsError(f"{files.where} is of another kind of generator: {files.family.name}, not {family}")
     files = _replaced(files, {files.family.denoiser: (unet, unet_revision), "vae": (vae, vae_revision)})
-    files = _with_loras(files, loras or {})
+    files = _with_loras(files, loras)
     networks = {
         folder: load.build(
             kind,
@@ -218,11 +218,11 @@ def _replaced(files: Files, others: Mapping[str, tuple[str | Path, str | None]])
     return dataclasses.replace(files, kinds=kinds, configs=configs, weights=weights)
 
 
-def _with_loras(files: Files, loras: Mapping[str, float]) -> Files:
+def _with_loras(files: Files, loras: Sequence[tuple[str | Path, float]]) -> Files:
     """With LoRAs merged into the weights as they are read."""
     if not loras:
         return files
-    read = [(lora.File(Path(file).expanduser()), weight) for file, weight in loras.items()]
+    read = [(lora.File(Path(file).expanduser()), weight) for file, weight in loras]
     parts = {}
     for folder in set(files.kinds) & set(lora.PARTS.values()):
         weights = files.weights[folder]

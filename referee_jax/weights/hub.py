@@ -87,7 +87,7 @@ def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str
 
 def is_id(name: str) -> bool:
     """Whether a name can be the id of a repository on the hub."""
-    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name))
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not name.endswith(".safetensors")
 
 
 def present(name: str, revision: str | None) -> Path | None:

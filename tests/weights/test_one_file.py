@@ -103,7 +103,7 @@ def test_loras(is_file, tmp_path):
     tensors |= {f"{te}.lora_down.weight": text[0], f"{te}.lora_up.weight": text[1]}
     safetensors.numpy.save_file(tensors, tmp_path / "style.safetensors")
     plain = generators.load_generator(checkpoint)
-    merged = generators.load_generator(checkpoint, loras={str(tmp_path / "style.safetensors"): weight})
+    merged = generators.load_generator(checkpoint, loras=[(tmp_path / "style.safetensors", weight)])
     kernel = lambda parts: parts.denoiser.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q.kernel[...]
     np.testing.assert_allclose(kernel(plain), matrix.T, rtol=1e-6)
     np.testing.assert_allclose(kernel(merged), (matrix + weight * 0.5 * up @ down).T, rtol=1e-4, atol=1e-5)
@@ -116,4 +116,4 @@ def test_loras(is_file, tmp_path):
     with pytest.raises(
         load.WeightsError, match=r"strange\.safetensors: lora_unet_other\S+ is for no weight of the unet"
     ):
-        generators.load_generator(checkpoint, loras={str(tmp_path / "strange.safetensors"): 1.0})
+        generators.load_generator(checkpoint, loras=[(tmp_path / "strange.safetensors", 1.0)])
