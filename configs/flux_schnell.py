@@ -21,4 +21,5 @@ def get_config() -> ml_collections.ConfigDict:
     """The published numbers of ReNO; the weights are of the referees' raw outputs."""
     settings = config.read(pathlib.Path(__file__).with_name("reno.py"))
     settings.generator.checkpoint = "black-forest-labs/FLUX.1-schnell"
+    settings.batch_size = 0
     return settings

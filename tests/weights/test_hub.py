@@ -298,7 +298,7 @@ def test_a_variant_is_fetched_where_there_is_nothing_else(there, fetched, client
     ("name", "message"),
     [
         ("pytorch_model.bin", "only safetensors are read, as pickled files can run code"),
-        ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.safetensors is a LoRA: merge it"),
+        ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.safetensors is a LoRA: one of a generator"),
         ("v1-5-pruned.safetensors", "a checkpoint is a directory"),
     ],
 )
