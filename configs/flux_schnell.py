@@ -4,7 +4,8 @@
     python -m referee_jax.weights.lavis ImageReward.pt checkpoints/image-reward
     python -m referee_jax.run --config=configs/flux_schnell.py --prompts=prompts.txt
 
-As configs/reno.py (arXiv 2406.04312). The first two lines are needed once (extra [train]), of the authors' files.
+As configs/reno.py (arXiv 2406.04312), whose step size is not tuned for this generator's larger noise. The first two lines
+are needed once (extra [train]), of the authors' files.
 The generator has 24 GB of weights: chips share them with --config.mesh.model=4. Its T5, 10 GB, stays on the host.
 
 Hardware: a GPU with 80 GB, in bfloat16; or groups of chips.

@@ -5,7 +5,7 @@
 `method = "guided"` (docs/method.md) with the generator's own guidance. Its T5 reads the prompts from the host's memory,
 once each: 10 GB there, which the device holds only while it reads.
 
-Hardware: a GPU or TPU core with 32 GB, in bfloat16.
+Its terms are to be accepted on the hub first. Hardware: a GPU or TPU core with 32 GB, in bfloat16.
 """
 
 import pathlib

@@ -2,8 +2,8 @@
 
     python -m referee_jax.run --config=configs/sdxl.py --prompts=prompts.txt
 
-As `method = "guided"` (docs/method.md) with the generator's own guidance; one pass and one gradient of the decoder an
-iteration. `--config.method=sds --config.sds.guidance=30` distils scores instead.
+`method = "guided"` (docs/method.md) with the generator's own guidance; one pass and one gradient of the decoder an
+iteration. Its numbers are not tuned.
 
 Hardware: a GPU or TPU core with 32 GB, in bfloat16.
 """

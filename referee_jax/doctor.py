@@ -45,10 +45,12 @@ from referee_jax.storage import bucket as bucket_lib
 from referee_jax.storage import run_directory
 from referee_jax.weights import convert, generators, load
 from referee_jax.weights import hub as hub_files
+from referee_jax.weights.formats import lora
 
 GB = 1e9
 KNOWN = "openai/clip-vit-large-patch14"  # a repository that the hub has, to ask for without a config
 HUB_SECONDS = 5  # timeout
+LORA = "lora"
 OF_DIFFUSERS = "diffusers"  # a network by itself, of a kind that its config.json says
 SKEW_SECONDS = 60  # allowed between this machine's clock and that of the run directory's file system
 SPARE_BYTES = 1 * GB  # for logs and checkpoints
@@ -194,11 +196,13 @@ def checkpoints(command: Command | None) -> list[Finding]:
     kinds[generator.checkpoint, generator.revision].append("")
     kinds[generator.unet, generator.unet_revision].append(OF_DIFFUSERS)
     kinds[generator.vae, generator.vae_revision].append(OF_DIFFUSERS)
+    for file in generator.loras:
+        kinds[file.file, ""].append(LORA)
     for spec in command.settings.referees:
         if spec.name in referees.REFEREES:  # what one of the user's own reads, it alone knows
             kinds[spec.checkpoint, spec.revision].append(referees.REFEREES[spec.name].kind)
     read = [pair for pair in config.checkpoints(command.settings) if kinds[pair]]
-    return [Finding("checkpoint", *checkpoint(*pair, kinds[pair], generator.prediction)) for pair in read]
+    return [Finding("checkpoint", *checkpoint(*pair, kinds[pair], generator)) for pair in read]
 
 
 def price(command: Command | None) -> list[Finding]:
@@ -251,7 +255,9 @@ def unwritable(path: Path) -> str | None:
         return f"{parent} cannot be written: {error.strerror or error}"
 
 
-def checkpoint(name: str, revision: str, kinds: Iterable[str] = (), prediction: str = "") -> tuple[str, str]:
+def checkpoint(
+    name: str, revision: str, kinds: Iterable[str] = (), generator: config.Generator | None = None
+) -> tuple[str, str]:
     """Where a checkpoint is, and a remedy if it is nowhere, or not whole as these kinds of networks ("": a generator)."""
     try:
         directory = hub_files.present(name, revision or None)
@@ -259,10 +265,14 @@ def checkpoint(name: str, revision: str, kinds: Iterable[str] = (), prediction: 
         return str(error), "name one of those"
     try:
         for kind in kinds if directory else ():
-            if kind:
+            if kind == LORA:
+                lora.File(directory)
+            elif kind:
                 load.check(directory, load.kind_of(directory) if kind == OF_DIFFUSERS else kind)
             else:
-                generators.check(directory, prediction)
+                generator = generator or config.Generator()
+                has = {"denoiser": not generator.unet, "vae": not generator.vae}
+                generators.check(directory, generator.prediction, has)
     except convert.WeightsError as error:
         return f"{name} is here, but {error}", "get its files anew, from where it is from"
     if directory == hub_files.local_path(name):

@@ -77,20 +77,25 @@ def _vision(name: str, path_or_id: Where, *, revision: str = "", dtype: jax.typi
     return Vision(network=judge.referee.network, tokenizer=judge.tokenizer, judge=judge)
 
 
-def _named(name: str) -> Callable[..., Vision]:
-    return functools.wraps(_vision)(functools.partial(_vision, name))
+def _loader(name: str, referee: str) -> Callable[..., Vision]:
+    def load_vision(path_or_id: Where, *, revision: str = "", dtype: jax.typing.DTypeLike = jnp.float32) -> Vision:
+        return _vision(referee, path_or_id, revision=revision, dtype=dtype)
+
+    load_vision.__name__ = load_vision.__qualname__ = name
+    load_vision.__doc__ = _vision.__doc__
+    return load_vision
 
 
-load_clip = _named("clip")
-load_siglip = _named("siglip")
-load_align = _named("align")
-load_blip_itm = _named("blip_itm")
-load_blip_caption = _named("blip_caption")
-load_blip_vqa = _named("blip_vqa")
-load_blip2 = _named("blip2")
-load_image_reward = _named("image_reward")
-load_qwen3_vl = _named("qwen3_vl")
-load_clip_flant5 = _named("vqascore")
+load_clip = _loader("load_clip", "clip")
+load_siglip = _loader("load_siglip", "siglip")
+load_align = _loader("load_align", "align")
+load_blip_itm = _loader("load_blip_itm", "blip_itm")
+load_blip_caption = _loader("load_blip_caption", "blip_caption")
+load_blip_vqa = _loader("load_blip_vqa", "blip_vqa")
+load_blip2 = _loader("load_blip2", "blip2")
+load_image_reward = _loader("load_image_reward", "image_reward")
+load_qwen3_vl = _loader("load_qwen3_vl", "qwen3_vl")
+load_clip_flant5 = _loader("load_clip_flant5", "vqascore")
 
 
 def load_t5(path_or_id: Where, *, revision: str = "", dtype: jax.typing.DTypeLike = jnp.float32) -> Text:

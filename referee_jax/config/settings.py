@@ -15,7 +15,7 @@ def _group(cls: type) -> Any:
 class Lora:
     """A LoRA, which is merged into the generator's weights as they are read."""
 
-    file: str = ""  # of safetensors, by any of the usual names
+    file: str = ""  # path of a file of safetensors, from the working directory
     weight: float = 1.0  # of its change
 
 
@@ -56,7 +56,7 @@ class Sds:
     # {} is the prompt, {caption} the prompt in lower case without most marks. With neither, the
     # prior's text is the same for all prompts.
     prompt: str = "A photo exactly contains {caption}"
-    negative_prompt: str = ""  # what guidance leads away from; empty: the empty text
+    negative_prompt: str = ""  # what guidance leads away from; empty: the empty text, of SDXL zeros
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,7 +237,7 @@ class Settings:
     )  # gradient of the clamp to [0, 1], see method/objective.py
     init: str = bounded("noise", allowed=("noise", "sample"))  # start from noise, or from a DDIM sample
     init_steps: int = bounded(50, low=1, high=1000)  # of the sampler, if init="sample"
-    init_guidance: float = 7.5  # of the sampler, if init="sample"
+    init_guidance: float = 7.5  # of the sampler, if init="sample"; 1: none, as generators of few steps want it
     init_candidates: int = bounded(1, low=1)  # samples, the best of which by the referees is the start
     particles: int = bounded(1, low=1)  # pictures of an item that are made beside each other; the best is the result
     select: str = bounded("none", allowed=selection.RULES)  # which of them go on, see method/selection.py

@@ -98,6 +98,12 @@ def make_plan(
 ) -> state_lib.Plan:
     """What is static of the settings; `dense` as of objective.ViewPlan."""
     side = settings.image_size // prior.vae.config.downscale
+    patch = getattr(getattr(prior.denoiser, "config", None), "latents_a_token", 1)
+    if side % patch:
+        multiple = patch * prior.vae.config.downscale
+        raise config.ConfigError(
+            f"image_size = {settings.image_size} is not possible: {settings.generator.checkpoint} takes multiples of {multiple}"
+        )
     return state_lib.Plan(
         latent=(side, side, prior.vae.config.latent_channels),
         views=tuple(make_view_plan(settings, judge.spec, dense=dense) for judge in judges),
@@ -127,6 +133,10 @@ def make_levels(settings: config.Settings, schedule: Any) -> tuple[float, ...]:
     if settings.method != "noise":
         return ()
     if schedule.prediction_type == "flow":
+        if settings.noise.first != config.Noise().first:
+            raise config.ConfigError(
+                f"noise.first = {settings.noise.first} is not possible: a rectified flow begins at noise, {config.Noise().first}"
+            )
         return tuple(schedule.timesteps(settings.noise.steps)[:-1])
     return ddim.trailing(settings.noise.first, settings.noise.steps)
 

@@ -73,11 +73,11 @@ def fitting_batch(settings: config.Settings, prior: Generator, judges: Sequence[
     """`settings.batch_size` if it fits, else 0; where it is 0, the largest that fits."""
     step = make_step(settings, prior, judges)
     free = USABLE * limit - sum(weights(step).values()) / settings.mesh.model  # of a group each holds its share
-    needed = lambda batch: peak_memory.peak(traced(step, batch))
+    needed = lambda batch: max(peak_memory.peak(traced(step, batch)), passing(step) / settings.mesh.model)
     if settings.batch_size:
         return settings.batch_size if needed(settings.batch_size) <= free else 0
     least, most = needed(1), needed(2)
-    return min(MOST, 1 + int((free - least) // (most - least))) if least <= free else 0
+    return min(MOST, 1 + int((free - least) // max(most - least, 1))) if least <= free else 0
 
 
 def one_step(plan: state_lib.Plan) -> Callable:
@@ -106,6 +106,12 @@ def traced(step: Step, batch: int) -> core.Jaxpr:
     """The program of an iteration of a batch."""
     fn, args = batched(one_step(step.plan), step, step.plan.latent, batch)
     return jax.make_jaxpr(fn)(*args).jaxpr
+
+
+def passing(step: Step) -> int:
+    """Bytes of weights that are on a device while prompts are encoded: those of a T5."""
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return size(step.text_encoder) - size(generators.resident(step.text_encoder))
 
 
 def weights(step: Step) -> dict[str, int]:

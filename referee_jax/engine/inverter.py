@@ -180,11 +180,8 @@ class Inverter:
 
     def _denoise(self, prompt: state_lib.Prompt, latents: Array, start: Start) -> Array:
         """Noise to the latents of a sample of the prior, by DDIM at its published sampler's timesteps."""
-        program, guidance, timesteps = (
-            self._program("denoise"),
-            jnp.float32(start.guidance),
-            self.schedule.timesteps(start.steps),
-        )
+        program = self._program("denoise", is_guided=start.guidance != 1)
+        guidance, timesteps = jnp.float32(start.guidance), self.schedule.timesteps(start.steps)
         scale = self.schedule.first_scale(timesteps[0])
         for t, after in itertools.pairwise(timesteps):
             times = jnp.asarray([t, after], jnp.int32 if isinstance(t, int) else jnp.float32)
@@ -201,7 +198,9 @@ class Inverter:
         tokens = self._padded([self._tokenize(item.prompt) for item in items])
         place = functools.partial(parallel.place, mesh=self.mesh, batched=True)
         stacked = jax.tree.map(lambda *x: np.stack(x), *tokens)
-        prompt = place(self._encode(self.networks, self.text_encoder, stacked))
+        # A T5 is on the host, and on the devices for this call alone; a group splits it.
+        encoder = parallel.place(self.text_encoder, self.mesh, batched=False)
+        prompt = place(self._encode(self.networks, encoder, stacked))
         key = lambda item, n: programs.item_key(seed, item.prompt_id, item.sample, n)
         keys = [
             place(jnp.stack(self._padded([key(item, n) for item in items]))) for n in range(self.settings.particles)

@@ -23,10 +23,9 @@ def _noise(key, number, *, plan: Plan):
     return jax.random.normal(jax.random.fold_in(key, 2**31 - 1 - number), plan.latent)
 
 
-def _denoise(networks, prompt, latents, scale, t, after, guidance, *, plan: Plan):
-    return ddim.step(
-        networks.prior, scale * latents, t, after, cond=prompt.cond, uncond=prompt.uncond, guidance=guidance
-    )
+def _denoise(networks, prompt, latents, scale, t, after, guidance, *, plan: Plan, is_guided: bool):
+    uncond = prompt.uncond if is_guided else None
+    return ddim.step(networks.prior, scale * latents, t, after, cond=prompt.cond, uncond=uncond, guidance=guidance)
 
 
 def _judge(networks, prompt, hyper, latents, *, plan: Plan):

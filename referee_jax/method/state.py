@@ -13,6 +13,7 @@ from referee_jax.method.ways import guided as guided_lib
 from referee_jax.method.ways import noise as noise_lib
 from referee_jax.method.ways import optim, sds
 from referee_jax.method.ways import prior as prior_lib
+from referee_jax.models.diffusion import tiny_vae
 from referee_jax.models.diffusion import vae as vae_lib
 from referee_jax.models.diffusion.text import Text
 
@@ -21,7 +22,7 @@ class Networks(struct.PyTreeNode):
     """Everything with weights."""
 
     prior: prior_lib.Prior
-    vae: vae_lib.AutoencoderKL
+    vae: vae_lib.AutoencoderKL | tiny_vae.AutoencoderTiny
     referees: tuple[Referee, ...]
     held_out: tuple[Referee, ...] = ()
 

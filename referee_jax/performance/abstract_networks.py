@@ -15,7 +15,7 @@ import numpy as np
 from referee_jax import config, referees
 from referee_jax.engine import builders
 from referee_jax.models.diffusion.text import T5_TOKENS
-from referee_jax.performance.published import GENERATORS, PUBLISHED
+from referee_jax.performance.published import GENERATORS, PUBLISHED, PublishedGenerator
 from referee_jax.weights import config_json, families, generators, hub, load, tokenizers
 from referee_jax.weights.generators import Generator
 
@@ -80,6 +80,7 @@ def at_random(sized: Sized) -> Sized:
     """
     rng, prior = np.random.default_rng(0), sized.prior
     parts = {name: _drawn(rng, getattr(prior, name)) for name in ("text_encoder", "denoiser", "vae")}
+    parts["text_encoder"] = generators.on_host(parts["text_encoder"])
     judges = [dataclasses.replace(judge, referee=_drawn(rng, judge.referee)) for judge in sized.judges]
     return dataclasses.replace(sized, prior=dataclasses.replace(prior, **parts), judges=tuple(judges))
 
@@ -100,13 +101,15 @@ def _prior(generator: config.Generator, dtype: Any, assumed: list[str]) -> Gener
     checkpoint, directory = generator.checkpoint, hub.local_path(generator.checkpoint)
     published = GENERATORS.get(checkpoint) or GENERATORS[config.Generator().checkpoint]
     family, sizes, schedule, index = published.family, published.sizes, published.schedule, {}
+    has = {"denoiser": not generator.unet, "vae": not generator.vae}
     if directory.is_dir():
-        family, sizes = generators.family_of(directory), generators.read_configs(directory)
+        family = generators.family_of(directory)
+        sizes = _published_of(family).sizes | generators.read_configs(directory, has)
         schedule, index = generators.read_schedule(directory), generators.read_index(directory)
     elif file := hub.file_of(checkpoint):
-        has = {"denoiser": not generator.unet, "vae": not generator.vae}
         files = generators.read_file(file, has, prediction=generator.prediction, reads_words=False)
-        family, sizes, schedule = files.family, files.configs, files.schedule
+        family, schedule = files.family, files.schedule
+        sizes = _published_of(family).sizes | files.configs
     elif checkpoint not in GENERATORS:
         assumed.append(f"{checkpoint} is not here: sizes are those of {config.Generator().checkpoint}")
     kinds = dict(family.folders) | (generators.kinds_of(directory) if directory.is_dir() else {})
@@ -121,6 +124,11 @@ def _prior(generator: config.Generator, dtype: Any, assumed: list[str]) -> Gener
     longest = lambda folder: T5_TOKENS if folder == family.t5 else sizes[folder].max_position_embeddings
     words = [Words(longest(folder)) for folder in family.tokenizers.values()]
     return generators.assemble(family, networks, schedule, words, index)
+
+
+def _published_of(family: families.Family) -> PublishedGenerator:
+    """A generator of this family, whose networks stand in for those that are not here."""
+    return next(row for row in GENERATORS.values() if row.family.name == family.name)
 
 
 def _judge(spec: config.RefereeSpec, dtype: Any, assumed: list[str]) -> referees.Judge:

@@ -46,6 +46,7 @@ class Estimate:
         live: further bytes for each image of a batch.
         assumed: sentences on sizes that were taken from another checkpoint.
         model: devices of a group, over which the weights are split (`config.mesh.model`).
+        passing: bytes of weights that are there while prompts are encoded, and not later.
     """
 
     parts: dict[str, float]
@@ -58,6 +59,7 @@ class Estimate:
     live: int
     assumed: tuple[str, ...] = ()
     model: int = 1
+    passing: int = 0
 
     def seconds(self, chip: chips.Chip) -> float:
         """The least time of an image: its FLOPs at the peak of the chips of a group."""
@@ -68,8 +70,9 @@ class Estimate:
 
         Weights are split over a group; all else is taken to be whole on each of its chips.
         """
-        free = capacity.USABLE * chip.bytes - sum(self.weights.values()) / (model or self.model) - self.fixed
-        return max(0, int(free // self.live))
+        model = model or self.model
+        free = capacity.USABLE * chip.bytes - sum(self.weights.values()) / model
+        return max(0, int((free - self.fixed) // self.live)) if self.passing / model <= free else 0
 
     def least_group(self, chip: chips.Chip) -> int | None:
         """The smallest group of chips, a power of two, on which an image fits; None where none of up to 64 will do."""
@@ -193,6 +196,7 @@ def estimate(settings: config.Settings) -> Estimate:
         live=most - least,
         assumed=sized.assumed,
         model=settings.mesh.model,
+        passing=capacity.passing(step),
     )
 
 
@@ -264,6 +268,7 @@ def table(costs: Estimate, *, precision: str = "") -> str:
     work["**image**"] = costs.image
     memory = costs.weights | {"**weights**": sum(costs.weights.values()), "program": costs.fixed}
     memory["**each image at once**"] = costs.live
+    memory |= {"T5, while prompts are read": costs.passing} if costs.passing else {}
     rows = {}
     for chip in chips.CHIPS:
         row = [f"{costs.seconds(chip):.3g}", str(costs.fits(chip)), str(costs.least_group(chip) or "-")]

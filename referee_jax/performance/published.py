@@ -155,6 +155,10 @@ _SD3_5 = PublishedGenerator(
     },
     schedule=schedules.FlowSchedule(shift=3.0),
 )
+_SD3_LARGE = sd3.Config(
+    num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, qk_norm="rms_norm"
+)
+_SD3_FIRST = sd3.Config(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
 _FLUX = PublishedGenerator(
     family=families.FAMILIES["flux"],
     sizes={
@@ -174,5 +178,11 @@ GENERATORS: dict[str, PublishedGenerator] = {
     "stabilityai/stable-diffusion-xl-base-1.0": _SDXL,
     "stabilityai/sdxl-turbo": dataclasses.replace(_SDXL, schedule=_TURBO),
     "stabilityai/stable-diffusion-3.5-medium": _SD3_5,
+    "stabilityai/stable-diffusion-3.5-large": dataclasses.replace(
+        _SD3_5, sizes=_SD3_5.sizes | {"transformer": _SD3_LARGE}
+    ),
+    "stabilityai/stable-diffusion-3-medium-diffusers": dataclasses.replace(
+        _SD3_5, sizes=_SD3_5.sizes | {"transformer": _SD3_FIRST}
+    ),
     "black-forest-labs/FLUX.1-schnell": _FLUX,
 }

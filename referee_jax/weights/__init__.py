@@ -1,4 +1,5 @@
 """Weights of published checkpoints.
 
-`load` finds and reads them, `convert` puts tensors into networks, `lavis` converts authors' files.
+`load` finds and reads networks, `generators` those of a generator, `convert` puts tensors into
+networks, `lavis` converts authors' files.
 """

@@ -229,6 +229,7 @@ def blip_config(values: Mapping, *, where: str) -> blip.Config:
 
 
 # Samplers whose timesteps are "leading" unless they say otherwise.
+_STOPPING = ("PNDM", "DDIM", "LCM", "TCD", "None")  # those that may end at the noise of timestep 0
 _LEADING = ("PNDM", "DDIM", "DDPM", "LCM", "TCD", "None")
 
 
@@ -245,8 +246,12 @@ def schedule(values: Mapping, *, where: str) -> Schedule | FlowSchedule:
             f"{where}: _class_name={name!r} without beta_schedule is not implemented: it was trained as EDM"
         )
     spacing = "leading" if name.startswith(_LEADING) else "linspace"
-    defaults = {"timestep_spacing": spacing, "set_alpha_to_one": not name.startswith("PNDM")}
-    return config_from_json(Schedule, defaults | dict(values), where=where)
+    values = {"timestep_spacing": spacing, "set_alpha_to_one": not name.startswith("PNDM")} | dict(values)
+    if not name.startswith(
+        _STOPPING
+    ):  # others may have the key, from a file that they were made of, and do not read it
+        values["set_alpha_to_one"] = True
+    return config_from_json(Schedule, values, where=where)
 
 
 # What rotary positions may be, besides the numbers that are fields -> the values that are implemented.

@@ -24,11 +24,12 @@ from referee_jax.weights.schedules import FlowSchedule, Schedule
 from referee_jax.weights.tensors import Tensors
 
 INDEX = "model_index.json"  # names the pipeline's class
+DECODERS = ("vae_decoder", "tiny_vae")
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 # Of original_layout.FAMILIES -> a repository with its tokenizers.
 PUBLISHED = {
     "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd2": "stabilityai/stable-diffusion-2-1",
+    "sd2": "stabilityai/sd-turbo",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 
@@ -110,6 +111,10 @@ def load_generator(
     has = {"denoiser": not unet, "vae": not vae}
     if file := _whole_file(path_or_id):
         files = read_file(file, has, prediction=prediction)
+    elif prediction:
+        raise WeightsError(
+            f"{path_or_id}: generator.prediction is of a file; a directory's scheduler_config.json says it"
+        )
     else:
         files = read_directory(_fetch(path_or_id, revision, has), has)
     if family and files.family.name != family:
@@ -210,8 +215,11 @@ def _replaced(files: Files, others: Mapping[str, tuple[str | Path, str | None]])
     for folder, (other, revision) in others.items():
         if other:
             where = load.fetch(other, revision, {"": load.DIFFUSERS})
-            kinds[folder] = load.kind_of(where)
-            configs[folder] = load.read_config(kinds[folder], where)
+            kind, allowed = load.kind_of(where), DECODERS if folder == "vae" else (files.family.folders[folder],)
+            if kind not in allowed:
+                raise WeightsError(f"{where} is of another kind of network: {kind}, not {' or '.join(allowed)}")
+            kinds[folder] = kind
+            configs[folder] = load.read_config(kind, where)
             weights[folder] = Tensors(where, load.DIFFUSERS)
     denoiser, _ = others[files.family.denoiser]
     check_widths(files.family, configs, where=denoiser or files.where)
@@ -256,11 +264,12 @@ def family_of(directory: Path) -> Family:
 
     Raises WeightsError for a pipeline that is none of FAMILIES.
     """
-    name = read_index(directory).get("_class_name")
+    index = read_index(directory)
+    name = index.get("_class_name")
     is_there = lambda folder: (directory / folder).is_dir()
     for family in FAMILIES.values():
         if name in family.pipelines:
-            left_out = [folder for folder in family.optional if not is_there(folder)]
+            left_out = [folder for folder in family.optional if not any(index.get(folder) or ())]
             return without(family, left_out) if left_out else family
     if name is not None:
         known = ", ".join(name for family in FAMILIES.values() for name in family.pipelines)
@@ -274,9 +283,12 @@ def read_index(directory: Path) -> dict:
     return config_json.read_json(file) if file.exists() else {}
 
 
-def read_configs(directory: Path) -> dict[str, Any]:
-    """The configs of a local directory's networks, by folder."""
-    return {folder: load.read_config(kind, directory / folder) for folder, kind in kinds_of(directory).items()}
+def read_configs(directory: Path, has: Mapping[str, bool]) -> dict[str, Any]:
+    """The configs of a local directory's networks, by folder, replaced ones where they are there, too; see `read_directory`."""
+    kinds = kinds_of(directory)
+    needed = _needed(family_of(directory), kinds, has)
+    there = [folder for folder in kinds if folder in needed or (directory / folder / "config.json").exists()]
+    return {folder: load.read_config(kinds[folder], directory / folder) for folder in there}
 
 
 def kinds_of(directory: Path) -> dict[str, str]:
@@ -309,16 +321,17 @@ def load_tokenizers(directory: Path) -> list[Any]:
     return list(read.values())
 
 
-def check(directory: Path, prediction: str = "") -> None:
+def check(directory: Path, prediction: str = "", has: Mapping[str, bool] | None = None) -> None:
     """Raises WeightsError for a part of a local directory, or file, that is missing or damaged; reads no weights.
 
-    `prediction` is as of `load_generator`.
+    `prediction` is as of `load_generator`, `has` as of `read_directory`. Of a file, tokenizers are not looked for.
     """
+    has = has or {"denoiser": True, "vae": True}
     if file := _whole_file(directory):
-        read_file(file, {"denoiser": True, "vae": True}, prediction=prediction)
+        read_file(file, has, prediction=prediction, reads_words=False)
         return
     check_layout(directory)
-    for folder, kind in kinds_of(directory).items():
+    for folder, kind in _needed(family_of(directory), kinds_of(directory), has).items():
         load.read_config(kind, directory / folder)
         Tensors(directory / folder, load.KINDS[kind].stem)
     read_schedule(directory)
@@ -331,6 +344,12 @@ def check_layout(directory: Path) -> None:
         names = [file.name for file in directory.glob("*")]
         parts = ", ".join(FAMILIES["stable diffusion"].folders)
         raise WeightsError(f"{directory} has none of the directories {parts}{tensors.instead(directory, names)}")
+
+
+def on_host(text_encoder: nnx.Module) -> nnx.Module:
+    """The text encoders with the weights of a T5 in the host's memory."""
+    is_t5 = lambda x: isinstance(x, t5.T5Encoder)
+    return jax.tree.map(lambda x: jax.tree.map(np.asarray, x) if is_t5(x) else x, text_encoder, is_leaf=is_t5)
 
 
 def resident(text_encoder: nnx.Module) -> list[Any]:

@@ -31,7 +31,7 @@ ASSETS = Path(__file__).parents[1] / "shapes" / "assets"
 EMBEDDED = "shapes/"  # the beginning of names of checkpoints in the package
 TRIES = 4
 CARD = "README.md"
-CONFIGS = ("config.json", "unet/config.json")  # every checkpoint has one of them
+CONFIGS = ("config.json", "model_index.json", "unet/config.json")  # every checkpoint has one of them
 READ = (".json", ".txt", ".model", ".safetensors")  # endings of the files that a checkpoint is read from
 FIRST_WAIT = 2.0  # seconds, twice as long each time
 LONGEST_WAIT = 300.0  # the window of the hub's rate limits; to be asked for more is an error
@@ -143,10 +143,11 @@ def is_local(name: str) -> bool:
 
 def digest(directory: Path) -> str:
     """SHA-256, 16 hex digits, of a file, or of all in a directory that a network, tokenizer or processor is read from."""
-    if directory.is_file():
-        with directory.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    files = (x for x in directory.rglob("*") if x.suffix in READ and x.is_file())
+    if directory.is_file():  # with what is read beside it
+        beside = [*directory.parent.glob("tokenizer*/*"), directory.with_name("adapter_config.json")]
+        files, directory = (x for x in (directory, *beside) if x.is_file()), directory.parent
+    else:
+        files = (x for x in directory.rglob("*") if x.suffix in READ and x.is_file())
     total = hashlib.sha256()
     for name, path in sorted((path.relative_to(directory).as_posix(), path) for path in files):
         if not name.startswith("."):  # notes of downloads and of git

@@ -1,12 +1,14 @@
 """Whole generators against diffusers' pipelines, from text to latents, and the method on each of them."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from referee_jax import config
 from referee_jax.engine import inverter as inverter_lib
 from referee_jax.engine import parallel
 from referee_jax.weights import generators, load
@@ -127,6 +129,36 @@ def test_weights_go_where_they_stay(saved, referee, monkeypatch):
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(engine.text_encoder.text_encoder_2))
     ours, alone = (e([PROMPT], seed=3).latents[0] for e in (engine, build(root, referee, **settings)))
     assert relative_l2(ours, alone) < 1e-3
+
+
+def test_sizes_that_are_no_whole_tokens(saved, referee):
+    root, _ = saved("SD3.5")
+    with pytest.raises(config.ConfigError, match="image_size = 72 is not possible: .* takes multiples of 16"):
+        inverter_lib.Inverter.from_config(tiny.settings((root, referee), image_size=72), jax.devices()[:1])
+
+
+def test_a_flow_begins_at_noise(saved, referee):
+    root, _ = saved("FLUX.1-schnell")
+    with pytest.raises(config.ConfigError, match="noise.first = 800 is not possible: a rectified flow begins at noise"):
+        build(root, referee, method="noise", noise={"first": 800})
+
+
+def test_a_copy_without_its_t5(saved, tmp_path):
+    """Its index names one: it is missing, and not left out."""
+    root, _ = saved("SD3.5")
+    shutil.copytree(root, tmp_path / "sd3")
+    shutil.rmtree(tmp_path / "sd3" / "text_encoder_3")
+    for look in (generators.check, generators.load_generator):
+        with pytest.raises(load.WeightsError, match=r"text_encoder_3\S* is missing"):
+            look(tmp_path / "sd3")
+
+
+def test_networks_in_the_wrong_place(saved):
+    root, _ = saved("SDXL")
+    for part, message in (("unet", "vae_decoder, not unet"), ("vae", "unet, not vae_decoder or tiny_vae")):
+        other = root / ("vae" if part == "unet" else "unet")
+        with pytest.raises(load.WeightsError, match=f"is of another kind of network: {message}"):
+            generators.load_generator(root, **{part: other})
 
 
 def test_parts_that_do_not_fit(saved, tmp_path):

@@ -123,6 +123,15 @@ def test_noise_schedules(name, shape, prediction, tmp_path):
     assert schedule.prediction_type == prediction
 
 
+def test_keys_that_a_sampler_does_not_read(tmp_path):
+    """SDXL's file has one of the sampler that it was made of; Euler's ends without noise all the same."""
+    values = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "steps_offset": 1}
+    values |= {"set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False}
+    assert config_json.schedule(values, where="").timesteps(4) == [751, 501, 251, 1, -1]
+    values["_class_name"] = "DDIMScheduler"
+    assert config_json.schedule(values, where="").timesteps(4) == [751, 501, 251, 1, 0]
+
+
 # What we write.
 
 

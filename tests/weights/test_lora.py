@@ -374,7 +374,7 @@ def test_settings_of_peft_that_are_not_read(text, message, sd1, tmp_path):
 def test_files_that_are_not_read(tmp_path):
     with pytest.raises(convert.WeightsError, match=r"style\.pt: only safetensors are read, .* run: python -c "):
         lora.File(tmp_path / "style.pt")
-    with pytest.raises(convert.WeightsError, match=r"style\.safetensors is missing"):
+    with pytest.raises(convert.WeightsError, match=r"the LoRA \S+style\.safetensors is not here"):
         lora.File(tmp_path / "style.safetensors")
 
 

@@ -8,11 +8,13 @@ import safetensors.numpy
 
 from referee_jax import config
 from referee_jax.performance import abstract_networks
+from referee_jax.performance.published import GENERATORS
 from referee_jax.weights import generators, hub, load
 from tests.lazy import pipelines
 from tests.oracles import networks, original
 
 DOWN, UP = "lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 MODULE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -39,7 +41,8 @@ def test_a_file(family, tmp_path):
     text = loaded.text_encoder(ids)
     assert (text.pooled is not None) == (family == "sdxl") and np.isfinite(text.states).all()
     generators.check(file)
-    assert loaded.schedule.timesteps(10) == generators.load_generator(file).schedule.timesteps(10)
+    published = GENERATORS[{"sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5"}.get(family, SDXL)]
+    assert loaded.schedule == published.schedule
     assert hub.version(str(file)) == hub.digest(file) and hub.is_local(str(file))
 
 
@@ -57,6 +60,19 @@ def test_what_a_file_costs(tmp_path):
 
 
 NO_REFEREES = {"referee": {"weight": 0.0, "weight_final": 0.0}}
+
+
+def test_a_lora_of_a_transformer(tmp_path):
+    pipelines.save("FLUX.1-schnell", tmp_path / "flux")
+    rng, name = np.random.default_rng(0), "transformer.single_transformer_blocks.1.attn.to_q"
+    down, up = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 32), (32, 2)))
+    values = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    safetensors.numpy.save_file(values, tmp_path / "style.safetensors")
+    plain = generators.load_generator(tmp_path / "flux")
+    merged = generators.load_generator(tmp_path / "flux", loras=[(tmp_path / "style.safetensors", 1.0)])
+    kernel = lambda parts: parts.denoiser.single_transformer_blocks.layer.attn.to_q.kernel[...]
+    np.testing.assert_array_equal(kernel(merged)[0], kernel(plain)[0])
+    np.testing.assert_allclose(kernel(merged)[1] - kernel(plain)[1], (up @ down).T, rtol=1e-4, atol=1e-5)
 
 
 def test_a_silent_file_is_asked(tmp_path):

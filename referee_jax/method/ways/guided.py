@@ -13,7 +13,7 @@ clean latent, as in MPGD (arXiv 2311.16424), whose length is beta times the prio
 it has to:
 
     one level down, stochastic:  k <- sqrt(1 - c^2) k + c xi,
-                                 c = eta sqrt(1 - (alpha_t / alpha_t')^2) / sigma_t            (3)
+                                 c = eta sqrt(1 - (alpha_t sigma_t' / (alpha_t' sigma_t))^2)   (3)
     back up (time travel):       k <- a k + sqrt(1 - a^2) xi,  a = alpha_t+ sigma_t / (alpha_t sigma_t+)         (4)
 
 (4) is the forward process from t to t+ (FreeDoM, arXiv 2303.09833) with z as it is.
@@ -70,9 +70,9 @@ def begin(noise: Array, prior: Prior, first: Array) -> tuple[Array, Array]:
 def renoised(k: Array, prior: Prior, before: Array, t: Array, eta: Array, xi: Array) -> Array:
     """(3) or (4): the noise on the way from timestep `before` to `t`; as it is where they are equal."""
     (old_alpha, old_sigma), (alpha, sigma) = prior.levels(before), prior.levels(t)
-    down = eta * jnp.sqrt(jnp.maximum(1 - jnp.square(old_alpha / alpha), 0)) / old_sigma
-    keep = alpha * old_sigma / (old_alpha * sigma)
-    share = jnp.where(t > before, keep, jnp.sqrt(jnp.maximum(1 - jnp.square(down), 0)))
+    ratio = old_alpha * sigma / (alpha * old_sigma)
+    down = eta * jnp.sqrt(jnp.maximum(1 - jnp.square(ratio), 0))
+    share = jnp.where(t > before, 1 / ratio, jnp.sqrt(jnp.maximum(1 - jnp.square(down), 0)))
     share = jnp.where(t == before, 1.0, share)
     return share * k + jnp.sqrt(jnp.maximum(1 - jnp.square(share), 0)) * xi
 

@@ -1,1 +1,1 @@
-"""Networks of generators: Stable Diffusion's and SDXL's U-Net (unet.py), and autoencoders' decoders (vae.py)."""
+"""Networks of generators: U-Nets (unet.py), transformers (sd3.py, flux.py), decoders (vae.py, tiny_vae.py), text (text.py)."""

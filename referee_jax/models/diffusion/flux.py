@@ -48,6 +48,11 @@ class Config:
             raise ValueError(f"in_channels={self.in_channels} is not implemented; supported: multiples of 4")
 
     @property
+    def latents_a_token(self) -> int:
+        """Along each side."""
+        return 2
+
+    @property
     def width(self) -> int:
         """Of the streams."""
         return self.attention_head_dim * self.num_attention_heads

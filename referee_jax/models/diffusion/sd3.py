@@ -51,6 +51,11 @@ class Config:
             )
 
     @property
+    def latents_a_token(self) -> int:
+        """Along each side."""
+        return self.patch_size
+
+    @property
     def width(self) -> int:
         """Of the streams."""
         return self.attention_head_dim * self.num_attention_heads

@@ -347,10 +347,10 @@ class UNet(nnx.Module):
         pooled: Array | None = None,
         time_ids: Array | None = None,
     ) -> Array:
-        """Predicts noise or v, whichever the checkpoint's scheduler names: float32 `[B, h, w, 4]`.
+        """Predicts noise or v, whichever the checkpoint's scheduler names: float32 `[B, h, w, C]`.
 
         Args:
-            latents: `[B, h, w, 4]`, scaled.
+            latents: `[B, h, w, C]`, scaled.
             timesteps: `[B]`, in [0, 1000).
             encoder_hidden_states: `[B, T, D]`, the text encoder's states.
             pooled: `[B, P]`, SDXL's pooled text.

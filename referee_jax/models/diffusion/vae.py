@@ -1,4 +1,4 @@
-"""The decoder of Stable Diffusion's autoencoder (Rombach et al. 2022, arXiv 2112.10752).
+"""The decoder of the autoencoders of Stable Diffusion (Rombach et al. 2022, arXiv 2112.10752), SDXL, SD3 and FLUX.
 
 Laid out as diffusers' `AutoencoderKL`, without the encoder, which the method does not need. The
 U-Net shares `ResnetBlock` and `Upsample`.

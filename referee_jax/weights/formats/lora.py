@@ -34,6 +34,7 @@ PARTS = {
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     "diffusion_model.": "unet",
+    "transformer.": "transformer",
 }
 # The ends of names -> which of a pair they are; the first that fits.
 ENDS = {
@@ -84,6 +85,8 @@ class File(Mapping[str, np.ndarray]):
 
     def __init__(self, file: str | Path):
         file = Path(file)
+        if file.suffix == ".safetensors" and not file.is_file():
+            raise WeightsError(f"the LoRA {file} is not here; it is the path of a file, from the working directory")
         if file.suffix != ".safetensors":
             raise WeightsError(f"{file}: {tensors.rewritten(file)}")
         self.source = file
@@ -256,7 +259,7 @@ class Merged(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, network: Mapping[str, np.ndarray], changes: Mapping[str, Sequence[Change]]):
-        self._network, self.changes = network, changes
+        self._network, self.changes, self.source = network, changes, getattr(network, "source", "")
 
     def __getitem__(self, name: str) -> np.ndarray:
         x = self._network[name]

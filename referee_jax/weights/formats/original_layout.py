@@ -79,7 +79,7 @@ class Part(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, tensors: Mapping[str, np.ndarray], sources: Mapping[str, original_names.Target]):
-        self._tensors, self.sources = tensors, sources
+        self._tensors, self.sources, self.source = tensors, sources, getattr(tensors, "source", "")
 
     def __getitem__(self, name: str) -> np.ndarray:
         source, change = self.sources[name]
@@ -219,7 +219,10 @@ def configs(
         if part in out:
             out[part]["hidden_act"] = "gelu" if prefix.endswith("model.") else "quick_gelu"
     schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-    schedule |= {"_class_name": "DDIMScheduler", "prediction_type": prediction}
+    schedule |= {"prediction_type": prediction, "timestep_spacing": "leading", "steps_offset": 1}
+    schedule |= {"_class_name": "EulerDiscreteScheduler"} if kind == "sdxl" else {
+        "_class_name": "DDIMScheduler", "set_alpha_to_one": False, "clip_sample": False,
+    }  # fmt: skip
     if "ztsnr" in tensors:
         schedule["rescale_betas_zero_snr"] = True
     return out | {"scheduler": schedule}

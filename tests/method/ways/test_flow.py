@@ -82,8 +82,9 @@ def test_noise_keeps_its_variance():
     for t, after, eta in ((500.0, 450.0, 1.0), (1000.0, 900.0, 0.5), (400.0, 480.0, 0.0)):
         keep, new = of(1, 0, t, after, eta), of(0, 1, t, after, eta)
         assert keep**2 + new**2 == pytest.approx(1, abs=1e-5)
-    # By hand: (1 - .5) / (1 - .45) = .90909, sqrt(1 - .90909^2) / .5 = .83314; and up: .52 / .6 x .4 / .48.
-    assert of(0, 1, 500.0, 450.0, 1.0) == pytest.approx(0.83314, abs=1e-4)
+    # The posterior's, by hand: .5 x .45 / (.55 x .5) = .81818, sqrt(1 - .81818^2) = .57496; and up: .52 / .6 x .4 / .48.
+    assert of(0, 1, 500.0, 450.0, 1.0) == pytest.approx(0.57496, abs=1e-4)
+    assert of(1, 0, 100.0, 50.0, 1.0) == pytest.approx(0.9 * 0.05 / (0.95 * 0.1), abs=1e-4)
     assert of(1, 0, 400.0, 480.0, 0.0) == pytest.approx(0.72222, abs=1e-4)
 
 
