@@ -82,15 +82,10 @@ def test_text(saved):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [
-        *(("SDXL", method) for method in ("sds", "guided")),
-        ("SDXL-Turbo", "noise"),
-        *(("SD3.5", method) for method in ("sds", "guided")),
-        *(("FLUX.1-schnell", method) for method in ("guided", "noise")),
-    ],
+    [("SDXL", "guided"), ("SDXL-Turbo", "noise"), ("SD3.5", "sds"), ("FLUX.1-schnell", "noise")],
 )
 def test_the_method_runs(saved, referee, name, method):
-    """Each way to move a picture, on each kind of generator; a batch's items do not depend on each other."""
+    """Each way to move a picture, and each kind of generator; a batch's items do not depend on each other."""
     root, _ = saved(name)
     engine = build(root, referee, method=method, steps=3, batch_size=2)
     result = engine([PROMPT, "a green square"], seed=3)
@@ -114,7 +109,7 @@ def test_weights_go_where_they_stay(saved, referee, monkeypatch):
         return placed
 
     monkeypatch.setattr(parallel, "place", watched)
-    settings = {"method": "noise", "steps": 2, "batch_size": 1}
+    settings = {"method": "guided", "steps": 1, "batch_size": 1}
     engine = build(root, referee, 2, mesh={"model": 2}, **settings)
     networks = engine.networks.prior.denoiser, engine.networks.vae, engine.text_encoder.text_encoder
     clip = engine.networks.referees
