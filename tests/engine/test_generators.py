@@ -109,7 +109,7 @@ def test_weights_go_where_they_stay(saved, referee, monkeypatch):
         return placed
 
     monkeypatch.setattr(parallel, "place", watched)
-    settings = {"method": "guided", "steps": 1, "batch_size": 1}
+    settings = {"method": "noise", "steps": 2, "batch_size": 1}
     engine = build(root, referee, 2, mesh={"model": 2}, **settings)
     networks = engine.networks.prior.denoiser, engine.networks.vae, engine.text_encoder.text_encoder
     clip = engine.networks.referees
