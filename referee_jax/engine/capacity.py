@@ -73,7 +73,8 @@ def fitting_batch(settings: config.Settings, prior: Generator, judges: Sequence[
     """`settings.batch_size` if it fits, else 0; where it is 0, the largest that fits."""
     step = make_step(settings, prior, judges)
     free = USABLE * limit - sum(weights(step).values()) / settings.mesh.model  # of a group each holds its share
-    needed = lambda batch: max(peak_memory.peak(traced(step, batch)), passing(step) / settings.mesh.model)
+    at_least = passing(step) / settings.mesh.model
+    needed = lambda batch: max(peak_memory.peak(traced(step, batch)), at_least)
     if settings.batch_size:
         return settings.batch_size if needed(settings.batch_size) <= free else 0
     least, most = needed(1), needed(2)

@@ -348,14 +348,17 @@ def check_layout(directory: Path) -> None:
 
 def on_host(text_encoder: nnx.Module) -> nnx.Module:
     """The text encoders with the weights of a T5 in the host's memory."""
-    is_t5 = lambda x: isinstance(x, t5.T5Encoder)
-    return jax.tree.map(lambda x: jax.tree.map(np.asarray, x) if is_t5(x) else x, text_encoder, is_leaf=is_t5)
+    to_host = lambda x: jax.tree.map(np.asarray, x) if _is_t5(x) else x
+    return jax.tree.map(to_host, text_encoder, is_leaf=_is_t5)
 
 
 def resident(text_encoder: nnx.Module) -> list[Any]:
     """The weights of a generator's text encoders that stay in a device's memory: all but those of a T5."""
-    is_t5 = lambda x: isinstance(x, t5.T5Encoder)
-    return [x for x in jax.tree.leaves(text_encoder, is_leaf=is_t5) if not is_t5(x)]
+    return [x for x in jax.tree.leaves(text_encoder, is_leaf=_is_t5) if not _is_t5(x)]
+
+
+def _is_t5(x: Any) -> bool:
+    return isinstance(x, t5.T5Encoder)
 
 
 def _fetch(path_or_id: str | Path, revision: str | None, has: Mapping[str, bool]) -> Path:

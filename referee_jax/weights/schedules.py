@@ -22,6 +22,8 @@ class Schedule:
     steps_offset: int = 0
     set_alpha_to_one: bool = True  # whether the last step ends without noise, or at that of timestep 0
 
+    shift = 1.0  # of rectified flows alone
+
     def __post_init__(self):
         for name, values in (
             ("beta_schedule", ("scaled_linear", "linear")),
@@ -36,8 +38,6 @@ class Schedule:
         power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
         betas = np.linspace(self.beta_start**power, self.beta_end**power, self.num_train_timesteps) ** (1 / power)
         return np.cumprod(1 - betas).astype(np.float32)
-
-    shift = 1.0  # of rectified flows alone
 
     def first_scale(self, timestep: int) -> float:
         """What the published sampler multiplies its noise by at the first timestep; 1 with "leading" ones."""
