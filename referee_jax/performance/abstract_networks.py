@@ -86,13 +86,15 @@ def at_random(sized: Sized) -> Sized:
 
 
 def _drawn(rng: np.random.Generator, tree: Any) -> Any:
-    drawn = 0.02 * rng.standard_normal(DRAWN, np.float32)
+    drawn = np.tile(0.02 * rng.standard_normal(DRAWN, np.float32), 2)  # twice: an offset plus DRAWN numbers are in it
 
     def draw(path: Sequence, x: jax.ShapeDtypeStruct) -> jax.Array:
         # scales of norms, variances of batch norms
         if any(word in str(path) for word in ("scale", "running_var")):
             return jnp.ones(x.shape, x.dtype)
-        return jnp.asarray(np.resize(np.roll(drawn, -rng.integers(DRAWN)), x.shape), x.dtype)
+        offset = rng.integers(DRAWN)
+        # No more than are needed: JAX on a CPU keeps the array of which it is given a part.
+        return jnp.asarray(np.resize(drawn[offset : offset + min(x.size, DRAWN)], x.shape), x.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, tree)
 

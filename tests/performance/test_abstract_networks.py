@@ -1,6 +1,7 @@
 """Networks from sizes alone are those that loading gives, and a config without its checkpoints has a size too."""
 
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,13 @@ def test_random_weights(tmp_path):
         "losses": {"cosine": 1.0},
     }
     sized = abstract_networks.abstract(config.override(config.load("shapes"), {"referees": (align,)}))
+    tracemalloc.start()
     drawn = abstract_networks.at_random(sized)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    prior = drawn.prior
+    weights = jax.tree.leaves((prior.text_encoder, prior.denoiser, prior.vae, drawn.judges[0].referee))
+    assert held < 1.2 * sum(x.nbytes for x in weights)  # no array keeps a larger one
     assert shapes(drawn.prior.denoiser) == shapes(sized.prior.denoiser)
     again = jax.tree.leaves(abstract_networks.at_random(sized).prior.denoiser)
     for x, y in zip(jax.tree.leaves(drawn.prior.denoiser), again, strict=True):
