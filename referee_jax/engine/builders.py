@@ -227,13 +227,20 @@ def tokenize(
     prompt: str,
     questions: Sequence[Atom] = (),
 ) -> dict[str, Any]:
-    """A prompt as `encode` reads it, with the user's questions about it. Raises prompts.Unreadable."""
+    """A prompt as `encode` reads it, with the user's questions about it. Raises prompts.Unreadable.
+
+    The tokenizers of a generator that read fewer tokens than another of its own, as CLIP's beside T5's, cut the text.
+    """
     template = settings.sds
     is_guided = template.prompt != template.negative_prompt
     texts = [prompts.fill(template.prompt, prompt), template.negative_prompt][: 2 if is_guided else 1]
     texts = list(map(prompts.repaired, texts))
+    longest = max(tokenizer.model_max_length for tokenizer in tokenizers)
+    read = lambda tokenizer: prompts.tokenize(
+        tokenizer, texts, reader="the prior", truncate=tokenizer.model_max_length < longest
+    )
     return {
-        "prior": tuple(prompts.tokenize(tokenizer, texts, reader="the prior") for tokenizer in tokenizers),
+        "prior": tuple(map(read, tokenizers)),
         "referees": tuple(judge.read(prompt, questions) for judge in judges),
         "held_out": tuple(judge.read(prompt, questions) for judge in held_out),
     }

@@ -362,10 +362,22 @@ def _is_t5(x: Any) -> bool:
 
 
 def _fetch(path_or_id: str | Path, revision: str | None, has: Mapping[str, bool]) -> Path:
-    """The directory of a checkpoint with the files of its family, which its model_index.json tells."""
-    kinds = [_needed(family, family.folders, has) for family in FAMILIES.values()]
-    parts = {folder: load.KINDS[kind].stem for row in kinds for folder, kind in row.items()}
-    names = sorted({name for family in FAMILIES.values() for name in family.tokenizers})
-    others = [INDEX, str(SCHEDULER), *(f"{name}/*" for name in names)]
-    needed = lambda directory: [folder for folder in family_of(directory).folders if folder in parts]
-    return load.fetch(path_or_id, revision, parts, others, needed)
+    """The directory of a checkpoint with the files of its family.
+
+    Configs come first, so that what is not implemented is refused before gigabytes of weights are downloaded.
+    """
+    parts = lambda kinds: {folder: load.KINDS[kind].stem for folder, kind in kinds.items()}
+    words = lambda family: [f"{name}/*" for name in family.tokenizers]
+    configs = [INDEX, str(SCHEDULER), *sorted({f"{x}/config.json" for row in FAMILIES.values() for x in row.folders})]
+    if hub.is_local(str(path_or_id)):
+        return hub.resolve(path_or_id, revision, configs)
+    possible = [load.patterns(parts(row.folders)) + words(row) for row in FAMILIES.values()]
+    directory = hub.resolve(path_or_id, revision, configs, sorted({name for row in possible for name in row}))
+    family, kinds = family_of(directory), kinds_of(directory)
+    if (directory / SCHEDULER).exists():
+        read_schedule(directory)
+    needed = _needed(family, kinds, has)
+    for folder in needed:
+        if (directory / folder).is_dir():
+            load.read_config(kinds[folder], directory / folder)
+    return load.fetch(path_or_id, revision, parts(needed), [*configs, *words(family)])

@@ -57,12 +57,12 @@ def local_path(name: str) -> Path:
     return path
 
 
-def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str]) -> Path:
+def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str], later: Sequence[str] = ()) -> Path:
     """Returns the directory of a checkpoint: in the package, local, or the hub's cache.
 
     Only files that match `patterns`, and the card (README.md) if there is one, are downloaded.
     Respects HF_HUB_OFFLINE. Raises WeightsError with what to do where the hub refuses, or else with
-    the command that would download the files.
+    the command that would download the files, and those of the patterns `later`, which are not downloaded now.
     """
     name, path = str(path_or_id), local_path(str(path_or_id))
     if name and path.is_dir():
@@ -79,7 +79,7 @@ def resolve(path_or_id: str | Path, revision: str | None, patterns: Sequence[str
             raise WeightsError(f"{name} is not a local directory, and {': '.join(refusal)}") from error
         raise WeightsError(
             f"{name} is not a local directory, and getting it from the Hugging Face hub failed ({console.first_line(error)}); "
-            f"where there is a network, run: {download_command(name, revision, [*patterns, CARD])}"
+            f"where there is a network, run: {download_command(name, revision, [*patterns, *later, CARD])}"
         ) from error
     _check_sizes(directory, name, revision)
     return directory

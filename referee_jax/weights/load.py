@@ -426,7 +426,6 @@ def fetch(
     revision: str | None,
     parts: Mapping[str, str],
     others: Sequence[str] = (),
-    needed: Callable[[Path], Iterable[str]] | None = None,
 ) -> Path:
     """The directory of a checkpoint with the files of these networks, and others.
 
@@ -438,30 +437,26 @@ def fetch(
         revision: for hub ids.
         parts: subfolder of each network -> name of its files of weights, without ending.
         others: patterns of further files.
-        needed: the directory to the subfolders that must be there; None: all of `parts`.
     """
 
-    def resolve(*variants: str) -> Path:
-        names = lambda stem: [
-            "config.json",
-            *(x for variant in ("", *variants) for x in tensors.patterns(stem, variant)),
-        ]
-        patterns = [str(Path(folder, name)) for folder, stem in parts.items() for name in names(stem)]
-        return hub.resolve(path_or_id, revision, [*patterns, *others])
-
     def lacking() -> list[tuple[str, str]]:
-        folders = parts if needed is None else needed(directory)
-        return [(x, parts[x]) for x in folders if tensors.source(directory / x, parts[x]) is None]
+        return [(folder, stem) for folder, stem in parts.items() if tensors.source(directory / folder, stem) is None]
 
-    directory = resolve()
+    directory = hub.resolve(path_or_id, revision, [*patterns(parts), *others])
     if not lacking() or (files := hub.listing(directory)) is None:
         return directory
-    directory = resolve(*tensors.VARIANTS)
+    directory = hub.resolve(path_or_id, revision, [*patterns(parts, tensors.VARIANTS), *others])
     for folder, stem in lacking():
         names = [Path(file).name for file in files if Path(file).parent in (Path(), Path(folder))]
         reason = tensors.instead(directory / folder, names, stem)
         raise WeightsError(f"{path_or_id}: {Path(folder, stem)}.safetensors is missing{reason}")
     return directory
+
+
+def patterns(parts: Mapping[str, str], variants: Sequence[str] = ()) -> list[str]:
+    """Of the files of networks, subfolder -> name of its files of weights, and of these variants."""
+    names = lambda stem: ["config.json", *(x for variant in ("", *variants) for x in tensors.patterns(stem, variant))]
+    return [str(Path(folder, name)) for folder, stem in parts.items() for name in names(stem)]
 
 
 def save_directory(

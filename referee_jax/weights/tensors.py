@@ -108,8 +108,9 @@ def source(directory: Path, stem: str) -> Path | None:
 def patterns(stem: str, variant: str = "") -> list[str]:
     """Glob patterns of the files that `source` and its shards may be."""
     x = variant and f".{variant}"
-    names = [f"{stem}{x}.safetensors", f"{stem}.safetensors.index{x}.json", f"{stem}{x}-*-of-*.safetensors"]
-    return [*names, f"{stem}-*-of-*{x}.safetensors"] if x else names
+    shard = "-?????-of-?????"  # and no more, which a variant's shards have
+    names = [f"{stem}{x}.safetensors", f"{stem}.safetensors.index{x}.json", f"{stem}{x}{shard}.safetensors"]
+    return [*names, f"{stem}{shard}{x}.safetensors"] if x else names
 
 
 def missing(directory: Path, stem: str, names: Iterable[str] | None = None) -> str:

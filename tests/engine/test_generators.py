@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax import config
+from referee_jax import config, prompts
 from referee_jax.engine import inverter as inverter_lib
 from referee_jax.engine import parallel
 from referee_jax.weights import generators, load
@@ -78,6 +78,21 @@ def test_text(saved):
             assert relative_l2(text.pooled[n], pooled[0].detach()) < 1e-5
         else:
             assert not np.any(text.states[n]) and not np.any(text.pooled[n])
+
+
+def test_a_text_longer_than_clip_reads(saved, referee):
+    """As in the pipelines, T5 reads all of it and CLIP its beginning; without a T5 it is refused."""
+    (root, pipeline), text = saved("FLUX.1-schnell"), " ".join([PROMPT] * 20)
+    engine = build(root, referee)
+    ours = inverter_lib.builders.tokenize(engine.settings, engine.tokenizers, (), (), text)["prior"]
+    for tokenizer, tokens in zip((pipeline.tokenizer, pipeline.tokenizer_2), ours, strict=True):
+        how = {"padding": "max_length", "truncation": True, "max_length": tokens.shape[1]}
+        np.testing.assert_array_equal(tokens[:1], tokenizer([text], **how)["input_ids"])
+    assert sum(ours[1][0] > 1) > 77 >= ours[0].shape[1]
+    for name, words, limit in (("FLUX.1-schnell", text * 5, 256), ("SDXL", text, 77)):
+        engine = build(saved(name)[0], referee)
+        with pytest.raises(prompts.Unreadable, match=f"the prior reads {limit}"):
+            inverter_lib.builders.tokenize(engine.settings, engine.tokenizers, (), (), words)
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def test_hub_id_that_is_not_there_offline():
     )
     assert message.endswith(
         "run: hf download openai/clip-vit-base-patch32 --revision 3d74acf9 --include config.json "
-        "--include model.safetensors --include model.safetensors.index.json --include 'model-*-of-*.safetensors' "
+        "--include model.safetensors --include model.safetensors.index.json --include 'model-?????-of-?????.safetensors' "
         "--include README.md"
     )
 
@@ -316,9 +316,9 @@ def test_hub_is_asked_for_the_needed_files_at_the_revision(published, monkeypatc
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     generators.load_generator("someone/some-model", revision="abc")
-    ((name, kwargs),) = requests
-    assert name == "someone/some-model" and kwargs["revision"] == "abc"
-    patterns = kwargs["allow_patterns"]
+    assert all(name == "someone/some-model" and kwargs["revision"] == "abc" for name, kwargs in requests)
+    configs, patterns = (kwargs["allow_patterns"] for _, kwargs in requests)
+    assert not [name for name in configs if "safetensors" in name or "*" in name] and "unet/config.json" in configs
     needed = [
         "unet/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors",
@@ -331,11 +331,34 @@ def test_hub_is_asked_for_the_needed_files_at_the_revision(published, monkeypatc
         "v1-5-pruned.safetensors",
         "unet/diffusion_pytorch_model.bin",
         "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors",
         "safety_checker/model.safetensors",
         "feature_extractor/preprocessor_config.json",
     ]
     filtered = list(huggingface_hub.utils.filter_repo_objects([*needed, *others], allow_patterns=patterns))
     assert filtered == needed
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("model_index.json", {"_class_name": "KolorsPipeline"}, "_class_name='KolorsPipeline' is not implemented"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type='sample'"),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_before_the_download(
+    published, monkeypatch, tmp_path, file, changes, message
+):
+    asked, directory = [], tmp_path / "sd"
+    shutil.copytree(published[0], directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    values = config_json.read_json(directory / file) if (directory / file).exists() else {}
+    (directory / file).write_text(json.dumps(values | changes))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: asked.append(how) or str(directory))
+    with pytest.raises(load.WeightsError, match=message):
+        generators.load_generator("someone/some-model")
+    assert len(asked) == 1 and not [name for name in asked[0]["allow_patterns"] if "safetensors" in name]
 
 
 def test_either_file_of_preprocessing_is_fetched(monkeypatch, tmp_path):
