@@ -26,8 +26,8 @@ from referee_jax.weights.tensors import Tensors
 INDEX = "model_index.json"  # names the pipeline's class
 DECODERS = ("vae_decoder", "tiny_vae")
 SCHEDULER = Path("scheduler", "scheduler_config.json")
-# Of original_layout.FAMILIES -> a repository with its tokenizers.
-PUBLISHED = {
+# Of original_layout.LAYOUTS -> a repository with its tokenizers.
+TOKENIZERS = {
     "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd2": "stabilityai/sd-turbo",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -195,7 +195,7 @@ def read_file(file: Path, has: Mapping[str, bool], *, prediction: str = "", read
     directory, words = file.parent, []
     if reads_words:
         if not all((directory / folder).is_dir() for folder in family.tokenizers):
-            directory = hub.resolve(PUBLISHED[name], None, [f"{folder}/*" for folder in family.tokenizers])
+            directory = hub.resolve(TOKENIZERS[name], None, [f"{folder}/*" for folder in family.tokenizers])
         words = [tokenizers.read(directory / name, configs[folder]) for name, folder in family.tokenizers.items()]
     return Files(
         family=family,

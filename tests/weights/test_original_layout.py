@@ -185,7 +185,7 @@ def test_without_text_encoders(file):
         original_layout.split(values)
     key = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     keys = [name for name in values if name.endswith("attn2.to_k.weight")]
-    widened = values | {name: np.zeros((64, original_layout.FAMILIES[family].context)) for name in keys}
+    widened = values | {name: np.zeros((64, original_layout.LAYOUTS[family].context)) for name in keys}
     assert key in keys and original_layout.family(widened) == family
     assert set(original_layout.split(widened)) == {"unet", "vae"}
 

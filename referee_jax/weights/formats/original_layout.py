@@ -36,7 +36,7 @@ class Family:
     size: int = 512
 
 
-FAMILIES = {
+LAYOUTS = {
     "sd1": Family(texts={"text_encoder": "cond_stage_model.transformer."}, context=768),
     "sd2": Family(texts={"text_encoder": "cond_stage_model.model."}, context=1024),
     "sdxl": Family(
@@ -105,7 +105,7 @@ def is_original(names: Iterable[str]) -> bool:
 
 
 def family(tensors: Mapping[str, np.ndarray]) -> str:
-    """The family, of `FAMILIES`, of the tensors of an original file.
+    """The family, of `LAYOUTS`, of the tensors of an original file.
 
     Names of text encoders say it; where there are none, the width of the texts' states does. Raises
     WeightsError for other files.
@@ -113,12 +113,12 @@ def family(tensors: Mapping[str, np.ndarray]) -> str:
     for pattern, what in REFUSED.items():
         if found := fnmatch.filter(tensors, pattern):
             raise WeightsError(f"{found[0]} is of {what}: it is not read")
-    for kind, row in FAMILIES.items():
+    for kind, row in LAYOUTS.items():
         if any(name.startswith(prefix) for prefix in row.texts.values() for name in tensors):
             return kind
     keys = fnmatch.filter(tensors, f"{UNET}*.attn2.to_k.weight")
     width = np.shape(tensors[keys[0]])[-1] if keys else 0
-    for kind, row in FAMILIES.items():
+    for kind, row in LAYOUTS.items():
         if row.context == width:
             return kind
     raise WeightsError(
@@ -156,7 +156,7 @@ def split(tensors: Mapping[str, np.ndarray]) -> dict[str, Part]:
         tensors: of the file, by its names; nearly none is read before a part is asked for it.
     """
     kind = family(tensors)
-    prefixes = {"unet": UNET, "vae": VAE, **FAMILIES[kind].texts}
+    prefixes = {"unet": UNET, "vae": VAE, **LAYOUTS[kind].texts}
     tables = {"unet": original_names.unet, "vae": original_names.vae}
     unknown = [name for name in tensors if not any(fnmatch.fnmatchcase(name, pattern) for pattern in IGNORED)]
     parts: dict[str, Part] = {}
@@ -201,7 +201,7 @@ def configs(
     """
     kind, parts = family(tensors), split(tensors)
     prediction = prediction or prediction_type(tensors, metadata) or "epsilon"
-    size = 768 if kind == "sd2" and prediction == "v_prediction" else FAMILIES[kind].size
+    size = 768 if kind == "sd2" and prediction == "v_prediction" else LAYOUTS[kind].size
     out: dict[str, dict] = {}
     for part, named in parts.items():
         try:
@@ -214,8 +214,8 @@ def configs(
         if part in out:
             out[part]["sample_size"] = side
     if "vae" in out:
-        out["vae"]["scaling_factor"] = FAMILIES[kind].scaling_factor
-    for part, prefix in FAMILIES[kind].texts.items():
+        out["vae"]["scaling_factor"] = LAYOUTS[kind].scaling_factor
+    for part, prefix in LAYOUTS[kind].texts.items():
         if part in out:
             out[part]["hidden_act"] = "gelu" if prefix.endswith("model.") else "quick_gelu"
     schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
