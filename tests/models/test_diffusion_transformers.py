@@ -225,6 +225,25 @@ def test_full_width_matches_torch(name):
     assert max(errors) < 1e-4
 
 
+@pytest.mark.slow
+def test_full_size_sd35_medium_matches_torch(tmp_path):
+    """The published network, all 24 blocks, at 16 x 16 latents in float32, one side after the other for the memory."""
+    _, values, _ = PUBLISHED["stable-diffusion-3.5-medium"]
+    oracle = networks.redraw(diffusers.SD3Transformer2DModel(**values), seed=0)
+    given = draw(0, 1, 16, 16, 16), np.array([421.0], np.float32), draw(1, 1, 64, 4096), draw(2, 1, 2048)
+    cotangent = draw(3, 1, 16, 16, 16)
+    tensors = [torch.from_numpy(x).requires_grad_() for x in given]
+    wanted = theirs(oracle, *tensors)
+    (wanted * torch.from_numpy(cotangent)).sum().backward()
+    exact = [x.detach().numpy() for x in (wanted, tensors[0].grad, tensors[2].grad, tensors[3].grad)]
+    oracle.save_pretrained(tmp_path)
+    del oracle, wanted
+    ours = run(load.load("sd3", tmp_path), cotangent, *given)
+    errors = [relative_l2(a, b) for a, b in zip(ours, exact, strict=True)]
+    print("output, gradients by latents, states and pooled text:", errors)
+    assert max(errors) < 1e-4
+
+
 def test_configs_are_hashable():
     for kind, cls in (("sd3", sd3.Config), ("flux", flux.Config)):
         values = {"dual_attention_layers": [0, 1]} if kind == "sd3" else {"axes_dims_rope": [16, 56, 56]}
