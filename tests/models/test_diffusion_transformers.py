@@ -227,7 +227,10 @@ def test_full_width_matches_torch(name):
 
 @pytest.mark.slow
 def test_full_size_sd35_medium_matches_torch(tmp_path):
-    """The published network, all 24 blocks, at 16 x 16 latents in float32, one side after the other for the memory."""
+    """The published network, all 24 blocks, at 16 x 16 latents in float32, one side after the other for the memory.
+
+    Measured: output, gradients by latents, states and pooled text 4.1e-6, 5.4e-6, 7.4e-6, 6.2e-6; some minutes, 12 GB.
+    """
     _, values, _ = PUBLISHED["stable-diffusion-3.5-medium"]
     oracle = networks.redraw(diffusers.SD3Transformer2DModel(**values), seed=0)
     given = draw(0, 1, 16, 16, 16), np.array([421.0], np.float32), draw(1, 1, 64, 4096), draw(2, 1, 2048)
