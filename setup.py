@@ -40,6 +40,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.12",
         "packaging>=23",
         "Pillow>=10.1",
+        "pyarrow>=21",
         "pyyaml>=6",
         "safetensors>=0.4.3",
         "scipy>=1.13",

@@ -155,7 +155,8 @@ def _absl_main(argv: list[str]) -> int:
         return console.fail(2, str(error))
     if problem := compile_cache.use(device):
         say(f"warning: {problem}", file=sys.stderr)
-    if command.distributed or (flags.FLAGS.prompts and not Path(flags.FLAGS.prompts).is_file()):
+    file = flags.FLAGS.prompts
+    if command.distributed or (file and not bucket.is_remote(file) and not Path(file).is_file()):
         # JAX lets no process join a job again, and a pipe of prompts cannot be read again.
         command = dataclasses.replace(command, retries=0)
     work = estimate if flags.FLAGS.estimate else job.warm_up if flags.FLAGS.warmup else job.execute

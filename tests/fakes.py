@@ -62,7 +62,7 @@ class FakeInverter:
         self.settings = dataclasses.replace(settings, batch_size=settings.batch_size or 3)
         self.failures, self.compiled, self.calls, self.begun, self.resumed = dict(failures), False, 0, [], []
 
-    def check(self, prompt):
+    def check(self, prompt, negative=None):
         return "99 tokens, the prior reads 77" if "too long" in prompt else None
 
     def asking(self, questions):
@@ -113,7 +113,8 @@ class FakeInverter:
     def finish(self, batch):
         pictures = []
         for item in batch.items:
-            colour = hashlib.sha256(f"{item.prompt} {item.sample} {batch.seed}".encode()).digest()[:3]
+            seed = batch.seed if item.seed is None else item.seed
+            colour = hashlib.sha256(f"{item.prompt} {item.sample} {seed}".encode()).digest()[:3]
             image = np.broadcast_to(np.frombuffer(colour, np.uint8) / np.float32(255), (8, 8, 3))
             score = float("nan") if "broken" in item.prompt else 0.5
             losses = {"referee": (2.0, 1.0), "held_out": (0.5, 0.75)} if "hacked" in item.prompt else None

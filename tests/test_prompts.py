@@ -1,12 +1,17 @@
 """Prompt files with all kinds of content, texts made from prompts, and tokens."""
 
 import copy
+import csv
 import json
 
+import fsspec
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from referee_jax import prompts
+from referee_jax import items, prompts
+from referee_jax.items import Row
 from referee_jax.runs import prompt_file
 from referee_jax.shapes import tokens
 from tests.lazy import transformers
@@ -29,7 +34,8 @@ def test_a_file_of_all_sorts(tmp_path):
         b"a red circle\n"
         b"tab\there\n" + "👩‍🚀 rides, “quoted”\u2028one line\n".encode() + b"x" * 2001 + b"\nlast/no end"
     )
-    texts, rejected = prompt_file.sift(prompt_file.read_prompts(file))
+    rows, rejected = prompt_file.sift(prompt_file.read_prompts(file))
+    texts = [row.prompt for row in rows]
     assert texts == ["a red circle", "a blue square", "👩‍🚀 rides, “quoted”\u2028one line", "last/no end"]
     assert [(x.where, x.reason) for x in rejected] == [
         ("line 2 of list.txt", "blank"),
@@ -63,7 +69,8 @@ def test_prompts_of_records(tmp_path, ending, content, is_named):
     """Of a file with the format's ending, or of one without a name, as standard input."""
     file = tmp_path / (f"list.{ending}" if is_named else "list")
     file.write_bytes(b"\xef\xbb\xbf" + content.encode())
-    texts, rejected = prompt_file.sift(prompt_file.read_prompts(file))
+    rows, rejected = prompt_file.sift(prompt_file.read_prompts(file))
+    texts = [row.prompt for row in rows]
     assert (texts, rejected) == (TWO, [])
 
 
@@ -103,6 +110,112 @@ def test_questions_that_are_none(tmp_path, asked):
     assert entries[0].reason.startswith("its questions: ") and not prompt_file.questions(entries)
 
 
+TABLE = [
+    {"id": "a-1", "prompt": "a cat", "seed": 7, "negative": "dogs", "samples": 2, "kind": "animal", "number": 3},
+    {"id": "", "prompt": "a dog", "seed": None, "negative": " ", "samples": None, "kind": "animal", "number": 4},
+]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_columns_of_a_table(tmp_path, ending):
+    """A user's id, seed, negative prompt and number of samples are read, other columns carried, in every format."""
+    file = tmp_path / f"list.{ending}"
+    if ending == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist([x | {"picture": b"bytes are not carried"} for x in TABLE]), file)
+    elif ending.startswith("json"):
+        lines = list(map(json.dumps, TABLE))
+        file.write_text("\n".join(lines) if ending == "jsonl" else f"[{', '.join(lines)}]")
+    else:
+        with file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(TABLE[0]), delimiter={"csv": ",", "tsv": "\t"}[ending])
+            writer.writeheader()
+            writer.writerows(TABLE)
+    rows, rejected = prompt_file.sift(prompt_file.read_prompts(file))
+    assert rows == [Row("a cat", "a-1", 7, "dogs", 2), Row("a dog")] and not rejected
+    assert [{x: str(y) for x, y in row.columns.items()} for row in rows] == [
+        {"kind": "animal", "number": "3"},
+        {"kind": "animal", "number": "4"},
+    ]
+    assert [item.id for item in items.Items(rows, 1)] == ["a-1", "a-1-s001", "a_dog-7dbdf68a-s000"]
+
+
+def test_ids_of_a_table_are_checked(tmp_path):
+    """Each bad row is named by its line with a reason, and stops no other."""
+    cells = [
+        "1,a cat,,", "1,a dog,,", "a/b,a cow,,", ".a,a fish,,", ",a bird,x,", ",a bee,1.5,", ",an ant,-1,", ",a fox,4294967296,",
+        ",a hen,,0", ",a hen,,1", "1-s001,an owl,,", "2,a cat,,", ",a cat,,", ",a cat,,", ",a cat,5,", ",a cat,5,",
+    ]  # fmt: skip
+    (tmp_path / "a.csv").write_text("\n".join(["id,prompt,seed,samples", *cells]))
+    rows, rejected = prompt_file.sift(prompt_file.read_prompts(tmp_path / "a.csv"))
+    assert rows == [
+        Row("a cat", "1"), Row("a hen", samples=1), Row("a cat", "2"), Row("a cat"), Row("a cat", seed=5),
+    ]  # fmt: skip
+    name = "cannot name an image: letters, digits and _ - = + @ can, at most 200, the first a letter or a digit"
+    whole = "and not a whole number from"
+    assert {x.where.split()[1]: x.reason for x in rejected} == {
+        "3": "its id '1' is that of line 2 of a.csv",
+        "4": f"its id 'a/b' {name}",
+        "5": f"its id '.a' {name}",
+        "6": f"its seed is 'x', {whole} 0 to 4294967295",
+        "7": f"its seed is '1.5', {whole} 0 to 4294967295",
+        "8": f"its seed is '-1', {whole} 0 to 4294967295",
+        "9": f"its seed is '4294967296', {whole} 0 to 4294967295",
+        "10": f"its samples is '0', {whole} 1 to 100000",
+        "12": "its id '1-s001' is that of a further sample of line 2 of a.csv",
+        "15": "the same as line 14 of a.csv",
+        "17": "the same as line 16 of a.csv",
+    }
+
+
+def test_one_prompt_has_one_list_of_questions(tmp_path):
+    table = [
+        {"id": n, "prompt": "a", "questions": [x]} for n, x in enumerate(["Is it red?", "Is it blue?", "Is it red?"])
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, table)))
+    rows, rejected = prompt_file.sift(prompt_file.read_prompts(tmp_path / "a.jsonl"))
+    assert [row.name for row in rows] == ["0", "2"]
+    assert [x.reason for x in rejected] == ["other questions than those about the same prompt at line 1 of a.jsonl"]
+
+
+PUBLISHED = {
+    "PartiPrompts.tsv": 'Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t\nthe word "START"\tText\tWriting\tx\n',
+    "DrawBench.csv": 'Prompts,Category\nbond,Colors\n"the word ""START""",Text\n',
+    "anime.json": '["bond", "the word \\"START\\""]',  # of HPD v2
+    "test.json": '[{"prompt": "bond", "image_path": ["1.jpg"], "rank": [1]}, {"prompt": "the word \\"START\\"", "rank": []}]',
+    "evaluation_metadata.jsonl": '{"tag": "single_object", "include": [{"class": "bond", "count": 1}], "prompt": "bond"}\n'
+    '{"tag": "two_object", "include": [], "prompt": "the word \\"START\\""}\n',  # of GenEval
+    "color_val.txt": 'bond\nthe word "START"\n',  # of T2I-CompBench
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_lists_load_as_they_are(tmp_path, name):
+    (tmp_path / name).write_text(PUBLISHED[name])
+    rows, rejected = prompt_file.sift(prompt_file.read_prompts(tmp_path / name))
+    assert [row.prompt for row in rows] == ["bond", 'the word "START"'] and not rejected
+    assert all(row.columns for row in rows) == (name not in ("anime.json", "color_val.txt"))
+
+
+def test_prompts_in_a_bucket(tmp_path):
+    with fsspec.open("memory://bucket/list.jsonl", "w") as file:
+        file.write('{"prompt": "a cat"}\n{"prompt": ""}')
+    rows, rejected = prompt_file.sift(prompt_file.read_prompts("memory://bucket/list.jsonl"))
+    assert rows == [Row("a cat")] and rejected[0].where == "line 2 of list.jsonl"
+    with pytest.raises(prompts.PromptError, match="the prompt file memory://bucket/none.txt cannot be read: "):
+        prompt_file.read_prompts("memory://bucket/none.txt")
+    with pytest.raises(prompts.PromptError, match="Protocol not known: nowhere"):
+        prompt_file.read_prompts("nowhere://bucket/list.txt")
+
+
+def test_damaged_parquet(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(prompts.PromptError, match="a.parquet is not Parquet: "):
+        prompt_file.read_prompts(tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"caption": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(prompts.PromptError, match="b.parquet has no column prompt or text; there are caption"):
+        prompt_file.read_prompts(tmp_path / "b.parquet")
+
+
 @pytest.mark.parametrize(
     "lines",
     [
@@ -135,13 +248,14 @@ def test_a_text_that_resembles_records_is_text(tmp_path, lines):
                 "line 5 of a.jsonl": "prompt is not a text",
             },
         ),
-        ("a.json", b'{\n"prompts": ["a"]}', {"line 1 of a.json": "no field prompt or text; there are prompts"}),
+        ("a.json", b'{\n"prompts": ["a"]}', {"line 1 of a.json": "prompts is not a text"}),
         ("a.csv", b"prompt,id\na cat,1\na, dog,2\n", {"line 3 of a.csv": "3 cells, and the first line has 2"}),
     ],
 )
 def test_records_without_a_prompt_are_told(tmp_path, name, content, reasons):
     (tmp_path / name).write_bytes(content)
-    texts, rejected = prompt_file.sift(prompt_file.read_prompts(tmp_path / name))
+    rows, rejected = prompt_file.sift(prompt_file.read_prompts(tmp_path / name))
+    texts = [row.prompt for row in rows]
     assert texts in ([], ["a cat"]) and {x.where: x.reason for x in rejected} == reasons
 
 

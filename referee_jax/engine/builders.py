@@ -226,14 +226,23 @@ def tokenize(
     held_out: Sequence[referees.Judge],
     prompt: str,
     questions: Sequence[Atom] = (),
+    *,
+    negative: str | None = None,
 ) -> dict[str, Any]:
     """A prompt as `encode` reads it, with the user's questions about it. Raises prompts.Unreadable.
+
+    A `negative` prompt of its own takes the place of the settings'.
 
     The tokenizers of a generator that read fewer tokens than another of its own, as CLIP's beside T5's, cut the text.
     """
     template = settings.sds
     is_guided = template.prompt != template.negative_prompt
-    texts = [prompts.fill(template.prompt, prompt), template.negative_prompt][: 2 if is_guided else 1]
+    if negative is not None and not is_guided:
+        raise prompts.Unreadable(
+            prompt, "it has a negative prompt, and the config no guidance: sds.prompt is sds.negative_prompt"
+        )
+    led_from = template.negative_prompt if negative is None else negative
+    texts = [prompts.fill(template.prompt, prompt), led_from][: 2 if is_guided else 1]
     texts = list(map(prompts.repaired, texts))
     longest = max(tokenizer.model_max_length for tokenizer in tokenizers)
     read = lambda tokenizer: prompts.tokenize(

@@ -127,10 +127,10 @@ class Inverter:
         other.questions, other._tokens = questions, {}
         return other
 
-    def check(self, prompt: str) -> str | None:
-        """Why this prompt cannot be used, or None."""
+    def check(self, prompt: str, negative: str | None = None) -> str | None:
+        """Why this prompt, with a negative prompt of its own, cannot be used, or None."""
         try:
-            self._tokenize(prompt)
+            self._tokenize(prompt, negative)
         except prompts.Unreadable as error:
             return error.reason
         return None
@@ -195,13 +195,14 @@ class Inverter:
         """Encoded prompts, numbers and the keys of each particle of a batch, padded and on the devices."""
         if not 0 < len(items) <= self.batch_size:
             raise ValueError(f"{len(items)} items for a batch of 1 to {self.batch_size}")
-        tokens = self._padded([self._tokenize(item.prompt) for item in items])
+        tokens = self._padded([self._tokenize(*item.texts) for item in items])
         place = functools.partial(parallel.place, mesh=self.mesh, batched=True)
         stacked = jax.tree.map(lambda *x: np.stack(x), *tokens)
         # A T5 is on the host, and on the devices for this call alone; a group splits it.
         encoder = parallel.place(self.text_encoder, self.mesh, batched=False)
         prompt = place(self._encode(self.networks, encoder, stacked))
-        key = lambda item, n: programs.item_key(seed, item.prompt_id, item.sample, n)
+        own = lambda item: seed if item.seed is None else item.seed
+        key = lambda item, n: programs.item_key(own(item), item.prompt_id, item.sample, n)
         keys = [
             place(jnp.stack(self._padded([key(item, n) for item in items]))) for n in range(self.settings.particles)
         ]
@@ -433,15 +434,20 @@ class Inverter:
             pictures += engine.finish(engine._initial_batch(part, seed, start))
         return Result.of(pictures, {})
 
-    def _tokenize(self, prompt: str) -> dict[str, Any]:
-        """A prompt's tokens. Those of the last TOKENIZED are kept: `begin` need not read again after `check`."""
-        if prompt not in self._tokens:
+    def _tokenize(self, prompt: str, negative: str | None = None) -> dict[str, Any]:
+        """The tokens of a prompt, and of a negative prompt in the place of the settings'.
+
+        Those of the last TOKENIZED are kept: `begin` need not read again after `check`.
+        """
+        if (prompt, negative) not in self._tokens:
             given = self.questions.get(prompt, ())
-            tokens = builders.tokenize(self.settings, self.tokenizers, self.judges, self.held_out, prompt, given)
+            tokens = builders.tokenize(
+                self.settings, self.tokenizers, self.judges, self.held_out, prompt, given, negative=negative
+            )
             if len(self._tokens) == TOKENIZED:
                 del self._tokens[next(iter(self._tokens))]
-            self._tokens[prompt] = tokens
-        return self._tokens[prompt]
+            self._tokens[prompt, negative] = tokens
+        return self._tokens[prompt, negative]
 
     def _is_swept(self, batch: Batch) -> bool:
         return jax.tree.leaves(batch.hyper)[0].ndim > 0

@@ -9,7 +9,7 @@ from ml_collections import config_flags
 
 from referee_jax import cli, config
 from referee_jax.runs import prompt_file
-from referee_jax.runs.prompt_file import Entry
+from referee_jax.runs.prompt_columns import Entry
 from referee_jax.storage import bucket
 
 DEFAULT = "shapes"  # the config without --config: its networks are part of the package
@@ -52,7 +52,8 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_string(
         "prompts",
         None,
-        "prompts: one per line, or the field or column prompt (or text) of JSON, JSON lines, CSV or TSV",
+        "prompts: one per line, or the field or column prompt (or text) of JSON, JSON lines, CSV, TSV or Parquet, local "
+        "or in a bucket; of those also id, seed, negative, samples, questions",
         flag_values=values,
     )
     flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated", flag_values=values)

@@ -45,19 +45,19 @@ class Todo:
         return itertools.chain(self.new, self.again)
 
     @property
-    def prompts(self) -> list[str]:
-        """The prompts of what is to be made."""
-        new = self.new.prompts if isinstance(self.new, items_lib.Missing) else [item.prompt for item in self.new]
-        return list(dict.fromkeys([*new, *(item.prompt for item in self.again)]))
+    def texts(self) -> list[items_lib.Texts]:
+        """Prompts and negative prompts of what is to be made."""
+        new = self.new.texts if isinstance(self.new, items_lib.Missing) else [item.texts for item in self.new]
+        return list(dict.fromkeys([*new, *(item.texts for item in self.again)]))
 
     @property
     def count(self) -> int:
         """How many are to be made."""
         return len(self.new) + len(self.again)
 
-    def without(self, texts: Collection[str]) -> "Todo":
-        """Returns this without the items of some prompts."""
-        keep = lambda items: [item for item in items if item.prompt not in texts]
+    def without(self, texts: Collection[items_lib.Texts]) -> "Todo":
+        """Returns this without the items of some texts."""
+        keep = lambda items: [item for item in items if item.texts not in texts]
         new = self.new.without(texts) if isinstance(self.new, items_lib.Missing) else keep(self.new)
         return dataclasses.replace(self, new=new, again=keep(self.again))
 
@@ -83,21 +83,21 @@ def execute(command: Command, *, load: Load = load_inverter, stop: worker.Stop |
     """
     if not command.entries:
         raise CommandError("there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts")
-    texts, rejected = prompt_file.sift(command.entries)
-    if not texts:
+    rows, rejected = prompt_file.sift(command.entries)
+    if not rows:
         raise CommandError(f"no prompt can be used; {rejected[0]}")
     device = f"{jax.local_devices()[0].device_kind} x {jax.local_device_count()}"
     run = run_directory.RunDirectory.open(
         command.workdir, command.settings, device=device, process=command.shard_index, resume=command.resume
     )
     with contextlib.closing(run.storage):
-        return make_images(command, run, texts, rejected, load, stop or worker.Stop())
+        return make_images(command, run, rows, rejected, load, stop or worker.Stop())
 
 
 def make_images(
     command: Command,
     run: run_directory.RunDirectory,
-    texts: Sequence[str],
+    rows: Sequence[items_lib.Row],
     rejected: Sequence[Rejected],
     load: Load,
     stop: worker.Stop,
@@ -107,7 +107,7 @@ def make_images(
     Args:
         command: the command.
         run: its run directory.
-        texts: the prompts.
+        rows: the prompts.
         rejected: prompts that are left out.
         load: returns the engine.
         stop: the stop request.
@@ -115,7 +115,7 @@ def make_images(
     start = time.monotonic()
     report_rejected(run, rejected)
     done, made = run.done(), worker.Made()
-    items = items_lib.Items(texts, command.settings.samples)
+    items = items_lib.Items(rows, command.settings.samples)
     share = share_of(command, items)
     missing = len(items_lib.missing(items, done))  # of all processes, which write to the same disk
     todo = select(share, done, recovery.Failures.read(run))
@@ -128,8 +128,10 @@ def make_images(
         engine = load_engine(run, load)
         if questions:
             engine = engine.asking(questions)
-        unfit = reject(engine, run, todo.prompts)
-        rejected, todo = [*rejected, *unfit], todo.without({one.text for one in unfit})
+        reasons = unreadable(engine, todo.texts)
+        unfit = [Rejected(prompt, "prompt", reason) for (prompt, _), reason in reasons.items()]
+        report_rejected(run, unfit)
+        rejected, todo = [*rejected, *unfit], todo.without(reasons)
         if not todo.count and not run.done():
             raise CommandError(f"no prompt can be used; {unfit[0]}")
         try:
@@ -204,12 +206,10 @@ def note_checkpoints(run: run_directory.RunDirectory) -> None:
     run.note("licenses", {name: license for name, license in licenses.items() if license})
 
 
-def reject(engine: worker.Engine, run: run_directory.RunDirectory, texts: Sequence[str]) -> list[Rejected]:
-    """Reports and returns the prompts that the networks cannot read."""
-    reasons = {text: engine.check(text) for text in texts}
-    unfit = [Rejected(text, "prompt", reason) for text, reason in reasons.items() if reason]
-    report_rejected(run, unfit)
-    return unfit
+def unreadable(engine: worker.Engine, texts: Sequence[items_lib.Texts]) -> dict[items_lib.Texts, str]:
+    """Which texts the networks cannot read, and why."""
+    reasons = {pair: engine.check(*pair) for pair in texts}
+    return {pair: reason for pair, reason in reasons.items() if reason}
 
 
 def report_rejected(run: run_directory.RunDirectory, rejected: Sequence[Rejected]) -> None:
@@ -323,9 +323,9 @@ def warm_up(command: Command, *, load: Load = load_inverter, **_: Any) -> int:
     """Compiles the programs of a run by running a chunk of one image in each phase; writes no run directory."""
     settings, start = command.settings, time.monotonic()
     engine = load(settings)
-    texts, _ = prompt_file.sift(command.entries)
-    if texts:
-        share = share_of(command, items_lib.Items(texts, settings.samples))
+    rows, _ = prompt_file.sift(command.entries)
+    if rows:
+        share = share_of(command, items_lib.Items(rows, settings.samples))
         engine = fitted(engine, settings, len(share))
     say(engine.compiling)
     while True:

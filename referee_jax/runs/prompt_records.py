@@ -1,52 +1,40 @@
-"""Prompts in files of records: JSON, JSON lines, and tables with a header (CSV, TSV).
+"""Prompts in files of records: JSON, JSON lines, Parquet, and tables with a header (CSV, TSV).
 
-Of a record, the field or column `prompt` is read, or else `text`, in capitals or not; of a list or of JSON lines also
-plain strings. `questions`, or GenEval 2's `vqa_list` with its `skills`, are what referees are asked about the prompt.
-A format is known by the ending of the file, or else by all of its content: standard input has no name.
+Of a record, the field or column `prompt` is read, or else `text`, or `prompts`, in capitals or not; of a list or of
+JSON lines also plain strings. What else is read of it is in prompt_columns.py. A format is known by the ending of the
+file, or else by all of its content: standard input has no name.
 """
 
 import csv
-import dataclasses
 import io
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
-from referee_jax import prompts
-from referee_jax.referees.questions import Atom, given
+from referee_jax import console, prompts
+from referee_jax.runs import prompt_columns
+from referee_jax.runs.prompt_columns import Entry
 
-FIELDS = ("prompt", "text")
-QUESTIONS, SKILLS = ("questions", "vqa_list"), "skills"
 JSON = (".json", ".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv")
+PARQUET = b"PAR1"  # its first bytes
 # What is no list of prompts: endings, and the first bytes of files that are not of text.
-OTHERS = tuple(".yaml .yml .toml .xml .html .parquet .arrow .feather .xls .xlsx .ods .npy .pkl".split())
-MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive or a spreadsheet", b"PAR1": "Parquet", b"%PDF": "PDF"}
+OTHERS = tuple(".yaml .yml .toml .xml .html .arrow .feather .xls .xlsx .ods .npy .pkl".split())
+MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive or a spreadsheet", b"%PDF": "PDF"}
 READABLE = (
-    "a text file with one prompt per line, and JSON, JSON lines, CSV or TSV with a field or column prompt or text"
+    "a text file with one prompt per line, and JSON, JSON lines, CSV, TSV or Parquet with a field or column prompt or "
+    "text"
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A prompt as it was given, and where: "line 3 of prompts.txt"; None where there is none, for a `reason`.
-
-    `questions` are the user's about it, if any (referees/questions).
-    """
-
-    text: str | None
-    where: str
-    reason: str = ""
-    questions: tuple[Atom, ...] = ()
-
-
-def read(path: Path, data: bytes) -> list[Entry] | None:
+def read(path: str, data: bytes) -> list[Entry] | None:
     """The prompts of a file's content; None where it is text. Raises PromptError where it is something else."""
-    ending = path.suffix.lower()
+    ending = PurePath(path).suffix.lower()
     kind = next((name for start, name in MAGIC.items() if data.startswith(start)), None)
     if kind or ending in OTHERS:
         raise prompts.PromptError(f"the prompt file {path} is {kind or ending[1:]}; what can be read is {READABLE}")
+    if data.startswith(PARQUET) or ending == ".parquet":
+        return _from_parquet(data, path)
     is_json, is_table = ending in JSON, ending in TABLES
     try:
         text = data.decode("utf-8")
@@ -60,7 +48,7 @@ def read(path: Path, data: bytes) -> list[Entry] | None:
     return entries
 
 
-def _from_json(text: str, path: Path, *, is_certain: bool) -> list[Entry] | None:
+def _from_json(text: str, path: str, *, is_certain: bool) -> list[Entry] | None:
     """The prompts of a JSON list or of JSON lines; None, unless it `is_certain`, where it is neither."""
     start = text.lstrip()[:1]
     if not is_certain and start not in ("{", "["):
@@ -68,8 +56,8 @@ def _from_json(text: str, path: Path, *, is_certain: bool) -> list[Entry] | None
     try:
         values = json.loads(text)
         if isinstance(values, list):
-            return [_entry(value, f"entry {n} of {path.name}") for n, value in enumerate(values, 1)]
-        return [_entry(values, f"line 1 of {path.name}")]
+            return [_entry(value, f"entry {n} of {PurePath(path).name}") for n, value in enumerate(values, 1)]
+        return [_entry(values, f"line 1 of {PurePath(path).name}")]
     except (ValueError, RecursionError) as error:
         if start == "[" and is_certain:
             raise prompts.PromptError(f"the prompt file {path} is not JSON: {error}") from error
@@ -77,7 +65,7 @@ def _from_json(text: str, path: Path, *, is_certain: bool) -> list[Entry] | None
     values = [_parsed(line) for _, line in lines]
     if not is_certain and not all(isinstance(value, dict) for value in values):
         return None
-    return [_entry(value, f"line {n} of {path.name}") for (n, _), value in zip(lines, values, strict=True)]
+    return [_entry(value, f"line {n} of {PurePath(path).name}") for (n, _), value in zip(lines, values, strict=True)]
 
 
 def _parsed(line: str) -> Any:
@@ -96,34 +84,39 @@ def _entry(value: Any, where: str) -> Entry:
         return Entry(value, where)
     if not isinstance(value, dict):
         return Entry(None, where, "neither a text nor an object with a field prompt or text")
-    names = {str(name).strip().lower(): name for name in value}
-    field = next((names[field] for field in FIELDS if field in names), None)
-    if field is None:
-        return Entry(None, where, f"no field prompt or text; there are {', '.join(map(str, value)) or 'none'}")
-    text = value[field]
-    if not isinstance(text, str):
-        return Entry(None, where, f"{field} is not a text")
-    return _asked(text, where, {name: value[own] for name, own in names.items()})
+    return prompt_columns.entry(value, where)
 
 
-def _asked(text: str, where: str, fields: Mapping[str, Any]) -> Entry:
-    """A prompt with the questions that are among its record's fields."""
-    asked = next((fields[name] for name in QUESTIONS if fields.get(name)), ())
-    kinds = fields.get(SKILLS) or ()
+def _from_parquet(data: bytes, path: str) -> list[Entry]:
+    """The prompts of a Parquet file. What JSON has no word for, such as a date, is carried as text; bytes are not."""
+    import pyarrow  # of the programs that read prompts few read Parquet
+    import pyarrow.parquet
+
     try:
-        return Entry(text, where, questions=given(asked, kinds if isinstance(kinds, list) else ()))
-    except ValueError as error:
-        return Entry(text, where, f"its questions: {error}")
+        table = pyarrow.parquet.read_table(io.BytesIO(data))
+    except pyarrow.ArrowException as error:
+        raise prompts.PromptError(f"the prompt file {path} is not Parquet: {console.first_line(error)}") from error
+    if prompt_columns.prompt_field(prompt_columns.lower(table.column_names)) is None:
+        raise prompts.PromptError(
+            f"the prompt file {path} has no column prompt or text; there are {', '.join(table.column_names) or 'none'}"
+        )
+    table = table.select([field.name for field in table.schema if "binary" not in str(field.type)])
+    entries, row = [], 0
+    for batch in table.to_batches():
+        for record in batch.to_pylist():
+            row += 1
+            plain = json.loads(json.dumps(record, default=str))
+            entries.append(prompt_columns.entry(plain, f"row {row} of {PurePath(path).name}"))
+    return entries
 
 
-def _from_table(text: str, path: Path, *, is_certain: bool) -> list[Entry] | None:
+def _from_table(text: str, path: str, *, is_certain: bool) -> list[Entry] | None:
     """The prompts of a table; None, unless it `is_certain`, where not all lines are rows of one that has them."""
     first = text.split("\n", 1)[0].rstrip("\r")
     for delimiter in "\t,;":
         header = next(csv.reader([first], delimiter=delimiter), [])
-        names = [(name.strip() if is_certain else name).lower() for name in header]
-        column = next((names.index(field) for field in FIELDS if field in names), None)
-        if column is None or not is_certain and len(header) < 2:
+        names = prompt_columns.lower(header) if is_certain else {name.lower(): name for name in header}
+        if prompt_columns.prompt_field(names) is None or not is_certain and len(header) < 2:
             continue
         try:
             rows = _rows(text, delimiter)
@@ -132,7 +125,7 @@ def _from_table(text: str, path: Path, *, is_certain: bool) -> list[Entry] | Non
                 raise prompts.PromptError(f"the prompt file {path} is no table: {error}") from error
             return None
         if is_certain or rows and all(len(row) == len(header) for _, row in rows):
-            return [_cell(row, column, names, f"line {n} of {path.name}") for n, row in rows]
+            return [_cells(row, header, f"line {n} of {PurePath(path).name}") for n, row in rows]
     if is_certain:
         raise prompts.PromptError(
             f"the prompt file {path} has no column prompt or text in its first line, {first[:200]!r}"
@@ -155,8 +148,8 @@ def _rows(text: str, delimiter: str) -> list[tuple[int, list[str]]]:
         return parse(csv.QUOTE_NONE)  # texts between tabs are often not quoted, and may begin with a quotation mark
 
 
-def _cell(row: list[str], column: int, names: list[str], where: str) -> Entry:
-    """The prompt of a row, in a table of columns of these names."""
-    if len(row) != len(names):
-        return Entry(None, where, f"{len(row)} cells, and the first line has {len(names)}")
-    return _asked(row[column], where, dict(zip(names, row, strict=True)))
+def _cells(row: list[str], header: list[str], where: str) -> Entry:
+    """The prompt of a row, in a table with this header."""
+    if len(row) != len(header):
+        return Entry(None, where, f"{len(row)} cells, and the first line has {len(header)}")
+    return prompt_columns.entry(dict(zip(header, row, strict=True)), where)

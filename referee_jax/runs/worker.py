@@ -43,8 +43,8 @@ class Engine(Protocol):
     compiled: bool  # whether a chunk has run
     compiling: str  # a message: what is compiled
 
-    def check(self, prompt: str) -> str | None:
-        """Returns why a prompt cannot be used, or None."""
+    def check(self, prompt: str, negative: str | None = None) -> str | None:
+        """Returns why a prompt, with a negative prompt of its own, cannot be used, or None."""
 
     def asking(self, questions: Mapping[str, Sequence[Atom]]) -> "Engine":
         """Returns the engine where some prompts have questions of their user's."""

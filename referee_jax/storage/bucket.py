@@ -54,6 +54,23 @@ def local_only(path: str) -> Path:
     return Path(path).expanduser()
 
 
+def read_file(file: str | os.PathLike) -> bytes:
+    """The content of a local file, or of an object by its URL. OSError as from either; ValueError for a URL of no kind."""
+    if not is_remote(file):
+        return Path(file).expanduser().read_bytes()
+    fs, path = filesystem(str(file))
+    return fs.cat_file(path)
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """What reaches a URL, and its path there. ValueError for one of no kind, or that needs what is not installed."""
+    kind = url.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url} cannot be reached: {error} (gs:// and s3:// need the extra [{kind}])") from error
+
+
 class Bucket:
     """A run directory at `url` in a bucket, and this process's local copy.
 
@@ -65,11 +82,7 @@ class Bucket:
 
     def __init__(self, url: str):
         self.name, self.process = url.rstrip("/"), processes.name_process()
-        kind = url.partition("://")[0]
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.name, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"{url} cannot be reached: {error} (gs:// and s3:// need the extra [{kind}])") from error
+        self.fs, self.root = filesystem(self.name)
         self._directory = tempfile.TemporaryDirectory(prefix="referee_jax-")
         self.local = Path(self._directory.name)
         self._ends = dict.fromkeys(LINES, 0)  # bytes of each file of lines that were uploaded

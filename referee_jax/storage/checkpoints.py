@@ -40,7 +40,7 @@ class _Handler(ocp.CheckpointHandler):
         """Writes the part into the directory of a checkpoint that is not visible yet."""
         about = json.dumps(
             {
-                "items": [[item.prompt, item.sample] for item in args.part.items],
+                "items": [_fields(item) for item in args.part.items],
                 "step": args.part.step,
                 "fingerprint": args.fingerprint,
             }
@@ -56,8 +56,14 @@ class _Handler(ocp.CheckpointHandler):
         if _hash(state, metadata["about"]) != metadata["hash"]:
             raise ValueError("its content does not match its hash")
         about = json.loads(metadata["about"])
-        items = tuple(Item(prompt, sample) for prompt, sample in about["items"])
+        items = tuple(Item(*fields) for fields in about["items"])
         return Part(items, about["step"], state), about["fingerprint"]
+
+
+def _fields(item: Item) -> list[Any]:
+    """The fields of an item, the last ones as far as they are not the defaults."""
+    fields = [item.prompt, item.sample, item.name, item.seed, item.negative, dict(item.columns)]
+    return fields[:2] if Item(*fields[:2]) == item and not item.columns else fields
 
 
 @ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)

@@ -102,7 +102,8 @@ class Writer:
             "text": item.prompt,
             "id": item.id,
             "sample": item.sample,
-            "seed": self.settings.seed,
+            "seed": self.settings.seed if item.seed is None else item.seed,
+            **({} if item.negative is None else {"negative": item.negative}),
             "scores": scores,
             "status": picture.status if is_finite else "nonfinite",
             **_held_out(picture.losses, self.doubt),
@@ -110,7 +111,8 @@ class Writer:
         }
         # No time in the image file: its bytes are the same whenever it is made.
         chunk = record | self.origin
-        line = record | {"seconds": round(seconds, 3), "time": files.now()}
+        columns = {"columns": files.finite(dict(item.columns))} if item.columns else {}
+        line = record | columns | {"seconds": round(seconds, 3), "time": files.now()}
         self._pool.submit(lambda: self._make(picture, chunk, frames), lambda data: self._commit(line, chunk, data))
         return record["status"]
 

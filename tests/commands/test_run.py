@@ -77,6 +77,36 @@ def test_a_run(tmp_path, capsys):
     assert len(told) == 5 and not err
 
 
+def test_a_run_of_a_table(tmp_path):
+    """A row's seed decides its image, its id the name; other columns come out; more samples go on."""
+    table = [
+        {"id": "x1", "prompt": "one", "seed": 7, "kind": "number"},
+        {"id": "x2", "prompt": "one", "samples": 2},
+        {"prompt": "one"},
+        {"id": "x1", "prompt": "two"},
+        {"prompt": "far too long", "negative": "none"},
+    ]
+    (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, table)))
+    code, _ = execute(f"--prompts={tmp_path / 'table.jsonl'}", "--seed=5", f"--workdir={tmp_path / 'run'}")
+    records = {x["id"]: x for x in lines(tmp_path / "run" / "metadata.jsonl")}
+    named = Item("one", 0).id
+    assert code == 0 and {name: x["seed"] for name, x in records.items()} == {"x1": 7, "x2": 5, "x2-s001": 5, named: 5}
+    assert [x.get("columns") for x in records.values()] == [{"kind": "number"}, None, None, None]
+    seen = colours(tmp_path / "run")
+    execute("--prompt=one", "--seed=7", f"--workdir={tmp_path / 'seven'}")
+    assert seen["x1.png"] == colours(tmp_path / "seven")[f"{named}.png"] != seen["x2.png"] == seen[f"{named}.png"]
+    skipped = [x for x in lines(tmp_path / "run" / "log.jsonl") if x["event"] == "skipped"]
+    assert [x["reason"] for x in skipped] == [
+        "its id 'x1' is that of line 1 of table.jsonl",
+        "99 tokens, the prior reads 77",
+    ]
+    again = [f"--prompts={tmp_path / 'table.jsonl'}", "--seed=5", f"--workdir={tmp_path / 'run'}"]
+    assert execute(*again)[1].begun == []  # what no network reads is asked again, and nothing made
+    assert [item.id for part in execute(*again, "--samples=3")[1].begun for item in part] == [
+        "x1-s001", "x1-s002", Item("one", 1).id, Item("one", 2).id,
+    ]  # fmt: skip
+
+
 def test_done_is_done(tmp_path, capsys):
     arguments = "--prompt=one", "--samples=2", f"--workdir={tmp_path}"
     execute(*arguments)

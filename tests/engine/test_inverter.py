@@ -72,6 +72,27 @@ def test_samples_and_seed(inverter):
     assert relative_l2(other.latents[0], first.latents[2]) > 0.5
 
 
+def test_rows_with_seeds_and_negative_prompts(inverter):
+    """In one batch: each has the image that it has under such settings."""
+    prompt = tiny.PROMPTS[0]
+    rows = [items_lib.Row(prompt), items_lib.Row(prompt, seed=4), items_lib.Row(prompt, negative="a grey ring")]
+    batch = inverter.begin(list(items_lib.Items(rows, 1)), 3)
+    while batch.step < inverter.steps:
+        batch, _ = inverter.advance(batch)
+    found = [picture.latents for picture in inverter.finish(batch)]
+    led = build(sds={"negative_prompt": "a grey ring"})
+    expected = [inverter([prompt], seed=3), inverter([prompt], seed=4), led([prompt], seed=3)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_l2(ours, theirs.latents[0]) < TOLERANCE
+    assert relative_l2(found[1], found[0]) > 0.5 and relative_l2(found[2], found[0]) > 1e-3
+    unguided = build(sds={"negative_prompt": inverter.settings.sds.prompt})
+    assert unguided.check(prompt) is None
+    assert (
+        unguided.check(prompt, "grey")
+        == "it has a negative prompt, and the config no guidance: sds.prompt is sds.negative_prompt"
+    )
+
+
 @pytest.fixture(scope="module")
 def spread():
     """One item on each of eight devices."""

@@ -130,7 +130,8 @@ def test_a_file_of_any_bytes(tmp_path_factory, listed):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code, _ = execute(f"--prompts={path / 'list.txt'}", f"--workdir={path / 'run'}")
     assert code == 0
-    kept, rejected = prompt_file.sift(prompt_file.read_prompts(path / "list.txt"))
+    rows, rejected = prompt_file.sift(prompt_file.read_prompts(path / "list.txt"))
+    kept = [row.prompt for row in rows]
     assert [x["text"] for x in lines(path / "run" / "metadata.jsonl")] == kept
     assert steers(out.getvalue() + err.getvalue()) == set()
     assert tree(path) - {f"run/{x}" for x in tree(path / "run")} == {"list.txt", "run"}

@@ -90,10 +90,13 @@ def test_items_are_made_as_they_are_needed(prompts, samples, index, count, data)
     for left, expected in (
         (items_lib.missing(lazy, done), [x for x in own if x.id not in done]),
         (items_lib.missing(items_lib.missing(lazy, done), more), [x for x in own if x.id not in done | more]),
-        (items_lib.missing(lazy, done).without(unfit), [x for x in own if x.id not in done and x.prompt not in unfit]),
+        (
+            items_lib.missing(lazy, done).without((x, None) for x in unfit),
+            [x for x in own if x.id not in done and x.prompt not in unfit],
+        ),
     ):
         assert list(left) == expected and len(left) == len(expected)
-        assert left.prompts == list(dict.fromkeys(item.prompt for item in expected))
+        assert left.texts == list(dict.fromkeys(item.texts for item in expected))
         assert [item for item in listed if item in left] == expected
         assert items_lib.named(left, more) == [item for item in expected if item.id in more]
         work = work_lib.Work(left, [Part(tuple(data.draw(some)), 3)])

@@ -12,7 +12,7 @@ from referee_jax.hardware import processes
 from referee_jax.items import Part
 from referee_jax.storage import checkpoints
 
-ITEMS = tuple(items.expand(["a cat", "\udcff <b>", "ünï"], 1))
+ITEMS = (*items.expand(["a cat", "\udcff <b>"], 1), items.Item("ünï", 0, "x1", 7, "grey", {"kind": ["a"]}))
 
 
 def part(step, rng=None):
