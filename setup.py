@@ -5,6 +5,7 @@ import pathlib
 import setuptools
 
 DOCS = ["mkdocs-material>=9.6,<10", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
+RAY = ["ray[data]>=2.55,<2.64"]  # an actor's arguments change in 2.64
 README = pathlib.Path(__file__).parent / "README.md"
 
 setuptools.setup(
@@ -52,6 +53,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10"],
         "gs": ["gcsfs>=2025.3"],  # run directories in buckets
         "s3": ["s3fs>=2025.3"],
+        "ray": RAY,
         "siglip": ["sentencepiece>=0.2", "protobuf>=4"],  # the tokenizer of SigLIP 1; that of SigLIP 2 needs neither
         # Figures, and noun phrases of one's own prompts (besides: python -m spacy download en_core_web_sm).
         "eval": ["matplotlib>=3.9", "spacy>=3.8"],
@@ -72,6 +74,7 @@ setuptools.setup(
             "protobuf>=4",
             "webdataset>=1.0",
             *DOCS,
+            *RAY,
         ],
     },
     classifiers=[

@@ -3,6 +3,7 @@
 The rooms, from the top (docs/architecture.md has the table of who may import whom):
 
     run score evaluate sweep bench doctor gallery    commands        networks    each network alone
+    ray         tables of prompts on a Ray cluster, a command and a room
     runs        which process makes which images, and when
     performance what a config costs          benchmarks  prompt lists and their scores
     engine      networks and compiled programs on devices      shapes  the embedded world

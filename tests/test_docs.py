@@ -87,6 +87,11 @@ def check_program(module, arguments, monkeypatch):
     if module == "referee_jax.weights.lavis":
         lavis.parse(arguments)
         return
+    if module == "referee_jax.ray":
+        from referee_jax.ray import __main__ as ray_command  # imports Ray, which takes seconds
+
+        assert len(command.parse_flags([module, *arguments], flags.FlagValues(), ray_command.define_flags)) == 1
+        return
     if module in ("referee_jax.run", "referee_jax.doctor"):
         if module == "referee_jax.doctor":
             arguments = [x for x in arguments if not x.startswith(("--json", "--compile-for"))]

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from absl import flags
 
+from referee_jax.ray import __main__ as ray_command
 from referee_jax.runs import command
 from referee_jax.storage import run_directory
 from tests.fakes import lines
@@ -27,6 +28,9 @@ SHELLCHECK = shutil.which("shellcheck") or shutil.which("shellcheck", path=pathl
 RUN = flags.FlagValues()
 command.define_flags(RUN, [])
 FLAGS = set(RUN)
+VALUES = flags.FlagValues()
+ray_command.define_flags(VALUES, [])
+RAY = set(VALUES)
 
 
 def text(name):
@@ -75,6 +79,8 @@ def test_flags_and_configs_are_there(name):
     """Whatever a recipe gives to referee_jax.run is one of its flags, and a config that it names is a file."""
     given = re.findall(r"--(\w+)", " ".join(re.findall(r"referee_jax\.run(?:[^\n]|\\\n)*", text(name))))
     assert set(given) <= FLAGS, name
+    given = re.findall(r"--(\w+)", " ".join(re.findall(r"referee_jax\.ray[^\n]*\n[^\n]*", text(name))))
+    assert set(given) <= RAY, name
     assert all((ROOT / config).is_file() for config in re.findall(r"configs/\w+\.py", text(name)))
 
 

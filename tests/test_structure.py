@@ -43,6 +43,7 @@ TABLE = {
         "performance", "engine", "storage", "config", "cli", "console", "hardware", "items", "prompts", "weights",
         "referees.questions",
     },
+    "ray": {"runs", "storage", "config", "cli", "console", "hardware", "items", "prompts", "referees.questions"},
 }  # fmt: skip
 TABLE |= {command: {*TABLE, "benchmarks", "runs"} for command in COMMANDS}
 TABLE["__init__"] = {"config", "engine", "hardware.interrupts", "referees"}
@@ -106,7 +107,8 @@ def test_torch_only_in_training_and_conversion():
 def test_only_commands_read_flags():
     trainings = {"shapes/train.py", "benchmarks/methods.py", "benchmarks/binding.py", "benchmarks/hacking.py"}
     parsers = {"cli.py", "runs/command.py"}
-    commands = {f"{name}.py" for name in COMMANDS}
+    # The command of a room of its own: with __main__.py beside its parts the root stays as it is.
+    commands = {*(f"{name}.py" for name in COMMANDS), "ray/__main__.py"}
     assert using("absl.flags") <= trainings | parsers | commands
     assert {"run.py", "cli.py", "shapes/train.py"} <= using("absl.flags")
 
@@ -122,6 +124,8 @@ def test_only_few_ask_for_devices():
 
 def test_libraries_that_one_room_knows():
     assert using("fsspec") == {"storage/bucket.py"}
+    assert {file.partition("/")[0] for file in using("ray")} == {"ray"}
+    assert {file.partition("/")[0] for file in using("pyarrow")} <= {"runs", "storage", "ray"}
     assert {file.partition("/")[0] for file in using("transformers")} <= {"weights", "shapes"}
     assert {file.partition("/")[0] for file in using("flax.nnx")} <= {"models", "weights", "referees"}
 

@@ -1,7 +1,7 @@
 """The command of a run: its flags, parsed and checked together."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -45,20 +45,7 @@ class Command:
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Defines the flags; `argv` has the overrides of the config."""
-    config_flags.DEFINE_config_file(
-        "config", config.find(DEFAULT), f"config file, or the name of one of the package's; default: {DEFAULT}",
-        flag_values=values, sys_argv=list(argv),
-    )  # fmt: skip
-    flags.DEFINE_string(
-        "prompts",
-        None,
-        "prompts: one per line, or the field or column prompt (or text) of JSON, JSON lines, CSV, TSV or Parquet, local "
-        "or in a bucket; of those also id, seed, negative, samples, questions",
-        flag_values=values,
-    )
-    flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated", flag_values=values)
-    flags.DEFINE_integer("samples", None, "images per prompt; default: config.samples", flag_values=values)
-    flags.DEFINE_integer("seed", None, "default: config.seed", flag_values=values)
+    define_prompts(values, argv)
     flags.DEFINE_string("workdir", None, "run directory; default: runs/<config>-<fingerprint>", flag_values=values)
     flags.DEFINE_enum(
         "resume", "auto", ("auto", "force", "never"), "auto: continue a run directory that was begun with settings for "
@@ -88,9 +75,31 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     )  # fmt: skip
 
 
-def parse_flags(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
-    """Parses `argv` into `values` and returns the arguments that are no flags. Raises CommandError."""
-    define_flags(values, argv)
+def define_prompts(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Defines the flags that say what is to be made."""
+    config_flags.DEFINE_config_file(
+        "config", config.find(DEFAULT), f"config file, or the name of one of the package's; default: {DEFAULT}",
+        flag_values=values, sys_argv=list(argv),
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "prompts",
+        None,
+        "prompts: one per line, or the field or column prompt (or text) of JSON, JSON lines, CSV, TSV or Parquet, local "
+        "or in a bucket; of those also id, seed, negative, samples, questions",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated", flag_values=values)
+    flags.DEFINE_integer("samples", None, "images per prompt; default: config.samples", flag_values=values)
+    flags.DEFINE_integer("seed", None, "default: config.seed", flag_values=values)
+
+
+def parse_flags(
+    argv: Sequence[str],
+    values: flags.FlagValues,
+    define: Callable[[flags.FlagValues, Sequence[str]], None] = define_flags,
+) -> list[str]:
+    """Defines the flags, parses `argv` into `values` and returns the arguments that are no flags. Raises CommandError."""
+    define(values, argv)
     try:
         return cli.parse_argv(argv, values)
     except config.ConfigError as error:
@@ -107,15 +116,21 @@ def read_command(values: flags.FlagValues, arguments: Sequence[str]) -> Command:
         raise CommandError(f"--shard_index={values.shard_index} is not one of 0 to {values.shard_count - 1}")
     if values.claim and values.shard_count > 1:
         raise CommandError("--claim and --shard_count are two ways to share a run; give one of them")
-    changes = {key: values[key].value for key in ("samples", "seed", "workdir") if values[key].value is not None}
+    settings, entries = read_prompts(values, "samples", "seed", "workdir")
+    file = Path(config_flags.get_config_filename(values["config"]).partition(":")[0])
+    workdir = settings.workdir or Path("runs", f"{file.stem}-{config.fingerprint(settings)[:8]}")
+    workdir = workdir if bucket.is_remote(workdir) else Path(workdir)
+    names = ("shard_index", "shard_count", "claim", "claim_expiry", "distributed", "resume", "retries", "device")
+    return Command(settings, entries, workdir, **{name: values[name].value for name in names})
+
+
+def read_prompts(values: flags.FlagValues, *names: str) -> tuple[config.Settings, tuple[Entry, ...]]:
+    """The settings, some by flags of these names, and the prompts. Raises ConfigError or PromptError."""
+    changes = {key: values[key].value for key in names if values[key].value is not None}
     settings = config.from_config(dict(values.config.items()) | changes)
     entries = [Entry(text, f"--prompt {n}") for n, text in enumerate(values.prompt, 1)]
     if values.prompts is not None:
         entries = prompt_file.read_prompts(values.prompts) + entries
     elif not entries:
         entries = [Entry(text, f"prompt {n} of the config") for n, text in enumerate(settings.prompts, 1)]
-    file = Path(config_flags.get_config_filename(values["config"]).partition(":")[0])
-    workdir = settings.workdir or Path("runs", f"{file.stem}-{config.fingerprint(settings)[:8]}")
-    workdir = workdir if bucket.is_remote(workdir) else Path(workdir)
-    names = ("shard_index", "shard_count", "claim", "claim_expiry", "distributed", "resume", "retries", "device")
-    return Command(settings, tuple(entries), workdir, **{name: values[name].value for name in names})
+    return settings, tuple(entries)

@@ -319,6 +319,19 @@ def _run_each_phase(engine: worker.Engine, settings: config.Settings) -> None:
     engine.finish(batch)
 
 
+def compiled(engine: worker.Engine, settings: config.Settings) -> worker.Engine:
+    """Compiles the programs of an engine; returns it, with a smaller batch where the memory was too small for that."""
+    while True:
+        try:
+            worker.costs(engine)
+            _run_each_phase(engine, settings)
+            return engine
+        except jax.errors.JaxRuntimeError as error:
+            if not chips.is_out_of_memory(error):
+                raise
+            engine = worker.halved(engine, error)
+
+
 def warm_up(command: Command, *, load: Load = load_inverter, **_: Any) -> int:
     """Compiles the programs of a run by running a chunk of one image in each phase; writes no run directory."""
     settings, start = command.settings, time.monotonic()
@@ -328,15 +341,7 @@ def warm_up(command: Command, *, load: Load = load_inverter, **_: Any) -> int:
         share = share_of(command, items_lib.Items(rows, settings.samples))
         engine = fitted(engine, settings, len(share))
     say(engine.compiling)
-    while True:
-        try:
-            worker.costs(engine)
-            _run_each_phase(engine, settings)
-            break
-        except jax.errors.JaxRuntimeError as error:
-            if not chips.is_out_of_memory(error):
-                raise
-            engine = worker.halved(engine, error)
+    compiled(engine, settings)
     directory = compile_cache.directory()
     kept = f"kept in {directory}" if directory else "not kept: JAX_COMPILATION_CACHE_DIR names no directory"
     say(f"compiled in {time.monotonic() - start:.0f} s, some chunks of iterations included; {kept}")

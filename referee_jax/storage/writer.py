@@ -81,24 +81,19 @@ class Pool:
             raise error
 
 
-class Writer:
-    """Writes images and their lines to a run directory; made by `RunDirectory.writing`."""
+class Encoder:
+    """Turns pictures into what is written: records, and image files, which say how they were made."""
 
-    def __init__(self, path: Path, journal: Path, settings: config.Settings, *, process: int | str = 0):
-        self.path, self.journal, self.settings, self.process = path, journal, settings, process
+    def __init__(self, settings: config.Settings):
+        self.settings = settings
         self.origin = {"fingerprint": config.fingerprint(settings), "settings": config.image_settings(settings)}
         self.doubt = held_out.doubt(spec.weighted for spec in settings.referees if spec.role == "held_out")
-        self._pool, self._shard, self._journalled = Pool(), None, queue.SimpleQueue()
 
-    def write(self, picture: Picture, *, seconds: float, frames: Sequence[np.ndarray] = ()) -> str:
-        """Queues an image and its line; returns its status. Raises the error of an earlier image.
-
-        The status is the picture's ("done"), or "nonfinite" if a pixel or a score is not finite.
-        `seconds` is the time it took; `frames`, uint8 `[H, W, 3]`, are written as an animation.
-        """
+    def record(self, picture: Picture) -> dict[str, Any]:
+        """What is known of a picture; its `status` is the picture's, or "nonfinite" if a pixel or a score is not finite."""
         item, scores = picture.item, files.finite(dict(picture.scores))
         is_finite = np.isfinite(picture.image).all() and None not in scores.values()
-        record = {
+        return {
             "text": item.prompt,
             "id": item.id,
             "sample": item.sample,
@@ -109,8 +104,33 @@ class Writer:
             **_held_out(picture.losses, self.doubt),
             **({"questions": files.finite(dict(picture.questions))} if picture.questions else {}),
         }
-        # No time in the image file: its bytes are the same whenever it is made.
-        chunk = record | self.origin
+
+    def chunk(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What an image file says of itself. No time is in it: its bytes are the same whenever it is made."""
+        return {**record, **self.origin}
+
+    def image(self, picture: Picture, chunk: Mapping[str, Any]) -> bytes:
+        """The content of an image file."""
+        outputs = self.settings.outputs
+        return images.ENCODERS[ending(outputs)](images.to_uint8(picture.image, stretch=outputs.stretch), chunk)
+
+
+class Writer:
+    """Writes images and their lines to a run directory; made by `RunDirectory.writing`."""
+
+    def __init__(self, path: Path, journal: Path, settings: config.Settings, *, process: int | str = 0):
+        self.path, self.journal, self.settings, self.process = path, journal, settings, process
+        self.encoder = Encoder(settings)
+        self._pool, self._shard, self._journalled = Pool(), None, queue.SimpleQueue()
+
+    def write(self, picture: Picture, *, seconds: float, frames: Sequence[np.ndarray] = ()) -> str:
+        """Queues an image and its line; returns its status. Raises the error of an earlier image.
+
+        The status is the picture's ("done"), or "nonfinite" if a pixel or a score is not finite.
+        `seconds` is the time it took; `frames`, uint8 `[H, W, 3]`, are written as an animation.
+        """
+        item, record = picture.item, self.encoder.record(picture)
+        chunk = self.encoder.chunk(record)
         columns = {"columns": files.finite(dict(item.columns))} if item.columns else {}
         line = record | columns | {"seconds": round(seconds, 3), "time": files.now()}
         self._pool.submit(lambda: self._make(picture, chunk, frames), lambda data: self._commit(line, chunk, data))
@@ -143,7 +163,7 @@ class Writer:
     def _make(self, picture: Picture, chunk: Mapping[str, Any], frames: Sequence[np.ndarray]) -> bytes:
         """Encodes an image; writes it unless it goes into a shard."""
         outputs, name = self.settings.outputs, picture.item.id
-        data = images.ENCODERS[ending(outputs)](images.to_uint8(picture.image, stretch=outputs.stretch), chunk)
+        data = self.encoder.image(picture, chunk)
         if frames:
             (self.path / "trajectories").mkdir(exist_ok=True)
             files.write_atomic(self.path / "trajectories" / f"{name}.webp", images.encode_animation(frames))
