@@ -54,6 +54,7 @@ setuptools.setup(
         "gs": ["gcsfs>=2025.3"],  # run directories in buckets
         "s3": ["s3fs>=2025.3"],
         "ray": RAY,
+        "logging": ["tensorboardX>=2.6", "wandb>=0.20"],
         "siglip": ["sentencepiece>=0.2", "protobuf>=4"],  # the tokenizer of SigLIP 1; that of SigLIP 2 needs neither
         # Figures, and noun phrases of one's own prompts (besides: python -m spacy download en_core_web_sm).
         "eval": ["matplotlib>=3.9", "spacy>=3.8"],
@@ -73,6 +74,9 @@ setuptools.setup(
             "sentencepiece>=0.2",
             "protobuf>=4",
             "webdataset>=1.0",
+            "datasets>=4",
+            "tensorboardX>=2.6",
+            "wandb>=0.20",
             *DOCS,
             *RAY,
         ],

@@ -17,9 +17,9 @@ from absl import app, flags, logging
 
 from referee_jax import cli, config, console, prompts
 from referee_jax.ray import pipeline, tables
+from referee_jax.ray.folder import Folder
 from referee_jax.runs import command as command_lib
 from referee_jax.runs.command import CommandError
-from referee_jax.storage.folder import Folder
 
 
 def define_flags(values: flags.FlagValues, argv: list[str]) -> None:

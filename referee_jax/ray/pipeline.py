@@ -19,12 +19,12 @@ from referee_jax import items as items_lib
 from referee_jax.ray import progress, tables
 from referee_jax.ray import rows as rows_lib
 from referee_jax.ray.actor import Actor
+from referee_jax.ray.folder import Folder
 from referee_jax.ray.sink import Sink
 from referee_jax.runs import job, prompt_file
 from referee_jax.runs.command import CommandError
 from referee_jax.runs.prompt_columns import Entry
-from referee_jax.storage import run_directory
-from referee_jax.storage.folder import Folder
+from referee_jax.storage import parquet, run_directory
 
 CONFIG = "config.json"
 
@@ -117,7 +117,7 @@ def actors(
 
 def carried(columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The types of the tables' other columns. CommandError for one that the output has, too."""
-    types = tables.column_types(columns)
+    types = parquet.column_types(columns)
     if double := [name for name in types if name in tables.FIELDS]:
         raise CommandError(f"the table has a column {double[0]}, which the output has, too; rename it")
     return types

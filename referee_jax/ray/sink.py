@@ -7,7 +7,7 @@ import pyarrow as pa
 from ray.data import Datasink
 
 from referee_jax.ray import tables
-from referee_jax.storage.folder import Folder
+from referee_jax.ray.folder import Folder
 
 
 class Sink(Datasink):

@@ -8,7 +8,6 @@ A part appears when it is whole, and a tar before its rows; so what stands in th
 """
 
 import io
-import json
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from referee_jax.storage import files
-from referee_jax.storage.folder import Folder
+from referee_jax.ray.folder import Folder
+from referee_jax.storage import parquet
 
 FORMATS = {"parquet": "images", "webdataset": "shards"}  # -> folder
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as the Hugging Face Hub has images in Parquet
@@ -36,31 +35,13 @@ FIELDS = {
 }
 
 
-def column_types(columns: Sequence[Mapping[str, Any]]) -> dict[str, pa.DataType]:
-    """The type of each of the columns that are carried; a text, in JSON, where values are nested or of several kinds."""
-    types = {}
-    for name in dict.fromkeys(name for values in columns for name in values):
-        try:
-            kind = pa.array([values.get(name) for values in columns]).type
-        except pa.ArrowException:
-            kind = pa.string()
-        types[name] = pa.string() if pa.types.is_nested(kind) or pa.types.is_null(kind) else kind
-    return types
-
-
 def table(rows: Sequence[Mapping[str, Any]], types: Mapping[str, pa.DataType]) -> pa.Table:
     """Rows as a table of FIELDS, of which any may be missing, and of the carried columns of these types."""
     arrays = {}
     for name, kind in (FIELDS | dict(types)).items():
         values = [row.get(name) if name in FIELDS else row["columns"].get(name) for row in rows]
-        arrays[name] = pa.array([_cell(value, kind) for value in values], kind)
+        arrays[name] = parquet.column(values, kind)
     return pa.table(arrays)
-
-
-def _cell(value: Any, kind: pa.DataType) -> Any:
-    """A value of a column of this type."""
-    is_text = pa.types.is_string(kind) and value is not None and not isinstance(value, str)
-    return json.dumps(files.finite(value)) if is_text else value
 
 
 def write(folder: Folder, part: str, rows: pa.Table, layout: str) -> None:

@@ -27,7 +27,7 @@ class Command:
     fixed share; with `claim` each process makes what no other has claimed, and a claim that is not
     refreshed for `claim_expiry` seconds may be taken over. With `distributed`, JAX tells a process its
     index. After a device failure the command starts again, up to `retries` times. `device` is one of
-    devices.KINDS.
+    devices.KINDS. `writers` are names in metric_writers.WRITERS.
     """
 
     settings: config.Settings
@@ -41,6 +41,7 @@ class Command:
     resume: str = "auto"
     retries: int = 1
     device: str = "auto"
+    writers: tuple[str, ...] = ()
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -67,6 +68,10 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_float(
         "claim_expiry", 900.0, "seconds after which the images of a silent worker are taken over; more than a chunk or "
         "a compilation takes", lower_bound=1.0, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_multi_enum(
+        "writers", [], ("tensorboard", "wandb"), "write the log's numbers there as well (extra [logging]); may be repeated",
+        flag_values=values,
     )  # fmt: skip
     cli.define_device(values)
     flags.DEFINE_bool(
@@ -121,7 +126,8 @@ def read_command(values: flags.FlagValues, arguments: Sequence[str]) -> Command:
     workdir = settings.workdir or Path("runs", f"{file.stem}-{config.fingerprint(settings)[:8]}")
     workdir = workdir if bucket.is_remote(workdir) else Path(workdir)
     names = ("shard_index", "shard_count", "claim", "claim_expiry", "distributed", "resume", "retries", "device")
-    return Command(settings, entries, workdir, **{name: values[name].value for name in names})
+    writers = tuple(dict.fromkeys(values.writers))
+    return Command(settings, entries, workdir, writers=writers, **{name: values[name].value for name in names})
 
 
 def read_prompts(values: flags.FlagValues, *names: str) -> tuple[config.Settings, tuple[Entry, ...]]:

@@ -17,7 +17,7 @@ from referee_jax.engine import builders, inverter
 from referee_jax.hardware import chips, compile_cache, processes
 from referee_jax.items import Item
 from referee_jax.referees.questions import YES, Atom, atoms
-from referee_jax.runs import prompt_file, recovery, worker
+from referee_jax.runs import metric_writers, prompt_file, recovery, worker
 from referee_jax.runs import work as work_lib
 from referee_jax.runs.command import Command, CommandError
 from referee_jax.runs.prompt_file import Rejected
@@ -90,7 +90,8 @@ def execute(command: Command, *, load: Load = load_inverter, stop: worker.Stop |
     run = run_directory.RunDirectory.open(
         command.workdir, command.settings, device=device, process=command.shard_index, resume=command.resume
     )
-    with contextlib.closing(run.storage):
+    with contextlib.closing(run.storage), contextlib.ExitStack() as stack:
+        stack.callback(metric_writers.attach(run, command.writers))
         return make_images(command, run, rows, rejected, load, stop or worker.Stop())
 
 
@@ -282,6 +283,7 @@ def finish(run: run_directory.RunDirectory, made: worker.Made, skipped: int, sec
     run.remove_preview()
     run.merge()
     finished = run.finished()
+    run.write_table(finished)
     sheet, page = run.contact_sheet(finished), gallery_page.write(run, finished)
     hacked = [record["id"] for record in finished if record.get("hacked")]
     if hacked:

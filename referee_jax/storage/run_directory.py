@@ -4,6 +4,7 @@
     images/<id>.png         one per item, with its prompt, scores and settings (images.py); or .webp
     shards/<name>.tar       instead, if `outputs.format` is webdataset: many images each (shards.py)
     metadata.jsonl          the journal: one line per finished image, with `file_name`
+    metadata.parquet        the same as a table, when a run ends (parquet.py)
     log.jsonl               starts, skipped prompts, metrics of every chunk
     contact_sheet.png       the first images (contact_sheet.py)
     preview.png             until the first images are finished: what they look like so far
@@ -45,7 +46,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ from referee_jax import config
 from referee_jax.hardware import processes
 from referee_jax.storage import bucket as bucket_lib
 from referee_jax.storage import claims as claims_lib
-from referee_jax.storage import contact_sheet, local, shards
+from referee_jax.storage import contact_sheet, local, parquet, shards
 from referee_jax.storage import files as files_lib
 from referee_jax.storage import writer as writer_lib
 
@@ -112,6 +113,7 @@ class RunDirectory:
     def __init__(self, storage: local.Disk | bucket_lib.Bucket, settings: config.Settings, *, process: int | str = 0):
         self.storage, self.path, self.name = storage, storage.local, storage.name
         self.settings, self.process = settings, process
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # get each line of the log
         journal = f"metadata-{process}.jsonl" if process else "metadata.jsonl"
         self.images, self.journal, self.log_file = (self.path / x for x in ("images", journal, "log.jsonl"))
 
@@ -334,7 +336,16 @@ class RunDirectory:
 
     def log(self, event: str, **values: Any) -> None:
         """Appends a line to log.jsonl."""
-        files_lib.append(self.log_file, {"event": event, "time": files_lib.now(), **values})
+        line = {"event": event, "time": files_lib.now(), **values}
+        files_lib.append(self.log_file, line)
+        for listen in self.listeners:
+            listen(files_lib.finite(line))
+
+    def write_table(self, records: Sequence[dict[str, Any]]) -> None:
+        """Writes metadata.parquet of these lines (`finished()`), where there are some."""
+        if records:
+            files_lib.write_atomic(self.path / "metadata.parquet", parquet.encode_metadata(records))
+            self.storage.publish("metadata.parquet")
 
     @property
     def preview(self) -> Path | None:

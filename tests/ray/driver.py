@@ -7,8 +7,8 @@ import time
 import ray
 
 from referee_jax.ray import pipeline
+from referee_jax.ray.folder import Folder
 from referee_jax.runs import job
-from referee_jax.storage.folder import Folder
 from tests import fakes
 
 MEMORY = 100 * 2**20  # of Ray's object store

@@ -8,8 +8,9 @@ import pytest
 
 from referee_jax import config
 from referee_jax.ray import pipeline, tables
+from referee_jax.ray.folder import Folder
 from referee_jax.runs.command import CommandError
-from referee_jax.storage.folder import Folder
+from referee_jax.storage import parquet
 from tests import tiny
 
 pytestmark = pytest.mark.unit
@@ -22,7 +23,7 @@ def row(name: str, **changes):
 
 def test_carried_columns_keep_their_type():
     columns = [{"n": 1, "x": 0.5, "t": "a", "l": [1], "m": 1, "e": None}, {"n": None, "m": "b", "e": None}, {}]
-    types = tables.column_types(columns)
+    types = parquet.column_types(columns)
     assert types == {
         "n": pa.int64(), "x": pa.float64(), "t": pa.string(), "l": pa.string(), "m": pa.string(), "e": pa.string()
     }  # fmt: skip

@@ -49,7 +49,7 @@ def finished(url, count):
     images = {name for name in objects if name.startswith("images/")}
     assert sorted(x["file_name"] for x in lines) == sorted(images) and len(images) == count
     others = {name for name in objects if not name.startswith(("images/", "log-", "trajectories/"))}
-    assert others == {"config.json", "metadata.jsonl", "contact_sheet.png", "gallery.html"}
+    assert others == {"config.json", "metadata.jsonl", "metadata.parquet", "contact_sheet.png", "gallery.html"}
     return {name.removeprefix("images/"): Image.open(io.BytesIO(objects[name])).getpixel((0, 0)) for name in images}
 
 
