@@ -32,15 +32,9 @@ def reference(prompts, workdir, *flags: str) -> None:
 
 def start(engine: str, prompts, out, *flags: str, **environment: str) -> subprocess.Popen:
     """Starts a driver in a session of its own."""
-    variables = {
-        "PYTHONPATH": str(ROOT),
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-    }
     command = [sys.executable, str(DRIVER), engine, str(prompts), str(out), *flags]
     return subprocess.Popen(
-        command, env=os.environ | variables | environment, cwd=ROOT, start_new_session=True,
+        command, env=alone() | environment, cwd=ROOT, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import tarfile
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +13,7 @@ from referee_jax import run
 from referee_jax.shapes import benchmark
 from tests import fakes
 from tests.ray import clusters
+from tests.s3 import s3  # noqa: F401
 
 FEW = ("--config.steps=2", "--config.init=noise", "--config.init_candidates=1", "--config.batch_size=8")
 STEPS = "--config.steps=25"
@@ -92,3 +95,34 @@ def test_the_shapes_world(tmp_path, layout):
         x["prompt"] for x in rows if not x["error"]
     }
     assert json.loads((out / "config.json").read_text())["fingerprint"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_killed_and_continued_in_s3(tmp_path, s3, layout):  # noqa: F811
+    """From a table in a bucket to one in a bucket; an actor's process and the driver killed."""
+    prompts, fs = (
+        table(tmp_path / "p.parquet", 60, list("abcdefghijk")),
+        fsspec.filesystem("s3", use_listings_cache=False),
+    )
+    fs.put(str(prompts), f"{s3}/p.parquet")
+    arguments, parts = ("fake", f"{s3}/p.parquet", f"{s3}/out", STEPS), lambda: fs.glob(f"{s3}/out/*/*.parquet")
+    driver = clusters.start(*arguments, LAYOUT=layout)
+    clusters.wait_for(parts, driver)
+    clusters.kill(clusters.actors(driver.pid)[0])
+    before = len(parts())
+    clusters.wait_for(lambda: len(parts()) > before, driver)
+    clusters.kill(driver.pid)
+    driver.communicate()
+    assert clusters.run(*arguments, LAYOUT=layout) == "{'ok': 60}"
+    fs.get(f"{s3}/out", str(tmp_path / "out"), recursive=True)
+    rows = clusters.rows(tmp_path / "out")
+    assert [row["id"] for row in rows] == [f"r{n:05d}" for n in range(60)]
+    flags = f"--prompts={prompts}", STEPS, f"--workdir={tmp_path / 'run'}"
+    assert run.main(fakes.command(*flags, path=fakes.ROOT / "configs" / "shapes.py"), load=fakes.FakeInverter) == 0
+    images = {row["image"]["path"]: row["image"]["bytes"] for row in rows} if layout == "parquet" else {}
+    for file in (tmp_path / "out").glob("shards/*.tar"):
+        with tarfile.open(file) as tar:
+            images |= {x.name: tar.extractfile(x).read() for x in tar if x.name.endswith(".png")}
+    assert images == {file.name: file.read_bytes() for file in (tmp_path / "run" / "images").iterdir()}

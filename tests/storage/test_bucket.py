@@ -18,6 +18,7 @@ from referee_jax.storage import bucket as bucket_lib
 from referee_jax.storage import claims as claims_lib
 from referee_jax.storage import run_directory
 from tests.fakes import FakeInverter, colours, command, execute
+from tests.s3 import s3  # noqa: F401
 from tests.tools import kill_fuzz
 
 PROMPTS = ["--prompt=one", "--prompt=two", "--prompt=three", "--prompt=four"]
@@ -380,30 +381,10 @@ def test_a_journal_in_a_bucket_is_that_of_a_directory(tmp_path, url):
 # --- a real protocol ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def s3(monkeypatch):
-    """A bucket of a local S3 server; `pip install s3fs "aiobotocore[boto3]" "moto[server]"`."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
-    pytest.importorskip("s3fs")
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    bucket = f"bucket-{secrets.token_hex(8)}"
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir(bucket)
-    yield f"s3://{bucket}/run"
-    server.stop()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("flags", [[], ["--claim", f"--claim_expiry={kill_fuzz.EXPIRY}"]], ids=["shares", "claims"])
-def test_processes_that_are_killed_lose_nothing_in_s3(tmp_path, s3, flags):
+def test_processes_that_are_killed_lose_nothing_in_s3(tmp_path, s3, flags):  # noqa: F811
     """Three real processes over S3's protocol, one killed, one asked to stop; others finish."""
     kill_fuzz.uninterrupted(tmp_path)
     fs, cache = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True), tmp_path / "cache"
