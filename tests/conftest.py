@@ -74,6 +74,7 @@ KINDS = {
     "performance": "compiled",
     "performance/test_flops.py": "unit",
     "performance/test_hlo.py": "unit",
+    "ray/test_pipeline.py": "process",
     "referees": "compiled",
     "referees/test_questions.py": "unit",
     "runs/test_failures.py": "process",
@@ -90,6 +91,7 @@ KINDS = {
 # A minute each: begun last, they would run while the other workers have nothing to do.
 LONG = (
     "test_reliability.py",
+    "test_pipeline.py",
     "test_contract.py",
     "test_cost.py",
     "test_inversion.py",

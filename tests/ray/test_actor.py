@@ -15,7 +15,6 @@ from referee_jax.ray.progress import Counts, line
 from referee_jax.runs.prompt_file import Rejected
 from tests import fakes, tiny
 
-pytestmark = pytest.mark.unit
 MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too much")
 BROKEN = jax.errors.JaxRuntimeError("INTERNAL: the device is gone\nand more")
 

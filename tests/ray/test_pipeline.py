@@ -36,7 +36,6 @@ def check(rows: list[dict], reference: pathlib.Path, ids: set[str]) -> None:
     assert images == {file.name: file.read_bytes() for file in (reference / "images").iterdir()}
 
 
-@pytest.mark.process
 def test_killed_and_continued(tmp_path):
     """An actor's process, then the driver; a row that fails, one that is refused, one that kills whoever makes it."""
     bad = {"r00003": "failing", "r00010": "far too long", "r00055": "deadly"}

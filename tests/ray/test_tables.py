@@ -13,8 +13,6 @@ from referee_jax.runs.command import CommandError
 from referee_jax.storage import parquet
 from tests import tiny
 
-pytestmark = pytest.mark.unit
-
 
 def row(name: str, **changes):
     image = {"bytes": b"png of " + name.encode(), "path": f"{name}.png"}

@@ -253,7 +253,7 @@ def test_processes_share_a_directory(tmp_path, form, order):
     for index in order:
         assert execute(*arguments, f"--shard_index={index}", "--shard_count=2")[0] == 0
     assert len(shown(tmp_path)) == len(lines(tmp_path / "metadata.jsonl")) == 5
-    assert [x.name for x in tmp_path.glob("metadata*")] == ["metadata.jsonl"]
+    assert [x.name for x in tmp_path.glob("metadata*.jsonl")] == ["metadata.jsonl"]
     assert execute(*arguments) == (0, None)
 
 
