@@ -103,7 +103,7 @@ def test_killed_and_continued_in_s3(tmp_path, s3, layout):  # noqa: F811
     """From a table in a bucket to one in a bucket; an actor's process and the driver killed."""
     prompts, fs = (
         table(tmp_path / "p.parquet", 60, list("abcdefghijk")),
-        fsspec.filesystem("s3", use_listings_cache=False),
+        fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True),
     )
     fs.put(str(prompts), f"{s3}/p.parquet")
     arguments, parts = ("fake", f"{s3}/p.parquet", f"{s3}/out", STEPS), lambda: fs.glob(f"{s3}/out/*/*.parquet")
