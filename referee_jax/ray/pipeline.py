@@ -4,6 +4,7 @@ What is done is what stands in the output. Ray's own checkpoint would keep a sec
 input by tasks of its own, which hand one actor many batches at once.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -95,10 +96,7 @@ def generate(
             made = actors(settings, pool, types, load, tally)
             ray.data.from_arrow(todo).map_batches(Actor, **made).write_datasink(Sink(out, layout, part))
         done = tables.finished(out)
-    counts: dict[str, int] = {}
-    for status in done.values():
-        counts[status] = counts.get(status, 0) + 1
-    return counts
+    return dict(sorted(collections.Counter(done.values()).items()))
 
 
 def actors(

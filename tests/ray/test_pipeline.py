@@ -50,7 +50,7 @@ def test_killed_and_continued(tmp_path):
     driver.communicate()
     before = {row["id"] for row in clusters.rows(out)}
     assert 0 < len(before) < 60
-    assert clusters.run("fake", prompts, out, STEPS) == "{'ok': 57, 'failed': 2, 'refused': 1}"
+    assert clusters.run("fake", prompts, out, STEPS) == "{'failed': 2, 'ok': 57, 'refused': 1}"
     rows = clusters.rows(out)
     good = table(tmp_path / "good.parquet", 60, list("abcdefghijk"), **dict.fromkeys(bad, "far too long"))
     arguments = f"--prompts={good}", STEPS, f"--workdir={tmp_path / 'run'}"
