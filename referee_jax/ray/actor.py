@@ -1,5 +1,6 @@
 """An actor: the networks on the chips that Ray gave a process, and batch after batch of rows made with them."""
 
+import collections
 import json
 import os
 import sys
@@ -89,10 +90,7 @@ class Actor:
                     self.tally.add(row["id"], {})
         made |= self.attempt(todo)
         results = [made[row["id"]] for row in given]
-        counts: dict[str, int] = {}
-        for result in results:
-            counts[result["status"]] = counts.get(result["status"], 0) + 1
-        self.tally.add(name, counts)
+        self.tally.add(name, collections.Counter(result["status"] for result in results))
         return tables.table(results, self.types)
 
     def attempt(self, todo: dict[Item, Row]) -> dict[str, dict[str, Any]]:
