@@ -2,6 +2,7 @@
 
 import bisect
 import collections
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -105,15 +106,14 @@ def _sha256(text: str) -> str:
 class Items(Sequence[Item]):
     """`samples` samples of each row, row by row, or every so many of them: each made when it is asked for.
 
-    `rows`, or plain prompts, are distinct, and may have numbers of samples of their own; `places` are numbers of
-    items, by default all.
+    `rows`, or plain prompts, are distinct, and may have numbers of samples of their own.
     """
 
-    def __init__(self, rows: Sequence[Row | str], samples: int, places: range | None = None):
+    def __init__(self, rows: Sequence[Row | str], samples: int):
         self.rows = [Row(row) if isinstance(row, str) else row for row in rows]
         self.samples = samples
         self._ends = list(itertools.accumulate(self._samples(row) for row in self.rows))
-        self.places = range(self._ends[-1] if self._ends else 0) if places is None else places
+        self.places = range(self._ends[-1] if self._ends else 0)
 
     def _samples(self, row: Row) -> int:
         return self.samples if row.samples is None else row.samples
@@ -127,7 +127,9 @@ class Items(Sequence[Item]):
 
     def __getitem__(self, place: int | slice) -> "Item | Items":
         if isinstance(place, slice):
-            return Items(self.rows, self.samples, self.places[place])
+            others = copy.copy(self)  # which shares the rows: a million are not counted again for each batch
+            others.places = self.places[place]
+            return others
         place = self.places[place]
         number = bisect.bisect_right(self._ends, place)
         return Item.of(self.rows[number], place - self._start(number))
