@@ -89,7 +89,7 @@ def test_few_prompts_are_kept(counted, monkeypatch):
     monkeypatch.setattr(inverter_lib, "TOKENIZED", 3)
     for n in range(10):
         engine.check("red " * n + "circle")
-    assert list(engine._tokens) == ["red " * n + "circle" for n in (7, 8, 9)]
+    assert list(engine._tokens) == [("red " * n + "circle", None) for n in (7, 8, 9)]
     # One that was dropped is read again, and is the same.
     again = engine._tokenize("circle")["referees"][0]["input_ids"]
     np.testing.assert_array_equal(again, engine.judges[0].read("circle")["input_ids"])

@@ -50,7 +50,7 @@ class NoiseEngine:
         self.steps, self.size = settings.steps, settings.image_size
         self.rng = np.random.default_rng(0)
 
-    def check(self, prompt):
+    def check(self, prompt, negative=None):
         return None
 
     def begin(self, items, seed):
