@@ -2,11 +2,9 @@
 # N processes with M simulated CPU devices each, on this machine: what a cluster does, to be looked at.
 #
 #   launch/local_multiprocess.sh 2 4 --config=configs/shapes.py --workdir=runs/two_by_four
-#   launch/local_multiprocess.sh 3 1 --config=configs/shapes.py --workdir=runs/pool --claim
 #
-# Each process makes its share of the items (--shard_index), or, with --claim, what is still free. Output of process I is
-# prefixed "[I]". SIGTERM and Ctrl-C reach all of them as SIGTERM. Exits with 0, or as the first process in the row that failed
-# did. PYTHON names the interpreter.
+# Each process makes its share of the items (--shard_index). Output of process I is prefixed "[I]". SIGTERM and Ctrl-C reach all
+# of them as SIGTERM. Exits with 0, or as the first process in the row that failed did. PYTHON names the interpreter.
 set -euo pipefail
 if (($# < 3)) || [[ ! $1 =~ ^[1-9][0-9]*$ || ! $2 =~ ^[1-9][0-9]*$ ]]; then
     echo "use: $0 PROCESSES DEVICES --config=FILE --workdir=DIR [flags of referee_jax.run]" >&2
@@ -20,10 +18,8 @@ children=()
 trap 'kill -TERM "${children[@]}" 2>/dev/null || true' TERM INT
 
 for ((i = 0; i < count; i++)); do
-    share=("--shard_index=$i" "--shard_count=$count")
-    for flag in "$@"; do [[ $flag == --claim ]] && share=(); done
     JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices \
-        "${PYTHON:-python}" -m referee_jax.run "$@" "${share[@]}" > >(sed -u "s/^/[$i] /") 2>&1 &
+        "${PYTHON:-python}" -m referee_jax.run "$@" "--shard_index=$i" "--shard_count=$count" > >(sed -u "s/^/[$i] /") 2>&1 &
     children+=("$!")
 done
 

@@ -41,8 +41,7 @@ from referee_jax.performance import abstract_networks, ahead_of_time, cost
 from referee_jax.runs import command as command_lib
 from referee_jax.runs import prompt_file
 from referee_jax.runs.command import Command
-from referee_jax.storage import bucket as bucket_lib
-from referee_jax.storage import run_directory
+from referee_jax.storage import objects, run_directory
 from referee_jax.weights import convert, generators, load
 from referee_jax.weights import hub as hub_files
 from referee_jax.weights.formats import lora
@@ -137,7 +136,7 @@ def cache(command: Command | None) -> list[Finding]:
 def workdir(command: Command | None) -> list[Finding]:
     """The run directory: is it writable, is there room, and does its file system's clock agree with ours?"""
     path = command.workdir if command else Path("runs")
-    if bucket_lib.is_remote(path):
+    if objects.is_remote(path):
         return bucket(str(path))
     if problem := unwritable(path):
         return [Finding("workdir", problem, "choose another --workdir, or get the right to write there")]
@@ -158,7 +157,7 @@ def workdir(command: Command | None) -> list[Finding]:
 def bucket(url: str) -> list[Finding]:
     """A run directory in a bucket: is it writable, and does its clock agree with ours?"""
     try:
-        now = bucket_lib.Bucket(url).now()
+        now = objects.Objects(url).now()
     except ValueError as error:
         return [Finding("workdir", str(error), "install it, or choose another --workdir")]
     except OSError as error:

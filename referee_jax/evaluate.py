@@ -27,12 +27,12 @@ from absl import flags, logging
 
 from referee_jax import cli
 from referee_jax.benchmarks import evaluation, geneval2, layouts, noun_phrases, t2i_compbench
-from referee_jax.storage import bucket
+from referee_jax.storage import objects
 
 
 def evaluate(args) -> str:
     """Carries out the command; returns what to print. Raises ValueError for what cannot be done."""
-    directory = bucket.local_only(args.workdir)
+    directory = objects.local_only(args.workdir)
     folder = directory.parent if directory.is_file() else directory
     if args.export:
         return export(args.export, evaluation.read(directory), Path(args.out or folder / args.export), args)

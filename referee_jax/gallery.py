@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from referee_jax import cli, config
-from referee_jax.storage import bucket, gallery_page, local
+from referee_jax.storage import gallery_page, local, objects
 from referee_jax.storage import run_directory as run_directory_lib
 
 
@@ -33,7 +33,7 @@ def main(_: Any, run_directory: str = "") -> str:
     """The command line."""
     if not run_directory:
         raise ValueError("name one run directory: python -m referee_jax.gallery RUN")
-    run = read(bucket.local_only(run_directory))
+    run = read(objects.local_only(run_directory))
     file = gallery_page.write(run, run.finished())
     if file is None:
         raise ValueError(f"{run_directory} holds no finished image")

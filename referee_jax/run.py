@@ -5,8 +5,8 @@
 
 `--config` is a file, or the name of a config of the package (default: shapes). Any setting can be
 changed: --config.sds.guidance=20. The same command with the same run directory continues the run, in
-the middle of its images. Several processes may share a run: --shard_index and --shard_count, or
---claim for workers that come and go.
+the middle of its images. Several processes may share a run: --shard_index and --shard_count. For
+workers that come and go: python -m referee_jax.ray.
 
 Exit codes: 0 done; 1 the disk failed, the device's memory is too small, nothing moved any more, or
 images are left out because the device failed at them twice; 2 the command cannot be executed;
@@ -33,7 +33,7 @@ from referee_jax.hardware import chips, compile_cache, devices, processes
 from referee_jax.performance import cost
 from referee_jax.runs import job, recovery, worker
 from referee_jax.runs.command import Command, CommandError, parse_flags, read_command
-from referee_jax.storage import bucket, run_directory
+from referee_jax.storage import objects, run_directory
 from referee_jax.weights import convert
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -147,7 +147,7 @@ def _absl_main(argv: list[str]) -> int:
         command = read_command(flags.FLAGS, argv[1:])
         devices.keep_freed_memory(command.device)
         if command.distributed:  # before JAX looks for devices
-            directory = None if bucket.is_remote(command.workdir) else Path(command.workdir).expanduser()
+            directory = None if objects.is_remote(command.workdir) else Path(command.workdir).expanduser()
             index, count = processes.join(command.shard_index, command.shard_count, directory)
             command = dataclasses.replace(command, shard_index=index, shard_count=count)
         device = devices.choose(command.device)
@@ -156,7 +156,7 @@ def _absl_main(argv: list[str]) -> int:
     if problem := compile_cache.use(device):
         say(f"warning: {problem}", file=sys.stderr)
     file = flags.FLAGS.prompts
-    if command.distributed or (file and not bucket.is_remote(file) and not Path(file).is_file()):
+    if command.distributed or (file and not objects.is_remote(file) and not Path(file).is_file()):
         # JAX lets no process join a job again, and a pipe of prompts cannot be read again.
         command = dataclasses.replace(command, retries=0)
     work = estimate if flags.FLAGS.estimate else job.warm_up if flags.FLAGS.warmup else job.execute

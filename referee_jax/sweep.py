@@ -30,7 +30,7 @@ from referee_jax.benchmarks import methods, report, statistics
 from referee_jax.engine import builders, inverter
 from referee_jax.items import Item
 from referee_jax.shapes import benchmark
-from referee_jax.storage import bucket, files, images
+from referee_jax.storage import files, images, objects
 from referee_jax.weights import hub
 
 Row = tuple[str, Item]  # name of the variant, item
@@ -210,7 +210,7 @@ def main(args: flags.FlagValues) -> str:
         raise ValueError("--sweep=FILE and --workdir=DIRECTORY are needed")
     cli.prepare(args.device)
     changes = {name: args[name].value for name in ("samples", "batch_size") if args[name].value is not None}
-    return sweep(args.sweep, bucket.local_only(args.workdir), vary=args.vary, names=args.variant, changes=changes)
+    return sweep(args.sweep, objects.local_only(args.workdir), vary=args.vary, names=args.variant, changes=changes)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_only_few_ask_for_devices():
 
 
 def test_libraries_that_one_room_knows():
-    assert using("fsspec") == {"storage/bucket.py"}
+    assert using("fsspec") == {"storage/objects.py"}
     assert {file.partition("/")[0] for file in using("ray")} == {"ray"}
     assert {file.partition("/")[0] for file in using("pyarrow")} <= {"runs", "storage", "ray"}
     assert {file.partition("/")[0] for file in using("transformers")} <= {"weights", "shapes"}

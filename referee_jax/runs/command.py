@@ -10,7 +10,7 @@ from ml_collections import config_flags
 from referee_jax import cli, config
 from referee_jax.runs import prompt_file
 from referee_jax.runs.prompt_columns import Entry
-from referee_jax.storage import bucket
+from referee_jax.storage import objects
 
 DEFAULT = "shapes"  # the config without --config: its networks are part of the package
 
@@ -24,10 +24,9 @@ class Command:
     """Settings, prompts, the run directory, and how processes share the work.
 
     `workdir` is a str for a bucket ("gs://bucket/run"). Process `shard_index` of `shard_count` makes a
-    fixed share; with `claim` each process makes what no other has claimed, and a claim that is not
-    refreshed for `claim_expiry` seconds may be taken over. With `distributed`, JAX tells a process its
-    index. After a device failure the command starts again, up to `retries` times. `device` is one of
-    devices.KINDS. `writers` are names in metric_writers.WRITERS.
+    fixed share; with `distributed`, JAX tells a process its index. After a device failure the command
+    starts again, up to `retries` times. `device` is one of devices.KINDS. `writers` are names in
+    metric_writers.WRITERS.
     """
 
     settings: config.Settings
@@ -35,8 +34,6 @@ class Command:
     workdir: Path | str
     shard_index: int = 0
     shard_count: int = 1
-    claim: bool = False
-    claim_expiry: float = 900.0
     distributed: bool = False
     resume: str = "auto"
     retries: int = 1
@@ -62,13 +59,6 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_bool("warmup", False, "compile what a run needs, fill the compile cache, and exit", flag_values=values)
     flags.DEFINE_integer("shard_index", 0, "index of this process among those that share the run", flag_values=values)
     flags.DEFINE_integer("shard_count", 1, "how many processes share the run", lower_bound=1, flag_values=values)
-    flags.DEFINE_bool(
-        "claim", False, "make what no other worker has claimed, instead of a fixed share", flag_values=values
-    )
-    flags.DEFINE_float(
-        "claim_expiry", 900.0, "seconds after which the images of a silent worker are taken over; more than a chunk or "
-        "a compilation takes", lower_bound=1.0, flag_values=values,
-    )  # fmt: skip
     flags.DEFINE_multi_enum(
         "writers", [], ("tensorboard", "wandb"), "write the log's numbers there as well (extra [logging]); may be repeated",
         flag_values=values,
@@ -119,13 +109,11 @@ def read_command(values: flags.FlagValues, arguments: Sequence[str]) -> Command:
         raise CommandError(cli.unexpected(arguments[0], "prompts are given with --prompt or --prompts"))
     if not 0 <= values.shard_index < values.shard_count:
         raise CommandError(f"--shard_index={values.shard_index} is not one of 0 to {values.shard_count - 1}")
-    if values.claim and values.shard_count > 1:
-        raise CommandError("--claim and --shard_count are two ways to share a run; give one of them")
     settings, entries = read_prompts(values, "samples", "seed", "workdir")
     file = Path(config_flags.get_config_filename(values["config"]).partition(":")[0])
     workdir = settings.workdir or Path("runs", f"{file.stem}-{config.fingerprint(settings)[:8]}")
-    workdir = workdir if bucket.is_remote(workdir) else Path(workdir)
-    names = ("shard_index", "shard_count", "claim", "claim_expiry", "distributed", "resume", "retries", "device")
+    workdir = workdir if objects.is_remote(workdir) else Path(workdir)
+    names = ("shard_index", "shard_count", "distributed", "resume", "retries", "device")
     writers = tuple(dict.fromkeys(values.writers))
     return Command(settings, entries, workdir, writers=writers, **{name: values[name].value for name in names})
 

@@ -117,7 +117,7 @@ def make_images(
     report_rejected(run, rejected)
     done, made = run.done(), worker.Made()
     items = items_lib.Items(rows, command.settings.samples)
-    share = share_of(command, items)
+    share = items_lib.share(items, command.shard_index, command.shard_count)
     missing = len(items_lib.missing(items, done))  # of all processes, which write to the same disk
     todo = select(share, done, recovery.Failures.read(run))
     questions = check_questions(run, prompt_file.questions(command.entries), command.resume)
@@ -136,7 +136,7 @@ def make_images(
         if not todo.count and not run.done():
             raise CommandError(f"no prompt can be used; {unfit[0]}")
         try:
-            made = generate(fitted(engine, command.settings, todo.count), run, todo, command, stop)
+            made = generate(fitted(engine, command.settings, todo.count), run, todo, stop)
         except recovery.DeviceFailed as error:
             if stop():
                 raise
@@ -230,29 +230,20 @@ def fitted(engine: worker.Engine, settings: config.Settings, count: int) -> work
     return engine.at_once(max(1, min(engine.settings.batch_size, -(-count // engine.groups))))
 
 
-def generate(
-    engine: worker.Engine, run: run_directory.RunDirectory, todo: Todo, command: Command, stop: worker.Stop
-) -> worker.Made:
-    """Makes and writes all items of `todo`, new ones first; in a pool, those that no other worker makes.
+def generate(engine: worker.Engine, run: run_directory.RunDirectory, todo: Todo, stop: worker.Stop) -> worker.Made:
+    """Makes and writes all items of `todo`, new ones first.
 
     Raises what Worker.work raises.
     """
-    count = todo.count
-    claims = run.storage.claims(command.claim_expiry) if command.claim else None
     checkpoints = in_flight(run)
-    new = work_lib.Work(todo.new, checkpoints.begun(run.fingerprint), claims=claims, done=run.done)
-    again = work_lib.Work(todo.again, claims=claims, done=run.done)  # from the start, in batches of their own
+    new = work_lib.Work(todo.new, checkpoints.begun(run.fingerprint))
+    again = work_lib.Work(todo.again)  # from the start, in batches of their own
     if begun := sum(len(part.items) for part in new.begun):
         say(f"{begun} images go on where they were left")
-    try:
-        with console.shown(count, engine.steps) as bar, run.writing() as writer:
-            loop = worker.Worker(engine, worker.Saver(run, writer, checkpoints, claims), bar, stop=stop)
-            loop.work(new)
-            loop.work(again)
-    finally:
-        if claims:
-            with contextlib.suppress(OSError):  # claims expire by themselves; an earlier error matters more
-                claims.close()
+    with console.shown(todo.count, engine.steps) as bar, run.writing() as writer:
+        loop = worker.Worker(engine, worker.Saver(run, writer, checkpoints), bar, stop=stop)
+        loop.work(new)
+        loop.work(again)
     return loop.made
 
 
@@ -306,11 +297,6 @@ def shorten(ids: Sequence[str]) -> str:
     return ", ".join(ids[:SHOWN_IDS]) + (", ..." if len(ids) > SHOWN_IDS else "")
 
 
-def share_of(command: Command, items: Sequence[Item]) -> Sequence[Item]:
-    """The items that this process may make: all of them in a pool of workers, else its fixed share."""
-    return items if command.claim else items_lib.share(items, command.shard_index, command.shard_count)
-
-
 def _run_each_phase(engine: worker.Engine, settings: config.Settings) -> None:
     """A chunk with and one without referees, and one with the evaluation by held-out referees, which few chunks have."""
     batch, last = engine.begin(items_lib.expand(["a photo"], 1), settings.seed), settings.steps - 1
@@ -340,7 +326,7 @@ def warm_up(command: Command, *, load: Load = load_inverter, **_: Any) -> int:
     engine = load(settings)
     rows, _ = prompt_file.sift(command.entries)
     if rows:
-        share = share_of(command, items_lib.Items(rows, settings.samples))
+        share = items_lib.share(items_lib.Items(rows, settings.samples), command.shard_index, command.shard_count)
         engine = fitted(engine, settings, len(share))
     say(engine.compiling)
     compiled(engine, settings)

@@ -13,7 +13,7 @@ from referee_jax.items import Item, Row
 from referee_jax.referees.questions import Atom
 from referee_jax.runs import prompt_records
 from referee_jax.runs.prompt_columns import Entry
-from referee_jax.storage import bucket
+from referee_jax.storage import objects
 
 LONGEST = 2000  # characters; no network here reads 300 tokens
 SAMPLE = re.compile(r"(.+)-s[0-9]{3,}")  # how ids of further samples end
@@ -40,7 +40,7 @@ def read_prompts(file: str | os.PathLike) -> list[Entry]:
     """
     path, name = os.fspath(file), PurePath(file).name
     try:
-        data = bucket.read_file(file)
+        data = objects.read_file(file)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise prompts.PromptError(f"the prompt file {path} cannot be read: {reason}") from error

@@ -125,10 +125,6 @@ class Watchdog:
     def moved(self) -> None:
         """Notes that some work was completed."""
         self.longest = max(self.longest or 0.0, self.still)
-        self.waits()
-
-    def waits(self) -> None:
-        """Notes that the process waits for others: the time so far does not count."""
         self._mark = self._ticks
 
     @property

@@ -20,7 +20,6 @@ from referee_jax.referees.questions import Atom
 from referee_jax.runs import recovery
 from referee_jax.runs import work as work_lib
 from referee_jax.storage import checkpoints as checkpoints_lib
-from referee_jax.storage import claims as claims_lib
 from referee_jax.storage import run_directory
 from referee_jax.storage import writer as writer_lib
 
@@ -107,32 +106,19 @@ class Made:
 
 
 class Saver:
-    """Keeps the disk up to date: checkpoints of the batch in flight, and the images of finished ones.
-
-    `claims` are those of a pool of workers, or None.
-    """
+    """Keeps the disk up to date: checkpoints of the batch in flight, and the images of finished ones."""
 
     def __init__(
-        self,
-        run: run_directory.RunDirectory,
-        writer: writer_lib.Writer,
-        checkpoints: checkpoints_lib.Checkpoints,
-        claims: claims_lib.Claims | None = None,
+        self, run: run_directory.RunDirectory, writer: writer_lib.Writer, checkpoints: checkpoints_lib.Checkpoints
     ):
-        self.run, self.writer, self.checkpoints, self.claims = run, writer, checkpoints, claims
+        self.run, self.writer, self.checkpoints = run, writer, checkpoints
         self.interval = run.settings.checkpoint_seconds
         self.saved = self.committed = time.monotonic()  # last save of the batch in flight; last commit of images
-        self.is_settled = True  # whether all finished batches are on disk, without checkpoint or claims
+        self.is_settled = True  # whether all finished batches are on disk, without checkpoint
 
     def begin(self) -> None:
         """Starts the time to the first checkpoint of a batch."""
         self.saved = time.monotonic()
-
-    def refresh(self) -> None:
-        """Shows other workers that this one is alive."""
-        self.writer.refresh()
-        if self.claims:
-            self.claims.refresh()
 
     def is_due(self, since: float) -> bool:
         """Whether more than `checkpoint_seconds` have passed."""
@@ -146,19 +132,17 @@ class Saver:
         self.saved = time.monotonic()
 
     def settle(self, *, commit: bool = False) -> None:
-        """Waits until all images are written, and removes their checkpoint and claims.
+        """Waits until all images are written, and removes their checkpoint.
 
         With `commit`, images in an open shard come into the journal, too.
         """
-        written = self.writer.flush(commit=commit)
+        self.writer.flush(commit=commit)
         if commit:
             self.committed = time.monotonic()
         if not self.is_settled:
             self.checkpoints.clear()
             self.is_settled = True
         self.run.storage.send()
-        if self.claims:
-            self.claims.release(written)
 
 
 class Worker:
@@ -175,14 +159,8 @@ class Worker:
         Halves the batch where the device's memory is too small. Raises Stopped, DeviceFailed, and
         JaxRuntimeError if the memory is too small for one image.
         """
-
-        # Other workers may wait for images in our open shard, while we wait for theirs.
-        def commit() -> None:
-            self.settle(commit=True)
-            self.watchdog.waits()
-
         with self.watchdog.watching():
-            while part := work.take(self.engine.batch_size, stopped=self.stop, before_waiting=commit):
+            while not self.stop() and (part := work.take(self.engine.batch_size)):
                 try:
                     self.make(part)
                 except jax.errors.JaxRuntimeError as error:
@@ -232,7 +210,7 @@ class Worker:
             if before == part.step:
                 self.bar.skip(before * len(part.items))
             self.bar.advance((batch.step - before) * len(part.items), metrics)
-            self.saver.refresh()
+            self.saver.writer.refresh()
             if batch.step < self.engine.steps:
                 self.look(batch)
             if before == part.step:

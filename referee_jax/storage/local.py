@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from referee_jax.storage import claims
 from referee_jax.storage import files as files_lib
 
 
@@ -62,10 +61,6 @@ class Disk:
         """Under a lock, merges the journals by `gather`, which returns the names of the merged."""
         with files_lib.locked(self.local / "config.json"):
             gather()
-
-    def claims(self, expiry: float) -> claims.Claims:
-        """The claims of this worker in a pool, which expire after `expiry` seconds."""
-        return claims.Claims(self.local / "claims", expiry)
 
     def close(self) -> None:
         """Removes the local copy of a bucket."""

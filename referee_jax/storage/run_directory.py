@@ -11,7 +11,6 @@
     gallery.html            all images, to sort, filter and compare (gallery_page.py)
     trajectories/<id>.webp  an animation of each item, if `outputs.trajectory` is set
     checkpoints/            batches in flight (checkpoints.py)
-    claims/                 the owners of items in a pool of workers (claims.py)
 
 It is a Hugging Face dataset: `load_dataset("imagefolder", data_files=["RUN/metadata.jsonl",
 "RUN/images/*"])`, or with shards `load_dataset("webdataset", data_files="RUN/shards/*.tar")`.
@@ -22,15 +21,13 @@ metadata-<number>.jsonl, which `merge` moves into metadata.jsonl when a process 
 
 The life of an image:
 
-    claimed     in a pool, `Claims.take` makes this worker the owner of the item; `Claims.refresh`
-                keeps the claim alive after every chunk
     made        the worker iterates; it saves the batch as a checkpoint now and then
     encoded     `Writer.write` hands the picture to a thread, which makes a PNG or WebP
     on disk     as a file, or added to the open shard, which `Writer.refresh` keeps young
     journalled  its line is appended: only now it is done. The lines of a shard are appended when
                 the shard is full or committed
-    settled     `Writer.flush` returns the new ids in the journal; `Worker.settle` then removes the
-                checkpoint and releases the claims. With `commit` it first commits the open shard
+    settled     `Writer.flush` has waited for all of the batch; `Saver.settle` then removes the
+                checkpoint. With `commit` it first commits the open shard
 
 An image is on disk before its line is in the journal, so an item is done if both are there. After a
 crash, the next start (`RunDirectory.open`) repairs what it finds: `files.mend` ends or removes a
@@ -57,8 +54,7 @@ from PIL import Image
 from referee_jax import config
 from referee_jax.hardware import processes
 from referee_jax.storage import bucket as bucket_lib
-from referee_jax.storage import claims as claims_lib
-from referee_jax.storage import contact_sheet, local, parquet, shards
+from referee_jax.storage import contact_sheet, local, objects, parquet, shards
 from referee_jax.storage import files as files_lib
 from referee_jax.storage import writer as writer_lib
 
@@ -146,7 +142,7 @@ class RunDirectory:
         Raises:
             RunError: it cannot be written, holds something else, or may not be continued.
         """
-        if bucket_lib.is_remote(path):
+        if objects.is_remote(path):
             try:
                 bucket = bucket_lib.Bucket(str(path))
             except ValueError as error:
@@ -261,15 +257,12 @@ class RunDirectory:
                 self.storage.publish(file.name)
 
     def merge(self) -> None:
-        """Moves all journals into metadata.jsonl, and removes the claims of what is done.
+        """Moves all journals into metadata.jsonl.
 
         Any process may call this at any time: lines that others append meanwhile stay in their own
         journals.
         """
         self.storage.merge(self._merge)
-        claims = self.path / "claims"
-        if claims.exists():
-            claims_lib.forget_claims(claims, self.done())
 
     def _merge(self) -> list[str]:
         others = self._others()

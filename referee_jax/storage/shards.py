@@ -50,11 +50,11 @@ class Shard:
             raise
         self.count += 1
 
-    def commit(self, journal: Path) -> list[str]:
-        """Renames the shard and writes its lines to the run's `journal`; returns the added ids."""
+    def commit(self, journal: Path) -> None:
+        """Renames the shard and writes its lines to the run's `journal`."""
         # Under a lock: of two shards with the same image, the second commit sees the first.
         with self.file, files.locked(journal.with_name("config.json")):
-            return _commit(self.file, self.path, self.lines, journal)
+            _commit(self.file, self.path, self.lines, journal)
 
 
 def _member(name: str, content: bytes) -> bytes:
@@ -63,15 +63,15 @@ def _member(name: str, content: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
 
-def _commit(file: BinaryIO, path: Path, lines: Path, journal: Path) -> list[str]:
+def _commit(file: BinaryIO, path: Path, lines: Path, journal: Path) -> None:
     """Commits the images of the open temporary file `file` that have a whole line in `lines`."""
     added = files.read_lines(lines)
     if not added:
         Path(file.name).unlink(missing_ok=True)
-        return []
+        return
     file.truncate(added[-1]["end"])
     _close(file, added[-1]["end"], path)
-    return _journal(path, lines, journal)
+    _journal(path, lines, journal)
 
 
 def _close(file: BinaryIO, end: int, path: Path) -> None:
@@ -82,7 +82,7 @@ def _close(file: BinaryIO, end: int, path: Path) -> None:
     files.sync_directory(path.parent)
 
 
-def _journal(path: Path, lines: Path, journal: Path) -> list[str]:
+def _journal(path: Path, lines: Path, journal: Path) -> None:
     """Removes images that the run has elsewhere from a shard, and journals the others."""
     records = [x["record"] for x in files.read_lines(lines)]
     with open(path, "rb") as file:
@@ -94,7 +94,6 @@ def _journal(path: Path, lines: Path, journal: Path) -> list[str]:
         _remove(elsewhere, path)
     files.append(journal, *(record for record in records if record["id"] in inside - elsewhere))
     lines.unlink(missing_ok=True)
-    return [record["id"] for record in records]
 
 
 def _elsewhere(records: Sequence[Mapping[str, Any]], journal: Path) -> set[str]:

@@ -9,7 +9,6 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -121,7 +120,7 @@ class Writer:
     def __init__(self, path: Path, journal: Path, settings: config.Settings, *, process: int | str = 0):
         self.path, self.journal, self.settings, self.process = path, journal, settings, process
         self.encoder = Encoder(settings)
-        self._pool, self._shard, self._journalled = Pool(), None, queue.SimpleQueue()
+        self._pool, self._shard = Pool(), None
 
     def write(self, picture: Picture, *, seconds: float, frames: Sequence[np.ndarray] = ()) -> str:
         """Queues an image and its line; returns its status. Raises the error of an earlier image.
@@ -136,15 +135,11 @@ class Writer:
         self._pool.submit(lambda: self._make(picture, chunk, frames), lambda data: self._commit(line, chunk, data))
         return record["status"]
 
-    def flush(self, *, commit: bool = False) -> list[str]:
-        """Waits until all images are on disk; returns the ids journalled since the last call.
-
-        The images of an open shard are not among them, unless `commit` commits it.
-        """
+    def flush(self, *, commit: bool = False) -> None:
+        """Waits until all images are on disk and, but for those of an open shard, in the journal; `commit` commits it."""
         self._pool.flush()
         if commit:
             self._commit_shard()
-        return [self._journalled.get() for _ in range(self._journalled.qsize())]
 
     def close(self) -> None:
         """Waits until all images are on disk and in the journal; raises as `Pool.submit`."""
@@ -176,7 +171,6 @@ class Writer:
         outputs, name = self.settings.outputs, line["id"]
         if outputs.format != "webdataset":
             files.append(self.journal, {"file_name": f"images/{name}.{ending(outputs)}", **line})
-            self._journalled.put(name)
             return
         self._shard = self._shard or shards.Shard(self.path / "shards", self.process)
         record = {"file_name": f"shards/{self._shard.path.name}/{name}.{ending(outputs)}", **line}
@@ -187,8 +181,7 @@ class Writer:
     def _commit_shard(self) -> None:
         shard, self._shard = self._shard, None
         if shard:
-            for name in shard.commit(self.journal):
-                self._journalled.put(name)
+            shard.commit(self.journal)
 
 
 def ending(outputs: config.Outputs) -> str:

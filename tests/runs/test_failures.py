@@ -1,11 +1,9 @@
 """Devices, disks, signals and processes that fail: nothing is lost."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import fsspec
@@ -16,7 +14,6 @@ from referee_jax import run
 from referee_jax.hardware import processes
 from referee_jax.items import Item
 from referee_jax.runs import worker as worker_lib
-from referee_jax.storage import claims
 from tests.fakes import ROOT, FakeInverter, colours, command, execute, lines, pixels, shown
 
 MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
@@ -105,14 +102,13 @@ def test_a_device_that_fails_once(tmp_path):
     assert colours(tmp_path / "cut") == colours(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("shared", [["--retries=0"], ["--retries=0", "--claim"]])
-def test_a_launcher_goes_on(tmp_path, capsys, shared):
+def test_a_launcher_goes_on(tmp_path, capsys):
     """It starts the command again while the code is 75: what the device failed at comes last, or is left out."""
     arguments = (
         "--config.checkpoint_seconds=1e-9",
         f"--workdir={tmp_path}",
         *(f"--prompt={n}" for n in range(12)),
-        *shared,
+        "--retries=0",
     )
     load = type("Fails", (Fails,), {"bad": ("3", "9")})
     codes = [with_restarts(*arguments, load=load) for _ in range(4)]
@@ -123,7 +119,6 @@ def test_a_launcher_goes_on(tmp_path, capsys, shared):
     assert err.count("error: the device failed (INTERNAL: bug) at 3 images; the finished images are in") == 3
     assert err.count("and the same command continues") == 3 and "the device failed twice at 6 images" in err
     assert execute(*arguments)[0] == 0 and len(pixels(tmp_path)) == 12
-    assert not (tmp_path / "claims").exists()
 
 
 def test_a_device_that_fails_at_a_run_in_a_bucket(capsys):
@@ -183,14 +178,6 @@ def test_a_new_run_is_restarted(tmp_path):
     assert run.main(command(*arguments), load=FakeInverter) == 2
 
 
-def test_too_little_memory_in_a_pool(tmp_path):
-    """What a worker has claimed it may take again in smaller batches."""
-    prompts = [f"--prompt={n}" for n in range(4)]
-    code, engine = execute(*prompts, "--claim", f"--workdir={tmp_path}", failures={2: MEMORY})
-    assert code == 0 and [len(items) for items in engine.begun] == [3, 1, 1, 1, 1]
-    assert len(pixels(tmp_path)) == 4 and not (tmp_path / "claims").exists()
-
-
 def test_what_hangs_ends(tmp_path):
     """And says who and at what; a second process makes its share as ever, a restart the rest."""
     arguments = [f"--prompt={n}" for n in range(6)] + [f"--workdir={tmp_path}", "--shard_count=2"]
@@ -228,23 +215,6 @@ def test_checkpoints_of_another_number_of_processes_go_on(tmp_path):
     assert len(pixels(tmp_path)) == 3
 
 
-def test_workers_that_come_and_go(tmp_path, monkeypatch):
-    """What another worker holds is waited for; what its silence gives up is taken over."""
-    monkeypatch.setattr(claims, "WAIT", 0.05)
-    execute("--prompt=3", f"--workdir={tmp_path}")
-    other = claims.Claims(tmp_path / "claims", 900)
-    item = Item("1", 0)
-    assert other.take(item)
-    begun = time.time()
-    os.utime(tmp_path / "claims" / f"{item.id}.claim", (begun - 2, begun - 2))
-    arguments = [f"--prompt={n}" for n in range(3)]
-    code, engine = execute(*arguments, f"--workdir={tmp_path}", "--claim", "--claim_expiry=3")
-    assert code == 0 and engine.begun == [(Item("0", 0), Item("2", 0)), (item,)]
-    assert time.time() - begun > 0.9
-    assert not (tmp_path / "claims").exists()
-    other.close()
-
-
 @pytest.mark.parametrize("form", ["png", "webdataset"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_processes_share_a_directory(tmp_path, form, order):
@@ -255,19 +225,6 @@ def test_processes_share_a_directory(tmp_path, form, order):
     assert len(shown(tmp_path)) == len(lines(tmp_path / "metadata.jsonl")) == 5
     assert [x.name for x in tmp_path.glob("metadata*.jsonl")] == ["metadata.jsonl"]
     assert execute(*arguments) == (0, None)
-
-
-def test_workers_do_not_wait_for_what_is_in_each_others_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "WAIT", 0.05)
-    arguments = *(f"--prompt={n}" for n in range(9)), f"--workdir={tmp_path}", "--config.outputs.format=webdataset"
-    codes = []
-    workers = [threading.Thread(target=lambda: codes.append(execute(*arguments, "--claim")[0])) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert codes == [0, 0] and len(shown(tmp_path)) == 9
-    assert not (tmp_path / "claims").exists()
 
 
 def test_a_disk_without_room_is_refused_before_weights_are_loaded(small_disk, capsys):

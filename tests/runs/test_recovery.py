@@ -123,7 +123,7 @@ def test_how_long_it_waits():
     dog.moved()
     assert dog.limit == recovery.HOUR
     dog._ticks += 5000
-    dog.waits()
+    dog._mark = dog._ticks
     dog._ticks += 1000
     dog.moved()
     dog.moved()

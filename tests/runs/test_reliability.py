@@ -1,6 +1,6 @@
 """Processes of a run in the shapes world that are killed, stopped and replaced: tests/tools/kill_fuzz.py, in short.
 
-Most with the fake engine, whose images depend on every iteration; files, journals, claims, shards and signals are real.
+Most with the fake engine, whose images depend on every iteration; files, journals, shards and signals are real.
 """
 
 import functools
@@ -41,8 +41,8 @@ def test_kills(place):
     assert kill_fuzz.fuzz(50, 209, *place, engine="fake") == []
 
 
-def test_kills_in_a_pool_that_writes_shards(place):
-    assert kill_fuzz.fuzz(20, 84, *place, [*kill_fuzz.FAKE_POOL, *kill_fuzz.SHARDS], engine="fake") == []
+def test_kills_of_processes_that_write_shards(place):
+    assert kill_fuzz.fuzz(20, 84, *place, kill_fuzz.SHARDS, engine="fake") == []
 
 
 def test_the_real_engine_goes_on_where_it_was_killed(tmp_path, checkpoints):
@@ -69,11 +69,8 @@ def test_the_real_engine_goes_on_where_it_was_killed(tmp_path, checkpoints):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kills, seed, flags", [(5, 209, ()), (2, 84, (*kill_fuzz.POOL, *kill_fuzz.SHARDS))], ids=["shares", "pool"]
-)
+@pytest.mark.parametrize("kills, seed, flags", [(5, 209, ()), (2, 84, kill_fuzz.SHARDS)], ids=["files", "shards"])
 def test_kills_of_the_real_engine(real_place, kills, seed, flags):
-    """In the pool, of three workers one is stopped and one killed (so says the seed) while images are made."""
     assert kill_fuzz.fuzz(kills, seed, *real_place, flags) == []
 
 

@@ -1,7 +1,5 @@
 """Items: ids that are file names for any text, and work that is neither lost nor done twice."""
 
-import concurrent.futures
-import os
 import re
 import time
 
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 from referee_jax import items as items_lib
 from referee_jax.items import Item, Part
 from referee_jax.runs import work as work_lib
-from referee_jax.storage import claims as claims_lib
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=300)  # lone surrogates too
 
@@ -159,122 +156,3 @@ def test_what_is_put_back_comes_first():
     fresh = work.take(2)
     work.put_back(fresh)
     assert work.take(3) == Part((*fresh.items, ITEMS[2]))
-
-
-def test_what_others_have_begun_is_not_waited_for(tmp_path, monkeypatch):
-    """While there is anything else to make."""
-    one, two = claims_lib.Claims(tmp_path, 900), claims_lib.Claims(tmp_path, 900)
-    assert all(one.take(item) for item in ITEMS[:4])
-    waited = []
-    monkeypatch.setattr(work_lib.time, "sleep", waited.append)
-    work = work_lib.Work(ITEMS, [begun([item], 7) for item in ITEMS[:4]], claims=two)
-    assert work.take(2, before_waiting=lambda: waited.append("commit")) == Part(tuple(ITEMS[4:]))
-    assert not waited
-
-
-def test_claims(tmp_path):
-    """One owner; given back, or silent for longer than the expiry, it may be taken by another."""
-    one, two = (claims_lib.Claims(tmp_path, 60) for _ in range(2))
-    item, other = ITEMS[:2]
-    assert one.take(item) and not two.take(item) and two.take(other)
-    one.release([item.id])
-    assert two.take(item)
-    path = tmp_path / f"{item.id}.claim"
-    os.utime(path, (time.time() - 59, time.time() - 59))
-    assert not one.take(item)
-    os.utime(path, (time.time() - 61, time.time() - 61))
-    two.refresh()
-    assert not one.take(item)
-    os.utime(path, (time.time() - 61, time.time() - 61))
-    assert one.take(item) and path.read_text() == one.owner
-    two.close()  # what was taken over is left to its new owner
-    assert path.read_text() == one.owner and not (tmp_path / f"{other.id}.claim").exists()
-    one.close()
-    assert not tmp_path.exists()
-
-
-def test_claims_of_what_is_done_are_forgotten(tmp_path):
-    """Who died cannot give them back, and nobody asks for what is done."""
-    dead, alive = (claims_lib.Claims(tmp_path, 60) for _ in range(2))
-    assert dead.take(ITEMS[0]) and alive.take(ITEMS[1]) and alive.take(ITEMS[2])
-    claims_lib.forget_claims(tmp_path, {item.id for item in ITEMS[:2]})
-    assert [path.name for path in tmp_path.iterdir()] == [f"{ITEMS[2].id}.claim"]
-    alive.refresh()
-    alive.release([ITEMS[1].id])
-    assert not dead.take(ITEMS[2])
-    claims_lib.forget_claims(tmp_path, {item.id for item in ITEMS})
-    assert not tmp_path.exists()
-    claims_lib.forget_claims(tmp_path, set())
-
-
-def test_who_dies_while_taking_over_keeps_nobody_out(tmp_path, monkeypatch):
-    """But for as long as a claim lasts."""
-    item, dead, later = ITEMS[0], *(claims_lib.Claims(tmp_path, 60) for _ in range(2))
-    assert dead.take(item)
-    os.utime(tmp_path / f"{item.id}.claim", (0, 0))
-    unlink = claims_lib.Path.unlink
-
-    def die(self, **how):
-        if ".claim" in self.name:
-            raise KeyboardInterrupt
-        unlink(self, **how)
-
-    monkeypatch.setattr(claims_lib.Path, "unlink", die)
-    with pytest.raises(KeyboardInterrupt):
-        claims_lib.Claims(tmp_path, 60).take(item)
-    monkeypatch.undo()
-    assert not later.take(item)
-    (mark,) = tmp_path.glob(".*.claim.*")
-    os.utime(mark, (0, 0))
-    assert not later.take(item) and later.take(item)
-
-
-def test_an_expired_claim_is_taken_over_once(tmp_path):
-    """Many at the same instant: one has it."""
-    item = ITEMS[0]
-    for _ in range(30):
-        old = claims_lib.Claims(tmp_path, 60)
-        assert old.take(item)
-        os.utime(tmp_path / f"{item.id}.claim", (0, 0))
-        rivals = [claims_lib.Claims(tmp_path, 60) for _ in range(8)]
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            assert sum(pool.map(lambda rival: rival.take(item), rivals)) == 1
-        for rival in rivals:
-            rival.close()
-        assert not tmp_path.exists()
-
-
-@pytest.mark.parametrize("hours", [-24, 1, 24])
-def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch, hours):
-    """A worker's own clock, put forward or back: claims age by that of the file system."""
-    one, two = claims_lib.Claims(tmp_path, 900), claims_lib.Claims(tmp_path, 900)
-    item = Item("a", 0)
-    assert one.take(item)
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 3600 * hours)
-    assert not two.take(item)
-    one.refresh()
-    assert not two.take(item)
-    os.utime(tmp_path / f"{item.id}.claim", (now - 901, now - 901))
-    assert two.take(item)
-
-
-def test_a_pool_makes_each_item_once(tmp_path, monkeypatch):
-    """Also where one worker dies with a batch in its hands."""
-    monkeypatch.setattr(claims_lib, "WAIT", 0.01)
-    items, done, made = items_lib.expand([str(n) for n in range(40)], 1), set(), []
-
-    def worker(number):
-        claims = claims_lib.Claims(tmp_path, 1.0)
-        work = work_lib.Work(items, claims=claims, done=lambda: set(done))
-        while part := work.take(3):
-            if number == 0 and len(made) > 6:
-                return  # dead: its claims stay
-            time.sleep(0.002)
-            made.extend(part.items)
-            done.update(item.id for item in part.items)
-            claims.release([item.id for item in part.items])
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        list(pool.map(worker, range(4)))
-    assert sorted(made) == sorted(items)

@@ -15,8 +15,7 @@ from PIL import Image
 from referee_jax import items as items_lib
 from referee_jax import run
 from referee_jax.storage import bucket as bucket_lib
-from referee_jax.storage import claims as claims_lib
-from referee_jax.storage import run_directory
+from referee_jax.storage import objects, run_directory
 from tests.fakes import FakeInverter, colours, command, execute
 from tests.s3 import s3  # noqa: F401
 from tests.tools import kill_fuzz
@@ -131,11 +130,9 @@ def test_no_line_comes_before_its_image(url, monkeypatch, arguments):
     assert ("trajectories/" in str(contents(url).keys())) == ("trajectory" in str(arguments))
 
 
-@pytest.mark.parametrize("process", ["--claim", "--shard_count=3"])
-def test_processes_share_a_bucket(tmp_path, url, monkeypatch, process):
+def test_processes_share_a_bucket(tmp_path, url, monkeypatch):
     """At the same time; each item is made once, and the last process merges the journals."""
-    monkeypatch.setattr(claims_lib, "WAIT", 0.01)
-    monkeypatch.setattr(bucket_lib, "SEEN", 0.01)
+    monkeypatch.setattr(objects, "WAIT", 0.01)
     prompts = [f"--prompt=number {n}" for n in range(12)]
     execute(*prompts, f"--workdir={tmp_path}")
     begun, lock = [], threading.Lock()
@@ -148,8 +145,7 @@ def test_processes_share_a_bucket(tmp_path, url, monkeypatch, process):
             return super().begin(items, seed)
 
     def work(index):
-        share = [process] if process == "--claim" else [process, f"--shard_index={index}"]
-        parsed = command("--config.steps=25", *prompts, f"--workdir={url}", *share)
+        parsed = command("--config.steps=25", *prompts, f"--workdir={url}", "--shard_count=3", f"--shard_index={index}")
         return run.main(parsed, load=Engine)
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
@@ -168,50 +164,6 @@ def test_what_a_dead_worker_left_in_flight_goes_with_the_last(url):
     fs.pipe({f"{root}/{name}": data for name, data in objects.items()})
     assert execute(*PROMPTS, f"--workdir={url}")[0] == 0
     assert finished(url, 4)
-
-
-def test_claims(url):
-    """A claim has one owner until it is released, or expires by the bucket's clock."""
-    claims = lambda: bucket_lib.BucketClaims(bucket_lib.Bucket(url), 60, patience=0)
-    one, two, (item, other) = claims(), claims(), items_lib.expand(["a", "b"], 1)
-    assert one.take(item) and not two.take(item) and two.take(other)
-    one.release([item.id])
-    two = claims()
-    assert two.take(item)
-    fs, path = fsspec.filesystem("memory"), f"{url.removeprefix('memory:/')}/claims/{item.id}.claim"
-
-    def wait(seconds):
-        fs.store[path].modified -= datetime.timedelta(seconds=seconds)
-
-    wait(59)
-    assert not claims().take(item)
-    two.held[item.id] -= 20  # by its own clock it is time to say that it is still at work
-    two.refresh()
-    wait(59)
-    assert not claims().take(item)
-    wait(2)
-    three = claims()
-    assert three.take(item) and fs.cat_file(path) == three.bucket.process.encode()
-    two.close()  # what was taken over is left to its new owner
-    assert f"claims/{item.id}.claim" in contents(url)
-    three.close()
-    assert f"claims/{item.id}.claim" not in contents(url)
-
-
-def test_the_claims_of_others_are_listed_and_not_asked_for_one_by_one(url, monkeypatch):
-    """The number of requests does not grow with claims; releases are seen in the next listing."""
-    one, two = (bucket_lib.BucketClaims(bucket_lib.Bucket(url), 60) for _ in range(2))
-    items = items_lib.expand([str(n) for n in range(50)], 1)
-    assert all(map(one.take, items))
-    monkeypatch.setattr(bucket_lib.Bucket, "create", None)
-    assert not any(map(two.take, items))
-    one.release([items[3].id])
-    monkeypatch.setattr(bucket_lib.Bucket, "modified", None)
-    assert not any(map(two.take, items))
-    monkeypatch.undo()
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + bucket_lib.SEEN + 1)
-    assert [item for item in items if two.take(item)] == [items[3]]
 
 
 def test_a_merge_of_another_hides_no_line(url, monkeypatch):
@@ -235,25 +187,6 @@ def test_a_merge_of_another_hides_no_line(url, monkeypatch):
     assert sorted(ids) == ["a", "b"]
 
 
-def test_a_claim_given_back_and_taken_by_another_is_left(url, monkeypatch):
-    """Between two requests of this process."""
-    one, two, three = (bucket_lib.BucketClaims(bucket_lib.Bucket(url), 60, patience=0) for _ in range(3))
-    (item,) = items_lib.expand(["a"], 1)
-    assert one.take(item)
-    modified = bucket_lib.Bucket.modified
-
-    def late(self, name):
-        if self is two.bucket and name.endswith(".claim"):
-            one.release([item.id])
-            modified_at = modified(self, name)
-            assert three.take(item)
-            return modified_at
-        return modified(self, name)
-
-    monkeypatch.setattr(bucket_lib.Bucket, "modified", late)
-    assert not two.take(item) and three.is_ours(item.id)
-
-
 @pytest.mark.parametrize("form", ["png", "webdataset"])
 def test_nothing_is_left_on_the_machine(url, monkeypatch, form):
     """After a run has ended or was interrupted. The pictures show only the first shards."""
@@ -267,20 +200,10 @@ def test_nothing_is_left_on_the_machine(url, monkeypatch, form):
     assert contents(url)["gallery.html"].count(b"data:image/webp") == (4 if form == "png" else 1)
 
 
-@pytest.mark.parametrize("hours", [-24, 24])
-def test_a_clock_that_jumps_changes_nothing(url, monkeypatch, hours):
-    one, two = (bucket_lib.BucketClaims(bucket_lib.Bucket(url), 60, patience=0) for _ in range(2))
-    (item,) = items_lib.expand(["a"], 1)
-    assert one.take(item)
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 3600 * hours)
-    assert not two.take(item)
-
-
 def test_who_merges_too_slowly_does_it_again(url, monkeypatch):
     """Its lock was taken over meanwhile, so what it has gathered may be old."""
-    monkeypatch.setattr(claims_lib, "WAIT", 0.001)
-    monkeypatch.setattr(bucket_lib, "LOCK", 0.2)
+    monkeypatch.setattr(objects, "WAIT", 0.001)
+    monkeypatch.setattr(objects, "LOCK", 0.2)
     gather, slow = run_directory.RunDirectory._gather, [True]
 
     def late(self, into, others):
@@ -296,7 +219,7 @@ def test_who_merges_too_slowly_does_it_again(url, monkeypatch):
 
 
 def test_one_lock_at_a_time(url, monkeypatch):
-    monkeypatch.setattr(claims_lib, "WAIT", 0.001)
+    monkeypatch.setattr(objects, "WAIT", 0.001)
     inside, most = [], []
 
     def work(number):
@@ -309,6 +232,25 @@ def test_one_lock_at_a_time(url, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(8)))
     assert most == [1] * 8 and not contents(url)
+
+
+def test_the_lock_of_the_dead_is_taken_over(url, monkeypatch):
+    """When it is older than LOCK by the bucket's clock, whatever this machine's says; then it is no longer theirs."""
+    monkeypatch.setattr(objects, "WAIT", 0.001)
+    dead, waits = bucket_lib.Bucket(url), []
+    fs, path = fsspec.filesystem("memory"), f"{url.removeprefix('memory:/')}/locks/merge"
+
+    def age(seconds):
+        waits.append(seconds)
+        fs.store[path].modified -= datetime.timedelta(seconds=objects.LOCK - 1)
+
+    monkeypatch.setattr(objects.time, "sleep", age)
+    monkeypatch.setattr(objects.time, "time", lambda: 0.0)
+    with dead.locked("merge") as is_ours:
+        assert is_ours()
+        with bucket_lib.Bucket(url).locked("merge") as is_others:
+            assert len(waits) == 2 and is_others() and not is_ours()
+    assert not contents(url)
 
 
 def test_what_cannot_be_reached_is_a_sentence(url, monkeypatch, capsys):
@@ -383,18 +325,17 @@ def test_a_journal_in_a_bucket_is_that_of_a_directory(tmp_path, url):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("flags", [[], ["--claim", f"--claim_expiry={kill_fuzz.EXPIRY}"]], ids=["shares", "claims"])
-def test_processes_that_are_killed_lose_nothing_in_s3(tmp_path, s3, flags):  # noqa: F811
+def test_processes_that_are_killed_lose_nothing_in_s3(tmp_path, s3):  # noqa: F811
     """Three real processes over S3's protocol, one killed, one asked to stop; others finish."""
     kill_fuzz.uninterrupted(tmp_path)
     fs, cache = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True), tmp_path / "cache"
-    running = [kill_fuzz.start(tmp_path / "cut", cache, n, 3, url=s3, flags=flags) for n in range(3)]
+    running = [kill_fuzz.start(tmp_path / "cut", cache, n, 3, url=s3) for n in range(3)]
     while not fs.glob(f"{s3}/checkpoints/*/*/default/*"):
         time.sleep(0.1)
     running[0].kill()
     running[1].terminate()
     assert set(kill_fuzz.ended(*running)) <= {0, *kill_fuzz.TERMINATED}
-    last = [kill_fuzz.start(tmp_path / "cut", cache, n, 2, url=s3, flags=flags) for n in range(2)]
+    last = [kill_fuzz.start(tmp_path / "cut", cache, n, 2, url=s3) for n in range(2)]
     assert kill_fuzz.ended(*last) == [0, 0]
     fs.get(s3, str(tmp_path / "down"), recursive=True)
     for file in (tmp_path / "down").glob("log-*.jsonl"):

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
 from referee_jax import config
-from referee_jax import items as items_lib
 from referee_jax.benchmarks import layouts, measures
 from referee_jax.hardware import processes
 from referee_jax.items import Item
@@ -284,19 +283,6 @@ def test_an_image_that_two_made_counts_once(tmp_path):
     assert len(first.finished()) == 1
     first.merge()
     assert len(lines(first.journal)) == 1
-
-
-def test_claims_of_the_dead_go_at_the_end(tmp_path):
-    """If their items are done; claims of unfinished items stay."""
-    run = run_directory.RunDirectory.open(tmp_path, SETTINGS)
-    dead, items = run.storage.claims(900), items_lib.expand(["a red circle"], 2)
-    assert all(map(dead.take, items))
-    run.write(picture(), seconds=1)
-    run.merge()
-    assert [file.stem for file in dead.directory.iterdir()] == [items[1].id]
-    run.write(picture(sample=1), seconds=1)
-    run.merge()
-    assert not dead.directory.exists()
 
 
 def test_no_line_is_lost_while_journals_are_merged(tmp_path):

@@ -150,20 +150,21 @@ def test_an_image_is_there_before_its_line(tmp_path, monkeypatch, kind):
 
 
 def test_flush(tmp_path):
-    """It returns the ids in the journal, which images of an open shard are not."""
+    """What was written is in the journal then, but for images of an open shard."""
     run = directory(tmp_path / "png")
     with run.writing() as writer:
-        assert writer.flush() == []
         for n in range(3):
             writer.write(picture(n), seconds=1)
-        assert writer.flush() == ids(range(3)) and run.done() == set(ids(range(3)))
-        assert writer.flush() == []
+        writer.flush()
+        assert run.done() == set(ids(range(3)))
     run = directory(tmp_path / "webdataset", "webdataset", shard_size=2)
     with run.writing() as writer:
         for n in range(3):
             writer.write(picture(n), seconds=1)
-        assert writer.flush() == ids(range(2)) and run.done() == set(ids(range(2)))
-        assert writer.flush(commit=True) == ids([2]) and run.done() == set(ids(range(3)))
+        writer.flush()
+        assert run.done() == set(ids(range(2)))
+        writer.flush(commit=True)
+        assert run.done() == set(ids(range(3)))
         writer.write(picture(3), seconds=1)
     assert run.done() == set(ids(range(4)))
 

@@ -1,7 +1,7 @@
 """Kills a run again and again, at random moments, and looks whether anything is lost, doubled or changed.
 
     python -m tests.tools.kill_fuzz --kills=50 --seed=0
-    python -m tests.tools.kill_fuzz --kills=50 --claim --format=webdataset
+    python -m tests.tools.kill_fuzz --kills=50 --format=webdataset
     python -m tests.tools.kill_fuzz --kills=500 --engine=fake
 
 Runs of the shapes world, by one to three processes (another number after each kill), end by SIGTERM or SIGKILL; the last one may
@@ -39,9 +39,6 @@ SETTINGS = {
 # By the run itself; killed; before Python had begun to catch signals; by the kernel, when its time was over.
 TERMINATED = (128 + signal.SIGTERM, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGALRM)
 LONGEST = 300  # seconds that a process may take
-EXPIRY = 15  # seconds after which a dead worker's claims are taken over
-POOL = ("--claim", f"--claim_expiry={EXPIRY}")
-FAKE_POOL = ("--claim", "--claim_expiry=3")
 SHARDS = ("--config.outputs.format=webdataset", "--config.outputs.shard_size=3")
 
 
@@ -56,13 +53,10 @@ def start(
     flags: Sequence[str] = (),
     engine: str = "real",
 ) -> "subprocess.Popen | Forked":
-    """One process of a run, with so many simulated devices; in a bucket if there is a `url`. Its log is beside `workdir`.
-
-    It makes its share, unless `flags` say --claim.
-    """
+    """One process of a run, with so many simulated devices; in a bucket if there is a `url`. Its log is beside `workdir`."""
     arguments = ["--config=configs/shapes.py", f"--workdir={url or workdir}"]
     arguments += [f"--config.{key}={value}" for key, value in SETTINGS.items()] + [f"--prompt={x}" for x in PROMPTS]
-    arguments += [*flags] + ([] if "--claim" in flags else [f"--shard_index={index}", f"--shard_count={count}"])
+    arguments += [*flags, f"--shard_index={index}", f"--shard_count={count}"]
     if engine == "fake":
         return Forked(arguments, workdir.with_suffix(".log"))
     # Many processes on few cores: one thread each, and what is compiled once is not compiled again.
@@ -191,7 +185,7 @@ def fuzz(
             if process.poll() is None and killed < kills:
                 process.send_signal(rng.choice([signal.SIGTERM, signal.SIGKILL]))
                 killed += 1
-        if rng.random() < 0.5:  # else who is left makes the rest, in a pool also that of the dead
+        if rng.random() < 0.5:
             for process in running:
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)
@@ -220,15 +214,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=pathlib.Path, help="a new directory; default: a temporary one")
-    parser.add_argument("--claim", action="store_true", help="workers take what nobody has, instead of fixed shares")
     parser.add_argument("--engine", choices=("real", "fake"), default="real")
     parser.add_argument("--format", choices=("png", "webdataset"), default="png")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         workdir = args.workdir or pathlib.Path(temporary)
         workdir.mkdir(parents=True, exist_ok=True)
-        flags = [*(POOL if args.engine == "real" else FAKE_POOL)] if args.claim else []
-        flags += SHARDS if args.format == "webdataset" else []
+        flags = SHARDS if args.format == "webdataset" else ()
         wrong = fuzz(args.kills, args.seed, workdir, uninterrupted(workdir, args.engine), flags, args.engine)
     print("\n".join(wrong) or f"nothing lost, doubled or changed by {args.kills} kills")
     return bool(wrong)
