@@ -463,7 +463,9 @@ class Inverter:
         fn, batched, donated = programs.PROGRAMS[name]
         batched = [swept if x == "hyper" else x for x in batched]
         fn = jax.vmap(functools.partial(fn, plan=self.plan, **static), in_axes=[0 if x else None for x in batched])
-        return self._jit(parallel.across_devices(fn, self.mesh, batched), donate_argnums=donated)
+        fn = parallel.across_devices(fn, self.mesh, batched)
+        # Said here: within a group the compiler would choose another for each program, and the next one be compiled again.
+        return self._jit(fn, donate_argnums=donated, out_shardings=parallel.batch_sharding(self.mesh))
 
     def _jit(self, fn: Callable, **how: Any) -> Any:
         platform = self.mesh.devices.flat[0].platform

@@ -40,6 +40,11 @@ def across_devices(fn: Callable, mesh: Mesh, batched: Sequence[bool]) -> Callabl
     return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, axis_names=manual, check_vma=False)
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of what has an axis of prompts: split along it over the groups, whole on each device of one."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
 def place(tree: Any, mesh: Mesh, *, batched: bool) -> Any:
     """Puts a pytree on the mesh: batched leaves split along their first axis over the groups, others in every group.
 

@@ -14,7 +14,7 @@ import pytest
 
 from referee_jax import config
 from referee_jax import items as items_lib
-from referee_jax.engine import builders, programs
+from referee_jax.engine import builders, parallel, programs
 from referee_jax.engine import inverter as inverter_lib
 from referee_jax.method import objective
 from referee_jax.performance import cost, hlo
@@ -180,14 +180,17 @@ def test_nothing_recompiles():
     assert np.isfinite(result.latents).all()
 
 
-def test_after_a_warm_up_nothing_is_compiled(tmp_path):
-    """Not for what a run begins with, nor for any of its phases, looks of a held-out referee, its end."""
+@pytest.mark.parametrize("group", [1, 2])
+def test_after_a_warm_up_nothing_is_compiled(tmp_path, monkeypatch, group):
+    """Not for what a run begins with, nor for any of its phases, looks of a held-out referee, its end; on a device, or a group
+    over which weights are split."""
+    monkeypatch.setattr(parallel, "LARGE", 16)
     spec = tiny.settings().referees[0]
     asked = tiny.settings(
         batch_size=0, samples=3, init="sample", init_steps=2, init_candidates=2, steps=7, chunk=2, look_every=3,
-        referee={"start": 3, "stop": 5}, referees=(spec, dataclasses.replace(spec, role="held_out")),
+        referee={"start": 3, "stop": 5}, referees=(spec, dataclasses.replace(spec, role="held_out")), mesh={"model": group},
     )  # fmt: skip
-    engine, compiled = toys.engine(asked, jax.devices()[:1]), []
+    engine, compiled = toys.engine(asked, jax.devices()[:group]), []
     engine.at_once = functools.cache(engine.at_once)  # programs are kept with an engine
     command = fakes.command("--prompt=b", "--prompt=c", f"--workdir={tmp_path}")
     asked = dataclasses.replace(command, settings=asked)
