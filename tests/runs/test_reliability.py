@@ -45,13 +45,26 @@ def test_kills_of_processes_that_write_shards(place):
     assert kill_fuzz.fuzz(20, 84, *place, kill_fuzz.SHARDS, engine="fake") == []
 
 
+# Most of the time goes into tracing: without a held-out referee.
+CONFIG = """
+from referee_jax import config
+
+
+def get_config():
+    settings = config.read("shapes")
+    settings.referees = settings.referees[:1]
+    return settings
+"""
+
+
 def test_the_real_engine_goes_on_where_it_was_killed(tmp_path, checkpoints):
     """From the checkpoint of a batch that it was at, with images to the byte those of an uninterrupted run."""
     whole, cut, cache = tmp_path / "whole", tmp_path / "cut", pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    sd, judge = checkpoints  # tiny: most of the time goes into tracing
+    sd, judge = checkpoints
+    (tmp_path / "shapes.py").write_text(CONFIG)
     flags = [f"--config.generator.checkpoint={sd}", "--config.image_size=32", "--config.steps=60"]
     flags += [f"--config.referees[0].checkpoint={judge}"]
-    begin = functools.partial(kill_fuzz.start, cache=cache, flags=flags)
+    begin = functools.partial(kill_fuzz.start, cache=cache, flags=flags, config=tmp_path / "shapes.py")
     assert kill_fuzz.ended(begin(whole)) == [0]
     process, end = begin(cut), time.monotonic() + kill_fuzz.LONGEST
     # Others are being written.

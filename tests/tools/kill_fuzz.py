@@ -52,9 +52,10 @@ def start(
     url: str = "",
     flags: Sequence[str] = (),
     engine: str = "real",
+    config: str | os.PathLike = "configs/shapes.py",
 ) -> "subprocess.Popen | Forked":
     """One process of a run, with so many simulated devices; in a bucket if there is a `url`. Its log is beside `workdir`."""
-    arguments = ["--config=configs/shapes.py", f"--workdir={url or workdir}"]
+    arguments = [f"--config={config}", f"--workdir={url or workdir}"]
     arguments += [f"--config.{key}={value}" for key, value in SETTINGS.items()] + [f"--prompt={x}" for x in PROMPTS]
     arguments += [*flags, f"--shard_index={index}", f"--shard_count={count}"]
     if engine == "fake":
