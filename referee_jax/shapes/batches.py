@@ -24,7 +24,15 @@ MIX = {
     "numeracy": 0.08,
     "complex": 0.18,
 }
-UNET_MIX = {"single": 0.15, "colour": 0.5, "texture": 0.07, "spatial": 0.14, "numeracy": 0.07, "complex": 0.07}
+UNET_MIX = {
+    "single": 0.05,
+    "colour": 0.2,
+    "texture": 0.18,
+    "spatial": 0.1,
+    "numeracy": 0.05,
+    "complex": 0.14,
+    "hard": 0.28,
+}
 # What CLIP does not know comes often.
 ASKED_MIX = {
     "single": 0.05,
@@ -67,8 +75,8 @@ def vae_batch(rng: np.random.Generator, size: int = 16) -> Arrays:
 
 
 def exchanged(rng: np.random.Generator, prompt: world.Prompt, share: float, *, named: bool) -> world.Prompt:
-    """The prompt; for two things, in a share of the cases, with their attributes swapped."""
-    if share and len(prompt.things) == 2 and rng.random() < share:
+    """The prompt; for more than one thing, in a share of the cases, with their attributes swapped."""
+    if share and len(prompt.things) > 1 and rng.random() < share:
         swapped = prompt.swapped()
         if named or not any(thing.is_unseen() for thing in swapped.things):
             return swapped
