@@ -3,7 +3,7 @@
     python -m referee_jax.sweep --sweep=configs/ablation.py --samples=4 --workdir=runs/ablation
 
 96 prompts of two coloured shapes. Each image begins from one sample of the prior, so the referee cannot
-help by choosing among several. The base is configs/shapes.py, which has no restarts of the average:
+help by choosing among several. The base is configs/shapes_clip.py, which has no restarts of the average:
 they are a part that is added. Without SDS there is no length to balance the referee's gradient by, so
 its balance is off as well. Hardware: an accelerator (--batch_size=96), or many cores
 (JAX_NUM_CPU_DEVICES as many as cores; on two, about two and a half minutes a row for each sample).
@@ -20,8 +20,8 @@ from referee_jax.shapes import benchmark
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """configs/shapes.py without the choice of a start."""
-    settings = config.read(pathlib.Path(__file__).with_name("shapes.py"))
+    """configs/shapes_clip.py without the choice of a start."""
+    settings = config.read(pathlib.Path(__file__).with_name("shapes_clip.py"))
     settings.prompts = (*benchmark.prompts("colour", "seen"), *benchmark.prompts("colour", "unseen"))
     settings.samples, settings.batch_size, settings.init_candidates = 4, 16, 1
     return settings

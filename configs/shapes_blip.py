@@ -13,8 +13,8 @@ from referee_jax import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """configs/shapes.py with another referee."""
-    settings = config.read(pathlib.Path(__file__).with_name("shapes.py"))
+    """configs/shapes_clip.py with another referee."""
+    settings = config.read(pathlib.Path(__file__).with_name("shapes_clip.py"))
     settings.referees = (
         config.referee(name="blip_itm", checkpoint="shapes/blip_itm", losses={"itm": 1.0}),
         config.referee(name="blip_caption", checkpoint="shapes/blip_caption", losses={"caption": 1.0}),

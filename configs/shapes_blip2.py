@@ -13,8 +13,8 @@ from referee_jax import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """configs/shapes.py with another referee."""
-    settings = config.read(pathlib.Path(__file__).with_name("shapes.py"))
+    """configs/shapes_clip.py with another referee."""
+    settings = config.read(pathlib.Path(__file__).with_name("shapes_clip.py"))
     judge = config.referee(name="blip2", checkpoint="shapes/blip2", losses={"itm": 1.0, "itg": 1.0})
     settings.referees = (judge, settings.referees[-1])
     return settings

@@ -13,8 +13,8 @@ from referee_jax import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """configs/shapes.py with two more referees."""
-    settings = config.read(pathlib.Path(__file__).with_name("shapes.py"))
+    """configs/shapes_clip.py with two more referees."""
+    settings = config.read(pathlib.Path(__file__).with_name("shapes_clip.py"))
     clip, held_out = settings.referees
     settings.referees = (
         clip,

@@ -21,8 +21,8 @@ def read(name: str) -> ml_collections.ConfigDict:
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """configs/shapes.py over the fixed colour prompts."""
-    settings = read("shapes")
+    """configs/shapes_clip.py over the fixed colour prompts."""
+    settings = read("shapes_clip")
     settings.prompts = (*benchmark.prompts("colour", "seen"), *benchmark.prompts("colour", "unseen"))
     settings.batch_size, settings.init_candidates = 16, 4
     return settings
@@ -33,7 +33,7 @@ def get_variants() -> dict[str, dict[str, Any]]:
     matching, captions, held_out = read("shapes_blip").referees
     both, _ = read("shapes_blip2").referees
     rows = {
-        "CLIP": read("shapes").referees,
+        "CLIP": read("shapes_clip").referees,
         "BLIP, ITM": (matching, held_out),
         "BLIP, ITM + captions": (matching, captions, held_out),
         "BLIP-2, ITM": (both.to_dict() | {"losses": {"itm": 1.0}}, held_out),

@@ -28,7 +28,7 @@ from referee_jax.storage import files, images
 
 WORSE = 1.0  # dB
 LISTS = {"colour": 24, "numeracy": 12, "spatial": 12}  # category -> prompts of each split
-# Name -> changes of configs/shapes.py.
+# Name -> changes of configs/shapes_clip.py.
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "one sample": {"init_candidates": 1},
@@ -128,7 +128,7 @@ def main(args: flags.FlagValues) -> str:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", config.find("shapes"), "config file, or the name of one")
+    config_flags.DEFINE_config_file("config", config.find("shapes_clip"), "config file, or the name of one")
     cli.define_device()
     flags.DEFINE_multi_enum("setting", [], list(SETTINGS), "only these; may be repeated")
     flags.DEFINE_string("out", "runs/hacking", "directory of records and pictures")

@@ -1,6 +1,6 @@
 """Right pictures over cost: sampling, and choosing among N samples, beside each way to move, in the shapes world.
 
-    python -m referee_jax.benchmarks.methods --config=configs/shapes_vqascore.py --category=spatial --out=runs/methods
+    python -m referee_jax.benchmarks.methods --config=configs/shapes.py --category=spatial --out=runs/methods
 
 A row of ROWS is a change of the config. Each makes `--samples` pictures of each of the benchmark's fixed prompts, which
 ground truth judges; "best of N" takes of each N of them the one that the optimised referees like most, and costs N times as
@@ -68,7 +68,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "noise, 15 iterations": _MOVED | {"steps": 15},
     **{
         f"best of {count}, moved {steps} times": _chosen_and_moved(count, steps)
-        for count, steps in ((4, 10), (8, 10), (8, 20), (16, 20), (32, 20))
+        for count, steps in ((4, 10), (8, 10), (8, 20), (16, 20), (24, 40))
     },
     "as it is, from one sample": {"init_candidates": 1},
     "as it is": {},

@@ -14,7 +14,7 @@ from referee_jax.engine import results
 from referee_jax.shapes import benchmark, world
 from referee_jax.weights import hub
 
-SETTINGS = config.override(config.load("shapes"), {"samples": 2, "prompts": ("a red circle and a blue square",)})
+SETTINGS = config.override(config.load("shapes_clip"), {"samples": 2, "prompts": ("a red circle and a blue square",)})
 
 
 class Engine:
@@ -165,7 +165,7 @@ def test_costs():
 
 @pytest.mark.parametrize("row", methods.ROWS)
 def test_every_row_is_possible(row):
-    for name in ("shapes", "shapes_blip2"):
+    for name in ("shapes", "shapes_clip"):
         config.override(config.load(name), methods.ROWS[row])
 
 
@@ -175,7 +175,7 @@ def test_what_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "Engines", lambda: Engine)
     monkeypatch.setattr(methods, "passes", lambda settings: 10.0)
     args = types.SimpleNamespace(
-        config=config.read("shapes"), samples=2, candidates=4, out=str(tmp_path), rows=None, category=["shape", "colour"],
+        config=config.read("shapes_clip"), samples=2, candidates=4, out=str(tmp_path), rows=None, category=["shape", "colour"],
         limit=3,
     )  # fmt: skip
     lines = methods.compare(args).splitlines()

@@ -74,6 +74,6 @@ def test_a_slice_is_compiled_for(monkeypatch, tmp_path):
     )  # fmt: skip
     asked = []
     monkeypatch.setattr(ahead_of_time, "compile_for", lambda *of: asked.append(of) or report)
-    settings, out = config.load("configs/shapes.py"), tmp_path / "report.json"
+    settings, out = config.load("configs/shapes_clip.py"), tmp_path / "report.json"
     assert bench.main(arguments(settings, ["1"], out, "v5e:2x4")) == "\n".join(report.lines())
     assert json.loads(out.read_text()) == report.to_dict() and asked == [(settings, "v5e:2x4")]

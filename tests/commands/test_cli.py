@@ -57,7 +57,7 @@ def test_flags_change_the_config(tmp_path):
     ],
 )
 def test_lists_and_none_on_the_command_line(argument, value):
-    settings = command(f"--config.{argument}", path=ROOT / "configs" / "shapes.py").settings
+    settings = command(f"--config.{argument}", path=ROOT / "configs" / "shapes_clip.py").settings
     for name in argument.partition("=")[0].replace("[0]", ".0").split("."):
         settings = settings[0] if name == "0" else getattr(settings, name)
     assert settings == value
@@ -142,7 +142,7 @@ def test_an_installed_package_has_the_configs(tmp_path):
         [sys.executable, "-c", script, str(tmp_path)],
         cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.stdout.split() == ["40", "straight_through", "39"], done.stderr
+    assert done.stdout.split() == ["10", "straight_through", "39"], done.stderr
 
 
 @pytest.mark.parametrize(

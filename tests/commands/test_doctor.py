@@ -22,7 +22,7 @@ from referee_jax.weights import hub
 from tests import programs
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHAPES = f"--config={ROOT / 'configs' / 'shapes.py'}"
+SHAPES = f"--config={ROOT / 'configs' / 'shapes_clip.py'}"
 
 
 def command(*arguments):

@@ -394,7 +394,7 @@ def test_estimate_needs_no_prompts_weights_or_directory(tmp_path):
     arguments = [
         "-m",
         "referee_jax.run",
-        f"--config={ROOT / 'configs' / 'shapes.py'}",
+        f"--config={ROOT / 'configs' / 'shapes_clip.py'}",
         "--estimate",
         "--config.prompts=()",
     ]

@@ -99,7 +99,7 @@ def test_an_interrupted_sweep_continues(file, tmp_path, monkeypatch):
 
 
 def test_programs_are_shared_where_numbers_alone_differ():
-    base = config.load("configs/shapes.py")
+    base = config.load("configs/shapes_clip.py")
     changes = {
         "base": {}, "numbers": {"sds.guidance": 9.0, "ema.start": 3, "referee.stop": 7, "views.noise": 0.0, "optim.lr": 0.1},
         "no prior": {"sds.weight": 0.0, "sds.weight_final": 0.0}, "views": {"views.count": 9}, "steps": {"steps": 9},
@@ -113,7 +113,7 @@ def test_programs_are_shared_where_numbers_alone_differ():
 def test_vary(file):
     variants = sweep.read(file, ["sds.guidance=2,3.5", "ema.every=7"])
     assert variants["sds.guidance = 3.5"].sds.guidance == 3.5 and variants["ema.every = 7"].ema.every == 7
-    assert list(sweep.read("configs/shapes.py", ["seed=1,2"])) == ["as it is", "seed = 1", "seed = 2"]
+    assert list(sweep.read("configs/shapes_clip.py", ["seed=1,2"])) == ["as it is", "seed = 1", "seed = 2"]
 
 
 def test_truth_and_splits():
@@ -153,7 +153,7 @@ def test_gains_are_of_the_same_pictures():
 
 def test_bad_input(file, tmp_path):
     for how, message in (
-        ({"file": "configs/shapes.py"}, "there is nothing to compare"),
+        ({"file": "configs/shapes_clip.py"}, "there is nothing to compare"),
         ({"file": str(tmp_path / "none.py")}, "there is no config file"),
         ({"file": file, "vary": ["sds.guidanse=1"]}, "variant 'sds.guidanse = 1': sds.guidanse is not a setting"),
         ({"file": file, "vary": ["sds.guidance=a"]}, "it should be setting=number"),

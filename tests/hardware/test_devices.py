@@ -190,7 +190,7 @@ def test_the_plugins_that_are_installed(tmp_path, monkeypatch):
     assert devices._has_plugin("gpu") and devices._has_plugin("tpu")
 
 
-RUN = [sys.executable, "-m", "referee_jax.run", "--config=configs/shapes.py"]
+RUN = [sys.executable, "-m", "referee_jax.run", "--config=configs/shapes_clip.py"]
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_distributed_run(tmp_path):
     """Two processes of a job make a run: each its share, and the last merges the journals."""
     variables, work = environment(), tmp_path / "run"
     arguments = [
-        "--config=configs/shapes.py",
+        "--config=configs/shapes_clip.py",
         "--config.steps=4",
         "--samples=5",
         "--prompt=a star",

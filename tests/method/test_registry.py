@@ -81,7 +81,7 @@ def test_the_documented_loss_of_latents(settings):
 
 def test_its_weight_is_no_part_of_the_program(settings):
     other = config.override(settings, {"latent_losses": {"rough": 0.5}})
-    assert builders.structure(other) == builders.structure(settings) != builders.structure(config.load("shapes"))
+    assert builders.structure(other) == builders.structure(settings) != builders.structure(config.load("shapes_clip"))
 
 
 def test_a_run_knows_its_plugins(settings, directory):

@@ -82,7 +82,7 @@ def test_random_weights(tmp_path):
         "checkpoint": str(networks.save_align(networks.align(), tmp_path)),
         "losses": {"cosine": 1.0},
     }
-    sized = abstract_networks.abstract(config.override(config.load("shapes"), {"referees": (align,)}))
+    sized = abstract_networks.abstract(config.override(config.load("shapes_clip"), {"referees": (align,)}))
     tracemalloc.start()
     drawn = abstract_networks.at_random(sized)
     held, _ = tracemalloc.get_traced_memory()

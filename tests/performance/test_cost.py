@@ -240,7 +240,7 @@ def test_xla_counts_as_many_operations():
     XLA leaves out the products with what a convolution pads, which is much at the sides of small images, and counts elementwise
     operations; without either the two would be equal.
     """
-    settings = config.load("configs/shapes.py")
+    settings = config.load("configs/shapes_clip.py")
     settings = dataclasses.replace(settings, referees=settings.referees[:1])
     step = abstract_step(settings)
     fn, args = capacity.batched(capacity.one_step(step.plan), step, step.plan.latent, 2)

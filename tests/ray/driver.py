@@ -30,7 +30,7 @@ class Slow(fakes.FakeInverter):
 def main(engine: str, prompts: str, out: str, *flags: str) -> None:
     ray.init(num_cpus=3, include_dashboard=False, object_store_memory=MEMORY, logging_level="ERROR")
     load = job.load_inverter if engine == "shapes" else Slow
-    asked = fakes.command(f"--prompts={prompts}", *flags, path=fakes.ROOT / "configs" / "shapes.py")
+    asked = fakes.command(f"--prompts={prompts}", *flags, path=fakes.ROOT / "configs" / "shapes_clip.py")
     pool = pipeline.Pool(2, 2, "cpu", rows=int(os.environ.get("ROWS", 8)))
     layout = os.environ.get("LAYOUT", "parquet")
     print(pipeline.generate(asked.settings, asked.entries, Folder(out), pool=pool, layout=layout, part=16, load=load))

@@ -54,7 +54,7 @@ def test_killed_and_continued(tmp_path):
     rows = clusters.rows(out)
     good = table(tmp_path / "good.parquet", 60, list("abcdefghijk"), **dict.fromkeys(bad, "far too long"))
     arguments = f"--prompts={good}", STEPS, f"--workdir={tmp_path / 'run'}"
-    assert run.main(fakes.command(*arguments, path=fakes.ROOT / "configs" / "shapes.py"), load=fakes.FakeInverter) == 0
+    assert run.main(fakes.command(*arguments, path=fakes.ROOT / "configs" / "shapes_clip.py"), load=fakes.FakeInverter) == 0
     check(rows, tmp_path / "run", ids)
     assert {row["id"]: row["error"] for row in rows if row["status"] != "ok"} == {
         "r00003": "ArithmeticError: no such picture",
@@ -119,7 +119,7 @@ def test_killed_and_continued_in_s3(tmp_path, s3, layout):  # noqa: F811
     rows = clusters.rows(tmp_path / "out")
     assert [row["id"] for row in rows] == [f"r{n:05d}" for n in range(60)]
     flags = f"--prompts={prompts}", STEPS, f"--workdir={tmp_path / 'run'}"
-    assert run.main(fakes.command(*flags, path=fakes.ROOT / "configs" / "shapes.py"), load=fakes.FakeInverter) == 0
+    assert run.main(fakes.command(*flags, path=fakes.ROOT / "configs" / "shapes_clip.py"), load=fakes.FakeInverter) == 0
     images = {row["image"]["path"]: row["image"]["bytes"] for row in rows} if layout == "parquet" else {}
     for file in (tmp_path / "out").glob("shards/*.tar"):
         with tarfile.open(file) as tar:

@@ -51,7 +51,7 @@ from referee_jax import config
 
 
 def get_config():
-    settings = config.read("shapes")
+    settings = config.read("shapes_clip")
     settings.referees = settings.referees[:1]
     return settings
 """
@@ -125,7 +125,7 @@ def test_a_stop_is_obeyed_while_compiling(tmp_path):
         "-u",
         "-m",
         "referee_jax.run",
-        "--config=configs/shapes.py",
+        "--config=configs/shapes_clip.py",
         f"--workdir={tmp_path / 'run'}",
     ]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}

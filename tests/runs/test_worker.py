@@ -18,7 +18,7 @@ METHODS = {name: x for name, x in vars(worker.Engine).items() if inspect.isfunct
 @pytest.fixture(scope="module")
 def engines():
     """One of each class; the real one of abstract networks."""
-    settings = config.load("configs/shapes.py")
+    settings = config.load("configs/shapes_clip.py")
     sized = abstract_networks.abstract(settings)
     return [FakeInverter(settings), inverter.Inverter(settings, sized.prior, sized.judges)]
 
@@ -45,7 +45,7 @@ def test_what_is_too_large_for_the_machine_is_said_at_once(tmp_path, monkeypatch
     engines = []
     load = lambda settings: engines.append(FakeInverter(settings)) or engines[-1]
     asked = command(
-        "--prompt=a", f"--config.batch_size={size}", f"--workdir={tmp_path}", path=ROOT / "configs" / "shapes.py"
+        "--prompt=a", f"--config.batch_size={size}", f"--workdir={tmp_path}", path=ROOT / "configs" / "shapes_clip.py"
     )
     assert run.main(asked, load=load, work=work) == (2 if message else 0)
     assert bool(engines[0].begun) != bool(message) and (message or "") in capsys.readouterr().err
@@ -64,7 +64,7 @@ def test_simulated_devices_share_the_machines_memory(tmp_path, monkeypatch, caps
     for memory, advice in ((10**9, "--config.batch_size=3 fits"), (2 * 10**8, "simulate fewer than 8 devices")):
         monkeypatch.setattr(chips, "machine_memory", lambda memory=memory: memory)
         asked = command(
-            "--prompt=a", "--config.batch_size=8", f"--workdir={tmp_path}", path=ROOT / "configs" / "shapes.py"
+            "--prompt=a", "--config.batch_size=8", f"--workdir={tmp_path}", path=ROOT / "configs" / "shapes_clip.py"
         )
         assert run.main(asked, load=load) == 2
         said = capsys.readouterr().err

@@ -243,7 +243,7 @@ def arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = ["ours", *ROWS]
-    parser.add_argument("--config", default="configs/shapes.py")
+    parser.add_argument("--config", default="configs/shapes_clip.py")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--precision", default="float32", choices=sorted(builders.DTYPES))

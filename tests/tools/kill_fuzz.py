@@ -52,7 +52,7 @@ def start(
     url: str = "",
     flags: Sequence[str] = (),
     engine: str = "real",
-    config: str | os.PathLike = "configs/shapes.py",
+    config: str | os.PathLike = "configs/shapes_clip.py",
 ) -> "subprocess.Popen | Forked":
     """One process of a run, with so many simulated devices; in a bucket if there is a `url`. Its log is beside `workdir`."""
     arguments = [f"--config={config}", f"--workdir={url or workdir}"]

@@ -1,7 +1,7 @@
 """Many images in one run: does the memory stay as it is, how fast is the writer, how long does the next start take?
 
     python tests/tools/load_test.py --items=10000                       # the writer alone: an engine that makes noise
-    python tests/tools/load_test.py --items=10000 --engine=shapes       # configs/shapes.py from noise, 2 steps each
+    python tests/tools/load_test.py --items=10000 --engine=shapes       # configs/shapes_clip.py from noise, 2 steps each
     python tests/tools/load_test.py --items=300 --image_size=512 --format=webp
 
 Prints a line of JSON. Exit code 1 if the last quarter's peak of memory is more than 5 % above that of the second, or an image
@@ -113,7 +113,7 @@ def measure(
 ) -> dict:
     """What the docstring asks, of a run of so many items in an empty directory."""
     settings = config.override(
-        config.load(ROOT / "configs" / "shapes.py"),
+        config.load(ROOT / "configs" / "shapes_clip.py"),
         {"steps": 2, "init": "noise", "init_candidates": 1, "outputs.format": form, "outputs.shard_size": shard_size},
     )
     if image_size:
@@ -165,7 +165,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("items", 10_000, "images to make", lower_bound=4)
     flags.DEFINE_enum("engine", "fake", ["fake", "shapes"], "noise, or the shapes world's networks")
     flags.DEFINE_enum("format", "png", ["png", "webp", "webdataset"], "config.outputs.format")
-    flags.DEFINE_integer("image_size", None, "default: that of configs/shapes.py")
+    flags.DEFINE_integer("image_size", None, "default: that of configs/shapes_clip.py")
     flags.DEFINE_integer("shard_size", 10_000, "config.outputs.shard_size")
     flags.DEFINE_string("workdir", None, "where to make it, and keep it; default: a directory that is removed")
     app.run(main)

@@ -107,7 +107,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/shapes.py")
+    parser.add_argument("--config", default="configs/shapes_clip.py")
     parser.add_argument("--batch", type=int, default=4, help="images at once where something else varies")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, help="JSON file to write")

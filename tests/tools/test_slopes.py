@@ -11,7 +11,7 @@ from referee_jax.performance import abstract_networks, cost, flops
 from tests.conftest import abstract_step
 from tests.tools import slopes
 
-SETTINGS = config.override(config.load("configs/shapes.py"), {"views.augmentations": ("Af",)})
+SETTINGS = config.override(config.load("configs/shapes_clip.py"), {"views.augmentations": ("Af",)})
 
 
 def work(settings):
