@@ -18,6 +18,7 @@ from referee_jax import config
 def get_config() -> ml_collections.ConfigDict:
     """Fifty levels, the referee between timesteps 800 and 200."""
     settings = config.read(pathlib.Path(__file__).with_name("clip.py"))
+    settings.init, settings.init_candidates = "noise", 1
     settings.generator.checkpoint = "stabilityai/stable-diffusion-xl-base-1.0"
     settings.method, settings.image_size, settings.steps = "guided", 1024, 50
     settings.precision, settings.batch_size = "bfloat16", 0

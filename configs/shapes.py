@@ -1,4 +1,4 @@
-"""Images of two coloured shapes, with the networks that are part of the package; nothing is downloaded.
+"""Images of coloured shapes, with the networks that are part of the package; nothing is downloaded.
 
     python -m referee_jax.run --config=configs/shapes.py
 
@@ -28,13 +28,13 @@ def get_config() -> ml_collections.ConfigDict:
     settings.steps, settings.image_size, settings.chunk = 10, 64, 5
     settings.prompts = (
         "a red circle and a blue square",
-        "a green triangle and a yellow ring",
         "a purple star and an orange cross",
-        "a black square and a pink circle",
-        "a blue ring and a red cross",
-        "a yellow star and a green square",
-        "an orange triangle and a purple circle",
-        "a pink cross and a black ring",
+        "a green triangle above a yellow ring",
+        "a black square on the left of a pink circle",
+        "three blue rings",
+        "two green stars",
+        "a striped circle and a dotted cross",
+        "a dotted red circle above a striped purple star",
     )
     settings.init, settings.init_steps, settings.init_guidance, settings.init_candidates = "sample", 12, 7.5, 8
     settings.generator.checkpoint = "shapes/stable-diffusion"

@@ -21,6 +21,16 @@ def get_config() -> ml_collections.ConfigDict:
         config.referee(checkpoint="shapes/clip", losses={"contrastive": 1.0}, near=24, exchange=words),
         settings.referees[-1],
     )
+    settings.prompts = (
+        "a red circle and a blue square",
+        "a green triangle and a yellow ring",
+        "a purple star and an orange cross",
+        "a black square and a pink circle",
+        "a blue ring and a red cross",
+        "a yellow star and a green square",
+        "an orange triangle and a purple circle",
+        "a pink cross and a black ring",
+    )
     settings.steps, settings.chunk, settings.sds.weight_steps, settings.referee.stop = 40, 10, 40, 38
     settings.views.count, settings.views.keep, settings.views.augmentations = 4, 4, ("Af",)
     settings.views.affine_degrees, settings.views.affine_translate = 5.0, (0.05, 0.05)
