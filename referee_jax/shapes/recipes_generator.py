@@ -27,6 +27,7 @@ UNET = dict(
 )  # fmt: skip
 ONE_STEP = UNET | dict(block_out_channels=(44, 88), norm_num_groups=4)
 TEACHER_STEPS, GUIDANCE = 12, 7.5  # of the sampler that the generator of one step learns from
+REUSED, KEPT = 4, 128  # a batch of the sampler's, which is most of the work, serves so many steps; of so many one is drawn
 # As Stable Diffusion's.
 SCHEDULER = dict(
     beta_schedule="scaled_linear",
@@ -120,6 +121,7 @@ class OneStep(torch.nn.Module):
     """A U-Net of one step, in SD-Turbo's way: it makes of noise what a guided sampler with the U-Net makes of the same noise.
 
     It learns from every timestep of the sampler's way, most of all from the noisiest, and so takes several steps, too.
+    What was sampled lately is kept, and used again; a training that goes on begins to keep anew.
     """
 
     steps, rate, batch, places = 6000, 1e-3, staticmethod(batches.prompt_batch), ("one_step",)
@@ -137,13 +139,20 @@ class OneStep(torch.nn.Module):
         texts = out / "stable-diffusion" / "text_encoder"
         self.text_encoder = transformers.CLIPTextModel.from_pretrained(texts).float().requires_grad_(False)
         self.scheduler = diffusers.DDIMScheduler(**SCHEDULER)
+        self.kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # states, ways, clean latents
+        self.drawn = 0
         self.register_buffer("empty", torch.from_numpy(tokens.encode([""])))
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict]:
         count, device = len(batch["input_ids"]), batch["input_ids"].device
-        with torch.no_grad():
-            states = self.text_encoder(batch["input_ids"]).last_hidden_state
-            levels, way, target = self.sampled(torch.randn(count, 4, *2 * [UNET["sample_size"]], device=device), states)
+        if self.drawn % REUSED == 0:
+            with torch.no_grad():
+                states = self.text_encoder(batch["input_ids"]).last_hidden_state
+                noise = torch.randn(count, 4, *2 * [UNET["sample_size"]], device=device)
+                self.kept = [*self.kept[1 - KEPT :], (states, *self.sampled(noise, states))]
+        self.drawn += 1
+        states, way, target = self.kept[int(torch.randint(len(self.kept), ()))]
+        levels = self.levels(device)
         picked = torch.randint(1, len(way), (count,), device=device)
         x = torch.cat([way[0], way[picked, torch.arange(count, device=device)]])
         t = torch.cat([levels[:1].expand(count), levels[picked]])
@@ -151,9 +160,14 @@ class OneStep(torch.nn.Module):
         first, later = F.smooth_l1_loss(made, torch.cat([target, target]), beta=0.3, reduction="none").chunk(2)
         return first.mean() + 0.3 * later.mean(), {"first": first.mean(), "later": later.mean()}
 
-    def sampled(self, noise: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """DDIM's timesteps, the noisy latents at each `[step, n, ...]`, and the clean ones at the end."""
-        levels = torch.linspace(999, 20, TEACHER_STEPS, device=noise.device).round().long()
+    @staticmethod
+    def levels(device: torch.device) -> torch.Tensor:
+        """The sampler's timesteps."""
+        return torch.linspace(999, 20, TEACHER_STEPS, device=device).round().long()
+
+    def sampled(self, noise: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """By DDIM: the noisy latents at each timestep `[step, n, ...]`, and the clean ones at the end."""
+        levels = self.levels(noise.device)
         both, way, x = torch.cat([self.text_encoder(self.empty).last_hidden_state.expand_as(states), states]), [], noise
         abar = self.scheduler.alphas_cumprod.to(noise.device)
         for t, following in zip(levels, [*levels[1:], None], strict=True):
@@ -163,7 +177,7 @@ class OneStep(torch.nn.Module):
             clean = self.clean(x, t.expand(len(x)), e)
             if following is not None:
                 x = abar[following].sqrt() * clean + (1 - abar[following]).sqrt() * e
-        return levels, torch.stack(way), clean
+        return torch.stack(way), clean
 
     def clean(self, x: torch.Tensor, t: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         """The clean latents of noisy ones, by the noise in them."""

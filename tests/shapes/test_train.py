@@ -272,7 +272,7 @@ def test_the_generator_of_one_step(tmp_path, monkeypatch):
     recipe, texts = recipes_generator.OneStep(tmp_path), ["a red circle", ""]
     states = recipe.text_encoder(torch.from_numpy(tokens.encode(texts))).last_hidden_state
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    levels, way, target = recipe.sampled(noise, states[:1])
+    levels, (way, target) = recipe.levels("cpu"), recipe.sampled(noise, states[:1])
     assert way.shape == (len(levels), 1, 4, 16, 16) and levels[0] == 999
     prior = generators.load_generator("shapes/stable-diffusion")
     cond, uncond = map(Text, states.numpy())
