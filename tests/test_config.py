@@ -259,7 +259,8 @@ def test_configs():
     assert [(spec.name, spec.losses) for spec in paper.referees] == [("blip2", {"itg": 1.0, "itm": 1.0})]
     changed = {line.split(":")[0] for line in config.diff(base, load("clip")).splitlines()}
     assert changed == {
-        "init", "init_candidates", "init_steps", "output", "clamp", "sds.prompt", "referee.balance_epsilon", "views.affine_translate", "views.shared_erase",
+        "init", "init_candidates", "init_steps", "output", "clamp", "sds.prompt", "referee.balance_epsilon",
+        "views.affine_translate", "views.shared_erase",
     }  # fmt: skip
     shapes = load("shapes")
     assert len(shapes.prompts) == 8

@@ -45,7 +45,14 @@ def code(name):
 def test_all_recipes_are_known():
     """What is in the directory is in the decision table, and within a page."""
     files = {file.name for file in LAUNCH.iterdir()}
-    assert {"local_multiprocess.sh", "slurm.sbatch", "gke_jobset.yaml", "xpk.sh", "tpu_vm.sh", "skypilot_pool.yaml"} <= files
+    assert {
+        "local_multiprocess.sh",
+        "slurm.sbatch",
+        "gke_jobset.yaml",
+        "xpk.sh",
+        "tpu_vm.sh",
+        "skypilot_pool.yaml",
+    } <= files
     for name in files - {"README.md"}:
         assert f"`{name}" in text("README.md"), name
         assert len(text(name).splitlines()) <= 75, name

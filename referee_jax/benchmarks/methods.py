@@ -264,7 +264,10 @@ def is_fooled(point: Point, opponents: Sequence[Point]) -> bool:
 
 
 def table(curves: Mapping[str, Sequence[Point]], records: Mapping[str, Sequence[dict]]) -> tuple[str, report.Rows]:
-    """The Markdown table of all points, cheapest first, and their scores; `records` are those of SAMPLING by category."""
+    """The Markdown tables of all points, cheapest first, and of their gains by category, and their scores.
+
+    `records` are those of SAMPLING by category.
+    """
     rows, means, opponents = {}, {}, curves.get(SAMPLING, ())
     for point in sorted((point for curve in curves.values() for point in curve), key=lambda point: point.passes):
         name = point.row if point.count == 1 else f"{point.row}: best of {point.count}"
@@ -276,7 +279,12 @@ def table(curves: Mapping[str, Sequence[Point]], records: Mapping[str, Sequence[
         mark, means[name] = ["fooled" if is_fooled(point, opponents) else ""], scores
         rows[name] = [f"{point.passes:.0f}", f"{point.seconds:.2f}", *short, *others, *rest, *mark]
     columns = ["method", "passes", "s", *records, "all", "at equal cost", "held-out loss", "quality, dB", ""]
-    return console.markdown(columns, rows), means
+    text = console.markdown(columns, rows)
+    if compared := {name: scores for name, scores in means.items() if "gain" in scores}:
+        names = [*(f"gain, {category}" for category in records), "gain"]
+        text += "\n\nMore right than of the best of as many samples as the same cost pays for:\n\n"
+        text += report.table(compared, "method", names)
+    return text, means
 
 
 def draw(curves: Mapping[str, Sequence[Point]], file: pathlib.Path) -> None:

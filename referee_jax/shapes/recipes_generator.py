@@ -27,7 +27,10 @@ UNET = dict(
 )  # fmt: skip
 ONE_STEP = UNET | dict(block_out_channels=(44, 88), norm_num_groups=4)
 TEACHER_STEPS, GUIDANCE = 12, 7.5  # of the sampler that the generator of one step learns from
-REUSED, KEPT = 4, 128  # a batch of the sampler's, which is most of the work, serves so many steps; of so many one is drawn
+REUSED, KEPT = (
+    4,
+    128,
+)  # a batch of the sampler's, which is most of the work, serves so many steps; of so many one is drawn
 # As Stable Diffusion's.
 SCHEDULER = dict(
     beta_schedule="scaled_linear",

@@ -170,7 +170,7 @@ def test_every_row_is_possible(row):
 
 
 def test_what_is_written(tmp_path, monkeypatch):
-    """By the command, of two rows: table, CSV, figure."""
+    """By the command, of two rows: tables, CSV, figure."""
     monkeypatch.setattr(methods, "ROWS", {"sampling": {}, "a row": {}})
     monkeypatch.setattr(methods, "Engines", lambda: Engine)
     monkeypatch.setattr(methods, "passes", lambda settings: 10.0)
@@ -178,13 +178,18 @@ def test_what_is_written(tmp_path, monkeypatch):
         config=config.read("shapes_clip"), samples=2, candidates=4, out=str(tmp_path), rows=None, category=["shape", "colour"],
         limit=3,
     )  # fmt: skip
-    lines = methods.compare(args).splitlines()
+    text = methods.compare(args)
+    lines, gains = (
+        part.splitlines() for part in text.split("\n\nMore right than of the best of as many samples as the same cost")
+    )
     assert lines[0] == "| method | passes | s | shape | colour | all | at equal cost | held-out loss | quality, dB |  |"
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in lines[2:]}
     assert list(rows) == ["sampling", "a row", "sampling: best of 2", "a row: best of 2", "sampling: best of 4"]
     assert rows["a row"][2:6] == ["0.50", "0.50", "0.500 (0.50..0.50)", "0.000 (0.00..0.00)"]
     assert rows["sampling: best of 4"][2:6] == ["1.00", "1.00", "1.000 (1.00..1.00)", "-"]
-    assert (tmp_path / "table.md").read_text().splitlines() == lines
+    assert gains[2] == "| method | gain, shape | gain, colour | gain |"
+    assert gains[4] == "| a row | 0.000 (0.00..0.00) | 0.000 (0.00..0.00) | 0.000 (0.00..0.00) |" and len(gains) == 6
+    assert (tmp_path / "table.md").read_text() == text
     assert "a row,all,0.5,0.5,0.5," in (tmp_path / "table.csv").read_text()
     assert Image.open(tmp_path / "figure.png").size[0] > 500
 

@@ -54,7 +54,10 @@ def test_killed_and_continued(tmp_path):
     rows = clusters.rows(out)
     good = table(tmp_path / "good.parquet", 60, list("abcdefghijk"), **dict.fromkeys(bad, "far too long"))
     arguments = f"--prompts={good}", STEPS, f"--workdir={tmp_path / 'run'}"
-    assert run.main(fakes.command(*arguments, path=fakes.ROOT / "configs" / "shapes_clip.py"), load=fakes.FakeInverter) == 0
+    assert (
+        run.main(fakes.command(*arguments, path=fakes.ROOT / "configs" / "shapes_clip.py"), load=fakes.FakeInverter)
+        == 0
+    )
     check(rows, tmp_path / "run", ids)
     assert {row["id"]: row["error"] for row in rows if row["status"] != "ok"} == {
         "r00003": "ArithmeticError: no such picture",
