@@ -82,6 +82,7 @@ def test_questions_about_one_thing(unseen):
         assert (yes == is_there).mean() >= 0.95
 
 
+@pytest.mark.slow  # tests/referees/test_contract.py asks it of each referee with random weights
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_bfloat16_gradients(name):
     """Of caption and picture that disagree, in half the precision, they point the same way; 0.9995 was measured."""
