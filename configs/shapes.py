@@ -11,13 +11,13 @@ from referee_jax import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The method scaled to the shapes world: the best of sixteen samples of the prior, moved ten times.
+    """The method scaled to the shapes world: the best of eight samples of the prior, moved ten times.
 
     The referee, a VQAScore, sees the whole picture the right way round, and knows relations and numbers. Numbers were
     chosen on prompts beside the benchmark's, most of them with earlier networks:
 
-    - the choice makes pictures right, and ten iterations, which cost as much as two samples, make them cleaner; forty
-      do no more (docs/shapes_world.md).
+    - the choice makes pictures right, and ten iterations, which cost as much as two samples, make them cleaner; more do
+      little (docs/shapes_world.md). `init_candidates=32` is for prompts of which few samples are right.
     - `balance_epsilon`: as published, the referee's gradient always gets the prior's length, so a
       content referee, whose gradient is noise, pulls as hard as one that objects, and good starts
       fall to pieces. With 0.5 (the gradient of a referee that objects has a length of 1 to 2) it
@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
         "a striped circle and a dotted cross",
         "a dotted red circle above a striped purple star",
     )
-    settings.init, settings.init_steps, settings.init_guidance, settings.init_candidates = "sample", 12, 7.5, 16
+    settings.init, settings.init_steps, settings.init_guidance, settings.init_candidates = "sample", 12, 7.5, 8
     settings.generator.checkpoint = "shapes/stable-diffusion"
     settings.referees = (
         config.referee(name="vqascore", checkpoint="shapes/vqascore", losses={"vqa": 1.0}),

@@ -31,7 +31,6 @@ def get_config() -> ml_collections.ConfigDict:
         "an orange triangle and a purple circle",
         "a pink cross and a black ring",
     )
-    settings.init_candidates = 8
     settings.steps, settings.chunk, settings.sds.weight_steps, settings.referee.stop = 40, 10, 40, 38
     settings.views.count, settings.views.keep, settings.views.augmentations = 4, 4, ("Af",)
     settings.views.affine_degrees, settings.views.affine_translate = 5.0, (0.05, 0.05)
