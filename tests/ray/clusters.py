@@ -40,11 +40,11 @@ def start(engine: str, prompts, out, *flags: str, **environment: str) -> subproc
 
 
 def run(*arguments, **environment: str) -> str:
-    """Runs a driver to its end; returns its last line."""
+    """Runs a driver to its end; returns the line with its counts, behind which Ray may still tell of the dead."""
     driver = start(*arguments, **environment)
     out, _ = driver.communicate(timeout=1800)
     assert driver.returncode == 0, out[-3000:]
-    return out.strip().splitlines()[-1]
+    return next(line for line in reversed(out.splitlines()) if line.startswith("{"))
 
 
 def actors(driver: int) -> list[int]:
