@@ -2,8 +2,8 @@
 
 docs/images/sampling_and_method.png shows for each prompt of configs/shapes.py a plain DDIM sample (50 steps,
 guidance 7.5) above the method's picture, both of seed 0, framed by the detector's verdict.
-docs/images/trajectory.webp shows the method at work from noise, as published: of two pictures of each prompt
-the one that ends right and cleanest.
+docs/images/trajectory.webp shows the method at work from noise, as published, with configs/shapes_clip.py: of two
+pictures of each prompt the one that ends right and cleanest.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from referee_jax.engine import inverter
 from referee_jax.shapes import benchmark
 
 DOCS = pathlib.Path(__file__).parent
-CONFIG = DOCS.parent / "configs" / "shapes.py"
+CONFIG, FROM_NOISE = (DOCS.parent / "configs" / name for name in ("shapes.py", "shapes_clip.py"))
 SEED, SAMPLES = 0, 2
-SIDE, GAP, LABEL, TEXT = 120, 6, 96, 64  # pixels of the sheet
+SIDE, GAP, LABEL, TEXT = 120, 6, 96, 80  # pixels of the sheet
 FRAME_SIDE, FRAME_MS, LAST_MS = 256, 120, 1500
 MARKS = {True: ("right", (30, 130, 60)), False: ("wrong", (200, 40, 40))}
 
@@ -96,7 +96,8 @@ def main() -> None:
     sheet = draw_sheet(prompts, rows, right)
     sheet.quantize(255, dither=PIL.Image.Dither.NONE).save(out / "sampling_and_method.png", optimize=True)
 
-    settings = dataclasses.replace(settings, init="noise", init_candidates=1, chunk=2)
+    settings = dataclasses.replace(referee_jax.load_config(FROM_NOISE), init="noise", init_candidates=1, chunk=2)
+    prompts = list(settings.prompts)
     todo, films = trajectories(inverter.Inverter.from_config(settings), prompts)
     is_right, quality = benchmark.score(films[-1] / 255, [item.prompt for item in todo])
     best = int(np.argmax(np.where(is_right, quality, -np.inf)))
