@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     The referee, a VQAScore, sees the whole picture the right way round, and knows relations and numbers. Numbers were
     chosen on prompts beside the benchmark's, most of them with earlier networks:
 
-    - the choice makes pictures right, and ten iterations, which cost as much as two samples, make them cleaner; more do
+    - the choice makes pictures right, and ten iterations, which cost as much as one sample, make them cleaner; more do
       little (docs/shapes_world.md). `init_candidates=32` is for prompts of which few samples are right.
     - `balance_epsilon`: as published, the referee's gradient always gets the prior's length, so a
       content referee, whose gradient is noise, pulls as hard as one that objects, and good starts
