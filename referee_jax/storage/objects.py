@@ -118,9 +118,11 @@ class Objects:
         """
         lock, owner = f"locks/{name}", self.process.encode()
         is_ours = lambda: self.read(lock) == owner
+        ahead = None  # seconds by which the bucket's clock is ahead of the monotonic one: asked once, in three requests
         while not self.create(lock, owner):
+            ahead = self.now() - time.monotonic() if ahead is None else ahead
             written = self.modified(lock)
-            if written is not None and self.now() - written > LOCK:
+            if written is not None and time.monotonic() + ahead - written > LOCK:
                 self.remove(lock)
             else:
                 time.sleep(WAIT)
