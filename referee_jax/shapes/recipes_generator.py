@@ -27,10 +27,8 @@ UNET = dict(
 )  # fmt: skip
 ONE_STEP = UNET | dict(block_out_channels=(44, 88), norm_num_groups=4)
 TEACHER_STEPS, GUIDANCE = 12, 7.5  # of the sampler that the generator of one step learns from
-REUSED, KEPT = (
-    4,
-    128,
-)  # a batch of the sampler's, which is most of the work, serves so many steps; of so many one is drawn
+REUSED = 4  # steps that each batch of the sampler's serves: sampling is most of the work
+KEPT = 128  # batches, of which a step draws one
 # As Stable Diffusion's.
 SCHEDULER = dict(
     beta_schedule="scaled_linear",
