@@ -13,8 +13,8 @@ from referee_jax import config
 def get_config() -> ml_collections.ConfigDict:
     """The method scaled to the shapes world: the best of eight samples of the prior, moved ten times.
 
-    The referee, a VQAScore, sees the whole picture the right way round, and knows relations and numbers. Numbers were
-    chosen on prompts beside the benchmark's, most of them with earlier networks:
+    The referee, a VQAScore, sees the whole picture the right way round, and knows relations and numbers. Most numbers
+    were chosen on seen prompts of two colours, with an earlier U-Net and CLIP:
 
     - the choice makes pictures right, and ten iterations, which cost as much as one sample, make them cleaner; more do
       little (docs/shapes_world.md). `init_candidates=32` is for prompts of which few samples are right.
