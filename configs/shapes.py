@@ -40,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     settings.generator.checkpoint = "shapes/stable-diffusion"
     settings.referees = (
         config.referee(name="vqascore", checkpoint="shapes/vqascore", losses={"vqa": 1.0}),
+        config.referee(name="clip", checkpoint="shapes/clip", role="choose", losses={"cosine": 1.0}),
         config.referee(name="vqascore", checkpoint="shapes/vqascore_held_out", role="held_out", losses={"vqa": 1.0}),
     )
     settings.sds.prompt, settings.sds.guidance = "{}", 3.0

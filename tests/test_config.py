@@ -265,7 +265,7 @@ def test_configs():
     shapes = load("shapes")
     assert len(shapes.prompts) == 8
     assert all(world.parse(text).things for text in shapes.prompts)
-    assert [spec.role for spec in shapes.referees] == ["optimise", "held_out"]
+    assert [spec.role for spec in shapes.referees] == ["optimise", "choose", "held_out"]
 
 
 LATE = {"referees": ({}, {"role": "held_out"}), "steps": 20, "look_every": 21}

@@ -91,7 +91,7 @@ def compare(settings: config.Settings, out: Path, names: Sequence[str] = ()) -> 
     Raises:
         ValueError: where no held-out referee answers yes or no, and so nothing is ever marked.
     """
-    doubt = held_out.doubt(spec.weighted for spec in settings.referees if spec.role == "held_out")
+    doubt = held_out.doubt(spec.weighted for spec in settings.referees if spec.is_held_out)
     if doubt is None:
         raise ValueError(
             f"no held-out referee that answers yes or no ({', '.join(held_out.ANSWERS)}): nothing is marked"

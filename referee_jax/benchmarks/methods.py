@@ -3,9 +3,9 @@
     python -m referee_jax.benchmarks.methods --config=configs/shapes.py --category=spatial --out=runs/methods
 
 A row of ROWS is a change of the config. Each makes `--samples` pictures of each of the benchmark's fixed prompts, which
-ground truth judges; "best of N" takes of each N of them the one that the optimised referees like most, and costs N times as
-much. So each row is a curve, and each point of it has an opponent: the best of as many samples as its cost pays for.
-Costs are FLOPs of a picture with all networks in passes of the U-Net (two, where it is guided), and seconds.
+ground truth judges; "best of N" takes of each N of them the one that the referees choose, and costs N times as much. So
+each row is a curve, and each point of it has an opponent: the best of as many samples as its cost pays for. Costs are FLOPs
+of a picture with all networks in passes of the U-Net (two, where it is guided), and seconds.
 
 Prints a Markdown table with 95 % intervals (bootstrap over prompts), and writes table.md, table.csv, figure.png (with the
 extra `[eval]`), the pictures, and one JSON line for each, with which an interrupted run continues.
@@ -111,8 +111,9 @@ def measure(
         limit: only so many prompts, the first ones.
 
     Returns:
-        A record per image: `prompt`, `sample`, `right`, `quality` (dB), `loss` and `held_out` (the losses of the optimised
-        and the held-out referees, None where no referee is held out, or they are not finite), `seconds` and `file`.
+        A record per image: `prompt`, `sample`, `right`, `quality` (dB), `loss`, `held_out` and `choice` (the losses of the
+        optimised referees, of the held-out ones and of those that choose; None where no referee is held out, or they are
+        not finite), `seconds` and `file`.
     """
     expected = items.expand(benchmark.prompts(category, split)[:limit], settings.samples)
     name = f"{slug(row)}-{category}-{split}"
@@ -128,10 +129,11 @@ def measure(
             seconds = (time.monotonic() - begin) / len(part)
             right, quality = benchmark.score([x.image for x in pictures], [item.prompt for item in part])
             for n, (item, picture) in enumerate(zip(part, pictures, strict=True)):
-                losses = {key: pair[1] for key, pair in (picture.losses or {}).items()}
+                last = {key: pair[1] for key, pair in (picture.losses or {}).items()}
+                losses = {"loss": last.get("referee"), "held_out": last.get("held_out")}
                 record = {
                     "prompt": item.prompt, "sample": item.sample, "right": bool(right[n]), "quality": float(quality[n]),
-                    "loss": losses.get("referee"), "held_out": losses.get("held_out"), "seconds": seconds,
+                    **losses, "choice": last.get("choice", losses["loss"]), "seconds": seconds,
                 }  # fmt: skip
                 path = out / "images" / name / f"{item.id}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,12 +200,12 @@ class Point:
 
 
 def favourites(records: Sequence[dict], count: int) -> list[dict]:
-    """Of each `count` pictures of a prompt, in the order of their samples, the one with the lowest loss."""
+    """Of each `count` pictures of a prompt, in the order of their samples, the one that the referees choose."""
     by_prompt: dict[str, list[dict]] = {}
     for record in records:
         by_prompt.setdefault(record["prompt"], []).append(record)
     return [
-        min(group[start : start + count], key=lambda record: math.inf if record["loss"] is None else record["loss"])
+        min(group[start : start + count], key=lambda record: math.inf if record["choice"] is None else record["choice"])
         for group in by_prompt.values()
         for start in range(0, len(group) - count + 1, count)
     ]
@@ -215,7 +217,7 @@ def points(row: str, passes: float, records: Mapping[str, Sequence[dict]]) -> li
     samples = 1 + max(record["sample"] for record in every)
     seconds = float(np.median([record["seconds"] for record in every]))
     counts = [2**n for n in range(samples.bit_length())]
-    if all(record["loss"] is None for record in every):
+    if all(record["choice"] is None for record in every):
         counts = [1]
     best = {count: {name: favourites(part, count) for name, part in records.items()} for count in counts}
     return [Point(row, count, count * passes, count * seconds, best[count]) for count in counts]

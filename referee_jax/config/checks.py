@@ -127,10 +127,10 @@ def _check_referees(settings: Settings) -> None:
         count = spec.views or settings.views.count
         if spec.keep > count:
             raise wrong(f"{key}.keep", spec.keep, f"at most its number of views, {count}")
-    shared, judges = settings.views.augmentations, [spec for spec in settings.referees if spec.role == "optimise"]
+    shared, judges = settings.views.augmentations, [spec for spec in settings.referees if spec.is_optimised]
     if shared != views.DEFAULT and set(shared) & set(MOVING) and judges and all(x.name in WHOLE for x in judges):
         raise wrong("views.augmentations", shared, f"without {', '.join(MOVING)}: {judges[0].name} {WHY}")
-    if all(spec.role != "held_out" for spec in settings.referees):
+    if not any(spec.is_held_out for spec in settings.referees):
         for key, is_needed in (("output", settings.output == "best_held_out"), ("patience", settings.patience > 0)):
             if is_needed:
                 raise wrong(
@@ -138,13 +138,15 @@ def _check_referees(settings: Settings) -> None:
                 )
     if (settings.output == "best_held_out" or settings.patience) and settings.look_every > settings.steps:
         raise wrong("look_every", settings.look_every, f"at most steps = {settings.steps}, or nothing is evaluated")
-    is_needed = settings.referee.weight or settings.referee.weight_final or settings.init_candidates > 1
-    if is_needed and all(spec.role != "optimise" for spec in settings.referees):
+    is_pulled, roles = settings.referee.weight or settings.referee.weight_final, {x.role for x in settings.referees}
+    if is_pulled and "optimise" not in roles:
         raise wrong(
             "referees",
             settings.referees,
-            'one with role="optimise" at least, unless referee.weight and weight_final are 0 and init_candidates is 1',
+            'one with role="optimise" at least, unless referee.weight and weight_final are 0',
         )
+    if settings.init_candidates > 1 and roles <= {"held_out"}:
+        raise wrong("referees", settings.referees, 'one with role="optimise" or "choose", unless init_candidates is 1')
 
 
 def _check_known_referee(spec: RefereeSpec, key: str) -> None:

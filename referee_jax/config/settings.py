@@ -107,7 +107,7 @@ class Referee:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefereeSpec:
-    """One vision-language model, which is optimised or held out."""
+    """One vision-language model, which is optimised, helps to choose, or is held out."""
 
     name: str = "clip"  # kind of referee, of the table above; or your own "module:function", see referees.md
     # Hub id, local directory, or shapes/...; of a referee of your own whatever it reads, or empty.
@@ -128,7 +128,19 @@ class RefereeSpec:
     near: int = bounded(0, low=0)  # number of hard negatives made from the prompt; see prompts.hard_negatives
     exchange: tuple[tuple[str, ...], ...] = ()  # groups of interchangeable words in those
     image_size: int = bounded(0, low=0)  # side of the views; 0: the checkpoint's
-    role: str = bounded("optimise", allowed=("optimise", "held_out"))  # held_out: evaluated, never in the gradient
+    # choose: never in the gradient, but in the choice among starts and particles, beside those that are optimised;
+    # held_out: in neither, evaluated alone.
+    role: str = bounded("optimise", allowed=("optimise", "choose", "held_out"))
+
+    @property
+    def is_optimised(self) -> bool:
+        """Whether it has part in the gradient."""
+        return self.role == "optimise"
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether it has part neither in the gradient nor in a choice."""
+        return self.role == "held_out"
 
     @property
     def weighted(self) -> dict[str, float]:

@@ -32,8 +32,13 @@ def make_mesh(settings: config.Settings, devices: Sequence[jax.Device] | None = 
 
 
 def make_view_plan(settings: config.Settings, spec: config.RefereeSpec, *, dense: bool = False) -> objective.ViewPlan:
-    """How a referee's views are made; its own number of views and augmentations, where it has some, win."""
+    """How a referee's views are made; its own number of views and augmentations, where it has some, win.
+
+    One that is not optimised sees the image as it is.
+    """
     common = () if spec.name in config.WHOLE else settings.views.augmentations
+    if not spec.is_optimised:
+        spec, common = dataclasses.replace(spec, views=1, keep=1, augmentations=()), ()
     count = spec.views or settings.views.count
     keep = spec.keep or (count if spec.views else settings.views.keep)
     return objective.ViewPlan(
@@ -44,6 +49,7 @@ def make_view_plan(settings: config.Settings, spec: config.RefereeSpec, *, dense
         passes=make_passes(keep, settings.views.per_pass),
         is_fitted=settings.views.resize == "fit",
         dense=dense,
+        has_gradient=spec.is_optimised,
     )
 
 
@@ -185,8 +191,8 @@ def make_hyper(settings: config.Settings) -> state_lib.Hyperparameters:
         referee=make_referee(settings, fill(objective.Hyper)),
         update=fill(optim.Hyper),
         views=fill(augmentations.Settings),
-        weights=tuple(make_weights(spec) for spec in settings.referees if spec.role == "optimise"),
-        held_out=tuple(make_weights(spec) for spec in settings.referees if spec.role == "held_out"),
+        weights=tuple(make_weights(spec) for spec in settings.referees if not spec.is_held_out),
+        held_out=tuple(make_weights(spec) for spec in settings.referees if spec.is_held_out),
         latent_losses=tuple(weight for _, weight in sorted(settings.latent_losses.items())),
     )
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32), hyper)

@@ -37,13 +37,13 @@ class Step:
 
 def make_step(settings: config.Settings, prior: Generator, judges: Sequence[Judge]) -> Step:
     """An iteration over these networks; what depends on the text is abstract."""
-    optimised = [judge for judge in judges if judge.spec.role == "optimise"]
-    held_out = [judge for judge in judges if judge.spec.role == "held_out"]
+    chosen_by = [judge for judge in judges if not judge.spec.is_held_out]
+    held_out = [judge for judge in judges if judge.spec.is_held_out]
     remat = "full" if settings.remat == "auto" else settings.remat
-    networks = builders.make_networks(prior, optimised, held_out, remat=remat)
-    tokens = builders.tokenize(settings, prior.tokenizers, optimised, held_out, "a")
+    networks = builders.make_networks(prior, chosen_by, held_out, remat=remat)
+    tokens = builders.tokenize(settings, prior.tokenizers, chosen_by, held_out, "a")
     prompt = jax.eval_shape(builders.encode, networks, prior.text_encoder, tokens)
-    plan = builders.make_plan(settings, prior, optimised, held_out)
+    plan = builders.make_plan(settings, prior, chosen_by, held_out)
     hyper = builders.make_hyper(settings)
     return Step(settings, networks, prior.text_encoder, prompt, hyper, plan)
 
@@ -123,8 +123,8 @@ def weights(step: Step) -> dict[str, int]:
         "denoiser": networks.prior.denoiser,
         "decoder": networks.vae,
     }
-    specs = [spec for role in ("optimise", "held_out") for spec in step.settings.referees if spec.role == role]
+    specs = sorted(step.settings.referees, key=lambda spec: spec.is_held_out)  # the others first, in their order
     for n, (spec, referee) in enumerate(zip(specs, (*networks.referees, *networks.held_out), strict=True)):
-        held_out = " (held out)" if spec.role == "held_out" else ""
-        named[f"{spec.name} {n}{held_out}" if len(specs) > 1 else spec.name] = referee
+        part = {"choose": " (chooses)", "held_out": " (held out)"}.get(spec.role, "")
+        named[f"{spec.name} {n}{part}" if len(specs) > 1 else spec.name] = referee
     return {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for name, tree in named.items()}

@@ -31,12 +31,13 @@ from referee_jax.engine.results import Batch, Picture, Result, Start
 from referee_jax.hardware import chips, compile_cache
 from referee_jax.hardware import devices as hardware_devices
 from referee_jax.items import Item, Part
-from referee_jax.method import inversion
+from referee_jax.method import held_out, inversion
 from referee_jax.method import state as state_lib
 from referee_jax.referees.questions import Atom
 from referee_jax.weights import generators
 from referee_jax.weights.generators import Generator
 
+CHOICE = held_out.LOSSES.index("choice")
 TOKENIZED = 4096  # prompts whose tokens stay in memory, some kilobytes each
 
 
@@ -68,14 +69,16 @@ class Inverter:
         self.steps, self.chunk = settings.steps, settings.chunk
         self.groups = self.mesh.shape[parallel.AXIS]
         self.batch_size = settings.batch_size * self.groups
-        self.judges = [judge for judge in judges if judge.spec.role == "optimise"]
-        self.held_out = [judge for judge in judges if judge.spec.role == "held_out"]
+        self.judges = [judge for judge in judges if not judge.spec.is_held_out]
+        self.held_out = [judge for judge in judges if judge.spec.is_held_out]
         hardware = chips.traits(self.mesh.devices.flat[0], is_split=self.mesh.shape[parallel.MODEL] > 1)
         networks = builders.make_networks(prior, self.judges, self.held_out, remat=settings.remat, hardware=hardware)
         self.networks = parallel.place(networks, self.mesh, batched=False)
         self.text_encoder, self.schedule = prior.text_encoder, prior.schedule
         self.plan = builders.make_plan(settings, prior, self.judges, self.held_out, dense=hardware.dense)
         self.hyper = builders.make_hyper(settings)
+        gradients = [view_plan.has_gradient for view_plan in self.plan.views]
+        self.is_optimised, self.losses = any(gradients), held_out.LOSSES[: 2 if all(gradients) else 3]
         self.compiled, self._programs, self._tokens = False, {}, {}
         self.questions: Mapping[str, Sequence[Atom]] = {}
         self._encode = self._jit(jax.vmap(builders.encode, in_axes=(None, None, 0)))
@@ -160,7 +163,7 @@ class Inverter:
                 losses = self._judge(prompt, hyper, latents)
             best.append((latents, losses))
             if start.candidates > 1:
-                best = particles_lib.ranked(self._take, best, [-losses[:, 0] for _, losses in best], count)
+                best = particles_lib.ranked(self._take, best, [-losses[:, CHOICE] for _, losses in best], count)
         init = self._program("init", hypers is not None)
         zeros = jnp.zeros_like(best[0][0][:, 0, 0, 0])
         particles = [
@@ -174,7 +177,7 @@ class Inverter:
         return self._program("take")(tuple(trees), parallel.place(jnp.asarray(row), self.mesh, batched=True))
 
     def _judge(self, prompt: state_lib.Prompt, hyper: state_lib.Hyperparameters, latents: Array) -> Array:
-        """Clean losses of the optimised and of the held-out referees, `[item, 2]`."""
+        """Clean losses in the order of held_out.LOSSES, `[item, 3]`."""
         is_swept = jax.tree.leaves(hyper)[0].ndim > 0
         return self._program("judge", is_swept)(self.networks, prompt, hyper, latents)
 
@@ -255,7 +258,7 @@ class Inverter:
 
     def _abstract_state(self, hyper: state_lib.Hyperparameters) -> state_lib.InversionState:
         latents = jax.ShapeDtypeStruct((self.batch_size, *self.plan.latent), jnp.float32)
-        losses = jax.ShapeDtypeStruct((self.batch_size, 2), jnp.float32) if self.held_out else None
+        losses = jax.ShapeDtypeStruct((self.batch_size, len(held_out.LOSSES)), jnp.float32) if self.held_out else None
         return jax.eval_shape(self._program("init"), self.networks, latents, losses, hyper)
 
     def halved(self) -> "Inverter | None":
@@ -293,8 +296,8 @@ class Inverter:
         return batch, moved[0][1]
 
     def _values(self, batch: Batch, latents: Sequence[Array]) -> list[Array]:
-        """How well the optimised referees like what each of several latents looks like, `[item]` each."""
-        return [-self._judge(batch.prompt, batch.hyper, x)[:, 0] for x in latents]
+        """How well the referees that choose like what each of several latents looks like, `[item]` each."""
+        return [-self._judge(batch.prompt, batch.hyper, x)[:, CHOICE] for x in latents]
 
     def _iterate(self, batch: Batch, particle: Particle, count: int) -> tuple[Particle, dict[str, np.ndarray]]:
         """`count` iterations of one particle, and their metrics `[item, iteration]`."""
@@ -303,7 +306,7 @@ class Inverter:
         # speed. Nothing is waited for: an iteration's metrics are copied to the host while the next ones run.
         referee = jax.tree.map(np.asarray, batch.hyper.referee)
         for i in range(batch.step, batch.step + count):
-            active = bool(self.judges) and bool(np.any(referee.is_active(i)))
+            active = self.is_optimised and bool(np.any(referee.is_active(i)))
             step = self._program("step", is_swept, referees_active=active)
             state, metrics = step(self.networks, batch.prompt, batch.hyper, state, particle.keys, jnp.int32(i))
             if self.held_out:
@@ -365,8 +368,8 @@ class Inverter:
             item_scores = {name: float(value[n]) for name, value in scores.items()}
             losses = None
             if self.held_out:
-                pairs = zip(("referee", "held_out"), first[n], last[n], strict=True)
-                losses = {name: (float(start), float(end)) for name, start, end in pairs}
+                pairs = zip(held_out.LOSSES, first[n], last[n], strict=True)
+                losses = {name: (float(start), float(end)) for name, start, end in pairs if name in self.losses}
             status = "nonfinite" if frozen[n] else "done"
             asked = self._answered(item.prompt, item_scores)
             pictures.append(Picture(item, images[n], item_scores, latents[n], status, losses, asked))

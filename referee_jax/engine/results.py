@@ -22,8 +22,8 @@ class Picture:
         scores: of all referees on the clean image, as "referee_0/cosine".
         latents: float32 `[h, w, C]`, scaled, from which the image was decoded.
         status: "done" or "nonfinite".
-        losses: where there are held-out referees, the losses of "referee" and "held_out", each a
-            pair of the first and the last (held_out.is_hacked).
+        losses: where there are held-out referees, the losses of "referee" and "held_out", and of "choice" where others
+            help to choose, each a pair of the first and the last (held_out.is_hacked).
         questions: "referee_0" -> what it was asked about the prompt, see Judge.answered.
     """
 

@@ -14,6 +14,9 @@ from flax import struct
 from jax import Array
 
 ANSWERS = ("itm", "vqa")  # losses that are -log p of "yes, this is what the text says"
+# Of which referees there are losses of a whole image: the optimised ones, the held-out ones, and those that choose, which
+# are the optimised ones and others.
+LOSSES = ("referee", "held_out", "choice")
 DOUBT = 0.3  # of such a loss: p below 0.74
 
 
@@ -21,7 +24,7 @@ class HeldOutState(struct.PyTreeNode):
     """What the held-out referees have measured of one item.
 
     Attributes:
-        first: float32 `[2]`, the losses of the optimised and of the held-out referees at the start.
+        first: float32 `[3]`, LOSSES at the start.
         best: the latents with the lowest held-out loss.
         loss: that loss.
         since: evaluations since then, int32.

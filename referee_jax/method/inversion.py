@@ -93,7 +93,8 @@ def as_saved(image: Array) -> Array:
 
 def loss_names(plan: Plan) -> tuple[str, ...]:
     """The losses of an iteration: their weighted sum "loss", then each as "referee_0/itm"."""
-    return "loss", *(f"referee_{n}/{name}" for n, plan_n in enumerate(plan.views) for name in plan_n.losses)
+    optimised = [(n, view_plan) for n, view_plan in enumerate(plan.views) if view_plan.has_gradient]
+    return "loss", *(f"referee_{n}/{name}" for n, view_plan in optimised for name in view_plan.losses)
 
 
 def referees_gradient(
@@ -103,6 +104,8 @@ def referees_gradient(
     image, pullback = jax.vjp(lambda z: picture(networks, prompt, hyper, plan, z), latents)
     cotangent, metrics = jnp.zeros_like(image), {"loss": jnp.zeros(())}
     for n, view_plan in enumerate(plan.views):
+        if not view_plan.has_gradient:
+            continue
         with jax.named_scope(f"referee_{n}"):
             gradient, losses = objective.image_gradient(
                 networks.referees[n],
@@ -235,17 +238,17 @@ def step(
 
 @jax.named_scope("clean_losses")
 def clean_losses(networks: Networks, prompt: Prompt, hyper: Hyperparameters, plan: Plan, image: Array) -> Array:
-    """Weighted sums of the losses on an image as it is saved, of the referees and of the held-out ones: float32 `[2]`."""
-    image = as_saved(image)
+    """Weighted sums of the losses on an image as it is saved, in the order of held_out.LOSSES: float32 `[3]`."""
+    image, zero = as_saved(image), jnp.zeros(())
     groups = (
         (networks.referees, prompt.texts, plan.views, hyper.weights),
         (networks.held_out, prompt.held_out, plan.held_out, hyper.held_out),
     )
-    totals = []
-    for group in groups:
-        losses = [objective.clean_loss(referee, image, *rest) for referee, *rest in zip(*group, strict=True)]
-        totals.append(sum(losses, jnp.zeros(())))
-    return jnp.stack(totals)
+    judged, held_out = (
+        [objective.clean_loss(referee, image, *rest) for referee, *rest in zip(*group, strict=True)] for group in groups
+    )
+    optimised = [loss for loss, view_plan in zip(judged, plan.views, strict=True) if view_plan.has_gradient]
+    return jnp.stack([sum(losses, zero) for losses in (optimised, held_out, judged)])
 
 
 def record_evaluation(plan: Plan, state: InversionState, losses: Array) -> tuple[InversionState, Array]:

@@ -68,6 +68,7 @@ class ViewPlan(struct.PyTreeNode):
         passes: microbatches into which the kept views are split.
         is_fitted: whether the image is resized as the referee's authors do, and not pooled (views.pool).
         dense: whether pixels are resampled by products of matrices, which suits TPUs.
+        has_gradient: whether the referee is optimised, or has part in the choice among pictures alone.
     """
 
     losses: tuple[str, ...] = struct.field(pytree_node=False)
@@ -77,6 +78,7 @@ class ViewPlan(struct.PyTreeNode):
     passes: int = struct.field(pytree_node=False, default=1)
     is_fitted: bool = struct.field(pytree_node=False, default=False)
     dense: bool = struct.field(pytree_node=False, default=False)
+    has_gradient: bool = struct.field(pytree_node=False, default=True)
 
 
 class Weights(struct.PyTreeNode):

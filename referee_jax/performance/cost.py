@@ -124,8 +124,10 @@ def parts(step: capacity.Step) -> list[Part]:
         Part(decoder, _picture(plan), plan.latent),
         Part(f"{decoder} + pullback", _pulled(plan), plan.latent),
     ]
-    specs = [spec for spec in step.settings.referees if spec.role == "optimise"]
+    specs = [spec for spec in step.settings.referees if not spec.is_held_out]
     for n, (spec, view_plan, referee) in enumerate(zip(specs, plan.views, step.networks.referees, strict=True)):
+        if not view_plan.has_gradient:
+            continue
         name, size = spec.name if len(specs) == 1 else f"{spec.name} {n}", referee.image_size
         pieces += [
             Part(f"{name}: views + pullback", _views(view_plan, size, plan.shared_erase), (side, side, 3)),
@@ -230,7 +232,7 @@ def _work(step: capacity.Step, whole: float, denoiser: float) -> Work:
     if settings.init_candidates > 1 or plan.held_out:
         start += judged
     acts = builders.make_referee(settings, settings.referee)
-    active = max(0, min(acts.stop, settings.steps) - acts.start) if plan.views else 0
+    active = max(0, min(acts.stop, settings.steps) - acts.start) if any(x.has_gradient for x in plan.views) else 0
     tail = denoiser if plan.method == "guided" or plan.method == "sds" and plan.use_sds else 0.0
     evaluation = judged if plan.held_out else 0.0
     # At the end the result is scored, and where there are held-out referees judged as at the start.

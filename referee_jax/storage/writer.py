@@ -86,7 +86,7 @@ class Encoder:
     def __init__(self, settings: config.Settings):
         self.settings = settings
         self.origin = {"fingerprint": config.fingerprint(settings), "settings": config.image_settings(settings)}
-        self.doubt = held_out.doubt(spec.weighted for spec in settings.referees if spec.role == "held_out")
+        self.doubt = held_out.doubt(spec.weighted for spec in settings.referees if spec.is_held_out)
 
     def record(self, picture: Picture) -> dict[str, Any]:
         """What is known of a picture; its `status` is the picture's, or "nonfinite" if a pixel or a score is not finite."""

@@ -52,7 +52,8 @@ def measured(engine, out, category="colour", split="seen", limit=3, samples=2):
 
 def record(prompt, sample, right, loss):
     return {
-        "prompt": prompt, "sample": sample, "right": right, "loss": loss, "quality": 30.0, "held_out": None, "seconds": 2.0
+        "prompt": prompt, "sample": sample, "right": right, "loss": loss, "choice": loss, "quality": 30.0, "held_out": None,
+        "seconds": 2.0
     }  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def test_a_curve():
     curve = methods.points("sampling", 10.0, {"colour": SAMPLED})
     assert [(point.count, point.passes, point.seconds) for point in curve] == [(1, 10, 2), (2, 20, 4), (4, 40, 8)]
     assert [point.scores["all"].mean for point in curve] == [0.5, 0.5, 1.0]
-    blind = [{**record, "loss": None} for record in SAMPLED]
+    blind = [{**record, "loss": None, "choice": None} for record in SAMPLED]
     assert [point.count for point in methods.points("a row", 10.0, {"colour": blind})] == [1]
 
 
@@ -196,10 +197,9 @@ def test_what_is_written(tmp_path, monkeypatch):
 
 def test_a_picture_without_a_loss_is_nobodys_favourite():
     """Where it was not finite; where none has a loss nothing is chosen."""
-    record = lambda n, loss: {"prompt": "a", "sample": n, "right": loss == 1.0, "quality": 30.0, "loss": loss, "held_out": loss,
-                              "seconds": 1.0}  # fmt: skip
-    some = [record(0, None), record(1, 2.0), record(2, 1.0), record(3, None)]
+    losses = [None, 2.0, 1.0, None]
+    some = [record("a", n, loss == 1.0, loss) | {"held_out": loss} for n, loss in enumerate(losses)]
     assert [x["loss"] for x in methods.favourites(some, 2)] == [2.0, 1.0]
     assert [point.count for point in methods.points("row", 10.0, {"colour": some})] == [1, 2, 4]
-    none = [record(n, None) for n in range(4)]
+    none = [record("a", n, False, None) for n in range(4)]
     assert [point.count for point in methods.points("row", 10.0, {"colour": none})] == [1]

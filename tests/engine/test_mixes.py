@@ -107,7 +107,7 @@ def watched():
 def history(watched):
     """Held-out losses of all looks, `[prompt, look]`, the one before the first iteration first, and the pictures."""
     batch, losses = watched.begin(items.expand(PROMPTS, 1), 5), []
-    losses.append(np.asarray(batch.state.held_out.first)[:, 1:])
+    losses.append(np.asarray(batch.state.held_out.first)[:, 1:2])
     while batch.step < watched.steps:
         batch, metrics = watched.advance(batch)
         losses.append(metrics["held_out/loss"])
@@ -123,6 +123,40 @@ def test_a_watcher_changes_nothing(history):
         batch, _ = blind.advance(batch)
     assert relative_l2(batch.state.latents, history[2]) < 1e-6
     assert [picture.losses for picture in blind.finish(batch)] == [None] * 3
+
+
+CHOOSES = SPECS["blip2"] | {"role": "choose", "weight": 2.0}
+FROM_SAMPLES = {"init": "sample", "init_steps": 2, "init_candidates": 4, "particles": 4}
+
+
+def test_one_that_chooses_is_in_no_gradient():
+    """Where there is nothing to choose, the pictures are those without it; it scores them."""
+    alone, two = (build(specs, steps=4)(PROMPTS, seed=5) for specs in ([SPECS["clip"]], [SPECS["clip"], CHOOSES]))
+    assert relative_l2(two.latents, alone.latents) < 1e-6
+    assert two.history.keys() == alone.history.keys()
+    np.testing.assert_allclose(two.history["loss"], alone.history["loss"], rtol=1e-5)
+    assert {"referee_0/cosine", "referee_1/itm", "referee_1/itg"} <= two.scores[0].keys()
+
+
+def test_one_that_chooses_has_its_say():
+    """Starts are ranked by the sum of its losses and those of the optimised one, which would rank them otherwise."""
+    together, clip = build([SPECS["clip"], CHOOSES, HELD_OUT], **FROM_SAMPLES), build([SPECS["clip"]])
+    # By itself its losses are those of the optimised referee of an engine; it has the second one's weights here, too.
+    other = build([SPECS["clip"] | {"weight": 1e-9}, CHOOSES | {"role": "optimise"}])
+    batch = together.begin(items.expand(PROMPTS, 1), 5)
+    own = lambda engine: engine.begin(items.expand(PROMPTS, 1), 5)
+    losses = {}
+    for name, engine, column in (("choice", together, 2), ("clip", clip, 0), ("other", other, 0)):
+        begun = batch if engine is together else own(engine)
+        rows = [engine._judge(begun.prompt, begun.hyper, x.state.latents)[:, column] for x in batch.particles]
+        losses[name] = np.stack(rows)
+    np.testing.assert_allclose(losses["choice"], losses["clip"] + losses["other"], rtol=1e-4, atol=1e-6)
+    assert (np.diff(losses["choice"], axis=0) >= 0).all()
+    assert (np.diff(losses["clip"], axis=0) < 0).any()
+    # At the end, too, among the particles; and the pictures say it.
+    assert all(picture.losses.keys() == {"referee", "held_out", "choice"} for picture in together.finish(batch))
+    for picture, best in zip(together.finish(batch), losses["choice"].min(0), strict=True):
+        np.testing.assert_allclose(picture.losses["choice"], (best, best), rtol=1e-4)
 
 
 def test_looks(history):
@@ -178,6 +212,9 @@ def test_reward_hacking():
     )
 
 
+UNMOVED = {"referee": {"weight": 0.0, "weight_final": 0.0}}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -185,11 +222,26 @@ def test_reward_hacking():
         ({"patience": 2}, "patience = 2 is not possible"),
         ({"referees": ({"views": 2, "keep": 3},)}, r"referees\[0\].keep = 3 is not possible: it must be at most .*, 2"),
         ({"referees": ({"weight": 0.0},)}, r"referees\[0\].weight = 0.0 is not possible"),
+        (
+            {"referees": ({"role": "choose"},)},
+            'one with role="optimise" at least, unless referee.weight and weight_final are 0',
+        ),
+        (
+            UNMOVED | {"init": "sample", "init_candidates": 2, "referees": ({"role": "held_out"},)},
+            'one with role="optimise" or "choose", unless init_candidates is 1',
+        ),
     ],
 )
 def test_impossible(change, message):
     with pytest.raises(config.ConfigError, match=message):
         config.from_config(change)
+
+
+def test_choosing_needs_no_optimised_referee():
+    """Best of N, and nothing moved; of one start nobody need choose."""
+    chosen = UNMOVED | {"init": "sample", "init_candidates": 2, "referees": ({"role": "choose"},)}
+    assert config.from_config(chosen).referees[0].role == "choose"
+    assert config.from_config(UNMOVED | {"referees": ()}).init_candidates == 1
 
 
 def test_state_is_the_same_everywhere(watched):

@@ -135,5 +135,10 @@ def test_what_is_judged_is_what_is_saved():
     image = np.random.default_rng(0).uniform(size=(3, 3, 3)).astype(np.float32)
     saved = (images.to_uint8(image) / np.float32(255))[:2, :2, 0].sum()
     made = inversion.clean_losses(networks, prompt, hyper, plan, jnp.asarray(image))
-    np.testing.assert_allclose(made, [0.5 * saved, saved], rtol=1e-6)
+    np.testing.assert_allclose(made, [0.5 * saved, saved, 0.5 * saved], rtol=1e-6)
+    two = view_plan.replace(has_gradient=False)
+    plan = plan.replace(views=(view_plan, two))
+    networks, prompt = networks.replace(referees=(referee,) * 2), prompt.replace(texts=(1.0, 3.0))
+    made = inversion.clean_losses(networks, prompt, hyper.replace(weights=weights * 2), plan, jnp.asarray(image))
+    np.testing.assert_allclose(made, [0.5 * saved, saved, 2 * saved], rtol=1e-6)  # the second one chooses alone
     assert abs(saved - image[:2, :2, 0].sum()) > 1e-4
