@@ -230,10 +230,11 @@ def share(items: Sequence[Item], index: int, count: int) -> Sequence[Item]:
     return items[index::count]
 
 
-def batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    """Consecutive batches of `size` items; the last may be shorter."""
-    for start in range(0, len(items), size):
-        yield list(items[start : start + size])
+def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Consecutive batches of `size` items, or of anything; the last may be shorter."""
+    rest = iter(items)
+    while part := list(itertools.islice(rest, size)):
+        yield part
 
 
 @dataclasses.dataclass(frozen=True)

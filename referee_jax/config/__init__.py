@@ -5,7 +5,7 @@ turns it into frozen dataclasses. The ConfigDict, the checks and the messages ar
 these. The defaults are those of "Referee Can Play" (arXiv 2402.16305) for Stable Diffusion 1.5.
 """
 
-from referee_jax.config.checks import guided_levels
+from referee_jax.config.checks import guided_levels, guided_window
 from referee_jax.config.known_referees import (
     ASKED,
     CONTRASTS,
@@ -70,6 +70,7 @@ __all__ = [
     "fingerprint",
     "from_config",
     "guided_levels",
+    "guided_window",
     "image_part",
     "image_settings",
     "load",

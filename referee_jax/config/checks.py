@@ -66,7 +66,7 @@ def _check_way(settings: Settings) -> None:
             raise ConfigError(f"guided.travels = {settings.guided.travels} is not possible: {error}") from error
         window, acts = settings.guided, settings.referee
         is_active = (acts.weight or acts.weight_final) and acts.stop > acts.start
-        if is_active and not any(window.low <= t <= window.high for t in levels):
+        if is_active and not guided_window(settings):
             nearest = min(levels, key=lambda t: max(window.low - t, t - window.high))
             raise wrong(
                 "guided.low",
@@ -80,6 +80,12 @@ def guided_levels(settings: Settings) -> tuple[int, ...]:
     s = settings.guided
     how = {"travels": s.travels, "back": s.back, "low": s.low, "high": s.high}
     return tuple(map(int, guided.levels(settings.steps, s.first, s.last, **how)))
+
+
+def guided_window(settings: Settings) -> list[int]:
+    """The iterations of method = "guided" at whose timesteps the referees may pull."""
+    s = settings.guided
+    return [i for i, t in enumerate(guided_levels(settings)) if s.low <= t <= s.high]
 
 
 def _check_views(settings: Views) -> None:

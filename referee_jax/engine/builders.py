@@ -202,8 +202,7 @@ def make_referee(settings: config.Settings, acts: Any) -> Any:
     """Numbers with a `start` and a `stop` of the referees; of "guided" they act in its window of timesteps alone."""
     if settings.method != "guided":
         return acts
-    s, levels = settings.guided, config.guided_levels(settings)
-    inside = [i for i, t in enumerate(levels) if s.low <= t <= s.high]
+    inside = config.guided_window(settings)
     if not inside:
         return dataclasses.replace(acts, start=0, stop=0)
     stop = min(acts.stop, inside[-1] + 1)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS, MODEL = "prompt", "model"
+BATCHED = PartitionSpec(AXIS)  # of what has a leading axis of items
 LARGE = 2**16  # elements; smaller weights are whole on every device
 
 
@@ -35,14 +36,13 @@ def across_devices(fn: Callable, mesh: Mesh, batched: Sequence[bool]) -> Callabl
     """
     # Where no weight is split, all axes are manual: cuDNN's attention cannot be partitioned by the compiler.
     manual = {AXIS} if mesh.shape[MODEL] > 1 else {AXIS, MODEL}
-    specs = tuple(PartitionSpec(AXIS) if is_batched else PartitionSpec() for is_batched in batched)
-    out = PartitionSpec(AXIS)
-    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, axis_names=manual, check_vma=False)
+    specs = tuple(BATCHED if is_batched else PartitionSpec() for is_batched in batched)
+    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=BATCHED, axis_names=manual, check_vma=False)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of what has an axis of prompts: split along it over the groups, whole on each device of one."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
+    return NamedSharding(mesh, BATCHED)
 
 
 def place(tree: Any, mesh: Mesh, *, batched: bool) -> Any:
@@ -60,7 +60,7 @@ def place(tree: Any, mesh: Mesh, *, batched: bool) -> Any:
 def _spec(x: Any, mesh: Mesh, batched: bool) -> PartitionSpec:
     count = mesh.shape[MODEL]
     if batched:
-        return PartitionSpec(AXIS)
+        return BATCHED
     axes = [axis for axis, length in enumerate(x.shape) if length % count == 0]
     if count == 1 or x.size < LARGE or not axes:
         return PartitionSpec()

@@ -43,14 +43,7 @@ def of_rejected(rejected: Sequence[Rejected]) -> Iterator[dict[str, Any]]:
 
 def tables(rows: Iterator[Mapping[str, Any]], size: int) -> Iterator[pa.Table]:
     """The rows in tables of `size`, the last one shorter."""
-    part: list[Mapping[str, Any]] = []
-    for row in rows:
-        part.append(row)
-        if len(part) == size:
-            yield pa.Table.from_pylist(part, SCHEMA)
-            part = []
-    if part:
-        yield pa.Table.from_pylist(part, SCHEMA)
+    return (pa.Table.from_pylist(part, SCHEMA) for part in items_lib.batches(rows, size))
 
 
 def item_of(row: Mapping[str, Any]) -> Item:
