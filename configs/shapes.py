@@ -13,11 +13,12 @@ from referee_jax import config
 def get_config() -> ml_collections.ConfigDict:
     """The method scaled to the shapes world: the best of eight samples of the prior, moved ten times.
 
-    The referee, a VQAScore, sees the whole picture the right way round, and knows relations and numbers. Most numbers
-    were chosen on seen prompts of two colours, with an earlier U-Net and CLIP:
+    The referee, a VQAScore, sees the whole picture the right way round, and knows relations and numbers. BLIP's captioner
+    helps to choose: it sees two shapes that have grown together, which the VQAScore takes for two. Most numbers were
+    chosen on seen prompts of two colours, with an earlier U-Net and CLIP:
 
     - the choice makes pictures right, and ten iterations, which cost as much as one sample, make them cleaner; more do
-      little (docs/shapes_world.md). `init_candidates=32` is for prompts of which few samples are right.
+      little (docs/shapes_world.md). `init_candidates=28` is for prompts of which few samples are right.
     - `balance_epsilon`: as published, the referee's gradient always gets the prior's length, so a
       content referee, whose gradient is noise, pulls as hard as one that objects, and good starts
       fall to pieces. With 0.5 (the gradient of a referee that objects has a length of 1 to 2) it
@@ -40,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
     settings.generator.checkpoint = "shapes/stable-diffusion"
     settings.referees = (
         config.referee(name="vqascore", checkpoint="shapes/vqascore", losses={"vqa": 1.0}),
-        config.referee(name="clip", checkpoint="shapes/clip", role="choose", losses={"cosine": 1.0}),
+        config.referee(name="blip_caption", checkpoint="shapes/blip_caption", role="choose", losses={"caption": 1.0}),
         config.referee(name="vqascore", checkpoint="shapes/vqascore_held_out", role="held_out", losses={"vqa": 1.0}),
     )
     settings.sds.prompt, settings.sds.guidance = "{}", 3.0

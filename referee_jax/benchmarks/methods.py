@@ -68,7 +68,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "noise, 15 iterations": _MOVED | {"steps": 15},
     **{
         f"best of {count}, moved {steps} times": _chosen_and_moved(count, steps)
-        for count, steps in ((4, 10), (8, 10), (8, 20), (16, 10), (32, 10), (24, 40))
+        for count, steps in ((4, 10), (8, 10), (8, 20), (16, 10), (28, 10), (24, 40))
     },
     "as it is, from one sample": {"init_candidates": 1},
     "as it is": {},
