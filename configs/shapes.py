@@ -14,8 +14,8 @@ def get_config() -> ml_collections.ConfigDict:
     """The method scaled to the shapes world: the best of eight samples of the prior, moved ten times.
 
     The referee, a VQAScore, sees the whole picture the right way round, and knows relations and numbers. BLIP's captioner
-    helps to choose: it sees two shapes that have grown together, which the VQAScore takes for two. Most numbers were
-    chosen on seen prompts of two colours, with an earlier U-Net and CLIP:
+    helps to choose: the VQAScore takes two shapes that have grown together for two, the captioner more rarely does. Most
+    numbers were chosen on seen prompts of two colours, with an earlier U-Net and CLIP:
 
     - the choice makes pictures right, and ten iterations, which cost as much as one sample, make them cleaner; more do
       little (docs/shapes_world.md). `init_candidates=28` is for prompts of which few samples are right.

@@ -154,8 +154,8 @@ def test_one_that_chooses_has_its_say():
     assert (np.diff(losses["choice"], axis=0) >= 0).all()
     assert (np.diff(losses["clip"], axis=0) < 0).any()
     # At the end, too, among the particles; and the pictures say it.
-    assert all(picture.losses.keys() == {"referee", "held_out", "choice"} for picture in together.finish(batch))
     for picture, best in zip(together.finish(batch), losses["choice"].min(0), strict=True):
+        assert picture.losses.keys() == {"referee", "held_out", "choice"}
         np.testing.assert_allclose(picture.losses["choice"], (best, best), rtol=1e-4)
 
 
