@@ -36,6 +36,7 @@ BRANCHES = {
         "norm_num_groups": 4,
     },
     "sdxl": {
+        "spread": 0.8,
         "block_out_channels": (16, 32, 24),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

@@ -499,8 +499,14 @@ def save_qwen3_vl(path: pathlib.Path, module: nn.Module | None = None, **how) ->
     return path
 
 
-def unet(seed: int = 2, cross_attention_dim: int = 32, **overrides) -> diffusers.UNet2DConditionModel:
-    """Two levels, Stable Diffusion 1 style: `attention_head_dim` is, as misnamed there, the number of heads."""
+def unet(
+    seed: int = 2, cross_attention_dim: int = 32, spread: float = 1.0, **overrides
+) -> diffusers.UNet2DConditionModel:
+    """Two levels, Stable Diffusion 1 style: `attention_head_dim` is, as misnamed there, the number of heads.
+
+    `spread` multiplies matrices. Where many layers of attention follow one another it should be below 1: else rounding in
+    float32 moves a random network's gradients by more than 1e-4, torch's own as well.
+    """
     config = dict(
         sample_size=8,
         in_channels=4,
@@ -513,7 +519,11 @@ def unet(seed: int = 2, cross_attention_dim: int = 32, **overrides) -> diffusers
         cross_attention_dim=cross_attention_dim,
         attention_head_dim=4,
     )
-    return redraw(diffusers.UNet2DConditionModel(**{**config, **overrides}), seed)
+    module = redraw(diffusers.UNet2DConditionModel(**{**config, **overrides}), seed)
+    for p in module.parameters():
+        if p.ndim > 1:
+            p.mul_(spread)
+    return module
 
 
 def exact(oracle: nn.Module, time: nn.Module) -> nn.Module:
