@@ -38,7 +38,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_integer(
         "chips", None, "of an actor; default: a GPU, or the chips of a TPU host", lower_bound=1, **define
     )
-    flags.DEFINE_float("cpus", 1.0, "of an actor; leave some for Ray's readers and writers", lower_bound=0.0, **define)
+    flags.DEFINE_float("cpus", 1.0, "of an actor", lower_bound=0.0, **define)
     flags.DEFINE_integer("rows_per_task", 32, "rows that an actor gets at once: a few batches", lower_bound=1, **define)
 
 

@@ -28,6 +28,8 @@ from referee_jax.runs.prompt_columns import Entry
 from referee_jax.storage import parquet, run_directory
 
 CONFIG = "config.json"
+# Where actors have all CPUs, writers that want one would wait for the last image, and all would be lost with the driver.
+WRITERS = {"num_cpus": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,8 @@ def generate(
         types = carried([entry.columns for entry in entries])
         with quiet(), progress.shown(total) as tally:
             made = actors(settings, pool, types, load, tally)
-            ray.data.from_arrow(todo).map_batches(Actor, **made).write_datasink(Sink(out, layout, part))
+            images = ray.data.from_arrow(todo).map_batches(Actor, **made)
+            images.write_datasink(Sink(out, layout, part), ray_remote_args=WRITERS)
         done = tables.finished(out)
     return dict(sorted(collections.Counter(done.values()).items()))
 

@@ -37,11 +37,14 @@ def check(rows: list[dict], reference: pathlib.Path, ids: set[str]) -> None:
 
 
 def test_killed_and_continued(tmp_path):
-    """An actor's process, then the driver; a row that fails, one that is refused, one that kills whoever makes it."""
+    """An actor's process, then the driver; a row that fails, one that is refused, one that kills whoever makes it.
+
+    The first driver's actors have all CPUs; what they make is written all the same.
+    """
     bad = {"r00003": "failing", "r00010": "far too long", "r00055": "deadly"}
     prompts = table(tmp_path / "p.parquet", 60, list("abcdefghijk"), **bad)
     out, ids = tmp_path / "out", {f"r{n:05d}" for n in range(60)}
-    driver = clusters.start("fake", prompts, out, STEPS)
+    driver = clusters.start("fake", prompts, out, STEPS, CPUS="2")
     numbers = clusters.wait_for(lambda: len(clusters.actors(driver.pid)) == 2 and clusters.actors(driver.pid), driver)
     clusters.wait_for(lambda: list(out.glob("images/*")), driver)
     clusters.kill(clusters.actors(driver.pid)[0])
