@@ -28,7 +28,12 @@ class Slow(fakes.FakeInverter):
 
 
 def main(engine: str, prompts: str, out: str, *flags: str) -> None:
-    ray.init(num_cpus=int(os.environ.get("CPUS", 3)), include_dashboard=False, object_store_memory=MEMORY, logging_level="ERROR")
+    ray.init(
+        num_cpus=int(os.environ.get("CPUS", 3)),
+        include_dashboard=False,
+        object_store_memory=MEMORY,
+        logging_level="ERROR",
+    )
     load = job.load_inverter if engine == "shapes" else Slow
     asked = fakes.command(f"--prompts={prompts}", *flags, path=fakes.ROOT / "configs" / "shapes_clip.py")
     pool = pipeline.Pool(2, 2, "cpu", rows=int(os.environ.get("ROWS", 8)))

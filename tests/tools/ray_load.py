@@ -3,8 +3,9 @@
     python tests/tools/ray_load.py --rows=10000 --actors=2
 
 The pictures are those of configs/shapes_clip.py from noise, 2 steps of one view each. Then the same command once more, which
-has nothing to make. Prints a line of JSON. Exit code 1 if Ray takes more than 10 % longer, a row is missing or doubled, the second command
-wrote something, or the last quarter's peak of memory, of the driver or of an actor, is more than 5 % above that of the second.
+has nothing to make. Prints a line of JSON. Exit code 1 if Ray takes more than 10 % longer, a row is missing or doubled, the
+second command wrote something, or the last quarter's peak of memory, of the driver or of an actor, is more than 5 % above that
+of the second.
 """
 
 import collections
