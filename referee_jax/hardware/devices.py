@@ -12,12 +12,14 @@ KINDS = ("auto", "cpu", "gpu", "tpu")
 # PCI ids of TPU v3, v4, v5p, v5e, v6e and 7x, as in JAX: since v5 they have no device file.
 _TPU_VENDOR, _TPU_CHIPS = "0x1ae0", ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
 
-# Parameters of glibc's malloc.h -> values.
-_MALLOPT = {
-    -8: 1,  # M_ARENA_MAX: all threads use the heap, which alone can keep large blocks
-    -4: 0,  # M_MMAP_MAX: large blocks are not returned to the system when they are freed
-    -1: -1,  # M_TRIM_THRESHOLD: nor is the end of the heap
+# Variables that glibc reads when a process begins -> their numbers in its malloc.h, and values.
+_MALLOC = {
+    "MALLOC_ARENA_MAX": (-8, 1),  # all threads use the heap, which alone can keep large blocks
+    "MALLOC_MMAP_MAX_": (-4, 0),  # large blocks are not returned to the system when they are freed
+    "MALLOC_TRIM_THRESHOLD_": (-1, -1),  # nor is the end of the heap
 }
+# The same for a process that is started, whose threads may have heaps of their own before it calls `keep_freed_memory`.
+KEEPING_FREED_MEMORY = {name: str(value) for name, (_, value) in _MALLOC.items()}
 
 # Options of JAX that decide which numbers are drawn, and of what type: any other value gives other pictures for a seed.
 NUMBERS = {
@@ -90,7 +92,7 @@ def keep_freed_memory(kind: str = "auto", *, root: Path = Path("/")) -> None:
     is_cpu = "cpu" in (kind, jax.config.jax_platforms) or not accelerators(root)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if is_cpu and mallopt is not None:
-        for parameter, value in _MALLOPT.items():
+        for parameter, value in _MALLOC.values():
             mallopt(parameter, value)
 
 

@@ -21,6 +21,10 @@ from referee_jax.ray.folder import Folder
 from referee_jax.runs import command as command_lib
 from referee_jax.runs.command import CommandError
 
+# What a Ray that is started here reads. Its own niceness, 15, leaves CPUs idle between processes; and writers that end
+# after a second would import all anew at each file.
+LOCAL = {"RAY_worker_niceness": "0", "RAY_idle_worker_killing_time_threshold_ms": "3600000"}
+
 
 def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     """Defines the flags; `argv` has the overrides of the config."""
@@ -66,6 +70,7 @@ def main(values: flags.FlagValues) -> int:
             raise CommandError("there are no prompts; give --prompts=FILE, --prompt=TEXT or config.prompts")
         out = Folder(values.out)
         if not ray.is_initialized():
+            os.environ.update(LOCAL | os.environ)
             cache = {name: os.environ[name] for name in ("JAX_COMPILATION_CACHE_DIR",) if name in os.environ}
             ray.init(values.address, runtime_env={"env_vars": cache}, include_dashboard=None, logging_level="WARNING")
         pool = pool_of(values)

@@ -17,6 +17,7 @@ import ray.data
 
 from referee_jax import config, console
 from referee_jax import items as items_lib
+from referee_jax.hardware import devices
 from referee_jax.ray import progress, tables
 from referee_jax.ray import rows as rows_lib
 from referee_jax.ray.actor import Actor
@@ -53,8 +54,12 @@ class Pool:
 
     def resources(self) -> dict[str, Any]:
         """As Ray takes them."""
-        accelerators = {"cpu": {}, "gpu": {"num_gpus": self.chips}, "tpu": {"resources": {"TPU": self.chips}}}
-        return {"num_cpus": self.cpus, **accelerators[self.device]}
+        kinds = {
+            "cpu": {"runtime_env": {"env_vars": devices.KEEPING_FREED_MEMORY}},
+            "gpu": {"num_gpus": self.chips},
+            "tpu": {"resources": {"TPU": self.chips}},
+        }
+        return {"num_cpus": self.cpus, **kinds[self.device]}
 
 
 def generate(

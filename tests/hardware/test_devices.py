@@ -106,12 +106,13 @@ print(int(statistics.median(b - a for a, b in zip(found, found[1:]))))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told to keep what is freed")
 def test_a_cpu_keeps_its_memory_between_iterations():
+    """By the call, and by the environment for a process whose threads begin earlier."""
     faults = {}
-    for how in ("choose", "not"):
+    for how, variables in (("choose", {}), ("variables", devices.KEEPING_FREED_MEMORY), ("not", {})):
         command = [sys.executable, "-c", FAULTS, how]
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "", **variables}
         faults[how] = int(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
-    assert faults["choose"] < faults["not"] / 10
+    assert max(faults["choose"], faults["variables"]) < faults["not"] / 10
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from referee_jax import run
+from referee_jax.hardware import devices
 from referee_jax.shapes import benchmark
 from tests import fakes
 from tests.ray import clusters
@@ -39,13 +40,16 @@ def check(rows: list[dict], reference: pathlib.Path, ids: set[str]) -> None:
 def test_killed_and_continued(tmp_path):
     """An actor's process, then the driver; a row that fails, one that is refused, one that kills whoever makes it.
 
-    The first driver's actors have all CPUs; what they make is written all the same.
+    The first driver's actors have all CPUs; what they make is written all the same. They keep the memory that they free.
     """
     bad = {"r00003": "failing", "r00010": "far too long", "r00055": "deadly"}
     prompts = table(tmp_path / "p.parquet", 60, list("abcdefghijk"), **bad)
     out, ids = tmp_path / "out", {f"r{n:05d}" for n in range(60)}
     driver = clusters.start("fake", prompts, out, STEPS, CPUS="2")
     numbers = clusters.wait_for(lambda: len(clusters.actors(driver.pid)) == 2 and clusters.actors(driver.pid), driver)
+    for number in numbers:
+        environment = pathlib.Path(f"/proc/{number}/environ").read_text().split("\0")
+        assert {f"{name}={value}" for name, value in devices.KEEPING_FREED_MEMORY.items()} <= set(environment)
     clusters.wait_for(lambda: list(out.glob("images/*")), driver)
     clusters.kill(clusters.actors(driver.pid)[0])
     clusters.wait_for(lambda: set(clusters.actors(driver.pid)) - set(numbers), driver)

@@ -2,7 +2,7 @@
 
     python tests/tools/ray_load.py --rows=10000 --actors=2
 
-The pictures are those of configs/shapes_clip.py from noise, 2 steps of one view each. Then the same command once more, which
+The pictures are those of configs/shapes_clip.py from noise, a step of one view each. Then the same command once more, which
 has nothing to make. Prints a line of JSON. Exit code 1 if Ray takes more than 10 % longer, a row is missing or doubled, the
 second command wrote something, or the last quarter's peak of memory, of the driver or of an actor, is more than 5 % above that
 of the second.
@@ -28,7 +28,7 @@ from tests.ray import clusters  # noqa: E402
 
 SLOWER, GROWTH = 1.1, 1.05
 FEW = (
-    "--config=configs/shapes_clip.py", "--config.steps=2", "--config.views.count=1", "--config.views.keep=1",
+    "--config=configs/shapes_clip.py", "--config.steps=1", "--config.views.count=1", "--config.views.keep=1",
     "--config.init=noise", "--config.init_candidates=1", "--config.batch_size=16",
 )  # fmt: skip
 PAGE = os.sysconf("SC_PAGE_SIZE")
