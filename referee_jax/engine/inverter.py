@@ -198,17 +198,15 @@ class Inverter:
         """Encoded prompts, numbers and the keys of each particle of a batch, padded and on the devices."""
         if not 0 < len(items) <= self.batch_size:
             raise ValueError(f"{len(items)} items for a batch of 1 to {self.batch_size}")
-        tokens = self._padded([self._tokenize(*item.texts) for item in items])
+        items = self._padded(list(items))
         place = functools.partial(parallel.place, mesh=self.mesh, batched=True)
-        stacked = jax.tree.map(lambda *x: np.stack(x), *tokens)
+        stacked = jax.tree.map(lambda *x: np.stack(x), *(self._tokenize(*item.texts) for item in items))
         # A T5 is on the host, and on the devices for this call alone; a group splits it.
         encoder = parallel.place(self.text_encoder, self.mesh, batched=False)
         prompt = place(self._encode(self.networks, encoder, stacked))
-        own = lambda item: seed if item.seed is None else item.seed
-        key = lambda item, n: programs.item_key(own(item), item.prompt_id, item.sample, n)
-        keys = [
-            place(jnp.stack(self._padded([key(item, n) for item in items]))) for n in range(self.settings.particles)
-        ]
+        seeds = [seed if item.seed is None else item.seed for item in items]
+        numbers = [seeds, [item.prompt_id for item in items], [item.sample for item in items]]
+        keys = self._program("keys", particles=self.settings.particles)(*place([np.uint32(x) for x in numbers]))
         if hypers is None:
             return prompt, self.hyper, keys
         return prompt, place(jax.tree.map(lambda *x: jnp.stack(x), *self._padded(list(hypers)))), keys

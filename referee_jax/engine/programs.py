@@ -12,10 +12,14 @@ from referee_jax.method.state import Plan
 from referee_jax.method.ways import ddim
 
 
-def item_key(seed: int, prompt_id: int, sample: int, particle: int = 0) -> Array:
+def item_key(seed: int | Array, prompt_id: int | Array, sample: int | Array, particle: int = 0) -> Array:
     """The key of all that is random for one particle of an item: of the seed, the prompt's text and two numbers, nothing else."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_id), sample)
     return jax.random.fold_in(key, 2**30 + particle) if particle else key  # of no iteration and no start
+
+
+def _keys(seed, prompt_id, sample, *, plan: Plan, particles: int):
+    return [item_key(seed, prompt_id, sample, particle) for particle in range(particles)]
 
 
 def _noise(key, number, *, plan: Plan):
@@ -78,6 +82,7 @@ def _finish(networks, prompt, hyper, state, *, plan: Plan, output: str):
 
 # Name -> the function, which of its arguments have an axis of items ("hyper": in a sweep), and which are donated.
 PROGRAMS = {
+    "keys": (_keys, (True, True, True), ()),
     "noise": (_noise, (True, False), ()),
     "denoise": (_denoise, (False, True, True, False, False, False, False), ()),
     "judge": (_judge, (False, True, "hyper", True), ()),
