@@ -20,7 +20,7 @@ from absl import flags, logging
 
 from referee_jax import cli, config, console, referees
 from referee_jax.benchmarks import statistics
-from referee_jax.shapes import batches, benchmark, world
+from referee_jax.shapes import batches, benchmark, sampling, world
 
 NEAR = 6
 BATCH = 16  # scenes at once
@@ -47,11 +47,11 @@ def scenes(category: str, split: str, count: int, seed: int) -> list[Example]:
     """New scenes of a category; all but the first caption are false, and of the second scene the first too."""
     rng, examples = np.random.default_rng(seed), []
     while len(examples) < count:
-        scene = world.sample_scene(rng, category, unseen=split == "unseen")
-        true = world.describe(rng, scene, category)
-        near, swap = world.distractors(rng, true, NEAR), exchanged(true)
+        scene = sampling.sample_scene(rng, category, unseen=split == "unseen")
+        true = sampling.describe(rng, scene, category)
+        near, swap = sampling.distractors(rng, true, NEAR), exchanged(true)
         if len(near) == NEAR and not world.matches(swap, scene):
-            crowded = world.crowd(np.random.default_rng((seed, len(examples))), scene)
+            crowded = sampling.crowd(np.random.default_rng((seed, len(examples))), scene)
             image, other = (world.draw(x)[0].astype(np.float32) for x in (scene, crowded))
             examples.append(Example(image, other, [prompt.text for prompt in (true, swap, *near)]))
     return examples

@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 from referee_jax.referees import questions as questions_lib
-from referee_jax.shapes import tokens, world
+from referee_jax.shapes import sampling, tokens, world
 
 MIX = {
     "single": 0.08,
@@ -54,10 +54,10 @@ Arrays = dict[str, np.ndarray]
 def sample(
     rng: np.random.Generator, mix: dict[str, float], *, unseen: bool | None = False
 ) -> tuple[world.Scene, world.Prompt, str]:
-    """A training scene, its true caption and category; `unseen` as in world.sample_scene."""
+    """A training scene, its true caption and category; `unseen` as in sampling.sample_scene."""
     category = str(rng.choice(list(mix), p=list(mix.values())))
-    scene = world.sample_scene(rng, category, unseen=unseen)
-    return scene, world.describe(rng, scene, category), category
+    scene = sampling.sample_scene(rng, category, unseen=unseen)
+    return scene, sampling.describe(rng, scene, category), category
 
 
 def drawn(scenes: list[world.Scene], views: list[np.ndarray | None] | None = None) -> Arrays:
@@ -165,8 +165,8 @@ def caption(
     scenes, prompts = [], []
     while len(scenes) < 2 * size:
         scene, prompt, category = sample(rng, mix, unseen=None if named or shown else False)
-        twin = world.edit(rng, scene, unseen=named or shown)
-        other = world.describe(rng, twin, "single" if len(twin.objects) == 1 else category)
+        twin = sampling.edit(rng, scene, unseen=named or shown)
+        other = sampling.describe(rng, twin, "single" if len(twin.objects) == 1 else category)
         if not named:
             prompt, other = prompt.unsaid(), other.unsaid()
         if not world.matches(prompt, twin) and not world.matches(other, scene):
@@ -174,7 +174,7 @@ def caption(
             prompts += [exchanged(rng, text, noise, named=named) for text in (prompt, other)]
     near = []
     for scene, prompt in zip(scenes, prompts, strict=True):
-        others = world.distractors(rng, prompt, DISTRACTORS, seen=not named) * DISTRACTORS
+        others = sampling.distractors(rng, prompt, DISTRACTORS, seen=not named) * DISTRACTORS
         swapped = exchanged(rng, prompt, swaps, named=named)
         first = [] if swapped == prompt or world.matches(swapped, scene) else [swapped]
         near.append([*first, *others][:DISTRACTORS])
@@ -210,7 +210,7 @@ def pictures(rng: np.random.Generator, captioned: Captioned) -> Arrays:
         i for i, scene in enumerate(captioned.scenes) if len({(item.shape, item.colour) for item in scene.objects}) == 2
     ]
     parents = np.array(pairs[: len(captioned.scenes) // 4])
-    scenes = [*captioned.scenes, *(world.crowd(rng, captioned.scenes[i]) for i in parents)]
+    scenes = [*captioned.scenes, *(sampling.crowd(rng, captioned.scenes[i]) for i in parents)]
     return labelled(scenes, [random_view(rng) for _ in scenes]) | {"parents": parents}
 
 
@@ -255,7 +255,7 @@ def questions(rng: np.random.Generator, captioned: Captioned) -> Arrays:
         for scene, prompt in zip(captioned.scenes, prompts, strict=True):
             if len(prompt.things) == 2 and rng.random() < 0.5:
                 missing = [thing for thing in prompt.things if not any(map(thing.fits, scene.objects))]
-                prompt = world.Prompt(things=(world.pick(rng, missing or prompt.things),))
+                prompt = world.Prompt(things=(sampling.pick(rng, missing or prompt.things),))
             texts.append(prompt.text)
             truth.append(facts(prompt, scene))
     truth = np.stack(truth)
@@ -344,7 +344,7 @@ def vqascore_batch(rng: np.random.Generator, size: int = 16, *, mirror: bool = T
             scenes.append(mirrored(scenes[i], "x" if "the" in prompt.relation else "y"))
         others = [atom for text in near for atom in questions_lib.atoms(text.text)]
         false = [atom for atom in others if not is_true(atom, scenes[i])]
-        atoms += [(i, world.pick(rng, questions_lib.atoms(prompt.text))), (i, world.pick(rng, false or others))]
+        atoms += [(i, sampling.pick(rng, questions_lib.atoms(prompt.text))), (i, sampling.pick(rng, false or others))]
     if crowd:
         counted = [i for i in range(2 * size) if captioned.prompts[i].count > 1]
         pairs = [i for i in range(2 * size) if len({(item.shape, item.colour) for item in scenes[i].objects}) == 2]
@@ -352,7 +352,7 @@ def vqascore_batch(rng: np.random.Generator, size: int = 16, *, mirror: bool = T
             asked.append((len(scenes), captioned.prompts[i]))
             if i in counted:  # what is one too many for "two" may be right for "three"
                 asked.append((len(scenes), captioned.prompts[i].miscounted()))
-            scenes.append(world.crowd(rng, scenes[i]))
+            scenes.append(sampling.crowd(rng, scenes[i]))
     forms = [FORMS[int(rng.random() < 0.25)] for _ in asked]
     views = [random_view(rng) for _ in scenes]
     count = len(asked) + len(atoms)

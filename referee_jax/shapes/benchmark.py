@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from referee_jax.shapes import detect, world
+from referee_jax.shapes import detect, sampling, world
 
 COUNT = 48
 SPLITS = ("seen", "unseen")
@@ -87,8 +87,8 @@ def make_lists(count: int = COUNT, *, seed: int = 0, patience: int = 1000) -> di
             rng = np.random.default_rng([seed, index, SPLITS.index(split)])
             captions, tries = {}, 0
             while len(captions) < count and tries < patience:
-                scene = world.sample_scene(rng, category, unseen=split == "unseen")
-                prompt = world.describe(rng, scene, category)
+                scene = sampling.sample_scene(rng, category, unseen=split == "unseen")
+                prompt = sampling.describe(rng, scene, category)
                 tries += 1
                 if is_unseen(prompt) == (split == "unseen") and (meaning := world.meaning(prompt)) not in captions:
                     captions[meaning], tries = prompt.text, 0

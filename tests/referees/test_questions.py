@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from referee_jax.referees import questions
-from referee_jax.shapes import world
+from referee_jax.shapes import sampling, world
 
 RELATIONS = {
     "on the left of": "to the left of",
@@ -48,8 +48,8 @@ def test_captions_of_the_shapes_world(category):
     """Of true captions and of their hard negatives, by what world.parse reads."""
     rng, kinds = np.random.default_rng(0), set()
     for _ in range(60):
-        caption = world.describe(rng, world.sample_scene(rng, category, unseen=None), category)
-        for prompt in (caption, *world.distractors(rng, caption, 4)):
+        caption = sampling.describe(rng, sampling.sample_scene(rng, category, unseen=None), category)
+        for prompt in (caption, *sampling.distractors(rng, caption, 4)):
             atoms = questions.atoms(prompt.text)
             assert [atom[:3] for atom in atoms] == expected(world.parse(prompt.text)), prompt.text
             assert {atom.answer for atom in atoms} == {"yes"}

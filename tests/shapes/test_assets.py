@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from referee_jax import config, referees
-from referee_jax.shapes import world
+from referee_jax.shapes import sampling, world
 from referee_jax.weights import hub
 from tests.conftest import cosine
 from tests.lazy import torch, transformers
@@ -34,8 +34,8 @@ def scenes(count: int, *, unseen: bool) -> list[tuple[np.ndarray, world.Prompt]]
     """Pictures of two coloured shapes and their captions."""
     rng, found = np.random.default_rng(1), []
     while len(found) < count:
-        scene = world.sample_scene(rng, "colour", unseen=unseen)
-        prompt = world.describe(rng, scene, "colour")
+        scene = sampling.sample_scene(rng, "colour", unseen=unseen)
+        prompt = sampling.describe(rng, scene, "colour")
         if not world.matches(prompt.swapped(), scene):
             found.append((world.draw(scene)[0].astype(np.float32), prompt))
     return found

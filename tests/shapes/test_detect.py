@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from referee_jax.shapes import detect, world
+from referee_jax.shapes import detect, sampling, world
 
 
 def to_uint8(image):
@@ -31,7 +31,7 @@ def is_right(scene, found):
 def samples(category, count, *, seed):
     """Scenes with and without unseen pairs in turn."""
     rng = np.random.default_rng([seed, world.CATEGORIES.index(category)])
-    return rng, [world.sample_scene(rng, category, unseen=bool(i % 2)) for i in range(count)]
+    return rng, [sampling.sample_scene(rng, category, unseen=bool(i % 2)) for i in range(count)]
 
 
 def star_and(*others):
@@ -47,7 +47,7 @@ def test_clean_pictures_are_read_right(category):
         assert is_right(scene, found.scene), (scene, found.scene)
         assert abs(found.scene.background - scene.background) <= 1
         assert found.quality > 24
-        assert detect.judge(image, world.describe(rng, scene, category).text)
+        assert detect.judge(image, sampling.describe(rng, scene, category).text)
 
 
 def blurred(rng, image):
@@ -163,9 +163,9 @@ def test_judge_tells_a_caption_from_its_near_ones():
     for category in world.CATEGORIES:
         rng, scenes = samples(category, 4, seed=13)
         for scene in scenes:
-            prompt, image = world.describe(rng, scene, category), world.draw(scene)[0]
+            prompt, image = sampling.describe(rng, scene, category), world.draw(scene)[0]
             found = detect.detect(image).scene
             assert world.matches(prompt, found)
-            assert not any(world.matches(wrong, found) for wrong in world.distractors(rng, prompt, 6))
+            assert not any(world.matches(wrong, found) for wrong in sampling.distractors(rng, prompt, 6))
     with pytest.raises(ValueError):
         detect.judge(image, "a dog")

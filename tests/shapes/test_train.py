@@ -13,7 +13,7 @@ from referee_jax import config, referees
 from referee_jax.engine import builders
 from referee_jax.method.ways import ddim
 from referee_jax.models.diffusion.text import Text
-from referee_jax.shapes import batches, tokens, world
+from referee_jax.shapes import batches, sampling, tokens, world
 from referee_jax.weights import generators, hub, load
 from tests.conftest import cosine, relative_l2
 from tests.lazy import recipes_generator, recipes_referees, torch, train, transformers
@@ -25,7 +25,7 @@ def test_tokenizer_is_the_one_of_training(tmp_path):
     texts = [""]
     for category in world.CATEGORIES:
         for _ in range(40):
-            texts.append(world.describe(rng, world.sample_scene(rng, category), category).text)
+            texts.append(sampling.describe(rng, sampling.sample_scene(rng, category), category).text)
     tokens.save(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     tokenizer = load.load_tokenizer(tmp_path)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from referee_jax.shapes import world
+from referee_jax.shapes import sampling, world
 
 RED_STAR = world.Object("star", "red", x=16, y=30, radius=10)
 BLUE_RING = world.Object("ring", "blue", "striped", x=44, y=34, radius=10)
@@ -16,7 +16,7 @@ ALL = ("single", *world.CATEGORIES)
 
 def scenes(category, count, *, unseen=False, seed=0):
     rng = np.random.default_rng([seed, ALL.index(category), unseen])
-    return rng, [world.sample_scene(rng, category, unseen=unseen) for _ in range(count)]
+    return rng, [sampling.sample_scene(rng, category, unseen=unseen) for _ in range(count)]
 
 
 # --- grammar -----------------------------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ def scenes(category, count, *, unseen=False, seed=0):
 def test_parse_reads_back_what_text_says(category, unseen):
     rng, made = scenes(category, 40, unseen=unseen)
     for scene in made:
-        prompt = world.describe(rng, scene, category)
+        prompt = sampling.describe(rng, scene, category)
         assert world.parse(prompt.text) == prompt
         assert world.parse(f"  {prompt.text.upper()}.") == prompt
 
@@ -132,9 +132,9 @@ def test_meaning_is_one_for_captions_that_say_the_same():
 def test_captions_are_true_and_distractors_never(category):
     rng, made = scenes(category, 40)
     for scene in made:
-        prompt = world.describe(rng, scene, category)
+        prompt = sampling.describe(rng, scene, category)
         assert world.matches(prompt, scene)
-        wrong = world.distractors(rng, prompt, 6)
+        wrong = sampling.distractors(rng, prompt, 6)
         assert len({world.meaning(p) for p in (prompt, *wrong)}) == 1 + len(wrong)
         assert len(wrong) == 6 or category == "shape"
         assert not any(world.matches(p, scene) for p in wrong)
@@ -152,7 +152,7 @@ def test_edits_make_the_full_caption_false(category):
             first, *others = scene.objects
             full = world.Prompt(said, tuple(r for x in others for r in world.RELATIONS if world.holds(r, first, x)))
         assert world.matches(full, scene)
-        edited = world.edit(rng, scene)
+        edited = sampling.edit(rng, scene)
         unchanged += edited == scene
         assert edited == scene or not world.matches(full, edited)
         assert not any(item.is_unseen() for item in edited.objects)
