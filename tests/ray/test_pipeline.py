@@ -80,11 +80,15 @@ def test_killed_and_continued(tmp_path):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("layout", ["parquet"])
 def test_the_shapes_world(tmp_path, layout):
-    """200 rows through two actors; two processes of actors and the driver killed; every byte as `run` makes it."""
+    """200 rows through two actors; two processes of actors and the driver killed; every byte as `run` makes it.
+
+    The row that is refused is the last, so that each image has the place in a batch that it has in the run: at another
+    one XLA may round its last bit otherwise.
+    """
     texts = benchmark.prompts("colour", "seen") + benchmark.prompts("colour", "unseen")
-    prompts = table(tmp_path / "p.parquet", 200, texts, r00007="red circle " * 60)
+    prompts = table(tmp_path / "p.parquet", 200, texts, r00199="red circle " * 60)
     out, ids = tmp_path / "out", {f"r{n:05d}" for n in range(200)}
-    clusters.reference(prompts, tmp_path / "run", "--config=shapes", *FEW)
+    clusters.reference(prompts, tmp_path / "run", "--config=shapes_clip", *FEW)
     driver = clusters.start("shapes", prompts, out, *FEW, LAYOUT=layout)
     parts = lambda: len(list(out.glob("*/*.parquet")))
     for wanted in (1, 3):
