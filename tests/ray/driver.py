@@ -18,7 +18,7 @@ class Slow(fakes.FakeInverter):
     """Long enough at a batch to be killed; fails at some prompts, and dies of others."""
 
     def advance(self, batch):
-        time.sleep(0.1)
+        time.sleep(float(os.environ.get("PAUSE", 0.1)))
         prompts = " ".join(item.prompt for item in batch.items)
         if "deadly" in prompts:
             os._exit(1)

@@ -121,7 +121,7 @@ def test_killed_and_continued_in_s3(tmp_path, s3, layout):  # noqa: F811
     )
     fs.put(str(prompts), f"{s3}/p.parquet")
     arguments, parts = ("fake", f"{s3}/p.parquet", f"{s3}/out", STEPS), lambda: fs.glob(f"{s3}/out/*/*.parquet")
-    driver = clusters.start(*arguments, LAYOUT=layout)
+    driver = clusters.start(*arguments, LAYOUT=layout, PAUSE="1")  # the first part comes before the last row
     clusters.wait_for(parts, driver)
     clusters.kill(clusters.actors(driver.pid)[0])
     before = len(parts())
