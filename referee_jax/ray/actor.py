@@ -62,7 +62,6 @@ class Actor:
         end: Callable[[int], None] = os._exit,
     ):
         self.settings, self.types, self.tally, self.end = config.from_config(dict(settings)), types, tally, end
-        devices.keep_freed_memory(device)
         if problem := compile_cache.use(devices.choose(device)):
             console.say(f"warning: {problem}", file=sys.stderr)
         self.engine = job.compiled(load(self.settings), self.settings)
