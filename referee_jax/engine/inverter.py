@@ -208,7 +208,7 @@ class Inverter:
         numbers = [seeds, [item.prompt_id for item in items], [item.sample for item in items]]
         keys = self._program("keys", particles=self.settings.particles)(*place([np.uint32(x) for x in numbers]))
         if hypers is None:
-            return prompt, self.hyper, keys
+            return prompt, parallel.place(self.hyper, self.mesh, batched=False), keys
         return prompt, place(jax.tree.map(lambda *x: jnp.stack(x), *self._padded(list(hypers)))), keys
 
     def _padded(self, rows: list) -> list:
@@ -257,6 +257,7 @@ class Inverter:
     def _abstract_state(self, hyper: state_lib.Hyperparameters) -> state_lib.InversionState:
         latents = jax.ShapeDtypeStruct((self.batch_size, *self.plan.latent), jnp.float32)
         losses = jax.ShapeDtypeStruct((self.batch_size, len(held_out.LOSSES)), jnp.float32) if self.held_out else None
+        latents, losses = parallel.place((latents, losses), self.mesh, batched=True)
         return jax.eval_shape(self._program("init"), self.networks, latents, losses, hyper)
 
     def halved(self) -> "Inverter | None":
@@ -326,9 +327,10 @@ class Inverter:
         item = Item("any", 0)
         tokens = jax.tree.map(lambda x: np.stack([x] * self.batch_size), self._tokenize(item.prompt))
         place = functools.partial(parallel.place, mesh=self.mesh)
-        prompt = place(jax.eval_shape(self._encode, self.networks, self.text_encoder, tokens), batched=True)
+        encoder = place(jax.eval_shape(lambda: self.text_encoder), batched=False)
+        prompt = place(jax.eval_shape(self._encode, self.networks, encoder, tokens), batched=True)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch_size))
-        keys, hyper = place(keys, batched=True), place(jax.eval_shape(lambda: self.hyper), batched=False)
+        keys, hyper = place(keys, batched=True), place(self.hyper, batched=False)
         state = place(self._abstract_state(hyper), batched=True)
         numbers = jax.ShapeDtypeStruct((self.batch_size,), jnp.float32)
         return Batch((item,) * self.batch_size, 0, prompt, hyper, (Particle(state, keys, numbers, numbers),))

@@ -19,7 +19,7 @@ from referee_jax.engine import inverter as inverter_lib
 from referee_jax.method import objective
 from referee_jax.performance import cost, hlo
 from referee_jax.referees import questions
-from referee_jax.runs import job
+from referee_jax.runs import job, worker
 from tests import fakes, tiny, toys
 from tests.conftest import relative_l2
 from tests.engine import transformations
@@ -190,6 +190,28 @@ def test_nothing_recompiles():
     jax.jit(lambda x: x * 3.25)(np.ones(7, np.float32))
     assert len(compiled) == 1  # the counter counts
     assert np.isfinite(result.latents).all()
+
+
+def test_nothing_is_traced_twice(monkeypatch):
+    """What a run costs is read off the program that it then compiles; a held-out referee looks by that of the choice."""
+    traced = []
+
+    def watched(name, fn):
+        return lambda *args, **static: traced.append((name, *sorted(static.items()))) or fn(*args, **static)
+
+    watching = {name: (watched(name, fn), *rest) for name, (fn, *rest) in programs.PROGRAMS.items()}
+    monkeypatch.setattr(programs, "PROGRAMS", watching)
+    monkeypatch.setattr(builders, "encode", watched("encode", builders.encode))
+    spec = tiny.settings().referees[0]
+    engine = build(
+        init="sample", init_steps=3, init_candidates=2, steps=4, referee={"stop": 2}, look_every=2,
+        referees=(spec, dataclasses.replace(spec, role="held_out")),
+    )  # fmt: skip
+    worker.costs(engine)
+    assert {name for name, *_ in traced} == {"encode", "init", "step"}
+    engine(tiny.PROMPTS[:2], seed=0)
+    names = [name for name, *_ in traced]
+    assert {name: names.count(name) for name in names} == dict.fromkeys(names, 1) | {"step": 2}, traced
 
 
 @pytest.mark.parametrize("group", [1, 2])
