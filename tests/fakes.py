@@ -1,5 +1,6 @@
 """An engine without networks, and what tests of runs ask with it."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -78,6 +79,9 @@ class FakeInverter:
 
     def trace(self, batch):
         return None
+
+    def ahead(self):
+        return contextlib.nullcontext()
 
     def snapshot(self, batch):
         return Part(batch.items, batch.step, {"prompt": np.array([item.prompt_id for item in batch.items])})

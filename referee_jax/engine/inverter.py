@@ -8,12 +8,13 @@ A batch is a fixed number of items (prompt, sample) at the same iteration; a sho
 need to stop or inspect between chunks. It reads no files but checkpoints, and writes none.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from jax import Array
 
 from referee_jax import config, prompts, referees
 from referee_jax import items as items_lib
-from referee_jax.engine import builders, capacity, parallel, programs
+from referee_jax.engine import builders, capacity, compiled, parallel
 from referee_jax.engine import particles as particles_lib
 from referee_jax.engine.particles import Particle
 from referee_jax.engine.results import Batch, Picture, Result, Start
@@ -79,9 +80,9 @@ class Inverter:
         self.hyper = builders.make_hyper(settings)
         gradients = [view_plan.has_gradient for view_plan in self.plan.views]
         self.is_optimised, self.losses = any(gradients), held_out.LOSSES[: 2 if all(gradients) else 3]
-        self.compiled, self._programs, self._tokens = False, {}, {}
+        self.compiled, self._programs, self._tokens = False, compiled.Programs(self.plan, self.mesh), {}
         self.questions: Mapping[str, Sequence[Atom]] = {}
-        self._encode = self._jit(jax.vmap(builders.encode, in_axes=(None, None, 0)))
+        self._encode = compiled.jit(jax.vmap(builders.encode, in_axes=(None, None, 0)), self.mesh)
 
     @classmethod
     def from_config(
@@ -156,7 +157,7 @@ class Inverter:
         prompt, hyper, keys = self._encode_items(items, seed, hypers)
         count, best = self.settings.particles, []
         for number in range(max(start.candidates, count)):  # one after the other, for the memory of one
-            latents, losses = self._program("noise")(keys[0], jnp.int32(number)), None
+            latents, losses = self._programs("noise")(keys[0], jnp.int32(number)), None
             if start.init == "sample":
                 latents = self._denoise(prompt, latents, start)
             if start.candidates > 1 or self.held_out:
@@ -164,7 +165,7 @@ class Inverter:
             best.append((latents, losses))
             if start.candidates > 1:
                 best = particles_lib.ranked(self._take, best, [-losses[:, CHOICE] for _, losses in best], count)
-        init = self._program("init", hypers is not None)
+        init = self._programs("init", hypers is not None)
         zeros = jnp.zeros_like(best[0][0][:, 0, 0, 0])
         particles = [
             Particle(init(self.networks, latents, losses if self.held_out else None, hyper), own, zeros, zeros)
@@ -174,16 +175,16 @@ class Inverter:
 
     def _take(self, trees: Sequence[Any], row: np.ndarray) -> Any:
         """See particles.Take."""
-        return self._program("take")(tuple(trees), parallel.place(jnp.asarray(row), self.mesh, batched=True))
+        return self._programs("take")(tuple(trees), parallel.place(jnp.asarray(row), self.mesh, batched=True))
 
     def _judge(self, prompt: state_lib.Prompt, hyper: state_lib.Hyperparameters, latents: Array) -> Array:
         """Clean losses in the order of held_out.LOSSES, `[item, 3]`."""
         is_swept = jax.tree.leaves(hyper)[0].ndim > 0
-        return self._program("judge", is_swept)(self.networks, prompt, hyper, latents)
+        return self._programs("judge", is_swept)(self.networks, prompt, hyper, latents)
 
     def _denoise(self, prompt: state_lib.Prompt, latents: Array, start: Start) -> Array:
         """Noise to the latents of a sample of the prior, by DDIM at its published sampler's timesteps."""
-        program = self._program("denoise", is_guided=start.guidance != 1)
+        program = self._programs("denoise", is_guided=start.guidance != 1)
         guidance, timesteps = jnp.float32(start.guidance), self.schedule.timesteps(start.steps)
         scale = self.schedule.first_scale(timesteps[0])
         for t, after in itertools.pairwise(timesteps):
@@ -206,7 +207,7 @@ class Inverter:
         prompt = place(self._encode(self.networks, encoder, stacked))
         seeds = [seed if item.seed is None else item.seed for item in items]
         numbers = [seeds, [item.prompt_id for item in items], [item.sample for item in items]]
-        keys = self._program("keys", particles=self.settings.particles)(*place([np.uint32(x) for x in numbers]))
+        keys = self._programs("keys", particles=self.settings.particles)(*place([np.uint32(x) for x in numbers]))
         if hypers is None:
             return prompt, parallel.place(self.hyper, self.mesh, batched=False), keys
         return prompt, place(jax.tree.map(lambda *x: jnp.stack(x), *self._padded(list(hypers)))), keys
@@ -258,7 +259,7 @@ class Inverter:
         latents = jax.ShapeDtypeStruct((self.batch_size, *self.plan.latent), jnp.float32)
         losses = jax.ShapeDtypeStruct((self.batch_size, len(held_out.LOSSES)), jnp.float32) if self.held_out else None
         latents, losses = parallel.place((latents, losses), self.mesh, batched=True)
-        return jax.eval_shape(self._program("init"), self.networks, latents, losses, hyper)
+        return jax.eval_shape(self._programs("init"), self.networks, latents, losses, hyper)
 
     def halved(self) -> "Inverter | None":
         """The same with half as many items at once; None where it is one already."""
@@ -269,7 +270,7 @@ class Inverter:
         other = copy.copy(self)
         other.settings = dataclasses.replace(self.settings, batch_size=size)
         other.batch_size = size * self.groups
-        other.compiled, other._programs = False, {}
+        other.compiled, other._programs = False, compiled.Programs(self.plan, self.mesh)
         return other
 
     def advance(self, batch: Batch) -> tuple[Batch, dict[str, np.ndarray]]:
@@ -289,7 +290,7 @@ class Inverter:
         if particles_lib.is_selected(self.settings, step):
             values = self._values(batch, [particle.state.latents for particle in particles])
             chosen = particles_lib.select(
-                self.settings, particles, values, step, self._take, self._program("resampled")
+                self.settings, particles, values, step, self._take, self._programs("resampled")
             )
             batch = dataclasses.replace(batch, particles=chosen)
         return batch, moved[0][1]
@@ -306,13 +307,13 @@ class Inverter:
         referee = jax.tree.map(np.asarray, batch.hyper.referee)
         for i in range(batch.step, batch.step + count):
             active = self.is_optimised and bool(np.any(referee.is_active(i)))
-            step = self._program("step", is_swept, referees_active=active)
+            step = self._programs("step", is_swept, referees_active=active)
             state, metrics = step(self.networks, batch.prompt, batch.hyper, state, particle.keys, jnp.int32(i))
             if self.held_out:
                 loss = np.full(self.batch_size, np.nan, np.float32)
                 if (i + 1) % self.plan.evaluate_every == 0:
                     losses = self._judge(batch.prompt, batch.hyper, state.latents)
-                    state, loss = self._program("record_evaluation")(state, losses)
+                    state, loss = self._programs("record_evaluation")(state, losses)
                 metrics["held_out/loss"] = loss
             rows.append(metrics)
             for value in metrics.values():
@@ -330,15 +331,33 @@ class Inverter:
         encoder = place(jax.eval_shape(lambda: self.text_encoder), batched=False)
         prompt = place(jax.eval_shape(self._encode, self.networks, encoder, tokens), batched=True)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch_size))
-        keys, hyper = place(keys, batched=True), place(self.hyper, batched=False)
+        keys, hyper = place(keys, batched=True), place(jax.eval_shape(lambda: self.hyper), batched=False)
         state = place(self._abstract_state(hyper), batched=True)
         numbers = jax.ShapeDtypeStruct((self.batch_size,), jnp.float32)
         return Batch((item,) * self.batch_size, 0, prompt, hyper, (Particle(state, keys, numbers, numbers),))
 
     def trace(self, batch: Batch) -> jax.stages.Traced:
         """The program of an iteration, before it is compiled."""
-        args = self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, np.int32(0)
-        return self._program("step", self._is_swept(batch), referees_active=True).trace(*args)
+        return self._programs("step", self._is_swept(batch), referees_active=True).trace(*self._of_step(batch))
+
+    def _of_step(self, batch: Batch) -> tuple:
+        return self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, np.int32(0)
+
+    def ahead(self) -> contextlib.AbstractContextManager:
+        """Compiles what the first batch needs in threads, while its samples are made.
+
+        Not on GPUs, whose compiler measures kernels, and would measure them beside the samples.
+        """
+        if self.compiled or self.mesh.devices.flat[0].platform == "gpu":
+            return contextlib.nullcontext()
+        batch, referee = self.shapes(), jax.tree.map(np.asarray, self.hyper.referee)
+        active = [self.is_optimised and bool(referee.is_active(i)) for i in range(self.steps)]
+        shared, wanted = (self.networks, batch.prompt, batch.hyper), []
+        if self.settings.init_candidates > 1 or self.held_out:
+            wanted.append(("judge", {}, (*shared, batch.state.latents)))
+        wanted.append(("finish", {"output": self.settings.output}, (*shared, batch.state)))  # as the first look
+        wanted += [("step", {"referees_active": x}, self._of_step(batch)) for x in dict.fromkeys(active)]
+        return self._programs.ahead(wanted)
 
     def preview(self, batch: Batch) -> np.ndarray:
         """The current images, uint8 `[item, H, W, 3]`."""
@@ -347,13 +366,13 @@ class Inverter:
 
     def _outputs(self, batch: Batch) -> tuple[Array, Array, Array, dict[str, Array]]:
         """Chosen latents as they are moved, clean latents, images and scores."""
-        program = self._program("finish", self._is_swept(batch), output=self.settings.output)
+        program = self._programs("finish", self._is_swept(batch), output=self.settings.output)
         return program(self.networks, batch.prompt, batch.hyper, batch.state)
 
     def finish(self, batch: Batch) -> list[Picture]:
         """The chosen output of each item, of its best particle, decoded and scored by all referees."""
         if len(batch.particles) > 1:
-            program, states = self._program("output", output=self.settings.output), [p.state for p in batch.particles]
+            program, states = self._programs("output", output=self.settings.output), [p.state for p in batch.particles]
             values = self._values(batch, [program(state) for state in states])
             (state,) = particles_lib.ranked(self._take, states, values, 1)
             batch = dataclasses.replace(batch, particles=(batch.particles[0]._replace(state=state),))
@@ -432,7 +451,8 @@ class Inverter:
         if self.plan.method != "sds" or self.settings.particles > 1:  # whose latents are not those of a sample
             engine = copy.copy(self)
             engine.settings = dataclasses.replace(self.settings, particles=1)
-            engine.plan, engine._programs = self.plan.replace(method="sds"), {}
+            engine.plan = self.plan.replace(method="sds")
+            engine._programs = compiled.Programs(engine.plan, self.mesh)
         for part in items_lib.batches(_some(texts, samples), self.batch_size):
             pictures += engine.finish(engine._initial_batch(part, seed, start))
         return Result.of(pictures, {})
@@ -454,22 +474,3 @@ class Inverter:
 
     def _is_swept(self, batch: Batch) -> bool:
         return jax.tree.leaves(batch.hyper)[0].ndim > 0
-
-    def _program(self, name: str, swept: bool = False, **static: Any) -> Any:
-        """The compiled program of this name (programs.PROGRAMS) for a batch over all devices."""
-        key = name, swept, *sorted(static.items())
-        if key not in self._programs:
-            self._programs[key] = self._make_program(name, swept, static)
-        return self._programs[key]
-
-    def _make_program(self, name: str, swept: bool, static: dict[str, Any]) -> Any:
-        fn, batched, donated = programs.PROGRAMS[name]
-        batched = [swept if x == "hyper" else x for x in batched]
-        fn = jax.vmap(functools.partial(fn, plan=self.plan, **static), in_axes=[0 if x else None for x in batched])
-        fn = parallel.across_devices(fn, self.mesh, batched)
-        # Said here: within a group the compiler would choose another for each program, and the next one be compiled again.
-        return self._jit(fn, donate_argnums=donated, out_shardings=parallel.batch_sharding(self.mesh))
-
-    def _jit(self, fn: Callable, **how: Any) -> Any:
-        platform = self.mesh.devices.flat[0].platform
-        return jax.jit(fn, compiler_options=chips.compiler_options(platform), **how)

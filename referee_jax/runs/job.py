@@ -312,7 +312,8 @@ def compiled(engine: worker.Engine, settings: config.Settings) -> worker.Engine:
     while True:
         try:
             worker.costs(engine)
-            _run_each_phase(engine, settings)
+            with engine.ahead():
+                _run_each_phase(engine, settings)
             return engine
         except jax.errors.JaxRuntimeError as error:
             if not chips.is_out_of_memory(error):

@@ -1,5 +1,6 @@
 """The loop of a process: batch after batch, with logging, checkpoints and stop requests after each chunk."""
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -56,6 +57,9 @@ class Engine(Protocol):
 
     def trace(self, batch: Batch) -> jax.stages.Traced:
         """Returns the program of an iteration, not compiled."""
+
+    def ahead(self) -> contextlib.AbstractContextManager:
+        """Compiles in threads what the first batch needs, while it is made."""
 
     def snapshot(self, batch: Batch) -> Part:
         """Returns the items of a batch and their state, to be saved."""
@@ -176,16 +180,17 @@ class Worker:
         self.check()
         start = time.monotonic()
         self.saver.begin()
-        part, batch = self.begin(part)
-        batch, frames = self.advance(part, batch)
-        self.write(batch, frames, start)
+        if not self.engine.compiled:
+            console.say(self.engine.compiling)
+            log_cost(self.run, costs(self.engine), self.bar.images - self.bar.done)
+        with self.engine.ahead():
+            part, batch = self.begin(part)
+            batch, frames = self.advance(part, batch)
+            self.write(batch, frames, start)
 
     def begin(self, part: Part) -> tuple[Part, Batch]:
         """Returns the batch of a part, and the part without its state if that is of other settings."""
         seed, batch = self.run.settings.seed, None
-        if not self.engine.compiled:
-            console.say(self.engine.compiling)
-            log_cost(self.run, costs(self.engine), self.bar.images - self.bar.done)
         if part.state:
             try:
                 batch = self.engine.resume(part, seed)

@@ -49,7 +49,7 @@ def build(directory, referee, devices=1, **changes):
 def noise_of(engine, prompt=PROMPT):
     """That the sample of this prompt begins with."""
     batch = engine.begin([inverter_lib.items_lib.Item(prompt, 0)], 3)
-    return np.asarray(engine._program("noise")(batch.keys, jnp.int32(0))[0])
+    return np.asarray(engine._programs("noise")(batch.keys, jnp.int32(0))[0])
 
 
 @pytest.mark.parametrize(("name", "negative"), USES)

@@ -5,7 +5,9 @@ With toy networks (tests/toys.py); test_real_networks.py has real ones.
 
 import dataclasses
 import functools
+import os
 import re
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import pytest
 
 from referee_jax import config
 from referee_jax import items as items_lib
-from referee_jax.engine import builders, parallel, programs
+from referee_jax.engine import builders, compiled, parallel, programs
 from referee_jax.engine import inverter as inverter_lib
 from referee_jax.method import objective
 from referee_jax.performance import cost, hlo
@@ -124,7 +126,7 @@ def test_no_program_of_a_run_speaks(monkeypatch):
         devices=8, batch_size=1, init="sample", init_steps=2, init_candidates=3, look_every=2,
         referees=(judge, judge | {"role": "held_out"}), particles=3, select="smc", select_every=2,
     )  # fmt: skip
-    seen, ask = {}, engine._program
+    seen, ask = {}, engine._programs
 
     def watched(name, *swept, **static):
         def call(*args):
@@ -134,11 +136,11 @@ def test_no_program_of_a_run_speaks(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(engine, "_program", watched)
+    monkeypatch.setattr(engine, "_programs", watched)
     engine(tiny.PROMPTS, seed=3)
     assert {name for name, *_ in seen} == set(programs.PROGRAMS)
-    for compiled in seen.values():
-        text = compiled.as_text()
+    for program in seen.values():
+        text = program.as_text()
         assert "num_partitions=8" in text and hlo.collectives(text) == []
 
 
@@ -212,6 +214,47 @@ def test_nothing_is_traced_twice(monkeypatch):
     engine(tiny.PROMPTS[:2], seed=0)
     names = [name for name, *_ in traced]
     assert {name: names.count(name) for name in names} == dict.fromkeys(names, 1) | {"step": 2}, traced
+
+
+def test_what_threads_compile_is_not_compiled_again(monkeypatch):
+    """With and without a thread each program is compiled once; what the first batch needs last is compiled by a thread."""
+    spec, compiled = tiny.settings().referees[0], []
+    names = lambda name, _, **about: (
+        compiled.append(threading.current_thread().name) if "backend_compile" in name else None
+    )
+    jax.monitoring.register_event_duration_secs_listener(names)
+    counts, latents = [], []
+    for cores in (1, 3):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        engine = build(
+            init="sample", init_steps=2, init_candidates=2, steps=4, referee={"stop": 2}, look_every=2,
+            referees=(spec, dataclasses.replace(spec, role="held_out")),
+        )  # fmt: skip
+        compiled.clear()
+        with engine.ahead():
+            latents.append(engine(tiny.PROMPTS[:2], seed=0).latents)
+        counts.append([len(compiled), sum(name.startswith("compile") for name in compiled)])
+    assert counts[0][0] == counts[1][0] and counts[0][1] == 0 < counts[1][1], counts
+    np.testing.assert_array_equal(*latents)
+
+
+def test_what_has_not_begun_is_left(monkeypatch):
+    """At the end, and whoever needs a program that waits for its turn compiles it."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    engine, order, turn = build(), [], threading.Event()
+
+    def slow(program, args):
+        order.append(args)
+        turn.wait(10)
+
+    monkeypatch.setattr(compiled, "_compile", slow)
+    wanted = [("noise", {}, ("first",)), ("output", {"output": "final"}, ("second",)), ("take", {}, ("third",))]
+    with engine._programs.ahead(wanted):
+        assert engine._programs("output", output="final") is engine._programs("output", output="final")
+        threading.Timer(0.1, turn.set).start()
+        engine._programs("noise")
+        assert turn.is_set()
+    assert order[0] == ("first",) and ("second",) not in order
 
 
 @pytest.mark.parametrize("group", [1, 2])

@@ -74,7 +74,7 @@ def test_shapes_alone_make_the_same_program(checkpoints, inverter):
 def chunk_text(engine) -> str:
     batch = engine.begin(items_lib.expand(tiny.PROMPTS, 1), 0)
     args = engine.networks, batch.prompt, batch.hyper, batch.state, batch.keys, jnp.int32(0)
-    return engine._program("step", referees_active=True).lower(*args).compile().as_text()
+    return engine._programs("step", referees_active=True).lower(*args).compile().as_text()
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_rows_with_numbers_of_their_own_share_the_weights(inverter):
     shapes = []
     for hypers in (None, [inverter.hyper] * 3):
         batch = inverter.begin(items, 0, hypers)
-        step = inverter._program("step", hypers is not None, referees_active=True)
+        step = inverter._programs("step", hypers is not None, referees_active=True)
         traced = step.trace(inverter.networks, batch.prompt, batch.hyper, batch.state, batch.keys, np.int32(0))
         shapes.append(sorted(weights(traced.jaxpr.jaxpr)))
     assert shapes[0] == shapes[1] and len(shapes[0]) > 20

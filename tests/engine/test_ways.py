@@ -120,7 +120,7 @@ def denoised(engine, levels, guidance, prompt):
     """The clean latent of a sampler, from the noise that an item begins with."""
     batch = engine.begin([items_lib.Item(prompt, 0)], 3)
     first = jax.tree.map(lambda x: x[0], batch.prompt)
-    start, prior = engine._program("noise")(batch.keys, jnp.int32(0))[0], engine.networks.prior
+    start, prior = engine._programs("noise")(batch.keys, jnp.int32(0))[0], engine.networks.prior
     if engine.plan.method == "noise":
         start = start * prior.levels(jnp.int32(levels[0]))[1]
     texts = {"cond": first.cond, "uncond": first.uncond, "guidance": guidance}

@@ -1,0 +1,80 @@
+"""The compiled programs of an engine: each when it is first asked for, or before that in a thread.
+
+`programs.PROGRAMS` has their functions, of one item; here they get the batch by vmap and the devices by shard_map.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from referee_jax.engine import parallel, programs
+from referee_jax.hardware import chips
+from referee_jax.method.state import Plan
+
+THREADS = 4  # that compile at once, at most: each needs a core, and memory
+
+
+def jit(fn: Callable, mesh: Mesh, **how: Any) -> Any:
+    """`jax.jit` with the options of the mesh's devices."""
+    platform = mesh.devices.flat[0].platform
+    return jax.jit(fn, compiler_options=chips.compiler_options(platform), **how)
+
+
+class Programs:
+    """The programs of a plan on a mesh, for batches of one size."""
+
+    def __init__(self, plan: Plan, mesh: Mesh):
+        self.plan, self.mesh = plan, mesh
+        self._made: dict[tuple, Any] = {}
+        self._begun: dict[int, concurrent.futures.Future] = {}  # by the program's id
+
+    def __call__(self, name: str, swept: bool = False, **static: Any) -> Any:
+        """The program of this name (programs.PROGRAMS); waits where a thread is compiling it."""
+        program = self._program(name, swept, static)
+        begun = self._begun.pop(id(program), None)
+        if begun and not begun.cancel():
+            concurrent.futures.wait([begun])  # an error comes again where the program is called
+        return program
+
+    def _program(self, name: str, swept: bool, static: dict[str, Any]) -> Any:
+        key = name, swept, *sorted(static.items())
+        if key not in self._made:
+            fn, batched, donated = programs.PROGRAMS[name]
+            batched = [swept if x == "hyper" else x for x in batched]
+            fn = jax.vmap(functools.partial(fn, plan=self.plan, **static), in_axes=[0 if x else None for x in batched])
+            fn = parallel.across_devices(fn, self.mesh, batched)
+            # Said here: within a group the compiler would choose another for each program, and the next one be compiled
+            # again.
+            placed = parallel.batch_sharding(self.mesh)
+            self._made[key] = jit(fn, self.mesh, donate_argnums=donated, out_shardings=placed)
+        return self._made[key]
+
+    @contextlib.contextmanager
+    def ahead(self, wanted: Sequence[tuple[str, dict[str, Any], tuple]]) -> Iterator[None]:
+        """Compiles programs in threads meanwhile, in this order: names, static arguments and abstract ones.
+
+        What has not begun at the end is left. JAX keeps what a thread compiles for the calls of the same program.
+        """
+        threads = min(THREADS, (os.cpu_count() or 1) - 1)
+        if threads < 1:
+            yield
+            return
+        pool = concurrent.futures.ThreadPoolExecutor(threads, "compile")
+        try:
+            for name, static, args in wanted:
+                program = self._program(name, False, static)
+                self._begun[id(program)] = pool.submit(_compile, program, args)
+            yield
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self._begun.clear()
+
+
+def _compile(program: Any, args: tuple) -> None:
+    program.trace(*args).lower().compile()
