@@ -20,6 +20,11 @@ from referee_jax.method.state import Plan
 THREADS = 4  # that compile at once, at most: each needs a core, and memory
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def jit(fn: Callable, mesh: Mesh, **how: Any) -> Any:
     """`jax.jit` with the options of the mesh's devices."""
     platform = mesh.devices.flat[0].platform
@@ -61,8 +66,7 @@ class Programs:
 
         What has not begun at the end is left. JAX keeps what a thread compiles for the calls of the same program.
         """
-        threads = min(THREADS, (os.cpu_count() or 1) - 1)
-        if threads < 1:
+        if not (threads := min(THREADS, cores() - 1)):
             yield
             return
         pool = concurrent.futures.ThreadPoolExecutor(threads, "compile")

@@ -5,7 +5,6 @@ With toy networks (tests/toys.py); test_real_networks.py has real ones.
 
 import dataclasses
 import functools
-import os
 import re
 import threading
 
@@ -16,7 +15,8 @@ import pytest
 
 from referee_jax import config
 from referee_jax import items as items_lib
-from referee_jax.engine import builders, compiled, parallel, programs
+from referee_jax.engine import builders, parallel, programs
+from referee_jax.engine import compiled as compiled_lib
 from referee_jax.engine import inverter as inverter_lib
 from referee_jax.method import objective
 from referee_jax.performance import cost, hlo
@@ -225,7 +225,7 @@ def test_what_threads_compile_is_not_compiled_again(monkeypatch):
     jax.monitoring.register_event_duration_secs_listener(names)
     counts, latents = [], []
     for cores in (1, 3):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(compiled_lib, "cores", lambda cores=cores: cores)
         engine = build(
             init="sample", init_steps=2, init_candidates=2, steps=4, referee={"stop": 2}, look_every=2,
             referees=(spec, dataclasses.replace(spec, role="held_out")),
@@ -240,14 +240,14 @@ def test_what_threads_compile_is_not_compiled_again(monkeypatch):
 
 def test_what_has_not_begun_is_left(monkeypatch):
     """At the end, and whoever needs a program that waits for its turn compiles it."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(compiled_lib, "cores", lambda: 2)
     engine, order, turn = build(), [], threading.Event()
 
     def slow(program, args):
         order.append(args)
         turn.wait(10)
 
-    monkeypatch.setattr(compiled, "_compile", slow)
+    monkeypatch.setattr(compiled_lib, "_compile", slow)
     wanted = [("noise", {}, ("first",)), ("output", {"output": "final"}, ("second",)), ("take", {}, ("third",))]
     with engine._programs.ahead(wanted):
         assert engine._programs("output", output="final") is engine._programs("output", output="final")
