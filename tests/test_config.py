@@ -232,10 +232,13 @@ def test_diff_names_what_changed():
 def test_checkpoints_of_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "ASSETS", tmp_path / "assets")
     (tmp_path / "assets" / "clip").mkdir(parents=True)
+    (tmp_path / "assets" / "clip" / "lora.safetensors").touch()
     (tmp_path / "outside").mkdir()
     assert hub.local_path("shapes/clip") == tmp_path / "assets" / "clip"
+    assert hub.file_of("shapes/clip/lora.safetensors") == tmp_path / "assets" / "clip" / "lora.safetensors"
+    assert hub.file_of("shapes/clip") is None
     assert hub.local_path("openai/clip-vit-large-patch14") == pathlib.Path("openai/clip-vit-large-patch14")
-    for name in ("shapes/clop", "shapes/../outside"):
+    for name in ("shapes/clop", "shapes/../outside", "shapes/clip/other.safetensors"):
         with pytest.raises(hub.WeightsError, match="not in the package; it holds shapes/clip$"):
             hub.local_path(name)
 
@@ -246,8 +249,8 @@ def test_every_config_is_possible(file):
     variants_of = runpy.run_path(str(file)).get("get_variants")
     variants = sweep.read(str(file)) if variants_of else {"": config.load(str(file))}
     for settings in variants.values():
-        for name in (settings.generator.checkpoint, *(spec.checkpoint for spec in settings.referees)):
-            assert not name.startswith("shapes/") or hub.local_path(name).is_dir()
+        for name, _ in config.checkpoints(settings):
+            assert not name.startswith("shapes/") or hub.local_path(name).exists()
 
 
 def test_configs():

@@ -230,7 +230,7 @@ def _with_loras(files: Files, loras: Sequence[tuple[str | Path, float]]) -> File
     """With LoRAs merged into the weights as they are read."""
     if not loras:
         return files
-    read = [(lora.File(Path(file).expanduser()), weight) for file, weight in loras]
+    read = [(lora.File(hub.local_path(str(file))), weight) for file, weight in loras]
     parts = {}
     for folder in set(files.kinds) & set(lora.PARTS.values()):
         weights = files.weights[folder]

@@ -44,14 +44,14 @@ def is_embedded(name: str) -> bool:
 
 
 def local_path(name: str) -> Path:
-    """The path of a checkpoint that is a directory.
+    """The path of a checkpoint that is a directory or a file.
 
     Raises WeightsError for an unknown one of the package.
     """
     if not is_embedded(name):
         return Path(name).expanduser()
     path = ASSETS / name.removeprefix(EMBEDDED)
-    if ".." in path.parts or not path.is_dir():
+    if ".." in path.parts or not path.exists():
         embedded = ", ".join(sorted(EMBEDDED + x.name for x in ASSETS.glob("*") if x.is_dir())) or "none"
         raise WeightsError(f"the checkpoint {name!r} is not in the package; it holds {embedded}")
     return path
@@ -132,7 +132,7 @@ def versions(checkpoints: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 def file_of(name: str | Path) -> Path | None:
     """The file, if a checkpoint is one of safetensors on this machine."""
-    path = Path(name).expanduser()
+    path = local_path(str(name))
     return path if path.suffix == ".safetensors" and path.is_file() else None
 
 
