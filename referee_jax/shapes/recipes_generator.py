@@ -5,13 +5,16 @@ returns the loss and the figures for the log.
 """
 
 import copy
+import math
 import pathlib
 
 import diffusers
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.nn.utils import parametrize
 
 from referee_jax.shapes import batches, tokens, world
 from referee_jax.shapes.recipes_referees import TEXT, Batch
@@ -25,9 +28,10 @@ UNET = dict(
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     attention_head_dim=4, cross_attention_dim=TEXT["hidden_size"], norm_num_groups=16,
 )  # fmt: skip
-ONE_STEP = UNET | dict(block_out_channels=(44, 88), norm_num_groups=4)
+LORA = "pytorch_lora_weights.safetensors"  # diffusers' name of a file with one
+RANK = 24  # of the LoRA that makes the U-Net one of one step
 TEACHER_STEPS, GUIDANCE = 12, 7.5  # of the sampler that the generator of one step learns from
-REUSED = 4  # steps that each batch of the sampler's serves: sampling is most of the work
+REUSED = 6  # steps that each batch of the sampler's serves: sampling is most of the work
 KEPT = 128  # batches, of which a step draws one
 # As Stable Diffusion's.
 SCHEDULER = dict(
@@ -118,29 +122,43 @@ class UNet(torch.nn.Module):
         self.scheduler.save_pretrained(out / "scheduler")
 
 
-class OneStep(torch.nn.Module):
-    """A U-Net of one step, in SD-Turbo's way: it makes of noise what a guided sampler with the U-Net makes of the same noise.
+class LowRank(torch.nn.Module):
+    """A weight and a learnt change of low rank, which begins as zero: a LoRA (Hu et al. 2021, arXiv 2106.09685)."""
 
-    It learns from every timestep of the sampler's way, most of all from the noisiest, and so takes several steps, too.
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        outputs, inputs = len(weight), weight[0].numel()
+        rank = min(RANK, outputs, inputs)
+        self.down = torch.nn.Parameter(torch.randn(rank, inputs) / math.sqrt(inputs))
+        self.up = torch.nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + (self.up @ self.down).view_as(weight)
+
+
+class OneStep(torch.nn.Module):
+    """A LoRA that makes the U-Net one of one step, as SD-Turbo: of noise comes what a guided sampler makes of it in twelve.
+
     What was sampled lately is kept, and used again; a training that goes on begins to keep anew.
     """
 
-    steps, rate, batch, places = 6000, 1e-3, staticmethod(batches.prompt_batch), ("one_step",)
+    steps, rate, batch, places = 1500, 2e-3, staticmethod(batches.prompt_batch), ("one_step",)
+    named = True  # pairs of world.UNSEEN
 
     def __init__(self, out: pathlib.Path):
         super().__init__()
-        self.trained = torch.nn.ModuleDict(
-            {"unet": diffusers.UNet2DConditionModel(**ONE_STEP).to(memory_format=torch.channels_last)}
-        )
         load = diffusers.UNet2DConditionModel.from_pretrained
         self.teacher = load(out / "stable-diffusion" / "unet").float().to(memory_format=torch.channels_last)
-        for unet in (self.trained["unet"], self.teacher):
-            unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
+        self.teacher.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
         self.teacher.requires_grad_(False)
+        self.trained = torch.nn.ModuleDict({"unet": copy.deepcopy(self.teacher)})
+        for module in list(self.trained["unet"].modules()):
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                parametrize.register_parametrization(module, "weight", LowRank(module.weight))
         texts = out / "stable-diffusion" / "text_encoder"
         self.text_encoder = transformers.CLIPTextModel.from_pretrained(texts).float().requires_grad_(False)
         self.scheduler = diffusers.DDIMScheduler(**SCHEDULER)
-        self.kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # states, ways, clean latents
+        self.kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # states, noise, clean latents
         self.drawn = 0
         self.register_buffer("empty", torch.from_numpy(tokens.encode([""])))
 
@@ -150,35 +168,31 @@ class OneStep(torch.nn.Module):
             with torch.no_grad():
                 states = self.text_encoder(batch["input_ids"]).last_hidden_state
                 noise = torch.randn(count, 4, *2 * [UNET["sample_size"]], device=device)
-                self.kept = [*self.kept[1 - KEPT :], (states, *self.sampled(noise, states))]
+                self.kept = [*self.kept[1 - KEPT :], (states, noise, self.sampled(noise, states))]
         self.drawn += 1
-        states, way, target = self.kept[int(torch.randint(len(self.kept), ()))]
-        levels = self.levels(device)
-        picked = torch.randint(1, len(way), (count,), device=device)
-        x = torch.cat([way[0], way[picked, torch.arange(count, device=device)]])
-        t = torch.cat([levels[:1].expand(count), levels[picked]])
-        made = self.clean(x, t, self.trained["unet"](x, t, torch.cat([states, states])).sample.float())
-        first, later = F.smooth_l1_loss(made, torch.cat([target, target]), beta=0.3, reduction="none").chunk(2)
-        return first.mean() + 0.3 * later.mean(), {"first": first.mean(), "later": later.mean()}
+        states, noise, target = self.kept[int(torch.randint(len(self.kept), ()))]
+        t = torch.full((len(noise),), 999, device=device)
+        made = self.clean(noise, t, self.trained["unet"](noise, t, states).sample.float())
+        error = F.smooth_l1_loss(made, target, beta=0.3)
+        return error, {"error": error, "distance": (made - target).square().mean().sqrt()}
 
     @staticmethod
     def levels(device: torch.device) -> torch.Tensor:
         """The sampler's timesteps."""
         return torch.linspace(999, 20, TEACHER_STEPS, device=device).round().long()
 
-    def sampled(self, noise: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """By DDIM: the noisy latents at each timestep `[step, n, ...]`, and the clean ones at the end."""
+    def sampled(self, noise: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The clean latents that DDIM makes of noise."""
         levels = self.levels(noise.device)
-        both, way, x = torch.cat([self.text_encoder(self.empty).last_hidden_state.expand_as(states), states]), [], noise
+        both, x = torch.cat([self.text_encoder(self.empty).last_hidden_state.expand_as(states), states]), noise
         abar = self.scheduler.alphas_cumprod.to(noise.device)
         for t, following in zip(levels, [*levels[1:], None], strict=True):
-            way.append(x)
             uncond, cond = self.teacher(torch.cat([x, x]), t, both).sample.float().chunk(2)
             e = uncond + GUIDANCE * (cond - uncond)
             clean = self.clean(x, t.expand(len(x)), e)
             if following is not None:
                 x = abar[following].sqrt() * clean + (1 - abar[following]).sqrt() * e
-        return torch.stack(way), clean
+        return clean
 
     def clean(self, x: torch.Tensor, t: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         """The clean latents of noisy ones, by the noise in them."""
@@ -186,5 +200,14 @@ class OneStep(torch.nn.Module):
         return (x - (1 - abar).sqrt() * e) / abar.sqrt()
 
     def save(self, trained: torch.nn.ModuleDict, out: pathlib.Path) -> None:
-        """Writes the U-Net alone; all else is the shapes world's Stable Diffusion."""
-        copy.deepcopy(trained["unet"]).half().save_pretrained(out / self.places[0])
+        """Writes the LoRA under PEFT's names; all else is the shapes world's Stable Diffusion."""
+        directory, tensors = out / self.places[0], {}
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, module in trained["unet"].named_modules():
+            if parametrize.is_parametrized(module):
+                change, weight = module.parametrizations.weight[0], module.weight
+                ones = (1,) * (weight.dim() - 2)
+                tensors[f"unet.{name}.lora_A.weight"] = change.down.view(-1, *weight.shape[1:])
+                tensors[f"unet.{name}.lora_B.weight"] = change.up.view(*change.up.shape, *ones)
+        halves = {name: x.detach().half().contiguous() for name, x in tensors.items()}
+        safetensors.torch.save_file(halves, directory / LORA, metadata={"format": "pt"})

@@ -165,7 +165,8 @@ def card(network: torch.nn.Module, settings: dict, *, step: int, figures: dict) 
     values = {key: round(float(value), 4) for key, value in figures.items()}
     arguments = " ".join(f"--{key}={value}" for key, value in settings.items())
     new = f"{settings['epoch']} batches, again and again." if "epoch" in settings else "new in every step."
-    names = "Captions name" if settings.get("named") else "No caption names"
+    named = settings.get("named", getattr(network, "named", False))
+    names = "Captions name" if named else "No caption names"
     return (
         f"# {settings['network']}\n\n{inspect.getdoc(type(network))}\n\n"
         f"Data: scenes of `referee_jax.shapes.world`, {new} {network.batch.__doc__.strip().splitlines()[0]}\n"
