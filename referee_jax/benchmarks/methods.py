@@ -5,7 +5,8 @@
 A row of ROWS is a change of the config. Each makes `--samples` pictures of each of the benchmark's fixed prompts, which
 ground truth judges; "best of N" takes of each N of them the one that the referees choose, and costs N times as much. So
 each row is a curve, and each point of it has an opponent: the best of as many samples as its cost pays for. Costs are FLOPs
-of a picture with all networks in passes of the U-Net (two, where it is guided), and seconds.
+of a picture with all networks in passes of the U-Net (two, where it is guided), and seconds. Speed and quality in one number
+are the right pictures a second.
 
 Prints a Markdown table with 95 % intervals (bootstrap over prompts), and writes table.md, table.csv, figure.png (with the
 extra `[eval]`), the pictures, and one JSON line for each, with which an interrupted run continues.
@@ -34,6 +35,7 @@ from referee_jax.storage import files, images
 from referee_jax.weights import hub
 
 SAMPLING = "sampling"  # the row whose best of N is everyone's opponent
+ONE_STEP = "one step"  # this one is drawn as often
 _FROM_NOISE = {"init": "noise", "init_candidates": 1, "particles": 1, "look_every": 1000}
 _SAMPLED = _FROM_NOISE | {
     "method": "guided", "steps": 12, "guided.guidance": 7.5, "referee.stop": 0, "output": "final",
@@ -48,6 +50,12 @@ _MOVED = _FROM_NOISE | _ONE_VIEW | _ACTIVE | {
     "method": "noise", "output": "best", "noise.rule": "sphere", "noise.steps": 8, "noise.first": 900,
     "noise.guidance": 7.5, "noise.lr": 1.5, "noise.momentum": 0.5, "referee.balance": False, "referee.weight": 1.0,
     "referee.weight_final": 1.0,
+}  # fmt: skip
+
+# The generator of one step, whose starting noise the referees choose, and move.
+_ONE_STEP = _MOVED | {
+    "generator.loras": [{"file": "shapes/one_step/pytorch_lora_weights.safetensors", "weight": 1.0}],
+    "noise.steps": 1, "noise.first": 999, "noise.guidance": 1.0,
 }  # fmt: skip
 
 
@@ -66,6 +74,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "pulled, halving of 8": _PULLED | _HALVED | {"particles": 8},
     "noise, 5 iterations": _MOVED | {"steps": 5},
     "noise, 15 iterations": _MOVED | {"steps": 15},
+    "noise: best of 8, moved 5 times": _MOVED | {"init_candidates": 8, "steps": 5},
+    ONE_STEP: _ONE_STEP | {"steps": 1, "referee.stop": 0, "output": "final"},
+    **{f"one step, moved {steps} times": _ONE_STEP | {"steps": steps} for steps in (5, 20)},
+    "one step: best of 32, moved 20 times": _ONE_STEP | {"init_candidates": 32, "steps": 20},
     **{
         f"best of {count}, moved {steps} times": _chosen_and_moved(count, steps)
         for count, steps in ((4, 10), (8, 10), (8, 20), (16, 10), (28, 10), (24, 40))
@@ -279,8 +291,10 @@ def table(curves: Mapping[str, Sequence[Point]], records: Mapping[str, Sequence[
         others = [str(scores["all"]), str(scores.get("gain", "-"))]
         rest = [f"{scores[key].mean:.2f}" if key in scores else "-" for key in ("held-out loss", "quality, dB")]
         mark, means[name] = ["fooled" if is_fooled(point, opponents) else ""], scores
-        rows[name] = [f"{point.passes:.0f}", f"{point.seconds:.2f}", *short, *others, *rest, *mark]
-    columns = ["method", "passes", "s", *records, "all", "at equal cost", "held-out loss", "quality, dB", ""]
+        pace = f"{scores['all'].mean / point.seconds:.3g}"
+        rows[name] = [f"{point.passes:.0f}", f"{point.seconds:.2f}", pace, *short, *others, *rest, *mark]
+    columns = ["method", "passes", "s", "right a second", *records, "all", "at equal cost", "held-out loss"]
+    columns += ["quality, dB", ""]
     text = console.markdown(columns, rows)
     if compared := {name: scores for name, scores in means.items() if "gain" in scores}:
         names = [*(f"gain, {category}" for category in records), "gain"]
@@ -299,10 +313,10 @@ def draw(curves: Mapping[str, Sequence[Point]], file: pathlib.Path) -> None:
     report.draw_curves(panels, "passes of the U-Net", "right", file)
 
 
-def passes(settings: config.Settings) -> float:
-    """What a picture costs with all networks, in passes of the U-Net."""
-    estimate, is_guided = cost.estimate(settings), settings.sds.prompt != settings.sds.negative_prompt
-    return estimate.image / estimate.parts["denoiser"] * (2 if is_guided else 1)
+def passes(settings: config.Settings, base: config.Settings) -> float:
+    """What a picture costs with all networks, in passes of the U-Net of `base`."""
+    is_guided = base.sds.prompt != base.sds.negative_prompt
+    return cost.estimate(settings).image / cost.estimate(base).parts["denoiser"] * (2 if is_guided else 1)
 
 
 def compare(args: flags.FlagValues) -> str:
@@ -314,7 +328,7 @@ def compare(args: flags.FlagValues) -> str:
     categories = world.CATEGORIES if "all" in args.category else args.category
     engines, curves, sampled = Engines(), {}, {}
     for row in args.rows or ROWS:
-        count = args.candidates if row == SAMPLING else args.samples
+        count = args.candidates if row in (SAMPLING, ONE_STEP) else args.samples
         settings = dataclasses.replace(config.override(base, ROWS[row]), samples=count)
         records = {
             category: [
@@ -325,7 +339,7 @@ def compare(args: flags.FlagValues) -> str:
             for category in categories
         }
         sampled = records if row == SAMPLING else sampled
-        curves[row] = points(row, passes(settings), records)
+        curves[row] = points(row, passes(settings, base), records)
         logging.info("%s: %s right", row, curves[row][0].scores["all"])
     text, means = table(curves, sampled or dict.fromkeys(categories, ()))
     files.write_atomic(out / "table.md", text.encode())

@@ -118,6 +118,8 @@ def test_a_curve():
     curve = methods.points("sampling", 10.0, {"colour": SAMPLED})
     assert [(point.count, point.passes, point.seconds) for point in curve] == [(1, 10, 2), (2, 20, 4), (4, 40, 8)]
     assert [point.scores["all"].mean for point in curve] == [0.5, 0.5, 1.0]
+    text, _ = methods.table({"sampling": curve}, {"colour": SAMPLED})
+    assert [line.split(" | ")[3] for line in text.splitlines()[2:]] == ["0.25", "0.125", "0.125"]  # right a second
     blind = [{**record, "loss": None, "choice": None} for record in SAMPLED]
     assert [point.count for point in methods.points("a row", 10.0, {"colour": blind})] == [1]
 
@@ -155,11 +157,13 @@ def test_who_is_fooled():
 def test_costs():
     """Of a guided step two passes, and what decodes and judges; of an iteration of eight steps three times sixteen."""
     one, more = (
-        methods.passes(config.override(SETTINGS, methods.ROWS[methods.SAMPLING] | {"steps": n})) for n in (4, 9)
+        methods.passes(config.override(SETTINGS, methods.ROWS[methods.SAMPLING] | {"steps": n}), SETTINGS)
+        for n in (4, 9)
     )
     assert more - one == pytest.approx(10, abs=0.01) and 8 < one < 16
     moved = [
-        methods.passes(config.override(SETTINGS, methods.ROWS["noise, 5 iterations"] | {"steps": n})) for n in (1, 2)
+        methods.passes(config.override(SETTINGS, methods.ROWS["noise, 5 iterations"] | {"steps": n}), SETTINGS)
+        for n in (1, 2)
     ]
     assert 48 < moved[1] - moved[0] < 80
 
@@ -174,7 +178,7 @@ def test_what_is_written(tmp_path, monkeypatch):
     """By the command, of two rows: tables, CSV, figure."""
     monkeypatch.setattr(methods, "ROWS", {"sampling": {}, "a row": {}})
     monkeypatch.setattr(methods, "Engines", lambda: Engine)
-    monkeypatch.setattr(methods, "passes", lambda settings: 10.0)
+    monkeypatch.setattr(methods, "passes", lambda settings, base: 10.0)
     args = types.SimpleNamespace(
         config=config.read("shapes_clip"), samples=2, candidates=4, out=str(tmp_path), rows=None, category=["shape", "colour"],
         limit=3,
@@ -183,11 +187,13 @@ def test_what_is_written(tmp_path, monkeypatch):
     lines, gains = (
         part.splitlines() for part in text.split("\n\nMore right than of the best of as many samples as the same cost")
     )
-    assert lines[0] == "| method | passes | s | shape | colour | all | at equal cost | held-out loss | quality, dB |  |"
+    assert lines[0] == (
+        "| method | passes | s | right a second | shape | colour | all | at equal cost | held-out loss | quality, dB |  |"
+    )
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in lines[2:]}
     assert list(rows) == ["sampling", "a row", "sampling: best of 2", "a row: best of 2", "sampling: best of 4"]
-    assert rows["a row"][2:6] == ["0.50", "0.50", "0.500 (0.50..0.50)", "0.000 (0.00..0.00)"]
-    assert rows["sampling: best of 4"][2:6] == ["1.00", "1.00", "1.000 (1.00..1.00)", "-"]
+    assert rows["a row"][3:7] == ["0.50", "0.50", "0.500 (0.50..0.50)", "0.000 (0.00..0.00)"]
+    assert rows["sampling: best of 4"][3:7] == ["1.00", "1.00", "1.000 (1.00..1.00)", "-"]
     assert gains[2] == "| method | gain, shape | gain, colour | gain |"
     assert gains[4] == "| a row | 0.000 (0.00..0.00) | 0.000 (0.00..0.00) | 0.000 (0.00..0.00) |" and len(gains) == 6
     assert (tmp_path / "table.md").read_text() == text
