@@ -77,7 +77,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "noise: best of 8, moved 5 times": _MOVED | {"init_candidates": 8, "steps": 5},
     ONE_STEP: _ONE_STEP | {"steps": 1, "referee.stop": 0, "output": "final"},
     **{f"one step, moved {steps} times": _ONE_STEP | {"steps": steps} for steps in (5, 20)},
-    "one step: best of 32, moved 20 times": _ONE_STEP | {"init_candidates": 32, "steps": 20},
+    **{
+        f"one step: best of {count}, moved {steps} times": _ONE_STEP | {"init_candidates": count, "steps": steps}
+        for count, steps in ((8, 5), (32, 20))
+    },
     **{
         f"best of {count}, moved {steps} times": _chosen_and_moved(count, steps)
         for count, steps in ((4, 10), (8, 10), (8, 20), (16, 10), (28, 10), (24, 40))
