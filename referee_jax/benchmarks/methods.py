@@ -316,10 +316,10 @@ def draw(curves: Mapping[str, Sequence[Point]], file: pathlib.Path) -> None:
     report.draw_curves(panels, "passes of the U-Net", "right", file)
 
 
-def passes(settings: config.Settings, base: config.Settings) -> float:
-    """What a picture costs with all networks, in passes of the U-Net of `base`."""
-    is_guided = base.sds.prompt != base.sds.negative_prompt
-    return cost.estimate(settings).image / cost.estimate(base).parts["denoiser"] * (2 if is_guided else 1)
+def one_pass(settings: config.Settings) -> float:
+    """FLOPs of a pass of the U-Net."""
+    is_guided = settings.sds.prompt != settings.sds.negative_prompt
+    return cost.estimate(settings).parts["denoiser"] / (2 if is_guided else 1)
 
 
 def compare(args: flags.FlagValues) -> str:
@@ -329,7 +329,7 @@ def compare(args: flags.FlagValues) -> str:
     out.mkdir(parents=True, exist_ok=True)
     keep(base, out)
     categories = world.CATEGORIES if "all" in args.category else args.category
-    engines, curves, sampled = Engines(), {}, {}
+    engines, curves, sampled, unit = Engines(), {}, {}, one_pass(base)
     for row in args.rows or ROWS:
         count = args.candidates if row in (SAMPLING, ONE_STEP) else args.samples
         settings = dataclasses.replace(config.override(base, ROWS[row]), samples=count)
@@ -342,7 +342,7 @@ def compare(args: flags.FlagValues) -> str:
             for category in categories
         }
         sampled = records if row == SAMPLING else sampled
-        curves[row] = points(row, passes(settings, base), records)
+        curves[row] = points(row, cost.estimate(settings).image / unit, records)
         logging.info("%s: %s right", row, curves[row][0].scores["all"])
     text, means = table(curves, sampled or dict.fromkeys(categories, ()))
     files.write_atomic(out / "table.md", text.encode())

@@ -11,6 +11,7 @@ from PIL import Image
 from referee_jax import config
 from referee_jax.benchmarks import methods
 from referee_jax.engine import results
+from referee_jax.performance import cost
 from referee_jax.shapes import benchmark, world
 from referee_jax.weights import hub
 
@@ -156,15 +157,13 @@ def test_who_is_fooled():
 
 def test_costs():
     """Of a guided step two passes, and what decodes and judges; of an iteration of eight steps three times sixteen."""
-    one, more = (
-        methods.passes(config.override(SETTINGS, methods.ROWS[methods.SAMPLING] | {"steps": n}), SETTINGS)
-        for n in (4, 9)
+    unit = methods.one_pass(SETTINGS)
+    passes = lambda row, steps: (
+        cost.estimate(config.override(SETTINGS, methods.ROWS[row] | {"steps": steps})).image / unit
     )
+    one, more = (passes(methods.SAMPLING, n) for n in (4, 9))
     assert more - one == pytest.approx(10, abs=0.01) and 8 < one < 16
-    moved = [
-        methods.passes(config.override(SETTINGS, methods.ROWS["noise, 5 iterations"] | {"steps": n}), SETTINGS)
-        for n in (1, 2)
-    ]
+    moved = [passes("noise, 5 iterations", n) for n in (1, 2)]
     assert 48 < moved[1] - moved[0] < 80
 
 
@@ -178,7 +177,8 @@ def test_what_is_written(tmp_path, monkeypatch):
     """By the command, of two rows: tables, CSV, figure."""
     monkeypatch.setattr(methods, "ROWS", {"sampling": {}, "a row": {}})
     monkeypatch.setattr(methods, "Engines", lambda: Engine)
-    monkeypatch.setattr(methods, "passes", lambda settings, base: 10.0)
+    monkeypatch.setattr(methods, "one_pass", lambda settings: 1.0)
+    monkeypatch.setattr(cost, "estimate", lambda settings: types.SimpleNamespace(image=10.0))
     args = types.SimpleNamespace(
         config=config.read("shapes_clip"), samples=2, candidates=4, out=str(tmp_path), rows=None, category=["shape", "colour"],
         limit=3,
