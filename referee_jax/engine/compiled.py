@@ -37,12 +37,12 @@ class Programs:
     def __init__(self, plan: Plan, mesh: Mesh):
         self.plan, self.mesh = plan, mesh
         self._made: dict[tuple, Any] = {}
-        self._begun: dict[int, concurrent.futures.Future] = {}  # by the program's id
+        self._begun: dict[Any, concurrent.futures.Future] = {}  # by program
 
     def __call__(self, name: str, swept: bool = False, **static: Any) -> Any:
         """The program of this name (programs.PROGRAMS); waits where a thread is compiling it."""
         program = self._program(name, swept, static)
-        begun = self._begun.pop(id(program), None)
+        begun = self._begun.pop(program, None)
         if begun and not begun.cancel():
             concurrent.futures.wait([begun])  # an error comes again where the program is called
         return program
@@ -73,7 +73,7 @@ class Programs:
         try:
             for name, static, args in wanted:
                 program = self._program(name, False, static)
-                self._begun[id(program)] = pool.submit(_compile, program, args)
+                self._begun[program] = pool.submit(_compile, program, args)
             yield
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

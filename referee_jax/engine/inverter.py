@@ -304,9 +304,8 @@ class Inverter:
         state, rows, is_swept = particle.state, [], self._is_swept(batch)
         # The loop and the referees' phase are the host's: within a loop or a branch XLA:CPU works at less than half its
         # speed. Nothing is waited for: an iteration's metrics are copied to the host while the next ones run.
-        referee = jax.tree.map(np.asarray, batch.hyper.referee)
-        for i in range(batch.step, batch.step + count):
-            active = self.is_optimised and bool(np.any(referee.is_active(i)))
+        steps = range(batch.step, batch.step + count)
+        for i, active in zip(steps, self._active(batch.hyper, steps), strict=True):
             step = self._programs("step", is_swept, referees_active=active)
             state, metrics = step(self.networks, batch.prompt, batch.hyper, state, particle.keys, jnp.int32(i))
             if self.held_out:
@@ -322,6 +321,11 @@ class Inverter:
         items = len(batch.items)
         metrics = {name: np.stack([np.asarray(row[name])[:items] for row in rows], axis=1) for name in rows[0]}
         return particle._replace(state=state), metrics
+
+    def _active(self, hyper: state_lib.Hyperparameters, steps: range) -> list[bool]:
+        """Whether the referees move anything in each of these iterations."""
+        referee = jax.tree.map(np.asarray, hyper.referee)
+        return [self.is_optimised and bool(np.any(referee.is_active(i))) for i in steps]
 
     def shapes(self) -> Batch:
         """An abstract batch, for `trace`."""
@@ -350,13 +354,12 @@ class Inverter:
         """
         if self.compiled or self.mesh.devices.flat[0].platform == "gpu":
             return contextlib.nullcontext()
-        batch, referee = self.shapes(), jax.tree.map(np.asarray, self.hyper.referee)
-        active = [self.is_optimised and bool(referee.is_active(i)) for i in range(self.steps)]
+        batch, phases = self.shapes(), dict.fromkeys(self._active(self.hyper, range(self.steps)))
         shared, wanted = (self.networks, batch.prompt, batch.hyper), []
         if self.settings.init_candidates > 1 or self.held_out:
             wanted.append(("judge", {}, (*shared, batch.state.latents)))
         wanted.append(("finish", {"output": self.settings.output}, (*shared, batch.state)))  # as the first look
-        wanted += [("step", {"referees_active": x}, self._of_step(batch)) for x in dict.fromkeys(active)]
+        wanted += [("step", {"referees_active": x}, self._of_step(batch)) for x in phases]
         return self._programs.ahead(wanted)
 
     def preview(self, batch: Batch) -> np.ndarray:
