@@ -8,7 +8,6 @@ Prints a line of JSON. Exit code 1 if the last quarter's peak of memory is more 
 is missing.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -30,34 +29,18 @@ from referee_jax.hardware import devices  # noqa: E402
 from referee_jax.runs.command import Command  # noqa: E402
 from referee_jax.runs.prompt_file import Entry  # noqa: E402
 from referee_jax.storage import run_directory  # noqa: E402
+from tests import fakes  # noqa: E402
 
 LIMIT = 1.05
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    items: tuple
-    step: int = 0
-
-
-class NoiseEngine:
-    """The engine's methods, and no work: smooth pictures with some noise, which compress as photographs do."""
-
-    devices, compiled, batch_size = "none", True, 16
+class NoiseEngine(fakes.FakeInverter):
+    """No work: smooth pictures with some noise, which compress as photographs do."""
 
     def __init__(self, settings):
-        self.steps, self.size = settings.steps, settings.image_size
-        self.rng = np.random.default_rng(0)
-
-    def check(self, prompt, negative=None):
-        return None
-
-    def begin(self, items, seed):
-        return Batch(tuple(items))
-
-    def advance(self, batch):
-        return dataclasses.replace(batch, step=self.steps), {"loss": np.zeros((len(batch.items), self.steps))}
+        super().__init__(settings)
+        self.at_once(16).size, self.rng = settings.image_size, np.random.default_rng(0)
 
     def finish(self, batch):
         ramp = np.linspace(0.2, 0.8, self.size, dtype=np.float32)[:, None, None]
