@@ -29,7 +29,7 @@ from referee_jax import items as items_lib
 from referee_jax.benchmarks import methods, report, statistics
 from referee_jax.engine import builders, inverter
 from referee_jax.items import Item
-from referee_jax.shapes import benchmark
+from referee_jax.shapes import benchmark, world
 from referee_jax.storage import files, images, objects
 from referee_jax.weights import hub
 
@@ -145,8 +145,8 @@ def slug(name: str) -> str:
 def means(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, statistics.Mean]]:
     """Variant -> score -> mean.
 
-    Besides the records' scores there are `right` of seen and of unseen prompts, and GAINS on the first
-    variant. These are paired by prompt and sample, so that differences among prompts do not widen their
+    Besides the records' scores there are `right` of each category of the shapes world's prompts, of the seen and of the
+    unseen ones, and GAINS on the first variant. These are paired by prompt and sample, so that differences among prompts do not widen their
     intervals.
     """
     values: dict[str, dict[str, list[tuple[str, float]]]] = {}
@@ -156,8 +156,8 @@ def means(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, statistic
         lists = values.setdefault(record["variant"], {})
         scores = {name: value for name, value in record["scores"].items() if value is not None}
         if "right" in scores:
-            split = benchmark.parts(prompt)[-1].rpartition(", ")[2]
-            scores[f"right, {split}"] = scores["right"]
+            category, split = benchmark.parts(prompt)[-1].split(", ")
+            scores |= {f"right, {part}": scores["right"] for part in (category, split)}
         if len(values) == 1:
             first[prompt, sample] = scores
         else:
@@ -169,9 +169,12 @@ def means(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, statistic
 
 
 def columns(rows: report.Rows) -> list[str]:
-    """The scores in the table's order: ground truth, then those of referees."""
+    """The scores in the table's order: ground truth, by category where there are several, then those of referees."""
     names = {name for scores in rows.values() for name in scores}
-    truth = ["right", "right, seen", "right, unseen", GAINS["right"], "quality", GAINS["quality"]]
+    categories = [name for category in world.CATEGORIES if (name := f"right, {category}") in names]
+    if len(categories) == 1:
+        names.remove(categories.pop())
+    truth = ["right", "right, seen", "right, unseen", GAINS["right"], "quality", GAINS["quality"], *categories]
     return [name for name in truth if name in names] + sorted(names - set(truth))
 
 

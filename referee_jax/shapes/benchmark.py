@@ -35,9 +35,10 @@ def splits(category: str) -> tuple[str, ...]:
     return tuple(split for split in SPLITS if split in _lists()[category])
 
 
-def every_prompt() -> tuple[str, ...]:
-    """The prompts of all categories and splits, each once."""
-    return tuple(dict.fromkeys(text for parts in _lists().values() for texts in parts.values() for text in texts))
+def every_prompt(limit: int | None = None) -> tuple[str, ...]:
+    """The prompts of all categories and splits, each once; at most `limit` of each list, the first ones."""
+    lists = (texts[:limit] for parts in _lists().values() for texts in parts.values())
+    return tuple(dict.fromkeys(text for texts in lists for text in texts))
 
 
 def score(images: Sequence[np.ndarray], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -127,7 +127,10 @@ def test_truth_and_splits():
         {"variant": "a", "prompt": p, "sample": 0, "scores": {"right": x, "gone": None}} for p, x in prompts.items()
     ]
     found = sweep.means(records)["a"]
-    assert found["right"].mean == 0.5 and "gone" not in found
+    assert found["right"].mean == found["right, colour"].mean == 0.5 and "gone" not in found
+    assert "right, colour" not in sweep.columns({"a": found})  # the only category says nothing new
+    both = sweep.means([*records, records[0] | {"prompt": "a star and a circle"}])
+    assert {"right, colour", "right, shape"} < set(sweep.columns(both)) and both["a"]["right, shape"].mean == 1.0
     assert found["right, seen"].images + found.get("right, unseen", (0,) * 5)[4] == 2
 
 

@@ -51,6 +51,7 @@ def test_a_prompt_says_what_it_counts_in(category, split):
 def test_every_prompt():
     every = benchmark.every_prompt()
     assert len(every) == len(set(every)) and set(every) == {p for pair in LISTS for p in benchmark.prompts(*pair)}
+    assert set(benchmark.every_prompt(2)) == {p for pair in LISTS for p in benchmark.prompts(*pair)[:2]}
 
 
 def test_lists_that_are_not_there_are_refused():
