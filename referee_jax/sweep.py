@@ -146,8 +146,8 @@ def means(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, statistic
     """Variant -> score -> mean.
 
     Besides the records' scores there are `right` of each category of the shapes world's prompts, of the seen and of the
-    unseen ones, and GAINS on the first variant. These are paired by prompt and sample, so that differences among prompts do not widen their
-    intervals.
+    unseen ones, and GAINS on the first variant. These are paired by prompt and sample, so that differences among prompts
+    do not widen their intervals.
     """
     values: dict[str, dict[str, list[tuple[str, float]]]] = {}
     first: dict[tuple[str, int], Mapping[str, float]] = {}
