@@ -23,11 +23,11 @@ CONFIG = ROOT / "configs" / "paper.py"
 _running = cost.running
 
 
-def running(engine, batch):
+def running(engine, iteration, prompts):
     """`cost.running`, which counts a program; a fake engine has none."""
     if isinstance(engine, FakeInverter):
         return cost.Running(image=1.5e12, weights=2_000_000, batch=3_000_000_000, chip=chips.TPUS["v5e"])
-    return _running(engine, batch)
+    return _running(engine, iteration, prompts)
 
 
 cost.running = running
@@ -77,7 +77,7 @@ class FakeInverter:
     def shapes(self):
         return Batch((), 0)
 
-    def trace(self, batch, name="step"):
+    def trace(self, batch):
         return None
 
     def ahead(self):

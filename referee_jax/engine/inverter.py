@@ -340,14 +340,9 @@ class Inverter:
         numbers = jax.ShapeDtypeStruct((self.batch_size,), jnp.float32)
         return Batch((item,) * self.batch_size, 0, prompt, hyper, (Particle(state, keys, numbers, numbers),))
 
-    def trace(self, batch: Batch, name: str = "step") -> jax.stages.Traced:
-        """The program of an iteration, or of a look by all referees ("judge"), before it is compiled."""
-        if name == "judge":
-            return self._programs("judge", self._is_swept(batch)).trace(*self._of_judge(batch))
+    def trace(self, batch: Batch) -> jax.stages.Traced:
+        """The program of an iteration, before it is compiled."""
         return self._programs("step", self._is_swept(batch), referees_active=True).trace(*self._of_step(batch))
-
-    def _of_judge(self, batch: Batch) -> tuple:
-        return self.networks, batch.prompt, batch.hyper, batch.state.latents
 
     def _of_step(self, batch: Batch) -> tuple:
         return self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, np.int32(0)
@@ -360,11 +355,10 @@ class Inverter:
         if self.compiled or self.mesh.devices.flat[0].platform == "gpu":
             return contextlib.nullcontext()
         batch, phases = self.shapes(), dict.fromkeys(self._active(self.hyper, range(self.steps)))
-        wanted: list[tuple] = []
+        shared, wanted = (self.networks, batch.prompt, batch.hyper), []
         if self.settings.init_candidates > 1 or self.held_out:
-            wanted.append(("judge", {}, self._of_judge(batch)))
-        own = (self.networks, batch.prompt, batch.hyper, batch.state)
-        wanted.append(("finish", {"output": self.settings.output}, own))  # as the first look
+            wanted.append(("judge", {}, (*shared, batch.state.latents)))
+        wanted.append(("finish", {"output": self.settings.output}, (*shared, batch.state)))  # as the first look
         wanted += [("step", {"referees_active": x}, self._of_step(batch)) for x in phases]
         return self._programs.ahead(wanted)
 

@@ -188,12 +188,11 @@ def estimate(settings: config.Settings) -> Estimate:
     sized = abstract_networks.abstract(settings)
     step = capacity.make_step(settings, sized.prior, sized.judges)
     counts = {part.name: _flops(step, part.fn, part.shape) for part in parts(step)}
-    judged = _flops(step, _judged(step.plan), step.plan.latent)
     one, two = (capacity.traced(step, batch) for batch in (1, 2))
     least, most = peak_memory.peak(one), peak_memory.peak(two)
     return Estimate(
         parts=counts,
-        **_work(step, flops.count(one), counts["denoiser"], judged)._asdict(),
+        **_work(step, flops.count(one), counts["denoiser"])._asdict(),
         weights=capacity.weights(step),
         fixed=max(0, 2 * least - most),
         live=most - least,
@@ -208,27 +207,27 @@ def step_flops(engine: inverter.Inverter, batch: results.Batch) -> float:
     return flops.count(engine.trace(batch).jaxpr.jaxpr) / engine.settings.batch_size
 
 
-def running(engine: inverter.Inverter, batch: results.Batch) -> Running:
-    """What an inverter costs for a batch, or an abstract one; nothing is compiled.
+def running(engine: inverter.Inverter, iteration: jax.stages.Traced, prompts: state_lib.Prompt) -> Running:
+    """What an inverter costs for a batch of encoded prompts, whose iteration is `engine.trace(batch)`.
 
-    Its iteration and look are traced as they will be called, so that they are not traced again.
+    Parts outside that program are traced too; nothing is compiled.
     """
-    traced, device, size = engine.trace(batch).jaxpr.jaxpr, engine.mesh.devices.flat[0], engine.settings.batch_size
-    prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.prompt)
+    traced, device = iteration.jaxpr.jaxpr, engine.mesh.devices.flat[0]
+    prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), prompts)
     step = capacity.Step(engine.settings, engine.networks, engine.text_encoder, prompt, engine.hyper, engine.plan)
-    denoiser = _flops(step, _denoiser, step.plan.latent)
-    judged = flops.count(engine.trace(batch, "judge").jaxpr.jaxpr) / size
+    whole, denoiser = flops.count(traced) / engine.settings.batch_size, _flops(step, _denoiser, step.plan.latent)
     return Running(
-        image=_work(step, flops.count(traced) / size, denoiser, judged).image,
+        image=_work(step, whole, denoiser).image,
         weights=sum(capacity.weights(step).values()),
         batch=peak_memory.peak(traced),
         chip=chips.of(device.device_kind),
     )
 
 
-def _work(step: capacity.Step, whole: float, denoiser: float, judged: float) -> Work:
-    """FLOPs of an image, where an iteration takes `whole`, the denoiser in it `denoiser`, and a look `judged`."""
+def _work(step: capacity.Step, whole: float, denoiser: float) -> Work:
+    """FLOPs of an image, where an iteration takes `whole`, and the denoiser in it `denoiser`."""
     settings, plan = step.settings, step.plan
+    judged = _flops(step, _judged(plan), plan.latent)
     start = settings.init_steps * denoiser if settings.init == "sample" else 0.0
     if settings.init_candidates > 1 or plan.held_out:
         start += judged

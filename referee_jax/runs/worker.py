@@ -55,8 +55,8 @@ class Engine(Protocol):
     def shapes(self) -> Batch:
         """Returns an abstract batch, for `trace`."""
 
-    def trace(self, batch: Batch, name: str = "step") -> jax.stages.Traced:
-        """Returns the program of an iteration, or of a look by all referees ("judge"), not compiled."""
+    def trace(self, batch: Batch) -> jax.stages.Traced:
+        """Returns the program of an iteration, not compiled."""
 
     def ahead(self) -> contextlib.AbstractContextManager:
         """Compiles in threads what the first batch needs, while it is made."""
@@ -292,7 +292,8 @@ def halved(engine: Engine, error: jax.errors.JaxRuntimeError) -> Engine:
 
 def costs(engine: Engine) -> cost.Running:
     """What the engine's program costs, before it is compiled. ConfigError where it is too large for this machine's CPU."""
-    running, limit = cost.running(engine, engine.shapes()), chips.machine_memory()
+    batch = engine.shapes()
+    running, limit = cost.running(engine, engine.trace(batch), batch.prompt), chips.machine_memory()
     needed = engine.groups * (running.weights + running.batch)  # devices of a CPU share the machine's memory
     if limit and needed > limit:
         size, side = engine.settings.batch_size, engine.settings.image_size

@@ -210,7 +210,7 @@ def test_nothing_is_traced_twice(monkeypatch):
         referees=(spec, dataclasses.replace(spec, role="held_out")),
     )  # fmt: skip
     worker.costs(engine)
-    assert {name for name, *_ in traced} == {"encode", "init", "step", "judge"}
+    assert {name for name, *_ in traced} == {"encode", "init", "step"}
     engine(tiny.PROMPTS[:2], seed=0)
     names = [name for name, *_ in traced]
     assert {name: names.count(name) for name in names} == dict.fromkeys(names, 1) | {"step": 2}, traced

@@ -203,7 +203,7 @@ def test_a_run_the_doctor_and_the_estimate_tell_one_number(checkpoints):
     estimated = cost.estimate(settings)
     engine = inverter.Inverter.from_config(settings, jax.devices()[:2])
     batch = engine.shapes()  # as a run's batch, to the letter: tests/engine/test_real_networks.py
-    found = cost.running(engine, batch)
+    found = cost.running(engine, engine.trace(batch), batch.prompt)
     assert found.image == pytest.approx(estimated.image, rel=1e-6) and found.chip is None
     assert found.image > 1.5 * settings.steps * estimated.step  # which a run told once
     assert found.weights == sum(estimated.weights.values())

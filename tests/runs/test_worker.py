@@ -40,7 +40,7 @@ def engines():
 def test_what_is_too_large_for_the_machine_is_said_at_once(tmp_path, monkeypatch, capsys, work, memory, size, message):
     """Before anything is compiled."""
     running = cost.Running(image=1e12, weights=36 * 10**6, batch=222 * 10**6 * size // 8, chip=None)
-    monkeypatch.setattr(cost, "running", lambda engine, batch: running)
+    monkeypatch.setattr(cost, "running", lambda engine, iteration, prompts: running)
     monkeypatch.setattr(chips, "machine_memory", lambda: memory)
     engines = []
     load = lambda settings: engines.append(FakeInverter(settings)) or engines[-1]
@@ -54,7 +54,7 @@ def test_what_is_too_large_for_the_machine_is_said_at_once(tmp_path, monkeypatch
 def test_simulated_devices_share_the_machines_memory(tmp_path, monkeypatch, capsys):
     """Each holds the networks and a batch of its own: on eight, eight times as much is needed."""
     running = cost.Running(image=1e12, weights=36 * 10**6, batch=222 * 10**6, chip=None)
-    monkeypatch.setattr(cost, "running", lambda engine, batch: running)
+    monkeypatch.setattr(cost, "running", lambda engine, iteration, prompts: running)
 
     def load(settings):
         engine = FakeInverter(settings)
