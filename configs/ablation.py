@@ -5,7 +5,7 @@
 104 prompts, of all kinds. Each image begins from one sample of the prior, so the referee cannot help by choosing among
 several. The base is configs/shapes.py, which has no restarts of the average and leaves views as they are. Without SDS
 there is no length to balance the referee's gradient by, so its balance is off as well. Hardware: an accelerator
-(--batch_size=96), or any CPU: five to ten minutes a row on a core. --variant=NAME makes single rows.
+(--batch_size=96), or any CPU: some two minutes a row on a core. --variant=NAME makes single rows.
 """
 
 import pathlib

@@ -3,7 +3,7 @@
     python -m referee_jax.sweep --sweep=configs/sweep_referees.py --workdir=runs/referees
 
 104 prompts of all kinds, one image each, from the best of four samples by the referee itself, moved ten times.
-Hardware: any CPU, ten to fifteen minutes a row on two cores; `--variant=NAME` makes single rows.
+Hardware: any CPU, some five minutes a row on a core; `--variant=NAME` makes single rows.
 """
 
 import pathlib

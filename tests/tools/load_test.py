@@ -40,7 +40,8 @@ class NoiseEngine(fakes.FakeInverter):
 
     def __init__(self, settings):
         super().__init__(settings)
-        self.at_once(16).size, self.rng = settings.image_size, np.random.default_rng(0)
+        self.at_once(16)
+        self.size, self.rng = settings.image_size, np.random.default_rng(0)
 
     def finish(self, batch):
         ramp = np.linspace(0.2, 0.8, self.size, dtype=np.float32)[:, None, None]
