@@ -145,12 +145,14 @@ def _absl_main(argv: list[str]) -> int:
     catch_signals(stop)
     try:
         command = read_command(flags.FLAGS, argv[1:])
-        devices.keep_freed_memory(command.device)
+        heaps, at_once = (devices.HEAPS, command.at_once) if command.has_small_networks else (1, 1)
+        devices.keep_freed_memory(command.device, heaps=heaps)
         if command.distributed:  # before JAX looks for devices
             directory = None if objects.is_remote(command.workdir) else Path(command.workdir).expanduser()
             index, count = processes.join(command.shard_index, command.shard_count, directory)
             command = dataclasses.replace(command, shard_index=index, shard_count=count)
-        device = devices.choose(command.device)
+        command = dataclasses.replace(command, split=devices.split_cpu(command.device, at_once))
+        device = devices.choose(command.device, heaps=heaps)
     except (CommandError, config.ConfigError, prompts.PromptError, devices.DeviceError) as error:
         return console.fail(2, str(error))
     if problem := compile_cache.use(device):

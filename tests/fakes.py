@@ -60,7 +60,7 @@ class FakeInverter:
 
     def __init__(self, settings, failures=()):
         self.steps, self.chunk, self.batch_size, self.groups = settings.steps, settings.chunk, 3, 1
-        self.settings = dataclasses.replace(settings, batch_size=settings.batch_size or 3)
+        self.settings = dataclasses.replace(settings, batch_size=3)
         self.failures, self.compiled, self.calls, self.begun, self.resumed = dict(failures), False, 0, [], []
 
     def check(self, prompt, negative=None):

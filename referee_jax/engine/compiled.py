@@ -6,7 +6,6 @@
 import concurrent.futures
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,21 +13,16 @@ import jax
 from jax.sharding import Mesh
 
 from referee_jax.engine import parallel, programs
-from referee_jax.hardware import chips
+from referee_jax.hardware import chips, devices
 from referee_jax.method.state import Plan
 
 THREADS = 4  # that compile at once, at most: each needs a core, and memory
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def jit(fn: Callable, mesh: Mesh, **how: Any) -> Any:
     """`jax.jit` with the options of the mesh's devices."""
-    platform = mesh.devices.flat[0].platform
-    return jax.jit(fn, compiler_options=chips.compiler_options(platform), **how)
+    options = chips.compiler_options(mesh.devices.flat[0].platform, mesh.size)
+    return jax.jit(fn, compiler_options=options, **how)
 
 
 class Programs:
@@ -66,7 +60,7 @@ class Programs:
 
         What has not begun at the end is left. JAX keeps what a thread compiles for the calls of the same program.
         """
-        if not (threads := min(THREADS, cores() - 1)):
+        if not (threads := min(THREADS, devices.cores() - 1)):
             yield
             return
         pool = concurrent.futures.ThreadPoolExecutor(threads, "compile")

@@ -116,10 +116,12 @@ def _has_cudnn(device: jax.Device) -> bool:
     return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
 
 
-def compiler_options(platform: str) -> dict[str, str]:
-    """OPTIONS of a platform, without those that XLA_FLAGS sets."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in OPTIONS.get(platform, {}).items() if f"--{name}=" not in flags}
+def compiler_options(platform: str, count: int = 1) -> dict[str, str | bool]:
+    """OPTIONS of a platform, and those of a program on `count` of its devices, without those that XLA_FLAGS sets."""
+    options, flags = OPTIONS.get(platform, {}), os.environ.get("XLA_FLAGS", "")
+    if platform == "cpu" and count > max(1, devices.cores() // 2):  # a core each: threads of theirs would wait
+        options = options | {"xla_cpu_multi_thread_eigen": False}
+    return {name: value for name, value in options.items() if f"--{name}=" not in flags}
 
 
 def memory_limit(device: jax.Device) -> int | None:

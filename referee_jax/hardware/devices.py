@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 from importlib import metadata
 from pathlib import Path
 
@@ -14,10 +15,12 @@ _TPU_VENDOR, _TPU_CHIPS = "0x1ae0", ("0x0027", "0x005e", "0x0062", "0x0063", "0x
 
 # Variables that glibc reads when a process begins -> their numbers in its malloc.h, and values.
 _MALLOC = {
-    "MALLOC_ARENA_MAX": (-8, 1),  # all threads use the heap, which alone can keep large blocks
+    "MALLOC_ARENA_MAX": (-8, 1),  # all threads use the heap, which alone can keep blocks of 2**26 bytes
     "MALLOC_MMAP_MAX_": (-4, 0),  # large blocks are not returned to the system when they are freed
     "MALLOC_TRIM_THRESHOLD_": (-1, -1),  # nor is the end of the heap
+    "MALLOC_TOP_PAD_": (-2, 2**27),  # nor are the heaps of threads, of 2**26 bytes, where they have some
 }
+HEAPS = 8  # for networks whose blocks are smaller: the compiler's threads wait for each other where they share one heap
 # The same for a process that is started, whose threads may have heaps of their own before it calls `keep_freed_memory`.
 KEEPING_FREED_MEMORY = {name: str(value) for name, (_, value) in _MALLOC.items()}
 
@@ -34,15 +37,15 @@ class DeviceError(RuntimeError):
     """The requested devices cannot be used; one sentence, with the remedy."""
 
 
-def choose(kind: str = "auto", *, root: Path = Path("/")) -> str:
+def choose(kind: str = "auto", *, heaps: int = 1, root: Path = Path("/")) -> str:
     """Makes JAX compute on a device of `KINDS`; returns its device kind. Call it before using JAX.
 
-    NUMBERS are set, whatever the environment says. "auto" is JAX's own choice, which JAX_PLATFORMS may
+    NUMBERS are set, whatever the environment says; `heaps` is as of `keep_freed_memory`. "auto" is JAX's own choice, which JAX_PLATFORMS may
     set. Raises DeviceError if that is the CPU only because an accelerator of the machine (with file
     system `root`) cannot be used: the work would take many times as long. Raises it also if "gpu" or
     "tpu" is not what JAX computes on.
     """
-    keep_freed_memory(kind, root=root)
+    keep_freed_memory(kind, heaps=heaps, root=root)
     for name, value in NUMBERS.items():
         jax.config.update(name, value)
     if kind == "cpu":
@@ -55,6 +58,23 @@ def choose(kind: str = "auto", *, root: Path = Path("/")) -> str:
     if unused is None:
         return device.device_kind
     raise DeviceError(_unusable(unused, files.get(unused), device.platform))
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def split_cpu(kind: str, images: int, *, root: Path = Path("/")) -> int:
+    """Makes a device of each core, for up to `images` devices; returns their number. Call it before using JAX.
+
+    A program of small networks that uses all cores is hardly faster than on one; on devices of their own, all are busy.
+    Each holds the networks. JAX_NUM_CPU_DEVICES decides where it is set; 1 also where JAX will use an accelerator.
+    """
+    count = 1 if "JAX_NUM_CPU_DEVICES" in os.environ or not _is_cpu(kind, root) else max(1, min(images, cores()))
+    if count > 1:
+        jax.config.update("jax_num_cpu_devices", count)
+    return count
 
 
 def local() -> list[jax.Device]:
@@ -82,18 +102,21 @@ def check_numbers() -> None:
             )
 
 
-def keep_freed_memory(kind: str = "auto", *, root: Path = Path("/")) -> None:
-    """Has glibc keep freed memory, whose page faults take a quarter of an iteration on a CPU.
+def keep_freed_memory(kind: str = "auto", *, heaps: int = 1, root: Path = Path("/")) -> None:
+    """Has glibc keep freed memory, whose page faults take a quarter of an iteration on a CPU, in up to so many heaps.
 
     It must be called before JAX starts threads, which have their own heaps. Does nothing if JAX
     will use an accelerator, or without glibc. Commands call this; library users must call it
     themselves.
     """
-    is_cpu = "cpu" in (kind, jax.config.jax_platforms) or not accelerators(root)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if is_cpu and mallopt is not None:
-        for parameter, value in _MALLOC.values():
+    if _is_cpu(kind, root) and mallopt is not None:
+        for parameter, value in (_MALLOC | {"MALLOC_ARENA_MAX": (-8, heaps)}).values():
             mallopt(parameter, value)
+
+
+def _is_cpu(kind: str, root: Path) -> bool:
+    return "cpu" in (kind, jax.config.jax_platforms) or not accelerators(root)
 
 
 def accelerators(root: Path = Path("/")) -> dict[str, str]:

@@ -11,6 +11,7 @@ from referee_jax import cli, config
 from referee_jax.runs import prompt_file
 from referee_jax.runs.prompt_columns import Entry
 from referee_jax.storage import objects
+from referee_jax.weights import hub
 
 DEFAULT = "shapes"  # the config without --config: its networks are part of the package
 
@@ -26,7 +27,7 @@ class Command:
     `workdir` is a str for a bucket ("gs://bucket/run"). Process `shard_index` of `shard_count` makes a
     fixed share; with `distributed`, JAX tells a process its index. After a device failure the command
     starts again, up to `retries` times. `device` is one of devices.KINDS. `writers` are names in
-    metric_writers.WRITERS.
+    metric_writers.WRITERS. `split` is how many devices of a CPU share a batch of `settings.batch_size`.
     """
 
     settings: config.Settings
@@ -39,6 +40,17 @@ class Command:
     retries: int = 1
     device: str = "auto"
     writers: tuple[str, ...] = ()
+    split: int = 1
+
+    @property
+    def at_once(self) -> int:
+        """Images of a batch of this process, on one device."""
+        return min(self.settings.batch_size or 1, -(-len(self.entries) * self.settings.samples // self.shard_count))
+
+    @property
+    def has_small_networks(self) -> bool:
+        """Whether all of them are part of the package, so that each core of a CPU may hold its own."""
+        return all(hub.is_embedded(name) for name, _ in config.checkpoints(self.settings))
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:

@@ -136,7 +136,7 @@ def make_images(
         if not todo.count and not run.done():
             raise CommandError(f"no prompt can be used; {unfit[0]}")
         try:
-            made = generate(fitted(engine, command.settings, todo.count), run, todo, stop)
+            made = generate(fitted(engine, command, len(share), todo.count), run, todo, stop)
         except recovery.DeviceFailed as error:
             if stop():
                 raise
@@ -223,11 +223,15 @@ def report_rejected(run: run_directory.RunDirectory, rejected: Sequence[Rejected
         say(f"... and {len(rejected) - SHOWN_REJECTED} more, see {run.log_file}", file=sys.stderr)
 
 
-def fitted(engine: worker.Engine, settings: config.Settings, count: int) -> worker.Engine:
-    """Shrinks a batch size that the engine chose to `count` images: padding takes time, too."""
-    if settings.batch_size:
-        return engine
-    return engine.at_once(max(1, min(engine.settings.batch_size, -(-count // engine.groups))))
+def fitted(engine: worker.Engine, command: Command, count: int, missing: int) -> worker.Engine:
+    """Shrinks a batch to the `missing` of `count` images: padding takes time, too.
+
+    A size that is set is shrunk to `count`, so that a command which goes on does so with the same programs.
+    """
+    size, groups = engine.settings.batch_size, engine.groups
+    images = min(size * groups // command.split, count if command.settings.batch_size else missing)
+    size = max(1, -(-images // groups))
+    return engine if size == engine.settings.batch_size else engine.at_once(size)
 
 
 def generate(engine: worker.Engine, run: run_directory.RunDirectory, todo: Todo, stop: worker.Stop) -> worker.Made:
@@ -328,7 +332,7 @@ def warm_up(command: Command, *, load: Load = load_inverter, **_: Any) -> int:
     rows, _ = prompt_file.sift(command.entries)
     if rows:
         share = items_lib.share(items_lib.Items(rows, settings.samples), command.shard_index, command.shard_count)
-        engine = fitted(engine, settings, len(share))
+        engine = fitted(engine, command, len(share), len(share))
     say(engine.compiling)
     compiled(engine, settings)
     directory = compile_cache.directory()

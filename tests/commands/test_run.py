@@ -427,7 +427,7 @@ def test_a_warmup_halves_as_a_run_does(tmp_path, capsys):
 def test_a_warmup_compiles_what_a_share_runs(tmp_path, monkeypatch):
     """Of the usable prompts, and of this process's alone; and of "guided" where its window begins."""
     counts, steps = [], []
-    monkeypatch.setattr(job, "fitted", lambda engine, settings, count: counts.append(count) or engine)
+    monkeypatch.setattr(job, "fitted", lambda engine, command, *count: counts.append(count) or engine)
     advance = FakeInverter.advance
     monkeypatch.setattr(FakeInverter, "advance", lambda self, batch: steps.append(batch.step) or advance(self, batch))
     prompts = [f"--prompt={text}" for text in ("a", "b", "c", "d", "d", "")]
@@ -438,7 +438,7 @@ def test_a_warmup_compiles_what_a_share_runs(tmp_path, monkeypatch):
     assert run.main(asked, load=FakeInverter, work=job.warm_up) == 0
     levels = config.guided_levels(asked.settings)
     first = next(i for i, t in enumerate(levels) if t <= asked.settings.guided.high)
-    assert counts == [4] and 0 < first < 159 and first in steps
+    assert counts == [(4, 4)] and 0 < first < 159 and first in steps
 
 
 def test_warmup_compiles_and_writes_nothing(tmp_path, capsys):

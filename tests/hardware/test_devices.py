@@ -95,9 +95,9 @@ import resource, statistics, sys
 import jax, jax.numpy as jnp
 from referee_jax.hardware import devices
 if sys.argv[1] == "choose":
-    devices.choose("cpu")
-step = jax.jit(lambda x: jnp.cumsum(jnp.exp(x), 0).max())  # two intermediate arrays of 36 MB
-x = jnp.zeros((3000, 3000))
+    devices.choose("cpu", heaps=int(sys.argv[2]))
+step = jax.jit(lambda x: jnp.cumsum(jnp.exp(x), 0).max())  # a block of two intermediate arrays
+x = jnp.zeros((int(sys.argv[3]), 3000))
 faults = lambda: (step(x).block_until_ready(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt)[1]
 found = [faults() for _ in range(15)]
 print(int(statistics.median(b - a for a, b in zip(found, found[1:]))))
@@ -106,13 +106,16 @@ print(int(statistics.median(b - a for a, b in zip(found, found[1:]))))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told to keep what is freed")
 def test_a_cpu_keeps_its_memory_between_iterations():
-    """By the call, and by the environment for a process whose threads begin earlier."""
-    faults = {}
-    for how, variables in (("choose", {}), ("variables", devices.KEEPING_FREED_MEMORY), ("not", {})):
-        command = [sys.executable, "-c", FAULTS, how]
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "", **variables}
-        faults[how] = int(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
-    assert max(faults["choose"], faults["variables"]) < faults["not"] / 10
+    """By the call, and by the environment for a process whose threads begin earlier; smaller blocks in several heaps, too."""
+
+    def faults(how, heaps=1, rows=3000, variables=None):
+        command = [sys.executable, "-c", FAULTS, how, str(heaps), str(rows)]
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "", **(variables or {})}
+        return int(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+
+    kept = faults("choose"), faults("variables", variables=devices.KEEPING_FREED_MEMORY)
+    assert max(kept) < faults("not") / 10  # 72 MB
+    assert faults("choose", devices.HEAPS, 2000) < faults("not", rows=2000) / 10  # 48 MB
 
 
 @pytest.mark.parametrize(
