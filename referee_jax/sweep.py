@@ -116,7 +116,7 @@ def _make(
 ) -> list[dict[str, Any]]:
     """Makes one batch and writes its images; returns their records."""
     hypers = [builders.make_hyper(variants[name]) for name, _ in rows]
-    batch = engine.begin([item for _, item in rows], engine.settings.seed, hypers)
+    batch = engine.begin([item for _, item in rows], engine.settings.seed, hypers=hypers)
     records = []
     for (name, item), picture in zip(rows, methods.completed(engine, batch), strict=True):
         file = out / "images" / slug(name) / f"{item.id}.png"

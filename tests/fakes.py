@@ -26,7 +26,7 @@ _running = cost.running
 def running(engine, iteration, prompts):
     """`cost.running`, which counts a program; a fake engine has none."""
     if isinstance(engine, FakeInverter):
-        return cost.Running(image=1.5e12, weights=2_000_000, batch=3_000_000_000, chip=chips.TPUS["v5e"])
+        return cost.Running(2_000_000, 3_000_000_000, chips.TPUS["v5e"], count=lambda: 1.5e12)
     return _running(engine, iteration, prompts)
 
 
@@ -70,7 +70,7 @@ class FakeInverter:
         self.questions = questions
         return self
 
-    def begin(self, items, seed):
+    def begin(self, items, seed, *, look=None):
         self.begun.append(tuple(items))
         return Batch(tuple(items), seed)
 

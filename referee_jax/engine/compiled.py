@@ -19,9 +19,9 @@ from referee_jax.method.state import Plan
 THREADS = 4  # that compile at once, at most: each needs a core, and memory
 
 
-def jit(fn: Callable, mesh: Mesh, **how: Any) -> Any:
-    """`jax.jit` with the options of the mesh's devices."""
-    options = chips.compiler_options(mesh.devices.flat[0].platform, mesh.size)
+def jit(fn: Callable, mesh: Mesh, *, is_rare: bool = False, **how: Any) -> Any:
+    """`jax.jit` with the options of the mesh's devices, for a program that runs rarely or often."""
+    options = chips.compiler_options(mesh.devices.flat[0].platform, mesh.size, is_rare=is_rare)
     return jax.jit(fn, compiler_options=options, **how)
 
 
@@ -41,6 +41,11 @@ class Programs:
             concurrent.futures.wait([begun])  # an error comes again where the program is called
         return program
 
+    def waits(self, name: str, **static: Any) -> bool:
+        """Whether a thread has compiled this program, which has not been asked for since."""
+        begun = self._begun.get(self._program(name, False, static))
+        return bool(begun) and begun.done()
+
     def _program(self, name: str, swept: bool, static: dict[str, Any]) -> Any:
         key = name, swept, *sorted(static.items())
         if key not in self._made:
@@ -51,7 +56,8 @@ class Programs:
             # Said here: within a group the compiler would choose another for each program, and the next one be compiled
             # again.
             placed = parallel.batch_sharding(self.mesh)
-            self._made[key] = jit(fn, self.mesh, donate_argnums=donated, out_shardings=placed)
+            is_rare = name in programs.RARE
+            self._made[key] = jit(fn, self.mesh, is_rare=is_rare, donate_argnums=donated, out_shardings=placed)
         return self._made[key]
 
     @contextlib.contextmanager

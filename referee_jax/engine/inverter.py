@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -140,12 +140,24 @@ class Inverter:
         return None
 
     def begin(
-        self, items: Sequence[Item], seed: int, hypers: Sequence[state_lib.Hyperparameters] | None = None
+        self,
+        items: Sequence[Item],
+        seed: int,
+        *,
+        look: Callable[[Batch, str], None] | None = None,
+        hypers: Sequence[state_lib.Hyperparameters] | None = None,
     ) -> Batch:
-        """A batch before its first iteration; `hypers` gives each item its own numbers (one more vmapped axis)."""
+        """A batch before its first iteration.
+
+        Args:
+            items: its items.
+            seed: of those that have none of their own.
+            look: called with a batch of the best of the first samples, and their number, as soon as `preview` is compiled.
+            hypers: each item's own numbers (one more vmapped axis).
+        """
         settings = self.settings
         start = Start(settings.init, settings.init_steps, settings.init_guidance, settings.init_candidates)
-        return self._initial_batch(items, seed, start, hypers)
+        return self._initial_batch(items, seed, start, hypers, look)
 
     def _initial_batch(
         self,
@@ -153,8 +165,18 @@ class Inverter:
         seed: int,
         start: Start,
         hypers: Sequence[state_lib.Hyperparameters] | None = None,
+        look: Callable[[Batch, str], None] | None = None,
     ) -> Batch:
         prompt, hyper, keys = self._encode_items(items, seed, hypers)
+
+        def begun(best: list[tuple[Array, Array]]) -> Batch:
+            init, zeros = self._programs("init", hypers is not None), jnp.zeros_like(best[0][0][:, 0, 0, 0])
+            particles = [
+                Particle(init(self.networks, latents, losses if self.held_out else None, hyper), own, zeros, zeros)
+                for (latents, losses), own in zip(best, keys, strict=False)
+            ]
+            return Batch(tuple(items), 0, prompt, hyper, tuple(particles))
+
         count, best = self.settings.particles, []
         for number in range(max(start.candidates, count)):  # one after the other, for the memory of one
             latents, losses = self._programs("noise")(keys[0], jnp.int32(number)), None
@@ -165,13 +187,9 @@ class Inverter:
             best.append((latents, losses))
             if start.candidates > 1:
                 best = particles_lib.ranked(self._take, best, [-losses[:, CHOICE] for _, losses in best], count)
-        init = self._programs("init", hypers is not None)
-        zeros = jnp.zeros_like(best[0][0][:, 0, 0, 0])
-        particles = [
-            Particle(init(self.networks, latents, losses if self.held_out else None, hyper), own, zeros, zeros)
-            for (latents, losses), own in zip(best, keys, strict=True)
-        ]
-        return Batch(tuple(items), 0, prompt, hyper, tuple(particles))
+                if look and self._programs.waits("finish", output=self.settings.output):
+                    look(begun(best), f"the best of {number + 1} of {start.candidates} samples")
+        return begun(best)
 
     def _take(self, trees: Sequence[Any], row: np.ndarray) -> Any:
         """See particles.Take."""

@@ -94,3 +94,4 @@ PROGRAMS = {
     "output": (_output, (True,), ()),
     "finish": (_finish, (False, True, "hyper", True), ()),
 }
+RARE = {"finish"}  # run once a batch, and to look: compiling takes longer

@@ -70,6 +70,8 @@ _KINDS = {
 # long again for programs no faster. On a TPU, a prefetched weight would take the fast memory that
 # attention's logits need.
 OPTIONS = {"cpu": {"xla_backend_optimization_level": "1"}, "tpu": {"xla_max_cross_program_prefetches": "0"}}
+# Of a program that runs rarely: it compiles in a third of the time.
+QUICKLY = {"cpu": {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}}
 
 # Primitives of cuDNN's attention, whose programs do not show their FLOPs (performance/flops.py).
 CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
@@ -116,9 +118,10 @@ def _has_cudnn(device: jax.Device) -> bool:
     return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
 
 
-def compiler_options(platform: str, count: int = 1) -> dict[str, str | bool]:
+def compiler_options(platform: str, count: int = 1, *, is_rare: bool = False) -> dict[str, str | bool]:
     """OPTIONS of a platform, and those of a program on `count` of its devices, without those that XLA_FLAGS sets."""
     options, flags = OPTIONS.get(platform, {}), os.environ.get("XLA_FLAGS", "")
+    options = options | QUICKLY.get(platform, {}) if is_rare else options
     if platform == "cpu" and count > max(1, devices.cores() // 2):  # a core each: threads of theirs would wait
         options = options | {"xla_cpu_multi_thread_eigen": False}
     return {name: value for name, value in options.items() if f"--{name}=" not in flags}

@@ -40,10 +40,10 @@ class DeviceError(RuntimeError):
 def choose(kind: str = "auto", *, heaps: int = 1, root: Path = Path("/")) -> str:
     """Makes JAX compute on a device of `KINDS`; returns its device kind. Call it before using JAX.
 
-    NUMBERS are set, whatever the environment says; `heaps` is as of `keep_freed_memory`. "auto" is JAX's own choice, which JAX_PLATFORMS may
-    set. Raises DeviceError if that is the CPU only because an accelerator of the machine (with file
-    system `root`) cannot be used: the work would take many times as long. Raises it also if "gpu" or
-    "tpu" is not what JAX computes on.
+    NUMBERS are set, whatever the environment says; `heaps` is as of `keep_freed_memory`. "auto" is
+    JAX's own choice, which JAX_PLATFORMS may set. Raises DeviceError if that is the CPU only because
+    an accelerator of the machine (with file system `root`) cannot be used: the work would take many
+    times as long. Raises it also if "gpu" or "tpu" is not what JAX computes on.
     """
     keep_freed_memory(kind, heaps=heaps, root=root)
     for name, value in NUMBERS.items():

@@ -7,6 +7,7 @@ is estimated from the same program (engine/peak_memory.py). No weights, no devic
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,16 +94,21 @@ class Running:
     """What an engine's program costs.
 
     Attributes:
-        image: FLOPs of a whole image.
         weights: bytes of the networks on each device.
         batch: further bytes on each device for a batch.
         chip: the kind of device, None where it is not in the table.
+        count: returns `image`, for which programs are traced.
     """
 
-    image: float
     weights: int
     batch: int
     chip: chips.Chip | None
+    count: Callable[[], float]
+
+    @functools.cached_property
+    def image(self) -> float:
+        """FLOPs of a whole image."""
+        return self.count()
 
     def line(self, images: int) -> str:
         """One line for people, for a run of so many `images`."""
@@ -210,18 +216,18 @@ def step_flops(engine: inverter.Inverter, batch: results.Batch) -> float:
 def running(engine: inverter.Inverter, iteration: jax.stages.Traced, prompts: state_lib.Prompt) -> Running:
     """What an inverter costs for a batch of encoded prompts, whose iteration is `engine.trace(batch)`.
 
-    Parts outside that program are traced too; nothing is compiled.
+    Parts outside that program are traced too, for its FLOPs; nothing is compiled.
     """
     traced, device = iteration.jaxpr.jaxpr, engine.mesh.devices.flat[0]
     prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), prompts)
     step = capacity.Step(engine.settings, engine.networks, engine.text_encoder, prompt, engine.hyper, engine.plan)
-    whole, denoiser = flops.count(traced) / engine.settings.batch_size, _flops(step, _denoiser, step.plan.latent)
-    return Running(
-        image=_work(step, whole, denoiser).image,
-        weights=sum(capacity.weights(step).values()),
-        batch=peak_memory.peak(traced),
-        chip=chips.of(device.device_kind),
-    )
+
+    def count() -> float:
+        whole = flops.count(traced) / engine.settings.batch_size
+        return _work(step, whole, _flops(step, _denoiser, step.plan.latent)).image
+
+    weights = sum(capacity.weights(step).values())
+    return Running(weights, peak_memory.peak(traced), chips.of(device.device_kind), count)
 
 
 def _work(step: capacity.Step, whole: float, denoiser: float) -> Work:

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -49,8 +49,8 @@ class Engine(Protocol):
     def asking(self, questions: Mapping[str, Sequence[Atom]]) -> "Engine":
         """Returns the engine where some prompts have questions of their user's."""
 
-    def begin(self, items: Sequence[Item], seed: int) -> Batch:
-        """Returns a batch before its first iteration."""
+    def begin(self, items: Sequence[Item], seed: int, *, look: Callable[[Batch, str], None] | None = None) -> Batch:
+        """Returns a batch before its first iteration; may call `look` with one of the first samples, and what they are."""
 
     def shapes(self) -> Batch:
         """Returns an abstract batch, for `trace`."""
@@ -180,10 +180,13 @@ class Worker:
         self.check()
         start = time.monotonic()
         self.saver.begin()
+        running = None
         if not self.engine.compiled:
             console.say(self.engine.compiling)
-            log_cost(self.run, costs(self.engine), self.bar.images - self.bar.done)
+            running = costs(self.engine)
         with self.engine.ahead():
+            if running:  # what it counts is traced while threads compile
+                log_cost(self.run, running, self.bar.images - self.bar.done)
             part, batch = self.begin(part)
             batch, frames = self.advance(part, batch)
             self.write(batch, frames, start)
@@ -198,7 +201,7 @@ class Worker:
                 logging.warning("%s; this batch starts again", error)
                 part = Part(part.items)
         if batch is None:
-            batch = self.engine.begin(part.items, seed)
+            batch = self.engine.begin(part.items, seed, look=self.look)
         if not part.state and self.run.settings.init == "sample":
             self.look(batch)
         self.position = f"{part.items[0].id} and {len(part.items) - 1} others"
@@ -227,10 +230,10 @@ class Worker:
                 self.check()
         return batch, frames
 
-    def look(self, batch: Batch) -> None:
+    def look(self, batch: Batch, what: str = "") -> None:
         """Draws what a batch looks like so far, now and then until the first one is finished."""
         if self.run.preview and not self.made.images and self.saver.is_due(self.looked):
-            title = f"after {batch.step} of {self.engine.steps} iterations"
+            title = what or f"after {batch.step} of {self.engine.steps} iterations"
             self.run.show_preview([item.prompt for item in batch.items], self.engine.preview(batch), title)
             self.looked = time.monotonic()
 

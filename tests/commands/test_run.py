@@ -1,5 +1,6 @@
 """The command: what it makes and what it refuses, and that an interrupted run loses nothing."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -355,6 +356,36 @@ def test_a_progress_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert "1/1 images" in err and "25/25" in err and "loss 22" in err
     assert "nan" not in err  # of what was not measured nothing is shown
+
+
+def test_a_batch_is_no_larger_than_what_there_is_to_make(tmp_path):
+    """A size that is set is so for all of a command, so that one that goes on has the same programs; a chosen one for what
+    is missing. Devices of a CPU share the batch; others have one each."""
+
+    def size(count, missing, *, batch_size=8, split=1, groups=1, at_once=8):
+        asked = command("--prompt=a", f"--config.batch_size={batch_size}", f"--workdir={tmp_path}")
+        engine = FakeInverter(asked.settings).at_once(at_once)
+        engine.groups = groups
+        return job.fitted(engine, dataclasses.replace(asked, split=split), count, missing).settings.batch_size
+
+    assert [size(20, 3), size(5, 3), size(5, 5), size(1, 1)] == [8, 5, 5, 1]
+    assert [size(20, 3, batch_size=0), size(20, 20, batch_size=0)] == [3, 8]
+    assert [size(20, 20, split=2, groups=2), size(5, 5, split=2, groups=2), size(1, 1, split=2, groups=2)] == [4, 3, 1]
+    assert [size(20, 20, groups=2), size(5, 5, groups=2)] == [8, 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "split"),
+    [
+        (("--prompt=a", "--prompt=b", "--samples=2"), (4, True)),
+        (("--prompt=a", "--samples=2", "--shard_count=2"), (1, True)),
+        (("--prompt=a", "--samples=100"), (8, True)),
+        (("--prompt=a", "--samples=2", "--config.generator.checkpoint=some/model"), (2, False)),
+    ],
+)
+def test_what_a_cpu_is_split_for(flags, split, tmp_path):
+    asked = command(*flags, f"--workdir={tmp_path}", path=ROOT / "configs" / "shapes.py")
+    assert (asked.at_once, asked.has_small_networks) == split
 
 
 @pytest.mark.parametrize("init", ["noise", "sample"])

@@ -84,9 +84,8 @@ def test_an_interrupted_sweep_continues(file, tmp_path, monkeypatch):
         sweep.sweep(file, out, names=two)
     monkeypatch.setattr(files, "append", append)
     begin = inverter.Inverter.begin
-    monkeypatch.setattr(
-        inverter.Inverter, "begin", lambda self, items, *rest: begun.extend(items) or begin(self, items, *rest)
-    )
+    watched = lambda self, items, *rest, **hypers: begun.extend(items) or begin(self, items, *rest, **hypers)
+    monkeypatch.setattr(inverter.Inverter, "begin", watched)
     sweep.sweep(file, out, names=two, changes={"batch_size": 2})
     assert len(begun) == 8 - 5
     assert len(files.read_lines(out / "scores.jsonl")) == 8

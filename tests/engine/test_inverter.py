@@ -18,6 +18,7 @@ from referee_jax import items as items_lib
 from referee_jax.engine import builders, parallel, programs
 from referee_jax.engine import compiled as compiled_lib
 from referee_jax.engine import inverter as inverter_lib
+from referee_jax.hardware import devices
 from referee_jax.method import objective
 from referee_jax.performance import cost, hlo
 from referee_jax.referees import questions
@@ -225,7 +226,7 @@ def test_what_threads_compile_is_not_compiled_again(monkeypatch):
     jax.monitoring.register_event_duration_secs_listener(names)
     counts, latents = [], []
     for cores in (1, 3):
-        monkeypatch.setattr(compiled_lib, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(devices, "cores", lambda cores=cores: cores)
         engine = build(
             init="sample", init_steps=2, init_candidates=2, steps=4, referee={"stop": 2}, look_every=2,
             referees=(spec, dataclasses.replace(spec, role="held_out")),
@@ -240,7 +241,7 @@ def test_what_threads_compile_is_not_compiled_again(monkeypatch):
 
 def test_what_has_not_begun_is_left(monkeypatch):
     """At the end, and whoever needs a program that waits for its turn compiles it."""
-    monkeypatch.setattr(compiled_lib, "cores", lambda: 2)
+    monkeypatch.setattr(devices, "cores", lambda: 2)
     engine, order, turn = build(), [], threading.Event()
 
     def slow(program, args):
@@ -255,6 +256,25 @@ def test_what_has_not_begun_is_left(monkeypatch):
         engine._programs("noise")
         assert turn.is_set()
     assert order[0] == ("first",) and ("second",) not in order
+
+
+def test_a_first_look_is_at_a_sample(monkeypatch):
+    """At the best of the first ones, once, and as soon as a thread has compiled what draws it."""
+    monkeypatch.setattr(devices, "cores", lambda: 2)
+    spec, looks = tiny.settings().referees[0], []
+    engine = build(init="sample", init_steps=2, init_candidates=3, steps=2, batch_size=2, referees=(spec,))
+    look = lambda batch, what: looks.append((what, batch.step, engine.preview(batch)))
+    items = items_lib.expand(tiny.PROMPTS[:2], 1)
+    chosen = engine.begin(items, 0, look=look)
+    assert not looks  # nothing is compiled beforehand
+    with engine.ahead():
+        for future in engine._programs._begun.values():
+            future.result()
+        again = engine.begin(items, 0, look=look)
+    assert [(what, step) for what, step, _ in looks] == [("the best of 1 of 3 samples", 0)]
+    np.testing.assert_array_equal(again.state.latents, chosen.state.latents)
+    first = engine.sample(tiny.PROMPTS[:2], seed=0, steps=2, guidance=engine.settings.init_guidance)
+    np.testing.assert_allclose(looks[0][2], np.round(255 * first.images), atol=1)
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -281,7 +301,7 @@ def test_after_a_warm_up_nothing_is_compiled(tmp_path, monkeypatch, group):
 
 def run_rows(inverter, hypers) -> list[np.ndarray]:
     """The latents of the first prompt with each row's numbers."""
-    batch = inverter.begin(items_lib.expand(tiny.PROMPTS[:1], 1) * len(hypers), 0, hypers)
+    batch = inverter.begin(items_lib.expand(tiny.PROMPTS[:1], 1) * len(hypers), 0, hypers=hypers)
     while batch.step < inverter.steps:
         batch, _ = inverter.advance(batch)
     return [picture.latents for picture in inverter.finish(batch)]
@@ -307,7 +327,7 @@ def test_rows_whose_referees_act_at_other_times(inverter, monkeypatch):
         inverter.hyper.replace(referee=inverter.hyper.referee.replace(start=jnp.int32(start), stop=jnp.int32(stop)))
         for start, stop in times
     ]
-    batch, metrics = inverter.advance(inverter.begin(items, 0, hypers))
+    batch, metrics = inverter.advance(inverter.begin(items, 0, hypers=hypers))
     losses = metrics["loss"][:, :2]
     assert np.isfinite(losses).tolist() == [[start <= i < stop for i in range(2)] for start, stop in times]
     while batch.step < inverter.steps:
@@ -328,11 +348,11 @@ def test_a_nonfinite_prompt_is_frozen_alone(monkeypatch, what):
 
     monkeypatch.setattr(objective, "image_gradient", lost)
     items, numbers = items_lib.expand(tiny.PROMPTS[:3], 1), [inverter.hyper] * 3
-    clean = inverter.begin(items, 0, numbers)
+    clean = inverter.begin(items, 0, hypers=numbers)
     if what == "loss":
         weights = (inverter.hyper.weights[0].replace(referee=jnp.float32(9)),)
         numbers = [numbers[0], inverter.hyper.replace(weights=weights), numbers[2]]
-    broken = inverter.begin(items, 0, numbers)
+    broken = inverter.begin(items, 0, hypers=numbers)
     if what == "latents":
         cond = jax.tree.map(lambda x: x.at[1].set(jnp.nan), broken.prompt.cond)
         broken = dataclasses.replace(broken, prompt=broken.prompt.replace(cond=cond))

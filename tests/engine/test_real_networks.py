@@ -120,7 +120,7 @@ def test_rows_with_numbers_of_their_own_share_the_weights(inverter):
     items = items_lib.expand(tiny.PROMPTS[:1], 1) * 3
     shapes = []
     for hypers in (None, [inverter.hyper] * 3):
-        batch = inverter.begin(items, 0, hypers)
+        batch = inverter.begin(items, 0, hypers=hypers)
         step = inverter._programs("step", hypers is not None, referees_active=True)
         traced = step.trace(inverter.networks, batch.prompt, batch.hyper, batch.state, batch.keys, np.int32(0))
         shapes.append(sorted(weights(traced.jaxpr.jaxpr)))

@@ -245,6 +245,29 @@ def test_traits_of_a_chip_that_is_not_there():
     assert chips.traits(tpu) == chips.Hardware(dense=True, attention_block=32)
 
 
+@pytest.mark.parametrize(
+    ("files", "kind", "images", "variable", "count"),
+    [
+        ((), "auto", 8, None, 3),  # a core each
+        ((), "auto", 2, None, 2),  # no more than there are images
+        ((), "cpu", 1, None, 1),
+        ((), "auto", 8, "1", 1),  # it was asked otherwise
+        (("dev/nvidia0",), "auto", 8, None, 1),
+        (("dev/nvidia0",), "cpu", 8, None, 3),
+    ],
+)
+def test_a_cpu_is_made_into_devices(files, kind, images, variable, count, tmp_path, platforms, monkeypatch):
+    platforms(None)
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", lambda name, value: updates.update({name: value}))
+    monkeypatch.setattr(devices, "cores", lambda: 3)
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    if variable:
+        monkeypatch.setenv("JAX_NUM_CPU_DEVICES", variable)
+    assert devices.split_cpu(kind, images, root=machine(tmp_path, *files)) == count
+    assert updates == ({"jax_num_cpu_devices": count} if count > 1 else {})
+
+
 def test_options_of_xla(monkeypatch):
     """XLA knows them, or would refuse them; XLA_FLAGS takes precedence."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
@@ -252,7 +275,16 @@ def test_options_of_xla(monkeypatch):
     options = chips.compiler_options("cpu")
     assert options == chips.OPTIONS["cpu"] != {}
     jax.jit(lambda x: x + 1, compiler_options=options)(1.0)
+    monkeypatch.setattr(devices, "cores", lambda: 4)
+    few, many, rare = (
+        chips.compiler_options("cpu", *how[:1], is_rare=how[-1]) for how in ((2, False), (3, False), (1, True))
+    )
+    assert few == options and many == options | {"xla_cpu_multi_thread_eigen": False}
+    assert rare == options | chips.QUICKLY["cpu"]
+    for other in (many, rare):
+        jax.jit(lambda x: x + 1, compiler_options=other)(1.0)
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such"):
         jax.jit(lambda x: x + 1, compiler_options={"xla_no_such": "1"})(1.0)
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
     assert chips.compiler_options("cpu") == {}
+    assert set(chips.compiler_options("cpu", is_rare=True)) == {"xla_cpu_use_fusion_emitters"}

@@ -39,33 +39,35 @@ def engines():
 @pytest.mark.parametrize("work", [job.execute, job.warm_up])
 def test_what_is_too_large_for_the_machine_is_said_at_once(tmp_path, monkeypatch, capsys, work, memory, size, message):
     """Before anything is compiled."""
-    running = cost.Running(image=1e12, weights=36 * 10**6, batch=222 * 10**6 * size // 8, chip=None)
+    running = cost.Running(36 * 10**6, 222 * 10**6 * size // 8, None, count=lambda: 1e12)
     monkeypatch.setattr(cost, "running", lambda engine, iteration, prompts: running)
     monkeypatch.setattr(chips, "machine_memory", lambda: memory)
     engines = []
-    load = lambda settings: engines.append(FakeInverter(settings)) or engines[-1]
+    load = lambda settings: engines.append(FakeInverter(settings).at_once(size)) or engines[-1]
     asked = command(
-        "--prompt=a", f"--config.batch_size={size}", f"--workdir={tmp_path}", path=ROOT / "configs" / "shapes_clip.py"
-    )
+        "--prompt=a", f"--samples={size}", f"--config.batch_size={size}", f"--workdir={tmp_path}",
+        path=ROOT / "configs" / "shapes_clip.py",
+    )  # fmt: skip
     assert run.main(asked, load=load, work=work) == (2 if message else 0)
     assert bool(engines[0].begun) != bool(message) and (message or "") in capsys.readouterr().err
 
 
 def test_simulated_devices_share_the_machines_memory(tmp_path, monkeypatch, capsys):
     """Each holds the networks and a batch of its own: on eight, eight times as much is needed."""
-    running = cost.Running(image=1e12, weights=36 * 10**6, batch=222 * 10**6, chip=None)
+    running = cost.Running(36 * 10**6, 222 * 10**6, None, count=lambda: 1e12)
     monkeypatch.setattr(cost, "running", lambda engine, iteration, prompts: running)
 
     def load(settings):
-        engine = FakeInverter(settings)
+        engine = FakeInverter(settings).at_once(8)
         engine.groups = 8
         return engine
 
     for memory, advice in ((10**9, "--config.batch_size=3 fits"), (2 * 10**8, "simulate fewer than 8 devices")):
         monkeypatch.setattr(chips, "machine_memory", lambda memory=memory: memory)
         asked = command(
-            "--prompt=a", "--config.batch_size=8", f"--workdir={tmp_path}", path=ROOT / "configs" / "shapes_clip.py"
-        )
+            "--prompt=a", "--samples=64", "--config.batch_size=8", f"--workdir={tmp_path}",
+            path=ROOT / "configs" / "shapes_clip.py",
+        )  # fmt: skip
         assert run.main(asked, load=load) == 2
         said = capsys.readouterr().err
         assert "64 images of 64 x 64 pixels at once need about 2.06 GB" in said and advice in said
