@@ -145,13 +145,17 @@ def _absl_main(argv: list[str]) -> int:
     catch_signals(stop)
     try:
         command = read_command(flags.FLAGS, argv[1:])
-        heaps, at_once = (devices.HEAPS, command.at_once) if command.has_small_networks else (1, 1)
+        is_small = command.has_small_networks
+        # Of a single batch, compiling is most of the time.
+        heaps = devices.HEAPS if is_small and command.images == command.at_once else 1
         devices.keep_freed_memory(command.device, heaps=heaps)
         if command.distributed:  # before JAX looks for devices
             directory = None if objects.is_remote(command.workdir) else Path(command.workdir).expanduser()
             index, count = processes.join(command.shard_index, command.shard_count, directory)
             command = dataclasses.replace(command, shard_index=index, shard_count=count)
-        command = dataclasses.replace(command, split=devices.split_cpu(command.device, at_once))
+        command = dataclasses.replace(
+            command, split=devices.split_cpu(command.device, command.at_once if is_small else 1)
+        )
         device = devices.choose(command.device, heaps=heaps)
     except (CommandError, config.ConfigError, prompts.PromptError, devices.DeviceError) as error:
         return console.fail(2, str(error))

@@ -43,9 +43,14 @@ class Command:
     split: int = 1
 
     @property
+    def images(self) -> int:
+        """How many this process makes, at most: rows may have samples of their own, or be left out."""
+        return -(-len(self.entries) * self.settings.samples // self.shard_count)
+
+    @property
     def at_once(self) -> int:
         """Images of a batch of this process, on one device."""
-        return min(self.settings.batch_size or 1, -(-len(self.entries) * self.settings.samples // self.shard_count))
+        return min(self.settings.batch_size or 1, self.images)
 
     @property
     def has_small_networks(self) -> bool:

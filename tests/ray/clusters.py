@@ -25,9 +25,9 @@ def alone() -> dict[str, str]:
 
 
 def reference(prompts, workdir, *flags: str) -> None:
-    """What `run` makes of a table."""
+    """What `run` makes of a table, on one device as an actor does."""
     command = [sys.executable, "-m", "referee_jax.run", f"--prompts={prompts}", f"--workdir={workdir}", *flags]
-    subprocess.run(command, env=alone(), cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(command, env=alone() | {"JAX_NUM_CPU_DEVICES": "1"}, cwd=ROOT, check=True, capture_output=True)
 
 
 def start(engine: str, prompts, out, *flags: str, **environment: str) -> subprocess.Popen:

@@ -72,7 +72,7 @@ def is_here(settings: config.Settings) -> bool:
 def ours(settings: config.Settings, runs: int) -> Measured:
     """The iteration in JAX."""
     device = jax.devices()[0]
-    # On a CPU, JAX_NUM_CPU_DEVICES devices share the cores, and the batch.
+    # On a CPU, the devices that a run would make share the batch, or JAX_NUM_CPU_DEVICES.
     devices = jax.devices() if device.platform == "cpu" else [device]
     settings = dataclasses.replace(settings, batch_size=-(-settings.batch_size // len(devices)))
     if is_here(settings):
@@ -259,7 +259,9 @@ def main() -> None:
     """The command line."""
     args = arguments()
     settings = settings_of(args.config, args.batch, args.precision)
-    devices_lib.choose()  # as a run does
+    is_small = all(hub.is_embedded(name) for name, _ in config.checkpoints(settings))
+    devices_lib.split_cpu("auto", args.batch if is_small else 1)  # as a run does
+    devices_lib.choose()
     known = {"clip": {"cosine", "contrastive"}, "blip2": {"itm", "itg"}}
     if len(settings.referees) != 1 or set(settings.referees[0].losses) - known.get(settings.referees[0].name, set()):
         sys.exit(f"error: {args.config}: torch has one referee here, with losses of {known}")
