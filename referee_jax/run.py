@@ -145,7 +145,7 @@ def _absl_main(argv: list[str]) -> int:
     catch_signals(stop)
     try:
         command = read_command(flags.FLAGS, argv[1:])
-        is_small = command.has_small_networks
+        is_small = command.fits_a_core
         # Of a single batch, compiling is most of the time.
         heaps = devices.HEAPS if is_small and command.images == command.at_once else 1
         devices.keep_freed_memory(command.device, heaps=heaps)

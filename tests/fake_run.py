@@ -29,7 +29,7 @@ class Batch(fakes.Batch):
 class SlowInverter(fakes.FakeInverter):
     """Takes some time, and its images depend on every iteration: one that is left out or made twice is seen."""
 
-    def begin(self, items, seed):
+    def begin(self, items, seed, *, look=None):
         return Batch(
             tuple(items), seed, sums=tuple(zlib.crc32(f"{x.prompt} {x.sample} {seed}".encode()) for x in items)
         )

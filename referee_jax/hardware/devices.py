@@ -20,9 +20,9 @@ _MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": (-1, -1),  # nor is the end of the heap
     "MALLOC_TOP_PAD_": (-2, 2**27),  # nor are the heaps of threads, of 2**26 bytes, where they have some
 }
-HEAPS = 8  # for jobs that mostly compile: the compiler's threads wait for each other where they share one heap
 # The same for a process that is started, whose threads may have heaps of their own before it calls `keep_freed_memory`.
 KEEPING_FREED_MEMORY = {name: str(value) for name, (_, value) in _MALLOC.items()}
+HEAPS = 8  # for jobs that mostly compile: the compiler's threads wait for each other where they share one heap
 
 # Options of JAX that decide which numbers are drawn, and of what type: any other value gives other pictures for a seed.
 NUMBERS = {

@@ -53,9 +53,13 @@ class Command:
         return min(self.settings.batch_size or 1, self.images)
 
     @property
-    def has_small_networks(self) -> bool:
-        """Whether all of them are part of the package, so that each core of a CPU may hold its own."""
-        return all(hub.is_embedded(name) for name, _ in config.checkpoints(self.settings))
+    def fits_a_core(self) -> bool:
+        """Whether each core of a CPU may hold the networks, as all are part of the package, and no other devices are asked for.
+
+        A process that has joined others by JAX's runtime has its devices already.
+        """
+        is_small = all(hub.is_embedded(name) for name, _ in config.checkpoints(self.settings))
+        return is_small and self.settings.mesh == config.Mesh() and not self.distributed
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:

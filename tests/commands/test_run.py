@@ -381,11 +381,13 @@ def test_a_batch_is_no_larger_than_what_there_is_to_make(tmp_path):
         (("--prompt=a", "--samples=2", "--shard_count=2"), (1, True)),
         (("--prompt=a", "--samples=100"), (8, True)),
         (("--prompt=a", "--samples=2", "--config.generator.checkpoint=some/model"), (2, False)),
+        (("--prompt=a", "--samples=2", "--config.mesh.prompt=1"), (2, False)),
+        (("--prompt=a", "--samples=2", "--distributed"), (2, False)),
     ],
 )
 def test_what_a_cpu_is_split_for(flags, split, tmp_path):
     asked = command(*flags, f"--workdir={tmp_path}", path=ROOT / "configs" / "shapes.py")
-    assert (asked.at_once, asked.has_small_networks) == split
+    assert (asked.at_once, asked.fits_a_core) == split
 
 
 @pytest.mark.parametrize("init", ["noise", "sample"])

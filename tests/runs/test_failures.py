@@ -28,7 +28,7 @@ def test_too_little_memory(tmp_path, capsys):
     assert capsys.readouterr().out.count("memory is too small, going on with --config.batch_size=1") == 1
     execute(*prompts, f"--workdir={tmp_path / 'whole'}")
     assert colours(tmp_path / "cut") == colours(tmp_path / "whole")
-    code, engine = execute("--prompt=one", f"--workdir={tmp_path / 'small'}", failures={1: MEMORY, 2: MEMORY})
+    code, engine = execute(*prompts[:2], f"--workdir={tmp_path / 'small'}", failures={1: MEMORY, 2: MEMORY})
     assert code == 1 and len(engine.begun) == 2
     assert (
         "memory is too small even for --config.batch_size=1 (--config.remat=full needs least); the finished images"

@@ -138,7 +138,7 @@ def test_processes_share_a_bucket(tmp_path, url, monkeypatch):
     begun, lock = [], threading.Lock()
 
     class Engine(FakeInverter):
-        def begin(self, items, seed):
+        def begin(self, items, seed, *, look=None):
             with lock:
                 begun.extend(items)
             time.sleep(0.01)
