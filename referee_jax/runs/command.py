@@ -58,8 +58,8 @@ class Command:
 
         A process that has joined others by JAX's runtime has its devices already.
         """
-        is_small = all(hub.is_embedded(name) for name, _ in config.checkpoints(self.settings))
-        return is_small and self.settings.mesh == config.Mesh() and not self.distributed
+        is_free = self.settings.mesh == config.Mesh() and not self.distributed
+        return is_free and hub.are_embedded(config.checkpoints(self.settings))
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:

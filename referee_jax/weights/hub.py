@@ -43,6 +43,11 @@ def is_embedded(name: str) -> bool:
     return name.startswith(EMBEDDED)
 
 
+def are_embedded(pairs: Iterable[tuple[str, str]]) -> bool:
+    """Whether all of these (name, revision) are part of the package: networks that are small."""
+    return all(is_embedded(name) for name, _ in pairs)
+
+
 def local_path(name: str) -> Path:
     """The path of a checkpoint that is a directory or a file.
 

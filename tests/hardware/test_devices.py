@@ -276,9 +276,8 @@ def test_options_of_xla(monkeypatch):
     assert options == chips.OPTIONS["cpu"] != {}
     jax.jit(lambda x: x + 1, compiler_options=options)(1.0)
     monkeypatch.setattr(devices, "cores", lambda: 4)
-    few, many, rare = (
-        chips.compiler_options("cpu", *how[:1], is_rare=how[-1]) for how in ((2, False), (3, False), (1, True))
-    )
+    few, many = (chips.compiler_options("cpu", count) for count in (2, 3))
+    rare = chips.compiler_options("cpu", is_rare=True)
     assert few == options and many == options | {"xla_cpu_multi_thread_eigen": False}
     assert rare == options | chips.QUICKLY["cpu"]
     for other in (many, rare):

@@ -259,7 +259,7 @@ def main() -> None:
     """The command line."""
     args = arguments()
     settings = settings_of(args.config, args.batch, args.precision)
-    is_small = all(hub.is_embedded(name) for name, _ in config.checkpoints(settings))
+    is_small = hub.are_embedded(config.checkpoints(settings))
     devices_lib.split_cpu("auto", args.batch if is_small else 1)  # as a run does
     devices_lib.choose()
     known = {"clip": {"cosine", "contrastive"}, "blip2": {"itm", "itg"}}
@@ -268,7 +268,7 @@ def main() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(devices_lib.cores())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, JAX's default
