@@ -23,11 +23,11 @@ CONFIG = ROOT / "configs" / "paper.py"
 _running = cost.running
 
 
-def running(engine, iteration, prompts):
+def running(engine, batch):
     """`cost.running`, which counts a program; a fake engine has none."""
     if isinstance(engine, FakeInverter):
         return cost.Running(2_000_000, 3_000_000_000, chips.TPUS["v5e"], count=lambda: 1.5e12)
-    return _running(engine, iteration, prompts)
+    return _running(engine, batch)
 
 
 cost.running = running

@@ -114,6 +114,11 @@ class Inverter:
         return cls(settings, prior, judges, devices)
 
     @property
+    def is_judged(self) -> bool:
+        """Whether latents are judged beside the iterations: to choose, or by held-out referees."""
+        return self.settings.init_candidates > 1 or self.settings.particles > 1 or bool(self.held_out)
+
+    @property
     def devices(self) -> str:
         """The devices in words: "cpu x 1"."""
         return f"{self.mesh.devices.flat[0].device_kind} x {self.mesh.size}"
@@ -203,13 +208,17 @@ class Inverter:
     def _denoise(self, prompt: state_lib.Prompt, latents: Array, start: Start) -> Array:
         """Noise to the latents of a sample of the prior, by DDIM at its published sampler's timesteps."""
         program = self._programs("denoise", is_guided=start.guidance != 1)
-        guidance, timesteps = jnp.float32(start.guidance), self.schedule.timesteps(start.steps)
-        scale = self.schedule.first_scale(timesteps[0])
+        guidance, timesteps = np.float32(start.guidance), self._timesteps(start.steps)
+        scale = np.float32(self.schedule.first_scale(timesteps[0]))
         for t, after in itertools.pairwise(timesteps):
-            times = jnp.asarray([t, after], jnp.int32 if isinstance(t, int) else jnp.float32)
-            latents = program(self.networks, prompt, latents, jnp.float32(scale), *times, guidance)
-            scale = 1.0
+            latents = program(self.networks, prompt, latents, scale, t, after, guidance)
+            scale = np.float32(1)
         return latents
+
+    def _timesteps(self, steps: int) -> list[np.generic]:
+        """The published sampler's, of its prior's type."""
+        timesteps = self.schedule.timesteps(steps)
+        return list(np.asarray(timesteps, np.int32 if isinstance(timesteps[0], int) else np.float32))
 
     def _encode_items(
         self, items: Sequence[Item], seed: int, hypers: Sequence[state_lib.Hyperparameters] | None = None
@@ -358,12 +367,32 @@ class Inverter:
         numbers = jax.ShapeDtypeStruct((self.batch_size,), jnp.float32)
         return Batch((item,) * self.batch_size, 0, prompt, hyper, (Particle(state, keys, numbers, numbers),))
 
-    def trace(self, batch: Batch) -> jax.stages.Traced:
-        """The program of an iteration, before it is compiled."""
-        return self._programs("step", self._is_swept(batch), referees_active=True).trace(*self._of_step(batch))
+    def trace(self, batch: Batch, name: str = "step", *, active: bool = True) -> jax.stages.Traced:
+        """A program before it is compiled: "step" with its referees or without, "denoise", "judge" or "finish".
 
-    def _of_step(self, batch: Batch) -> tuple:
-        return self.networks, batch.prompt, batch.hyper, batch.state, batch.keys, np.int32(0)
+        JAX keeps it, so that it is not traced again where it is called.
+        """
+        static = {
+            "step": {"referees_active": active},
+            "denoise": {"is_guided": self.settings.init_guidance != 1},
+            "judge": {},
+            "finish": {"output": self.settings.output},
+        }[name]
+        program = self._programs(name, name != "denoise" and self._is_swept(batch), **static)
+        return program.trace(*self._arguments(name, batch))
+
+    def _arguments(self, name: str, batch: Batch) -> tuple:
+        """What a program is called with for a batch."""
+        if name == "denoise":
+            number, t = np.float32(1), self._timesteps(1)[0]
+            return self.networks, batch.prompt, batch.state.latents, number, t, t, number
+        shared = self.networks, batch.prompt, batch.hyper
+        own = {
+            "step": (batch.state, batch.keys, np.int32(0)),
+            "judge": (batch.state.latents,),
+            "finish": (batch.state,),
+        }
+        return *shared, *own[name]
 
     def ahead(self) -> contextlib.AbstractContextManager:
         """Compiles what the first batch needs in threads, while its samples are made.
@@ -373,12 +402,10 @@ class Inverter:
         if self.compiled or self.mesh.devices.flat[0].platform == "gpu":
             return contextlib.nullcontext()
         batch, phases = self.shapes(), dict.fromkeys(self._active(self.hyper, range(self.steps)))
-        shared, wanted = (self.networks, batch.prompt, batch.hyper), []
-        if self.settings.init_candidates > 1 or self.held_out:
-            wanted.append(("judge", {}, (*shared, batch.state.latents)))
-        wanted.append(("finish", {"output": self.settings.output}, (*shared, batch.state)))  # as the first look
-        wanted += [("step", {"referees_active": x}, self._of_step(batch)) for x in phases]
-        return self._programs.ahead(wanted)
+        wanted: list[tuple[str, dict[str, Any]]] = [("judge", {})] if self.is_judged else []
+        wanted.append(("finish", {"output": self.settings.output}))  # as the first look
+        wanted += [("step", {"referees_active": x}) for x in phases]
+        return self._programs.ahead([(name, static, self._arguments(name, batch)) for name, static in wanted])
 
     def preview(self, batch: Batch) -> np.ndarray:
         """The current images, uint8 `[item, H, W, 3]`."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from referee_jax import config, console
-from referee_jax.engine import builders, capacity, inverter, particles, peak_memory, results
+from referee_jax.engine import builders, capacity, inverter, particles, peak_memory, programs, results
 from referee_jax.hardware import chips
 from referee_jax.method import inversion, views
 from referee_jax.method import state as state_lib
@@ -151,6 +151,11 @@ def _denoiser(networks, prompt, hyper, z: Array, key: Array) -> Array:
     return sds.gradient(networks.prior, z, t=t, eps=z, **how)
 
 
+def _denoise(plan: state_lib.Plan, is_guided: bool) -> Callable:
+    denoise = functools.partial(programs.PROGRAMS["denoise"][0], plan=plan, is_guided=is_guided)
+    return lambda networks, prompt, hyper, z, key: denoise(networks, prompt, z, 1.0, jnp.int32(1), jnp.int32(0), 1.0)
+
+
 def _picture(plan: state_lib.Plan) -> Callable:
     return lambda networks, prompt, hyper, z, key: inversion.picture(networks, prompt, hyper, plan, z)
 
@@ -193,12 +198,15 @@ def estimate(settings: config.Settings) -> Estimate:
     """What a config costs. Raises ConfigError, or WeightsError for a config.json that does not fit."""
     sized = abstract_networks.abstract(settings)
     step = capacity.make_step(settings, sized.prior, sized.judges)
-    counts = {part.name: _flops(step, part.fn, part.shape) for part in parts(step)}
+    plan, counts = step.plan, {part.name: _flops(step, part.fn, part.shape) for part in parts(step)}
+    tail = counts["denoiser"] if plan.method == "guided" or plan.method == "sds" and plan.use_sds else 0.0
+    is_guided = settings.init_guidance != 1
+    start = _flops(step, _denoise(plan, is_guided), plan.latent) if settings.init == "sample" else 0.0
     one, two = (capacity.traced(step, batch) for batch in (1, 2))
     least, most = peak_memory.peak(one), peak_memory.peak(two)
     return Estimate(
         parts=counts,
-        **_work(step, flops.count(one), counts["denoiser"])._asdict(),
+        **_work(step, flops.count(one), tail, start, _flops(step, _judged(plan), plan.latent))._asdict(),
         weights=capacity.weights(step),
         fixed=max(0, 2 * least - most),
         live=most - least,
@@ -213,33 +221,41 @@ def step_flops(engine: inverter.Inverter, batch: results.Batch) -> float:
     return flops.count(engine.trace(batch).jaxpr.jaxpr) / engine.settings.batch_size
 
 
-def running(engine: inverter.Inverter, iteration: jax.stages.Traced, prompts: state_lib.Prompt) -> Running:
-    """What an inverter costs for a batch of encoded prompts, whose iteration is `engine.trace(batch)`.
-
-    Parts outside that program are traced too, for its FLOPs; nothing is compiled.
-    """
-    traced, device = iteration.jaxpr.jaxpr, engine.mesh.devices.flat[0]
-    prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), prompts)
+def running(engine: inverter.Inverter, batch: results.Batch) -> Running:
+    """What an inverter costs for a batch; nothing is compiled, and for FLOPs nothing traced that will not run."""
+    device = engine.mesh.devices.flat[0]
+    prompt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.prompt)
     step = capacity.Step(engine.settings, engine.networks, engine.text_encoder, prompt, engine.hyper, engine.plan)
 
     def count() -> float:
-        whole = flops.count(traced) / engine.settings.batch_size
-        return _work(step, whole, _flops(step, _denoiser, step.plan.latent)).image
+        each = lambda *which, **how: (
+            flops.count(engine.trace(batch, *which, **how).jaxpr.jaxpr) / step.settings.batch_size
+        )
+        tail = each(active=False) if _active(step) < step.settings.steps else 0.0
+        start = each("denoise") if step.settings.init == "sample" else 0.0
+        # What scores the result costs as much as a judge, which not every run has.
+        return _work(step, each(), tail, start, each("judge" if engine.is_judged else "finish")).image
 
-    weights = sum(capacity.weights(step).values())
-    return Running(weights, peak_memory.peak(traced), chips.of(device.device_kind), count)
+    weights, live = sum(capacity.weights(step).values()), peak_memory.peak(engine.trace(batch).jaxpr.jaxpr)
+    return Running(weights, live, chips.of(device.device_kind), count)
 
 
-def _work(step: capacity.Step, whole: float, denoiser: float) -> Work:
-    """FLOPs of an image, where an iteration takes `whole`, and the denoiser in it `denoiser`."""
+def _active(step: capacity.Step) -> int:
+    """In how many iterations the referees move an image."""
+    acts, steps = builders.make_referee(step.settings, step.settings.referee), step.settings.steps
+    return max(0, min(acts.stop, steps) - acts.start) if any(x.has_gradient for x in step.plan.views) else 0
+
+
+def _work(step: capacity.Step, whole: float, tail: float, denoise: float, judged: float) -> Work:
+    """FLOPs of an image.
+
+    An iteration takes `whole` or, without referees, `tail`; a step of the sampler `denoise`, and a look `judged`.
+    """
     settings, plan = step.settings, step.plan
-    judged = _flops(step, _judged(plan), plan.latent)
-    start = settings.init_steps * denoiser if settings.init == "sample" else 0.0
+    start = settings.init_steps * denoise
     if settings.init_candidates > 1 or plan.held_out:
         start += judged
-    acts = builders.make_referee(settings, settings.referee)
-    active = max(0, min(acts.stop, settings.steps) - acts.start) if any(x.has_gradient for x in plan.views) else 0
-    tail = denoiser if plan.method == "guided" or plan.method == "sds" and plan.use_sds else 0.0
+    active = _active(step)
     evaluation = judged if plan.held_out else 0.0
     # At the end the result is scored, and where there are held-out referees judged as at the start.
     # Of the particles that are still there, and what is looked at to choose among them.

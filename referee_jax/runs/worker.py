@@ -296,7 +296,7 @@ def halved(engine: Engine, error: jax.errors.JaxRuntimeError) -> Engine:
 def costs(engine: Engine) -> cost.Running:
     """What the engine's program costs, before it is compiled. ConfigError where it is too large for this machine's CPU."""
     batch = engine.shapes()
-    running, limit = cost.running(engine, engine.trace(batch), batch.prompt), chips.machine_memory()
+    running, limit = cost.running(engine, batch), chips.machine_memory()
     needed = engine.groups * (running.weights + running.batch)  # devices of a CPU share the machine's memory
     if limit and needed > limit:
         size, side = engine.settings.batch_size, engine.settings.image_size

@@ -168,7 +168,7 @@ def test_particles():
 def test_particles_cost_what_is_left_of_them():
     """Four for two iterations, two for two, one for two; and what is looked at to choose."""
     one, four = (build("guided", particles=n, select="halve", select_every=2) for n in (1, 4))
-    running = [cost.running(x, x.trace(x.shapes()), x.shapes().prompt) for x in (one, four)]
+    running = [cost.running(x, x.shapes()) for x in (one, four)]
     step = cost.step_flops(one, one.shapes())
     assert running[1].image - running[0].image == pytest.approx((14 / 6 - 1) * 6 * step, rel=0.2)
 

@@ -203,16 +203,19 @@ def test_a_run_the_doctor_and_the_estimate_tell_one_number(checkpoints):
     estimated = cost.estimate(settings)
     engine = inverter.Inverter.from_config(settings, jax.devices()[:2])
     batch = engine.shapes()  # as a run's batch, to the letter: tests/engine/test_real_networks.py
-    found = cost.running(engine, engine.trace(batch), batch.prompt)
-    assert found.image == pytest.approx(estimated.image, rel=1e-6) and found.chip is None
+    found = cost.running(engine, batch)
+    one = engine.at_once(1)
+    assert cost.running(one, one.shapes()).image == pytest.approx(estimated.image, rel=1e-6)
+    # A batch shares what depends on the samplers' timesteps alone.
+    assert 0.999 * estimated.image < found.image < estimated.image and found.chip is None
     assert found.image > 1.5 * settings.steps * estimated.step  # which a run told once
     assert found.weights == sum(estimated.weights.values())
     assert found.batch == pytest.approx(estimated.fixed + 2 * estimated.live, rel=0.01)
     mega = found.image / 1e6
     assert found.line(10).startswith(f"{mega:.3g} MFLOP for an image, {mega / 100:.3g} GFLOP for all 10; ")
-    assert f"| **image** | {mega:.3g} |" in cost.table(estimated)
+    assert f"| **image** | {estimated.image / 1e6:.3g} |" in cost.table(estimated)
     (told,) = doctor.price(types.SimpleNamespace(settings=settings))
-    assert f"{found.image / 1e12:.3g} for all" in told.text
+    assert f"{estimated.image / 1e12:.3g} for all" in told.text
 
 
 def test_the_least_time_on_a_chip_of_the_table():
