@@ -89,7 +89,8 @@ def _inline(jaxpr: core.Jaxpr, arguments: Sequence[int], flat: _Flat) -> list[in
     def read(atom: Any) -> int:
         return flat.literal(atom) if isinstance(atom, core.Literal) else number[atom]
 
-    for eqn in jaxpr.eqns:
+    # Rematerialisation leaves calls of which nothing is used; compilers remove them.
+    for eqn in (eqn for eqn in jaxpr.eqns if eqn.outvars or eqn.primitive.name != "jit"):
         reads = [read(atom) for atom in eqn.invars]
         name, called = eqn.primitive.name, _called(eqn)
         if called is not None:
@@ -119,7 +120,7 @@ def _results(eqn: core.JaxprEqn, reads: Sequence[int], flat: _Flat) -> list[int]
 
 def _called(eqn: core.JaxprEqn) -> core.Jaxpr | None:
     """The program of an equation that only calls one."""
-    if eqn.primitive.name in ("scan", "while", "cond"):
+    if eqn.primitive.name in ("scan", "while", "cond", "pallas_call"):
         return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if name in eqn.params:

@@ -21,6 +21,7 @@ class Chip(NamedTuple):
         clock: GHz implied by the rate, for TPUs that programs can be compiled for.
         layout: libtpu's name for "a chip is one device", where that is not its default.
         scores: MiB of attention logits per block, so that they stay out of the chip's main memory.
+        logits: cycles of JAX's kernel of attention for a thousand logits, and going back: its instructions, counted.
         dense: whether matrix products with many zeros are faster than gathers.
 
     `scores` and `dense` are set where they lower the compiler's estimate (docs/notes/performance_log.md).
@@ -32,6 +33,7 @@ class Chip(NamedTuple):
     clock: float | None = None
     layout: str | None = None
     scores: float | None = None
+    logits: tuple[float, float] = (0.0, 0.0)
     dense: bool = False
 
     @property
@@ -47,10 +49,10 @@ CHIPS = (
     Chip("H100 SXM", 989, 80),
     Chip("A100", 312, 80),
     Chip("RTX 4090", 165, 24),
-    Chip("TPU v4", 275, 32, clock=1.05, layout="megacore", scores=32, dense=True),
-    Chip("TPU v5e", 197, 16, clock=1.5, scores=32, dense=True),
-    Chip("TPU v5p", 459, 95, clock=1.75, dense=True),
-    Chip("TPU v6e", 918, 32, clock=1.75, scores=32, dense=True),
+    Chip("TPU v4", 275, 32, clock=1.05, layout="megacore", scores=32, logits=(3.4, 5.7), dense=True),
+    Chip("TPU v5e", 197, 16, clock=1.5, scores=32, logits=(4.8, 9.9), dense=True),
+    Chip("TPU v5p", 459, 95, clock=1.75, logits=(2.4, 5.2), dense=True),
+    Chip("TPU v6e", 918, 32, clock=1.75, scores=32, logits=(3.0, 6.0), dense=True),
     Chip("TPU7x", 2307, 192, dense=True),
 )
 # By the chip's name in slices such as "v5e:2x4".
@@ -75,6 +77,7 @@ QUICKLY = {"cpu": {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_em
 
 # Primitives of cuDNN's attention, whose programs do not show their FLOPs (performance/flops.py).
 CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
+SPLASH = "splash_attention"  # what the results of JAX's kernel for TPUs are named, for rematerialisation
 
 
 def of(kind: str) -> Chip | None:
@@ -90,17 +93,20 @@ class Hardware:
         dense: whether matrix products, mostly of zeros, are faster than gathering or interleaving pixels.
         attention_block: MiB of attention logits to compute at once; None: all.
         cudnn: whether long attention in half precision is cuDNN's.
+        splash: whether it is the kernel of JAX for TPUs where its logits do not fit on the chip.
     """
 
     dense: bool = False
     attention_block: float | None = None
     cudnn: bool = False
+    splash: bool = False
 
 
 def traits(device: jax.Device | None = None, *, is_split: bool = False) -> Hardware:
     """The traits of a device, which need not be there (performance/ahead_of_time.py); by default, of the one JAX uses.
 
-    `is_split` says that weights are split over devices: XLA would have to split cuDNN's attention, too, so it is not used.
+    `is_split` says that weights are split over devices: XLA would have to split the kernels of attention, too, so they are
+    not used.
     """
     device = device or devices.local()[0]
     chip = of(device.device_kind)
@@ -108,6 +114,7 @@ def traits(device: jax.Device | None = None, *, is_split: bool = False) -> Hardw
         dense=chip is not None and chip.dense,
         attention_block=chip and chip.scores,
         cudnn=not is_split and _has_cudnn(device),
+        splash=not is_split and device.platform == "tpu",
     )
 
 

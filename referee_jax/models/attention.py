@@ -9,10 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from referee_jax.hardware import chips
 
 LONG = 256  # queries and keys, at least, for cuDNN: with 77 keys XLA's products were faster
+LANES = 128  # of a TPU: blocks of its kernel are multiples
+BLOCK = 1024, 512  # queries or keys that its kernel has at once, at most and at least
+KEPT = 64  # MiB of logits that XLA keeps on a TPU's chip by itself; the kernel is faster from more
 
 
 def attend(
@@ -27,9 +32,9 @@ def attend(
 ) -> Array:
     """Softmax attention with float32 probabilities, `[B, T, N, D]`.
 
-    Without `bias`, `is_causal` and `scale`, cuDNN's kernel, which stores no probabilities, is used if
-    `hardware` has it and the inputs suit it; with `hardware.attention_block` long queries are
-    processed in blocks.
+    Without `bias`, `is_causal` and `scale`, a kernel that stores no probabilities, cuDNN's or JAX's own for
+    TPUs, is used if `hardware` has it and the inputs suit it; else, with `hardware.attention_block`, long
+    queries are processed in blocks.
 
     Args:
         query, key, value: `[B, T, N, D], [B, S, N, D], [B, S, N, D]`, of the dtype of the result; keys
@@ -42,6 +47,8 @@ def attend(
     if bias is None and not is_causal and scale is None:
         if hardware.cudnn and _suits_cudnn(query, key):
             return _cudnn_attention(query, key, value)
+        if hardware.splash and _suits_splash(query, key):
+            return _splash_attention(query, key, value)
         if (blocks := _block_count(query, key, hardware.attention_block)) > 1:
             return _attention_in_blocks(query, key, value, blocks)
     return jax.nn.dot_product_attention(query, key, value, bias=bias, is_causal=is_causal, scale=scale)
@@ -69,16 +76,75 @@ def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
     return x[:, :queries]
 
 
+def _suits_splash(query: Array, key: Array) -> bool:
+    """Whether the logits are more than XLA keeps on the chip, and the kernel can do it."""
+    is_long = min(query.shape[1], key.shape[1]) >= BLOCK[1] and _logits(query, key) > KEPT
+    return is_long and query.dtype == jnp.bfloat16 and query.shape[2:] == key.shape[2:] and query.shape[-1] <= LANES
+
+
+def _splash_attention(query: Array, key: Array, value: Array) -> Array:
+    """Unmasked attention by JAX's kernel for TPUs (Dao et al. 2022, arXiv 2205.14135), lengths padded to its blocks."""
+    _, queries, heads, width = query.shape
+    (padded, block), (keys, key_block) = _padded(queries), _padded(key.shape[1], in_turn=True)
+    if keys > key.shape[1]:
+        # Added keys are told by one more element, of which a query has 1: their logits are the least.
+        is_added = jnp.full((*key.shape[:-1], 1), 0.0, key.dtype)
+        key = _pad(jnp.concatenate([key, is_added], axis=-1), 1, keys).at[:, key.shape[1] :, :, -1].set(-1e30)
+        query = jnp.concatenate([query, jnp.full((*query.shape[:-1], 1), width**0.5, query.dtype)], axis=-1)
+        value = _pad(value, 1, keys)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=_in_turn(keys // key_block) * key_block,
+        block_kv_compute=key_block,
+        block_q_dkv=block,
+        block_kv_dkv=key_block,
+        block_kv_dkv_compute=key_block,
+        use_fused_bwd_kernel=True,
+    )
+    mask = splash_mask.MultiHeadMask([splash_mask.FullMask((padded, keys))] * heads)
+    shards = {"head_shards": 1, "q_seq_shards": 1}
+    attend = splash.make_splash_mha(mask=mask, block_sizes=sizes, residual_checkpoint_name=chips.SPLASH, **shards)
+    scaled = (query.astype(jnp.float32) * width**-0.5).astype(query.dtype)
+    x = jax.vmap(attend)(*(jnp.swapaxes(x, 1, 2) for x in (_pad(scaled, 1, padded), key, value)))
+    return jnp.swapaxes(x, 1, 2)[:, :queries].astype(value.dtype)
+
+
+def _padded(length: int, *, in_turn: bool = False) -> tuple[int, int]:
+    """The least multiple of a block that holds a length, and the block; `in_turn`: of so many that some can be taken in turn."""
+    most, least = (size // LANES for size in BLOCK)
+    lanes = -(-length // LANES)
+    while True:
+        block = max(n for n in range(1, most + 1) if lanes % n == 0)
+        count = lanes // block
+        if block >= least and (not in_turn or count == 1 or _in_turn(count) > 1):
+            return lanes * LANES, block * LANES
+        lanes += 1
+
+
+def _in_turn(count: int) -> int:
+    """Of so many blocks of keys, how many are loaded at once: products of one beside exponentials of another."""
+    return next((n for n in (2, 3) if count % n == 0), 1)
+
+
+def _pad(x: Array, axis: int, length: int) -> Array:
+    """With zeros at the end of an axis."""
+    return jnp.pad(x, [(0, length - x.shape[axis] if n == axis else 0) for n in range(x.ndim)])
+
+
+def _logits(query: Array, key: Array) -> float:
+    """MiB of all logits."""
+    batch, queries, heads, _ = query.shape
+    return 4 * batch * heads * queries * key.shape[1] / 2**20
+
+
 def _block_count(query: Array, key: Array, limit: float | None) -> int:
     """Blocks of queries, a power of two, with at most `limit` MiB of logits each."""
     if limit is None:
         return 1
-    batch, queries, heads, _ = query.shape
-    size = 4 * batch * heads * queries * key.shape[1] / 2**20
-    blocks = 2 ** math.ceil(math.log2(max(1.0, size / limit)))
+    blocks = 2 ** math.ceil(math.log2(max(1.0, _logits(query, key) / limit)))
     # XLA by itself keeps logits of up to twice the limit on the chip, with a faster gradient than
     # blocks have.
-    return blocks if blocks > 2 and queries % blocks == 0 else 1
+    return blocks if blocks > 2 and query.shape[1] % blocks == 0 else 1
 
 
 def _attention_in_blocks(query: Array, key: Array, value: Array, blocks: int) -> Array:

@@ -234,12 +234,13 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -
 
 
 # Name -> what is stored of each layer for the backward pass besides its input: nothing; products
-# with weights and cuDNN's attention, so that only cheap operations are recomputed; or everything.
+# with weights and what a kernel attends, so that only cheap operations are recomputed; or everything.
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": lambda prim, *args, **params: (
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params)
         or prim.name == chips.CUDNN_FORWARD
+        or params.get("name") == chips.SPLASH
     ),
     "none": jax.checkpoint_policies.everything_saveable,
 }

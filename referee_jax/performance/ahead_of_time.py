@@ -168,7 +168,7 @@ def measured(report: Report, compiled: jax.stages.Compiled, steps: int, chip: ch
     """The report with the numbers of a compiled program, of which an image takes `steps` iterations."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    cycles = hlo.cycles(text)
+    cycles = hlo.cycles(text, chip.logits)
     return dataclasses.replace(
         report,
         fits=True,

@@ -2,11 +2,13 @@
 
 XLA for TPUs writes `estimated_cycles` beside most instructions (fusions, convolutions, reductions).
 `cycles` adds them: a loop's body times its trips, of a branch the costliest side. It is the
-compiler's estimate, not a measurement: transfers that overlap with work count nothing, nor do
-instructions without an estimate (custom calls). Products of matrices are written as convolutions there.
+compiler's estimate, not a measurement: transfers that overlap with work count nothing, nor do instructions
+without an estimate. Of custom calls only JAX's kernel of attention has one, by its logits.
+Products of matrices are written as convolutions there.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
@@ -20,6 +22,10 @@ BRANCHES = re.compile(r"\bconditional\(.*branch_computations=\{([^}]*)\}")
 _SIDES = re.compile(r"\bconditional\(.*true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)")
 _CALL = re.compile(r"\b(?:call|async-start)\(.*(?:to_apply|calls)=%?([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_KERNEL = re.compile(
+    r"%?splash_mha_(\w+)\S* = .*custom_call_target=\"tpu_custom_call\", operand_layout_constraints=\{(.*?)\}, frontend"
+)
+_BFLOAT16 = re.compile(r"bf16\[([\d,]+)\]")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _COMPARED = re.compile(r"\bcompare\(([^)]*)\), direction=(LT|GT)")
 _CONSTANT = re.compile(r"\bs32\[\]\S* constant\((\d+)\)")
@@ -38,8 +44,11 @@ def collectives(text: str) -> list[str]:
     return _COLLECTIVE.findall(text)
 
 
-def cycles(text: str) -> Cycles:
-    """The estimated cycles of a program, from `compiled.as_text()`. Raises ValueError for any other text."""
+def cycles(text: str, logits: tuple[float, float] = (0.0, 0.0)) -> Cycles:
+    """The estimated cycles of a program, from `compiled.as_text()`. Raises ValueError for any other text.
+
+    `logits` are those of the chip (hardware/chips.py), for its kernel of attention.
+    """
     bodies, entry = computations(text)
     totals: dict[str, int] = {}
     uncounted: list[str] = []
@@ -60,6 +69,9 @@ def cycles(text: str) -> Cycles:
             return estimate + max(of(name.strip().lstrip("%")) for name in branches[1].split(","))
         if sides := _SIDES.search(line):
             return estimate + max(of(sides[1]), of(sides[2]))
+        if kernel := _KERNEL.search(line):  # whose first arrays of bfloat16 are queries and keys, [..., tokens, width]
+            queries, keys = ([int(n) for n in shape.split(",")] for shape in _BFLOAT16.findall(kernel[2])[:2])
+            return round(math.prod(queries[:-1]) * keys[-2] * logits["fwd" not in kernel[1]] / 1000)
         # The estimate at the call of a fusion covers all that it contains.
         call = _CALL.search(line)
         return estimate + (of(call[1]) if call and not estimate else 0)

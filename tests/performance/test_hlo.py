@@ -73,6 +73,18 @@ def test_a_loop_whose_trips_are_not_said_is_named():
     assert hlo.cycles(PROGRAM.replace("INNER", "x=y")) == hlo.Cycles(1000 + 7 * (30 + 4 + 100 + 5), ("inner_body",))
 
 
+def test_cycles_of_the_kernel_of_attention():
+    """By its logits, of queries with 4480 tokens and keys with 4608, forward and back; other kernels have no estimate."""
+    arrays = "s8[1,5,6]{2,1,0}, bf16[2,24,4480,65]{3,2,1,0}, bf16[2,24,4608,65]{3,2,1,0}, bf16[2,24,4608,64]{3,2,1,0}"
+    call = '%NAME = (f32[2,8]{1,0}) custom-call(%a), custom_call_target="tpu_custom_call", operand_layout_constraints={ARRAYS}'
+    lines = [f"  {call}, frontend_attributes={{}}".replace("ARRAYS", arrays).replace("NAME", name)
+             for name in ("splash_mha_fwd_residuals.1", "splash_mha_dkv_no_residuals.3", "another.2")]  # fmt: skip
+    text = PROGRAM.replace("INNER", KNOWN).replace("  %while.2", "\n".join([*lines, "  %while.2"]))
+    logits = 2 * 24 * 4480 * 4608
+    more = hlo.cycles(text, (3.0, 6.0)).total - hlo.cycles(text).total
+    assert more == pytest.approx(7 * logits * (3.0 + 6.0) / 1000, rel=1e-6)
+
+
 def test_collectives():
     assert hlo.collectives(PROGRAM) == ["all-reduce", "all-gather"]
     assert hlo.collectives(PROGRAM.replace("all-", "none-")) == []
