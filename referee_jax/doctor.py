@@ -355,9 +355,9 @@ def report(findings: Sequence[Finding]) -> str:
 
 
 def compile_for(command: Command, name: str) -> tuple[str, dict[str, Any], bool]:
-    """The report of compiling for the slice `name`, as text and for JSON; whether it fits and does not communicate."""
+    """The report of compiling for the slice `name`, as text and for JSON; whether it fits, and groups do not communicate."""
     compiled = ahead_of_time.compile_for(command.settings, name)
-    return "\n".join(compiled.lines()), compiled.to_dict(), compiled.fits and not compiled.collectives
+    return "\n".join(compiled.lines()), compiled.to_dict(), compiled.fits and not compiled.strays
 
 
 def main(argv: list[str]) -> int:

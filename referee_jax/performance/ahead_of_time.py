@@ -7,6 +7,7 @@ Diffusion's size takes minutes and a few GB of memory.
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import time
@@ -37,16 +38,18 @@ class Report:
     Attributes:
         topology: the slice's name.
         chips: how many it has.
-        batch: images per chip.
+        model: chips of a group, over which the weights are split (`config.mesh.model`).
+        batch: images of a group at once.
         fits: whether the program fits in a chip's memory.
         needed: bytes in all.
-        weights: bytes of the networks.
+        weights: bytes of the networks on a chip.
         flops: FLOPs of one image in a full iteration, rematerialised work (`remat`) included.
         useful: FLOPs of a whole image with its start and end, without rematerialised work.
-        floor: seconds that the useful work takes at the chip's peak.
+        floor: seconds that the useful work takes at the peak of the chips of a group.
         remat: what is rematerialised, as in the settings.
         most: images of the largest batch that fits, as cost.py estimates.
         collectives: instructions by which chips exchange data.
+        strays: groups of chips among which they do and that are not of one group.
         seconds: of a whole image, by the estimated cycles.
         uncounted: loops with an unknown number of trips, which count once.
         compiling: seconds of compilation.
@@ -63,7 +66,9 @@ class Report:
     floor: float
     remat: str
     most: int
+    model: int = 1
     collectives: list[str] | None = None
+    strays: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     seconds: float | None = None
     uncounted: int = 0
     compiling: float = 0.0
@@ -72,21 +77,28 @@ class Report:
         """Lines for people."""
         chip = _chip(self.topology)
         needed = "more" if self.needed is None else f"{'' if self.fits else 'at least '}{self.needed / GIB:.2f} GiB"
+        each = "chip" if self.model == 1 else f"group of {self.model} chips"
+        groups = self.chips // self.model
         lines = [
-            f"{self.topology}: {self.chips} chips, {self.batch} images a chip, {self.chips * self.batch} at once",
+            f"{self.topology}: {self.chips} chips, {self.batch} images a {each}, {groups * self.batch} at once",
             f"memory: {needed} of the {chip.memory:g} GiB of a chip, weights {self.weights / GIB:.2f} GiB: "
             + ("fits" if self.fits else "does not fit; the remedies are a smaller --config.batch_size and bfloat16"),
-            f"at most {self.most} images a chip fit, by the estimate of cost.py (remat={self.remat})",
+            f"at most {self.most} images a {each} fit, by the estimate of cost.py (remat={self.remat})",
             f"work: {self.flops / 1e12:.3g} TFLOP for an iteration of an image; {self.useful / 1e12:.4g} for an image without "
-            f"what remat makes again, at least {self.floor:.3g} s of the chip",
+            f"what remat makes again, at least {self.floor:.3g} s of the {each}",
         ]
         if self.collectives is not None:
-            lines.append(f"collectives: {', '.join(sorted(set(self.collectives))) or 'none'}")
+            among = (
+                f"; NOT within a group: {self.strays[:3]}"
+                if self.strays
+                else " (within a group)" * bool(self.collectives)
+            )
+            lines.append(f"collectives: {', '.join(sorted(set(self.collectives))) or 'none'}{among}")
         if self.seconds is not None:
             rate = 3600 / self.seconds
             lines.append(
-                f"time, by the compiler's estimated cycles: {self.seconds:.3g} s an image on each chip, {rate:.0f} images an "
-                f"hour and chip, {rate * self.chips:.0f} in all"
+                f"time, by the compiler's estimated cycles: {self.seconds:.3g} s an image on each {each}, {rate:.0f} "
+                f"images an hour, {rate * groups:.0f} in all"
                 + (f" ({self.uncounted} loops counted once)" if self.uncounted else "")
             )
         return [*lines, f"compiled in {self.compiling:.0f} s"]
@@ -144,10 +156,13 @@ def compile_for(settings: config.Settings, name: str) -> Report:
     report = Report(
         topology=name,
         chips=len(targets),
+        model=settings.mesh.model,
         batch=decided.batch_size,
         fits=False,
         needed=None,
-        weights=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(engine.networks)),
+        weights=sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(engine.networks)
+        ),
         flops=cost.step_flops(engine, batch),
         useful=useful.image,
         floor=useful.seconds(chip),
@@ -169,11 +184,13 @@ def measured(report: Report, compiled: jax.stages.Compiled, steps: int, chip: ch
     memory, text = compiled.memory_analysis(), compiled.as_text()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     cycles = hlo.cycles(text, chip.logits)
+    strays = [group for group in hlo.exchanging(text) if len({chip // report.model for chip in group}) > 1]
     return dataclasses.replace(
         report,
         fits=True,
         needed=needed + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         collectives=hlo.collectives(text),
+        strays=sorted(strays),
         seconds=cycles.total * steps / report.batch / (chip.clock * 1e9),
         uncounted=len(cycles.uncounted),
         compiling=seconds,

@@ -12,9 +12,12 @@ import math
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 _COLLECTIVE = re.compile(
     r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
 )
+_EXCHANGE = re.compile(r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 LOOP = re.compile(r"\bwhile\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -44,6 +47,24 @@ def collectives(text: str) -> list[str]:
     return _COLLECTIVE.findall(text)
 
 
+def exchanging(text: str) -> set[tuple[int, ...]]:
+    """The groups of devices that exchange data, by their numbers in the program; of a permutation its pairs."""
+    found: set[tuple[int, ...]] = set()
+    for line in filter(_COLLECTIVE.search, text.splitlines()):
+        said = _EXCHANGE.search(line)[1]
+        if said.startswith("{"):
+            found |= {_numbers(group) for group in re.findall(r"\{([\d,]+)\}", said)}
+        else:  # groups of devices counted through an array whose axes are in another order
+            shape, axes, *order = (_numbers(part) for part in re.findall(r"[\[(]([\d,]+)[\])]", said))
+            devices = np.arange(math.prod(axes)).reshape(axes).transpose(*order or range(len(axes)))
+            found |= set(map(tuple, devices.reshape(shape).tolist()))
+    return found
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
 def cycles(text: str, logits: tuple[float, float] = (0.0, 0.0)) -> Cycles:
     """The estimated cycles of a program, from `compiled.as_text()`. Raises ValueError for any other text.
 
@@ -70,7 +91,7 @@ def cycles(text: str, logits: tuple[float, float] = (0.0, 0.0)) -> Cycles:
         if sides := _SIDES.search(line):
             return estimate + max(of(sides[1]), of(sides[2]))
         if kernel := _KERNEL.search(line):  # whose first arrays of bfloat16 are queries and keys, [..., tokens, width]
-            queries, keys = ([int(n) for n in shape.split(",")] for shape in _BFLOAT16.findall(kernel[2])[:2])
+            queries, keys = map(_numbers, _BFLOAT16.findall(kernel[2])[:2])
             return round(math.prod(queries[:-1]) * keys[-2] * logits["fwd" not in kernel[1]] / 1000)
         # The estimate at the call of a fusion covers all that it contains.
         call = _CALL.search(line)

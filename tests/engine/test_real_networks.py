@@ -1,7 +1,5 @@
 """The engine with real networks, tiny ones; what does not depend on networks is in test_inverter.py."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,13 +100,8 @@ def test_weights_split_within_groups(checkpoints, straight, monkeypatch):
     held, whole = sum(x.addressable_shards[0].data.size for x in weights), sum(x.size for x in weights)
     assert 0.5 <= held / whole < 0.6
     assert relative_l2(split(tiny.PROMPTS, seed=3).latents, straight.latents) < TOLERANCE
-    found = [line for line in chunk_text(split).splitlines() if hlo.collectives(line)]
-    assert found
-    for line in found:
-        said = re.search(r"(?:replica_groups|source_target_pairs)=(\S+)", line)[1]
-        pairs = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)\}", said)]
-        # Neighbours, written out or as "four groups of two, counted through".
-        assert said.startswith("[4,2]<=[8]") or pairs and all(a // 2 == b // 2 for a, b in pairs), line
+    found = hlo.exchanging(chunk_text(split))
+    assert found and all(a // 2 == b // 2 for a, b in found)
 
 
 def test_transformations(inverter):

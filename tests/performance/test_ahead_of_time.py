@@ -64,8 +64,33 @@ def test_a_measured_program():
     assert "10.00 GiB of the 16 GiB of a chip, weights 1.00 GiB: fits" in text
     assert "at most 3 images a chip fit, by the estimate of cost.py (remat=full)" in text
     assert "295.5 for an image without what remat makes again, at least 1.5 s of the chip" in text
-    assert "collectives: none" in text and "5 s an image on each chip, 720 images an hour and chip, 5760 in all" in text
+    assert "collectives: none" in text and "5 s an image on each chip, 720 images an hour, 5760 in all" in text
     assert json.loads(json.dumps(found.to_dict()))["seconds"] == found.seconds
+
+
+@pytest.mark.parametrize(
+    ("said", "strays"),
+    [
+        ("[4,2]<=[8]", []),
+        ("{{0,1},{2,3},{4,5},{6,7}}", []),
+        ("[2,4]<=[8]", [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        ("{{1,2}}", [(1, 2)]),
+    ],
+)
+def test_a_program_of_groups(said, strays):
+    """Two chips make an image; they exchange data with each other, and with no others."""
+
+    class Split(Compiled):
+        def as_text(self):
+            line = f"  %r = f32[] all-reduce(%a), channel_id=1, replica_groups={said}, to_apply=%add"
+            return super().as_text().replace("\n}", f"\n{line}\n}}")
+
+    found = ahead_of_time.measured(dataclasses.replace(REPORT, model=2, batch=1), Split(), 5, chips.TPUS["v5e"], 60)
+    text = "\n".join(found.lines())
+    assert found.strays == strays and found.collectives == ["all-reduce"]
+    assert ("NOT within a group: [" in text) == bool(strays)
+    assert "8 chips, 1 images a group of 2 chips, 4 at once" in text
+    assert "10 s an image on each group of 2 chips, 360 images an hour, 1440 in all" in text
 
 
 def test_a_program_that_does_not_fit():
