@@ -41,6 +41,10 @@ class Programs:
             concurrent.futures.wait([begun])  # an error comes again where the program is called
         return program
 
+    def trace(self, name: str, swept: bool, args: tuple, **static: Any) -> jax.stages.Traced:
+        """A program before it is compiled; a thread that compiles it is left to it."""
+        return self._program(name, swept, static).trace(*args)
+
     def waits(self, name: str, **static: Any) -> bool:
         """Whether a thread has compiled this program, which has not been asked for since."""
         begun = self._begun.get(self._program(name, False, static))

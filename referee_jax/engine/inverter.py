@@ -378,8 +378,8 @@ class Inverter:
             "judge": {},
             "finish": {"output": self.settings.output},
         }[name]
-        program = self._programs(name, name != "denoise" and self._is_swept(batch), **static)
-        return program.trace(*self._arguments(name, batch))
+        is_swept = name != "denoise" and self._is_swept(batch)
+        return self._programs.trace(name, is_swept, self._arguments(name, batch), **static)
 
     def _arguments(self, name: str, batch: Batch) -> tuple:
         """What a program is called with for a batch."""
