@@ -72,7 +72,7 @@ class Inverter:
         self.batch_size = settings.batch_size * self.groups
         self.judges = [judge for judge in judges if not judge.spec.is_held_out]
         self.held_out = [judge for judge in judges if judge.spec.is_held_out]
-        hardware = chips.traits(self.mesh.devices.flat[0], is_split=self.mesh.shape[parallel.MODEL] > 1)
+        hardware = chips.traits(self.mesh.devices.flat[0], group=self.mesh.shape[parallel.MODEL])
         networks = builders.make_networks(prior, self.judges, self.held_out, remat=settings.remat, hardware=hardware)
         self.networks = parallel.place(networks, self.mesh, batched=False)
         self.text_encoder, self.schedule = prior.text_encoder, prior.schedule

@@ -12,7 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXIS, MODEL = "prompt", "model"
+from referee_jax.hardware.chips import MODEL
+
+AXIS = "prompt"
 BATCHED = PartitionSpec(AXIS)  # of what has a leading axis of items
 LARGE = 2**16  # elements; smaller weights are whole on every device
 

@@ -75,6 +75,8 @@ OPTIONS = {"cpu": {"xla_backend_optimization_level": "1"}, "tpu": {"xla_max_cros
 # Of a program that runs rarely: it compiles in a third of the time.
 QUICKLY = {"cpu": {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}}
 
+MODEL = "model"  # the axis of a mesh over which weights are split
+
 # Primitives of cuDNN's attention, whose programs do not show their FLOPs (performance/flops.py).
 CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
 SPLASH = "splash_attention"  # what the results of JAX's kernel for TPUs are named, for rematerialisation
@@ -94,27 +96,29 @@ class Hardware:
         attention_block: MiB of attention logits to compute at once; None: all.
         cudnn: whether long attention in half precision is cuDNN's.
         splash: whether it is the kernel of JAX for TPUs where its logits do not fit on the chip.
+        group: devices over which weights are split, along the mesh's axis MODEL; the kernel splits heads.
     """
 
     dense: bool = False
     attention_block: float | None = None
     cudnn: bool = False
     splash: bool = False
+    group: int = 1
 
 
-def traits(device: jax.Device | None = None, *, is_split: bool = False) -> Hardware:
+def traits(device: jax.Device | None = None, *, group: int = 1) -> Hardware:
     """The traits of a device, which need not be there (performance/ahead_of_time.py); by default, of the one JAX uses.
 
-    `is_split` says that weights are split over devices: XLA would have to split the kernels of attention, too, so they are
-    not used.
+    `group` is as in Hardware. XLA would have to split cuDNN's attention, which it cannot, so a group does not use it.
     """
     device = device or devices.local()[0]
     chip = of(device.device_kind)
     return Hardware(
         dense=chip is not None and chip.dense,
         attention_block=chip and chip.scores,
-        cudnn=not is_split and _has_cudnn(device),
-        splash=not is_split and device.platform == "tpu",
+        cudnn=group == 1 and _has_cudnn(device),
+        splash=device.platform == "tpu",
+        group=group,
     )
 
 

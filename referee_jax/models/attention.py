@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import PartitionSpec
 
 from referee_jax.hardware import chips
 
@@ -47,8 +48,8 @@ def attend(
     if bias is None and not is_causal and scale is None:
         if hardware.cudnn and _suits_cudnn(query, key):
             return _cudnn_attention(query, key, value)
-        if hardware.splash and _suits_splash(query, key):
-            return _splash_attention(query, key, value)
+        if hardware.splash and _suits_splash(query, key, hardware.group):
+            return _splash_in_group(query, key, value, hardware.group)
         if (blocks := _block_count(query, key, hardware.attention_block)) > 1:
             return _attention_in_blocks(query, key, value, blocks)
     return jax.nn.dot_product_attention(query, key, value, bias=bias, is_causal=is_causal, scale=scale)
@@ -76,10 +77,20 @@ def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
     return x[:, :queries]
 
 
-def _suits_splash(query: Array, key: Array) -> bool:
-    """Whether the logits are more than XLA keeps on the chip, and the kernel can do it."""
-    is_long = min(query.shape[1], key.shape[1]) >= BLOCK[1] and _logits(query, key) > KEPT
+def _suits_splash(query: Array, key: Array, group: int) -> bool:
+    """Whether the logits are more than XLA keeps on a chip of a group, and the kernel can do it."""
+    is_long = min(query.shape[1], key.shape[1]) >= BLOCK[1] and _logits(query, key) > KEPT * group
+    is_long &= query.shape[2] % group == 0
     return is_long and query.dtype == jnp.bfloat16 and query.shape[2:] == key.shape[2:] and query.shape[-1] <= LANES
+
+
+def _splash_in_group(query: Array, key: Array, value: Array, group: int) -> Array:
+    """The kernel, each device of a group with its part of the heads."""
+    if group == 1:
+        return _splash_attention(query, key, value)
+    heads = PartitionSpec(None, None, chips.MODEL, None)
+    how = {"in_specs": (heads,) * 3, "out_specs": heads, "axis_names": {chips.MODEL}, "check_vma": False}
+    return jax.shard_map(_splash_attention, **how)(query, key, value)
 
 
 def _splash_attention(query: Array, key: Array, value: Array) -> Array:

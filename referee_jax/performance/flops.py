@@ -23,7 +23,7 @@ def flops(fn: Callable, *args: Any) -> float:
 
 
 def count(jaxpr: core.Jaxpr) -> float:
-    """FLOPs of a jaxpr; of one that runs on several devices, those of each.
+    """FLOPs of a jaxpr; of one that runs on several devices, those of each, or of a group that splits weights.
 
     Raises ValueError for a loop without a fixed number of trips.
     """
@@ -46,6 +46,8 @@ def _equation(eqn: core.JaxprEqn) -> float:
         raise ValueError("a loop without a fixed number of trips cannot be counted")
     if name == "pallas_call":  # the program of one block
         return sum(inner) * math.prod(eqn.params["grid_mapping"].grid)
+    if name == "shard_map" and chips.MODEL in eqn.params["newly_manual_axes"]:
+        return sum(inner) * eqn.params["mesh"].shape[chips.MODEL]
     return sum(inner) * (eqn.params["length"] if name == "scan" else 1)
 
 

@@ -235,14 +235,14 @@ def test_cudnn(monkeypatch, backend, version, capability, found):
         client=client, compute_capability=capability, platform=backend, device_kind="a device of no table"
     )
     assert chips.traits(device) == chips.Hardware(cudnn=found)
-    assert chips.traits(device, is_split=True) == chips.Hardware()
+    assert chips.traits(device, group=2) == chips.Hardware(group=2)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert chips.traits() == chips.Hardware(cudnn=found)
 
 
 def test_traits_of_a_chip_that_is_not_there():
     tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    assert chips.traits(tpu) == chips.Hardware(dense=True, attention_block=32)
+    assert chips.traits(tpu) == chips.Hardware(dense=True, attention_block=32, splash=True)
 
 
 @pytest.mark.parametrize(

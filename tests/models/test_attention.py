@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from referee_jax.engine import peak_memory
+from referee_jax.engine import parallel, peak_memory
 from referee_jax.hardware import chips
 from referee_jax.models import attention, layers
 from referee_jax.performance import flops as flops_lib
@@ -136,6 +136,28 @@ def test_a_tpus_kernel_attends_as_xla(tokens, monkeypatch):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b)
         assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)
+
+
+def test_a_group_splits_the_kernels_heads(monkeypatch):
+    """As one device would attend, within the engine's shard_map; work is that of the group. An odd number of heads is XLA's."""
+    monkeypatch.setattr(attention, "KEPT", 0)
+    interpreted = functools.partial(attention.splash.make_splash_mha, interpret=True)
+    monkeypatch.setattr(attention.splash, "make_splash_mha", interpreted)
+    mesh = parallel.prompt_mesh(jax.devices()[:4], model=2)
+    x = jax.random.normal(jax.random.key(4), (2, 1, 640, 2, 40), jnp.bfloat16)
+
+    def gradients(hardware):
+        return jax.vmap(jax.grad(lambda x: (attention.attend(x, x, x, hardware).astype(jnp.float32) ** 2).sum()))
+
+    split = parallel.across_devices(gradients(chips.Hardware(splash=True, group=2)), mesh, [True])
+    alone = jax.jit(gradients(chips.Hardware(splash=True)))
+    placed = parallel.place(x, mesh, batched=True)
+    ours, whole = (np.asarray(y, np.float32) for y in (jax.jit(split)(placed), alone(x)))
+    assert np.linalg.norm(ours - whole) < 5e-3 * np.linalg.norm(whole)
+    assert flops_lib.flops(split, placed) == flops_lib.flops(alone, x) / 2  # two groups with an item each
+    three = shaped(1, 640, 3, 40)
+    text = str(jax.make_jaxpr(lambda x: attention.attend(x, x, x, chips.Hardware(splash=True, group=2)))(three))
+    assert "pallas_call" not in text
 
 
 def test_blocks_attend_as_all_at_once():
