@@ -62,9 +62,7 @@ class VisionEmbeddings(nnx.Module):
         width, patch = config.hidden_size, config.patch_size
         tokens = (config.image_size // patch) ** 2 + 1
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (1, 1, width)))
-        self.patch_embedding = nnx.Conv(
-            3, width, (patch, patch), (patch, patch), padding="VALID", use_bias=bias, rngs=rngs
-        )
+        self.patch_embedding = layers.Patches(3, width, patch, use_bias=bias, rngs=rngs)
         self.position_embedding = nnx.Param(jax.random.normal(rngs.params(), (1, tokens, width)))
 
     def __call__(self, images: Array) -> Array:

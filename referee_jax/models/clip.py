@@ -220,9 +220,7 @@ class VisionEmbeddings(nnx.Module):
         width, patch = config.hidden_size, config.patch_size
         tokens = (config.image_size // patch) ** 2 + 1
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,)) * width**-0.5)
-        self.patch_embedding = nnx.Conv(
-            3, width, (patch, patch), (patch, patch), padding="VALID", use_bias=False, rngs=rngs
-        )
+        self.patch_embedding = layers.Patches(3, width, patch, use_bias=False, rngs=rngs)
         self.position_embedding = nnx.Embed(tokens, width, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:

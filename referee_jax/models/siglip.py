@@ -97,7 +97,7 @@ class VisionEmbeddings(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         width, patch = config.hidden_size, config.patch_size
-        self.patch_embedding = nnx.Conv(3, width, (patch, patch), (patch, patch), padding="VALID", rngs=rngs)
+        self.patch_embedding = layers.Patches(3, width, patch, rngs=rngs)
         self.position_embedding = nnx.Embed((config.image_size // patch) ** 2, width, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:

@@ -66,7 +66,7 @@ class Patches(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         side, size = config.patch_size, config.pos_embed_max_size
-        self.proj = nnx.Conv(config.in_channels, config.width, (side, side), (side, side), padding="VALID", rngs=rngs)
+        self.proj = layers.Patches(config.in_channels, config.width, side, rngs=rngs)
         self.pos_embed = nnx.Param(jnp.zeros((1, size * size, config.width)))
         self.size = size
 
