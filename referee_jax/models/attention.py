@@ -97,12 +97,13 @@ def _splash_attention(query: Array, key: Array, value: Array) -> Array:
     """Unmasked attention by JAX's kernel for TPUs (Dao et al. 2022, arXiv 2205.14135), lengths padded to its blocks."""
     _, queries, heads, width = query.shape
     (padded, block), (keys, key_block) = _padded(queries), _padded(key.shape[1], in_turn=True)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
     if keys > key.shape[1]:
         # Added keys are told by one more element, of which a query has 1: their logits are the least.
-        is_added = jnp.full((*key.shape[:-1], 1), 0.0, key.dtype)
-        key = _pad(jnp.concatenate([key, is_added], axis=-1), 1, keys).at[:, key.shape[1] :, :, -1].set(-1e30)
-        query = jnp.concatenate([query, jnp.full((*query.shape[:-1], 1), width**0.5, query.dtype)], axis=-1)
-        value = _pad(value, 1, keys)
+        last, is_added = np.arange(width + 1) == width, np.arange(keys)[:, None] >= key.shape[1]
+        q = _pad(q, padded, 1) + last.astype(q.dtype)
+        k = _pad(k, keys, 1) + np.where(last & is_added, -1e30, 0).astype(k.dtype)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=_in_turn(keys // key_block) * key_block,
@@ -115,9 +116,7 @@ def _splash_attention(query: Array, key: Array, value: Array) -> Array:
     mask = splash_mask.MultiHeadMask([splash_mask.FullMask((padded, keys))] * heads)
     shards = {"head_shards": 1, "q_seq_shards": 1}
     attend = splash.make_splash_mha(mask=mask, block_sizes=sizes, residual_checkpoint_name=chips.SPLASH, **shards)
-    scaled = (query.astype(jnp.float32) * width**-0.5).astype(query.dtype)
-    x = jax.vmap(attend)(*(jnp.swapaxes(x, 1, 2) for x in (_pad(scaled, 1, padded), key, value)))
-    return jnp.swapaxes(x, 1, 2)[:, :queries].astype(value.dtype)
+    return jnp.swapaxes(jax.vmap(attend)(_pad(q, padded), k, _pad(v, keys))[:, :, :queries], 1, 2)
 
 
 def _padded(length: int, *, in_turn: bool = False) -> tuple[int, int]:
@@ -137,9 +136,9 @@ def _in_turn(count: int) -> int:
     return next((n for n in (2, 3) if count % n == 0), 1)
 
 
-def _pad(x: Array, axis: int, length: int) -> Array:
-    """With zeros at the end of an axis."""
-    return jnp.pad(x, [(0, length - x.shape[axis] if n == axis else 0) for n in range(x.ndim)])
+def _pad(x: Array, length: int, elements: int = 0) -> Array:
+    """Zeros behind the tokens of `[B, N, T, D]`, and behind the elements of each."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, elements)))
 
 
 def _logits(query: Array, key: Array) -> float:
