@@ -40,7 +40,7 @@ def engines():
 def test_what_is_too_large_for_the_machine_is_said_at_once(tmp_path, monkeypatch, capsys, work, memory, size, message):
     """Before anything is compiled."""
     running = cost.Running(36 * 10**6, 222 * 10**6 * size // 8, None, count=lambda: 1e12)
-    monkeypatch.setattr(cost, "running", lambda engine, iteration, prompts: running)
+    monkeypatch.setattr(cost, "running", lambda engine, batch: running)
     monkeypatch.setattr(chips, "machine_memory", lambda: memory)
     engines = []
     load = lambda settings: engines.append(FakeInverter(settings).at_once(size)) or engines[-1]
@@ -55,7 +55,7 @@ def test_what_is_too_large_for_the_machine_is_said_at_once(tmp_path, monkeypatch
 def test_simulated_devices_share_the_machines_memory(tmp_path, monkeypatch, capsys):
     """Each holds the networks and a batch of its own: on eight, eight times as much is needed."""
     running = cost.Running(36 * 10**6, 222 * 10**6, None, count=lambda: 1e12)
-    monkeypatch.setattr(cost, "running", lambda engine, iteration, prompts: running)
+    monkeypatch.setattr(cost, "running", lambda engine, batch: running)
 
     def load(settings):
         engine = FakeInverter(settings).at_once(8)
