@@ -107,13 +107,15 @@ def test_a_program_that_does_not_fit():
 def test_a_slice_of_v5e(tmp_path):
     """In a process of its own: a program spread over eight chips, without communication.
 
-    And chips.OPTIONS has its effect: no weight is fetched long before it is needed.
+    Long attention is the kernel, whose logits are counted. And chips.OPTIONS has its effect: no weight is fetched long before
+    it is needed.
     """
     script = tmp_path / "compile.py"
     script.write_text(
         "import jax, numpy, jax.numpy as jnp\n"
         "from referee_jax.engine import parallel\n"
         "from referee_jax.hardware import chips\n"
+        "from referee_jax.models import attention\n"
         "from referee_jax.performance import ahead_of_time, hlo\n"
         "mesh = parallel.prompt_mesh(ahead_of_time.devices('v5e:2x4'))\n"
         "assert len(ahead_of_time.devices('v4:2x2x1')) == 4  # a chip of v4 has two cores and is one device\n"
@@ -123,6 +125,12 @@ def test_a_slice_of_v5e(tmp_path):
         "compiled = fn.lower(shape(512, False), shape(2048, True)).compile()\n"
         "found = hlo.cycles(compiled.as_text())\n"
         "late = lambda w, v, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ v), None), x, None, length=9)[0] @ w\n"
+        "hardware = chips.traits(mesh.devices.flat[0])\n"
+        "attend = jax.vmap(lambda x: attention.attend(x, x, x, hardware))\n"
+        "tokens = parallel.place(jax.ShapeDtypeStruct((8, 1, 4096, 2, 64), 'bfloat16'), mesh, batched=True)\n"
+        "text = jax.jit(parallel.across_devices(attend, mesh, [True])).lower(tokens).compile().as_text()\n"
+        "kernel = hlo.cycles(text, (3.0, 6.0)).total - hlo.cycles(text).total\n"
+        "assert kernel == round(2 * 4096**2 * 3 / 1000), kernel\n"
         "for options, count in ({}, 1), (chips.OPTIONS['tpu'], 0):\n"
         "    lowered = jax.jit(late, compiler_options=options).lower(*map(shape, (512, 512, 2048), (False, False, False)))\n"
         "    assert lowered.compile().as_text().count('cross_program_prefetch_index=') == count\n"
