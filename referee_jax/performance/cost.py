@@ -216,9 +216,9 @@ def estimate(settings: config.Settings) -> Estimate:
     )
 
 
-def step_flops(engine: inverter.Inverter, batch: results.Batch) -> float:
-    """FLOPs of one image in an iteration with active referees; nothing is compiled."""
-    return flops.count(engine.trace(batch).jaxpr.jaxpr) / engine.settings.batch_size
+def step_flops(engine: inverter.Inverter, batch: results.Batch, name: str = "step", *, active: bool = True) -> float:
+    """FLOPs of one image in an iteration, or in another program of `engine.trace`; nothing is compiled."""
+    return flops.count(engine.trace(batch, name, active=active).jaxpr.jaxpr) / engine.settings.batch_size
 
 
 def running(engine: inverter.Inverter, batch: results.Batch) -> Running:
@@ -228,9 +228,7 @@ def running(engine: inverter.Inverter, batch: results.Batch) -> Running:
     step = capacity.Step(engine.settings, engine.networks, engine.text_encoder, prompt, engine.hyper, engine.plan)
 
     def count() -> float:
-        each = lambda *which, **how: (
-            flops.count(engine.trace(batch, *which, **how).jaxpr.jaxpr) / step.settings.batch_size
-        )
+        each = functools.partial(step_flops, engine, batch)
         tail = each(active=False) if _active(step) < step.settings.steps else 0.0
         start = each("denoise") if step.settings.init == "sample" else 0.0
         # What scores the result costs as much as a judge, which not every run has.
