@@ -18,6 +18,7 @@ _COLLECTIVE = re.compile(
     r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
 )
 _EXCHANGE = re.compile(r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
+_DEVICES = re.compile(r"num_partitions=(\d+)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 LOOP = re.compile(r"\bwhile\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -51,8 +52,11 @@ def exchanging(text: str) -> set[tuple[int, ...]]:
     """The groups of devices that exchange data, by their numbers in the program; of a permutation its pairs."""
     found: set[tuple[int, ...]] = set()
     for line in filter(_COLLECTIVE.search, text.splitlines()):
-        said = _EXCHANGE.search(line)[1]
-        if said.startswith("{"):
+        match = _EXCHANGE.search(line)
+        said = match[1] if match else ""
+        if not said:  # all of the program's devices
+            found.add(tuple(range(int(_DEVICES.search(text)[1]))))
+        elif said.startswith("{"):
             found |= {_numbers(group) for group in re.findall(r"\{([\d,]+)\}", said)}
         else:  # groups of devices counted through an array whose axes are in another order
             shape, axes, *order = (_numbers(part) for part in re.findall(r"[\[(]([\d,]+)[\])]", said))

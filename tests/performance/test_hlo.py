@@ -97,10 +97,15 @@ def test_collectives():
         ("replica_groups=[4,2]<=[8]", {(0, 1), (2, 3), (4, 5), (6, 7)}),
         ("replica_groups=[2,4]<=[4,2]T(1,0)", {(0, 2, 4, 6), (1, 3, 5, 7)}),
         ("source_target_pairs={{1,0},{3,2}}", {(1, 0), (3, 2)}),
+        ("replica_groups={}", {(0, 1, 2, 3)}),
     ],
 )
 def test_who_exchanges(said, groups):
-    assert hlo.exchanging(f"  %r = f32[8]{{0}} all-gather-start(%s), channel_id=3, {said}, dimensions={{0}}") == groups
+    head = "HloModule jit_f, is_scheduled=true, num_partitions=4\n"
+    assert (
+        hlo.exchanging(f"{head}  %r = f32[8]{{0}} all-gather-start(%s), channel_id=3, {said}, dimensions={{0}}")
+        == groups
+    )
 
 
 def test_what_is_no_program_is_refused():
