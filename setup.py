@@ -28,6 +28,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1",
         "filelock>=3.10",
+        "flatbuffers>=24.3",  # by which JAX writes programs
         "flax>=0.12",
         "fsspec>=2025.3",
         "ftfy>=6.1",

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from referee_jax.engine import parallel, programs
+from referee_jax.engine import parallel, programs, traced
 from referee_jax.hardware import chips, devices
 from referee_jax.method.state import Plan
 
@@ -30,6 +30,7 @@ class Programs:
 
     def __init__(self, plan: Plan, mesh: Mesh):
         self.plan, self.mesh = plan, mesh
+        self._fresh: dict[tuple, Any] = {}  # traced anew, for those who look at a trace
         self._made: dict[tuple, Any] = {}
         self._begun: dict[Any, concurrent.futures.Future] = {}  # by program
 
@@ -43,7 +44,7 @@ class Programs:
 
     def trace(self, name: str, swept: bool, args: tuple, **static: Any) -> jax.stages.Traced:
         """A program before it is compiled; a thread that compiles it is left to it."""
-        return self._program(name, swept, static).trace(*args)
+        return self._jitted(name, swept, static).trace(*args)
 
     def waits(self, name: str, **static: Any) -> bool:
         """Whether a thread has compiled this program, which has not been asked for since."""
@@ -53,16 +54,29 @@ class Programs:
     def _program(self, name: str, swept: bool, static: dict[str, Any]) -> Any:
         key = name, swept, *sorted(static.items())
         if key not in self._made:
-            fn, batched, donated = programs.PROGRAMS[name]
+            jitted = self._jitted(name, swept, static)
+            is_kept = (
+                name in programs.LARGE and self.mesh.shape[parallel.MODEL] == 1
+            )  # a split is said outside of a trace
+            kept = traced.kept(jitted.__wrapped__, self.plan, (key, dict(self.mesh.shape))) if is_kept else None
+            self._made[key] = self._jit(name, kept) if kept else jitted
+        return self._made[key]
+
+    def _jitted(self, name: str, swept: bool, static: dict[str, Any]) -> Any:
+        """The program of this name that has no trace yet."""
+        key = name, swept, *sorted(static.items())
+        if key not in self._fresh:
+            fn, batched, _ = programs.PROGRAMS[name]
             batched = [swept if x == "hyper" else x for x in batched]
             fn = jax.vmap(functools.partial(fn, plan=self.plan, **static), in_axes=[0 if x else None for x in batched])
-            fn = parallel.across_devices(fn, self.mesh, batched)
-            # Said here: within a group the compiler would choose another for each program, and the next one be compiled
-            # again.
-            placed = parallel.batch_sharding(self.mesh)
-            is_rare = name in programs.RARE
-            self._made[key] = jit(fn, self.mesh, is_rare=is_rare, donate_argnums=donated, out_shardings=placed)
-        return self._made[key]
+            self._fresh[key] = self._jit(name, parallel.across_devices(fn, self.mesh, batched))
+        return self._fresh[key]
+
+    def _jit(self, name: str, fn: Callable) -> Any:
+        """A program's function, jitted."""
+        # Said here: within a group the compiler would choose another for each program, and the next one be compiled again.
+        placed, donated = parallel.batch_sharding(self.mesh), programs.PROGRAMS[name][2]
+        return jit(fn, self.mesh, is_rare=name in programs.RARE, donate_argnums=donated, out_shardings=placed)
 
     @contextlib.contextmanager
     def ahead(self, wanted: Sequence[tuple[str, dict[str, Any], tuple]]) -> Iterator[None]:

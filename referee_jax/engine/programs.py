@@ -95,3 +95,4 @@ PROGRAMS = {
     "finish": (_finish, (False, True, "hyper", True), ()),
 }
 RARE = {"finish"}  # run once a batch, and to look: compiling takes longer
+LARGE = {"denoise", "judge", "step", "finish"}  # evaluate networks: tracing takes seconds

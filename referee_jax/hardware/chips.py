@@ -79,6 +79,7 @@ MODEL = "model"  # the axis of a mesh over which weights are split
 
 # Primitives of cuDNN's attention, whose programs do not show their FLOPs (performance/flops.py).
 CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
+CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")  # what they are in a program
 SPLASH = "splash_attention"  # what the results of JAX's kernel for TPUs are named, for rematerialisation
 
 

@@ -1,6 +1,6 @@
 """Tables of variants by name, to which a module of the user's adds rows by a decorator."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -27,6 +27,10 @@ class Registry(dict[str, Any]):
             return value
 
         return add
+
+    def added(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that are a user's."""
+        return [name for name in names if name in self._sources]
 
     def known(self) -> str:
         """The names, and how one is added, for messages."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from referee_jax import config, console
-from referee_jax.engine import builders, capacity, inverter, particles, peak_memory, programs, results
+from referee_jax.engine import builders, capacity, inverter, particles, peak_memory, programs, results, traced
 from referee_jax.hardware import chips
 from referee_jax.method import inversion, views
 from referee_jax.method import state as state_lib
@@ -218,7 +218,17 @@ def estimate(settings: config.Settings) -> Estimate:
 
 def step_flops(engine: inverter.Inverter, batch: results.Batch, name: str = "step", *, active: bool = True) -> float:
     """FLOPs of one image in an iteration, or in another program of `engine.trace`; nothing is compiled."""
-    return flops.count(engine.trace(batch, name, active=active).jaxpr.jaxpr) / engine.settings.batch_size
+    return _counted(engine, batch, flops.count, name, active) / engine.settings.batch_size
+
+
+def _counted(
+    engine: inverter.Inverter, batch: results.Batch, count: Callable, name: str = "step", active: bool = True
+) -> float:
+    """What `count` finds in a program of `engine.trace`, which is traced where no other process has counted it."""
+    settings, mesh = engine.settings, dict(engine.mesh.shape)
+    static = (count, name, active, settings.init_guidance != 1, settings.output, mesh)
+    args = engine.networks, batch.prompt, batch.hyper, batch.state
+    return traced.count(engine.plan, static, args, lambda: count(engine.trace(batch, name, active=active).jaxpr.jaxpr))
 
 
 def running(engine: inverter.Inverter, batch: results.Batch) -> Running:
@@ -234,7 +244,7 @@ def running(engine: inverter.Inverter, batch: results.Batch) -> Running:
         # What scores the result costs as much as a judge, which not every run has.
         return _work(step, each(), tail, start, each("judge" if engine.is_judged else "finish")).image
 
-    weights, live = sum(capacity.weights(step).values()), peak_memory.peak(engine.trace(batch).jaxpr.jaxpr)
+    weights, live = sum(capacity.weights(step).values()), int(_counted(engine, batch, peak_memory.peak))
     return Running(weights, live, chips.of(device.device_kind), count)
 
 
