@@ -28,12 +28,12 @@ import numpy as np
 import pytest
 
 from referee_jax.engine import capacity
-from referee_jax.hardware import compile_cache
+from referee_jax.hardware import compile_cache, kept
 from referee_jax.performance import abstract_networks
 from referee_jax.storage import files
 
 # A test that replaces part of a program would be given what another has traced.
-compile_cache.traced = functools.wraps(compile_cache.traced)(lambda: None)
+kept.directory = functools.wraps(kept.directory)(lambda: None)
 
 # What is ignored here, as in a job that a shell put into the background, is ignored by all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

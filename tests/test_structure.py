@@ -20,7 +20,7 @@ TABLE = {
     "hardware": {"console"},
     "models": {"hardware"},
     "method": {"models"},
-    "weights": {"models", "console"},
+    "weights": {"models", "console", "hardware.kept"},
     "config": {"method", "schema", "prompts"},
     "referees": {
         "config", "schema", "method", "models", "weights", "prompts", "hardware.chips", "storage.images",
@@ -102,7 +102,7 @@ def test_torch_only_in_training_and_conversion():
     # The last reads, once, files that are pickles of torch; what it writes, and the program reads, are safetensors.
     assert using("torch", "diffusers") == training | {"weights/lavis.py"}
     # Its own files, beside programs that would be run, in a directory that others cannot write to.
-    assert using("pickle") == {"weights/lavis.py", "engine/traced.py"}
+    assert using("pickle") == {"weights/lavis.py", "hardware/kept.py"}
     assert not using("referee_jax.weights.lavis")
 
 

@@ -55,11 +55,10 @@ class Programs:
         key = name, swept, *sorted(static.items())
         if key not in self._made:
             jitted = self._jitted(name, swept, static)
-            is_kept = (
-                name in programs.LARGE and self.mesh.shape[parallel.MODEL] == 1
-            )  # a split is said outside of a trace
-            kept = traced.kept(jitted.__wrapped__, self.plan, (key, dict(self.mesh.shape))) if is_kept else None
-            self._made[key] = self._jit(name, kept) if kept else jitted
+            # How a group splits weights is said outside of a trace.
+            is_kept = name in programs.LARGE and self.mesh.shape[parallel.MODEL] == 1
+            keeping = traced.keeping(jitted.__wrapped__, self.plan, (key, dict(self.mesh.shape))) if is_kept else None
+            self._made[key] = self._jit(name, keeping) if keeping else jitted
         return self._made[key]
 
     def _jitted(self, name: str, swept: bool, static: dict[str, Any]) -> Any:

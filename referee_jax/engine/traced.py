@@ -7,44 +7,34 @@ function of a user's, is traced each time.
 
 import dataclasses
 import functools
-import json
-import pickle
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax import export
 
-from referee_jax.hardware import chips, compile_cache
+from referee_jax.hardware import chips, kept
 from referee_jax.method import augmentations, latent_losses
 from referee_jax.method.state import Plan
 from referee_jax.method.ways import noise, optim
 
-PACKAGES = {"referee_jax", "flax", "jax", "jaxlib", "optax", "numpy", "builtins"}  # whose sources or versions are known
 # What is found here was made by these very versions, which its calls suit.
 CHECKS = [export.DisabledSafetyCheck.custom_call(name) for name in chips.CUSTOM_CALLS]
 
 
-class Unknown(Exception):
-    """A static value that its text does not tell apart from others."""
-
-
-def kept(program: Callable, plan: Plan, static: Any) -> Callable | None:
+def keeping(program: Callable, plan: Plan, static: Any) -> Callable | None:
     """A function to jit that computes what `program`, of a plan and other static values, does; None if nothing is kept."""
-    if not compile_cache.traced():
+    if not kept.directory():
         return None
 
     def call(*args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args)
         try:
             name = described(plan, static, structure, leaves)
-            data = compile_cache.once(name, functools.partial(_exported, program, structure, leaves))
-        except (Unknown, ValueError, NotImplementedError):  # of jax.export: what it cannot keep
+            data, outputs = kept.once(name, functools.partial(_exported, program, structure, leaves))
+        except (kept.Unknown, ValueError, NotImplementedError):  # of jax.export: what it cannot keep
             return program(*args)
-        exported, outputs = pickle.loads(data)
-        return jax.tree.unflatten(jax.tree.structure(outputs), export.deserialize(bytearray(exported)).call(*leaves))
+        return jax.tree.unflatten(jax.tree.structure(outputs), export.deserialize(bytearray(data)).call(*leaves))
 
     call.__name__ = program.__name__  # in what JAX tells about it
     return call
@@ -55,13 +45,13 @@ def count(plan: Plan, static: Any, args: Any, counted: Callable[[], float]) -> f
     leaves, structure = jax.tree.flatten(args)
     try:
         name = described(plan, static, structure, leaves)
-    except Unknown:
+    except kept.Unknown:
         return counted()
-    return json.loads(compile_cache.once(name, lambda: json.dumps(counted()).encode()))
+    return kept.once(name, counted)
 
 
-def _exported(program: Callable, structure: Any, leaves: list) -> bytes:
-    """A program for arguments of this structure, which itself takes and returns leaves: custom nodes cannot be written."""
+def _exported(program: Callable, structure: Any, leaves: list) -> tuple[bytes, Any]:
+    """A program for arguments of this structure, which takes and returns leaves, and its outputs' structure."""
     # With the sharding, they are those of performance/cost.py, and traced once.
     abstract = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type, sharding=x.sharding)
@@ -71,11 +61,11 @@ def _exported(program: Callable, structure: Any, leaves: list) -> bytes:
     outputs = jax.tree.unflatten(exported.out_tree, range(exported.out_tree.num_leaves))
     flat = {"in_tree": ((0,) * len(leaves), {}), "out_tree": [0] * len(exported.out_avals)}
     exported = dataclasses.replace(exported, **{name: jax.tree.structure(x) for name, x in flat.items()})
-    return pickle.dumps((bytes(exported.serialize()), outputs))
+    return bytes(exported.serialize()), outputs
 
 
 def described(plan: Plan, static: Any, structure: Any, leaves: list) -> str:
-    """All that decides what tracing gives, but for sources and versions. Raises Unknown."""
+    """All that decides what tracing gives, but for sources and versions. Raises kept.Unknown."""
     for registry, names in (
         (augmentations.AUGMENTATIONS, [name for view in (*plan.views, *plan.held_out) for name in view.augmentations]),
         (latent_losses.LATENT_LOSSES, plan.latent_losses),
@@ -83,9 +73,9 @@ def described(plan: Plan, static: Any, structure: Any, leaves: list) -> str:
         (optim.OPTIMIZERS, [plan.optimizer]),
     ):
         if added := registry.added(names):
-            raise Unknown(added)
+            raise kept.Unknown(added)
     arrays = [(x.shape, str(x.dtype), x.weak_type) for x in map(jax.typeof, leaves)]
-    return f"{text((plan, static))}\n{_structure(structure)}\n{arrays}"
+    return f"{kept.text((plan, static))}\n{_structure(structure)}\n{arrays}"
 
 
 @functools.lru_cache(maxsize=32)  # each program of an engine has the networks
@@ -93,23 +83,4 @@ def _structure(tree: Any) -> str:
     if (data := tree.node_data()) is None:
         return "*"
     kind, static = data
-    return f"{text(kind)}[{text(static)}]({', '.join(map(_structure, tree.children()))})"
-
-
-def text(value: Any) -> str:
-    """The text of a static value, which no other has. Raises Unknown."""
-    match value:
-        case None | bool() | int() | float() | str() | bytes() | np.dtype() | np.generic():
-            return repr(value)
-        case tuple() | list():
-            return f"{text(type(value))}({', '.join(map(text, value))})"
-        case Mapping():
-            return f"{{{', '.join(f'{text(key)}: {text(x)}' for key, x in value.items())}}}"
-        case functools.partial():
-            return f"partial{text((value.func, value.args, value.keywords))}"
-        case type() | types.FunctionType() | jax.stages.Wrapped():
-            if value.__module__.partition(".")[0] in PACKAGES and "<" not in value.__qualname__:
-                return f"{value.__module__}.{value.__qualname__}"
-        case _ if dataclasses.is_dataclass(value):
-            return text(type(value)) + text({x.name: getattr(value, x.name) for x in dataclasses.fields(value)})
-    raise Unknown(value)
+    return f"{kept.text(kind)}[{kept.text(static)}]({', '.join(map(_structure, tree.children()))})"

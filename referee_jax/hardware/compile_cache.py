@@ -5,15 +5,11 @@ nobody else may write to the directory. Each version and kind of device has a su
 program made for one processor may not run on another that shares the home directory.
 """
 
-import contextlib
-import functools
 import hashlib
 import os
 import platform
 import re
 import tempfile
-from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -45,47 +41,6 @@ def use(device: str) -> str | None:
 def directory() -> str | None:
     """The directory of this process's programs; None if they are not kept."""
     return jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
-
-
-def traced() -> Path | None:
-    """Where `once` keeps what it is given; None if it does not: JAX may keep its programs in a bucket, too."""
-    place = directory()
-    return None if place is None or "://" in place else Path(place) / "traced"
-
-
-def once(made_of: str, make: Callable[[], bytes]) -> bytes:
-    """What `make` returns, or returned in another process of the same sources, versions and device for `made_of`.
-
-    Sources are this package's, versions those of what it traces with: another value of any makes it anew.
-    """
-    if not (place := traced()):
-        return make()
-    options = {name: x for name, x in jax.config.values.items() if name != "jax_compilation_cache_dir"}
-    file = place / hashlib.sha256(f"{_sources()}\n{options}\n{made_of}".encode()).hexdigest()
-    with contextlib.suppress(OSError):
-        kept = file.read_bytes()
-        if hashlib.sha256(kept[_DIGEST:]).digest() == kept[:_DIGEST]:
-            return kept[_DIGEST:]
-    made = make()
-    with contextlib.suppress(OSError):  # as of a full disk: it is made again by the next process
-        place.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place, delete=False) as temporary:
-            temporary.write(hashlib.sha256(made).digest() + made)
-        os.replace(temporary.name, file)
-    return made
-
-
-_DIGEST = hashlib.sha256().digest_size
-
-
-@functools.cache
-def _sources() -> str:
-    """A hash of the package's sources and of the versions of what they trace with."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
-    versions = [metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")]
-    return f"{digest.hexdigest()} {versions}"
 
 
 def key(device: str) -> str:

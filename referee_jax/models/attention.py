@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec
 
 from referee_jax.hardware import chips
@@ -95,6 +93,10 @@ def _splash_in_group(query: Array, key: Array, value: Array, group: int) -> Arra
 
 def _splash_attention(query: Array, key: Array, value: Array) -> Array:
     """Unmasked attention by JAX's kernel for TPUs (Dao et al. 2022, arXiv 2205.14135), lengths padded to its blocks."""
+    # Imported here, where there is a TPU: it takes a tenth of a second.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
     _, queries, heads, width = query.shape
     (padded, block), (keys, key_block) = _padded(queries), _padded(key.shape[1], in_turn=True)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))

@@ -20,6 +20,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
+from referee_jax.hardware import kept
 from referee_jax.models import align, blip, blip2, clip, image_reward, qwen3_vl, siglip
 from referee_jax.models.diffusion import flux, sd3, tiny_vae, unet, vae
 from referee_jax.models.flan_t5 import clip_t5, t5
@@ -356,7 +357,11 @@ def unfilled(row: Kind, config: object) -> nnx.Module:
 
 @functools.lru_cache(maxsize=16)
 def _unfilled(network: type[nnx.Module], config: object) -> nnx.Module:
-    return nnx.eval_shape(lambda: network(config, rngs=_OneKey()))
+    build = lambda: nnx.eval_shape(lambda: network(config, rngs=_OneKey()))  # seconds for a large one
+    try:
+        return kept.once(kept.text((network, config)), build)
+    except kept.Unknown:
+        return build()
 
 
 def optional_parts(row: Kind, names: Iterable[str]) -> dict[str, bool]:

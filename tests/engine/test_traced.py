@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ from jax import export
 
 from referee_jax import items as items_lib
 from referee_jax.engine import traced
-from referee_jax.hardware import chips, compile_cache
+from referee_jax.hardware import chips, kept
 from referee_jax.method import augmentations, inversion, latent_losses
 from referee_jax.method.ways import noise, optim
 from referee_jax.models import attention
@@ -28,11 +26,11 @@ LARGE = ("draw", "step", "clean_losses", "render")  # of inversion: what the pro
 
 def keep(monkeypatch, place):
     """Has processes keep what they trace in this directory."""
-    monkeypatch.setattr(compile_cache, "traced", lambda: place)
+    monkeypatch.setattr(kept, "directory", lambda: place)
 
 
 @pytest.fixture
-def kept(monkeypatch, tmp_path):
+def place(monkeypatch, tmp_path):
     """The directory of what is traced, empty."""
     keep(monkeypatch, tmp_path / "traced")
     return tmp_path / "traced"
@@ -90,7 +88,7 @@ def test_it_is_what_would_be_traced(checkpoints, first):
 )
 def test_another_program_is_traced(change, checkpoints, second, monkeypatch):
     if change == "sources":
-        monkeypatch.setattr(compile_cache, "_sources", lambda: "edited")
+        monkeypatch.setattr(kept, "_sources", lambda: "edited")
     with jax.numpy_dtype_promotion("strict") if change == "option" else contextlib.nullcontext():
         with pytest.raises(pytest.fail.Exception, match="a program was traced"):
             made(checkpoints, **change if isinstance(change, dict) else {})
@@ -100,74 +98,11 @@ def test_a_number_is_no_other_program(checkpoints, second):
     made(checkpoints, optim={"lr": 0.01}, chunk=2)
 
 
-@pytest.mark.parametrize("change", [lambda data: b"", lambda data: b"garbage" * 9, lambda data: data[:-20]])
-def test_what_is_damaged_is_made_again(change, kept):
-    compile_cache.once("x", lambda: b"made" * 9)
-    (file,) = kept.iterdir()
-    whole = file.read_bytes()
-    file.write_bytes(change(whole))
-    assert compile_cache.once("x", lambda: b"again") == compile_cache.once("x", pytest.fail) == b"again"
-    assert list(kept.iterdir()) == [file]
-
-
-def test_without_a_place_it_is_made_again(kept):
-    kept.write_text("no directory")
-    assert compile_cache.once("x", lambda: b"made") == b"made"
-
-
-def test_a_bucket_keeps_only_what_jax_compiles():
-    assert compile_cache.traced() is None  # as tests/conftest.py has it
-    before = jax.config.jax_compilation_cache_dir
-    place = functools.partial(jax.config.update, "jax_compilation_cache_dir")
-    try:
-        place("gs://bucket/programs")
-        assert TRACED() is None
-        place("/home/programs")
-        assert TRACED() == pathlib.Path("/home/programs/traced")
-        place(None)
-        assert TRACED() is None
-    finally:
-        place(before)
-
-
-TRACED = compile_cache.traced.__wrapped__
-
-
-def test_networks_of_others_are_traced_each_time(kept):
+def test_networks_of_others_are_traced_each_time(place):
     """Their sources are not the package's: nothing would tell that they have changed."""
     engine = toys.engine(tiny.settings(), jax.devices()[:1])
     engine(tiny.PROMPTS[:2], seed=3)
-    assert cost.running(engine, engine.shapes()).image > 0 and not list(kept.glob("*"))
-
-
-def outside(x):
-    return x
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        outside,
-        lambda x: x,
-        functools.partial(outside, 1),
-        object(),
-        np.zeros(2),
-        {"a": (1, outside)},
-        {1, 2},
-        toys.engine,
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_what_no_text_tells_is_unknown(value):
-    with pytest.raises(traced.Unknown):
-        traced.text(value)
-
-
-def test_texts_tell_values_apart():
-    gelu = [functools.partial(jax.nn.gelu, approximate=is_rough) for is_rough in (True, False)]
-    values = [1, 1.0, True, "1", b"1", (1,), [1], {"a": 1}, None, np.float32(1), jnp.float32, jax.nn.gelu, *gelu]
-    values += [chips.Hardware(), chips.Hardware(group=2), chips.Chip, np.dtype("int8"), -0.0, 0.0]
-    assert len(set(map(traced.text, values))) == len(values)
+    assert cost.running(engine, engine.shapes()).image > 0 and not list(place.glob("*"))
 
 
 def test_descriptions_tell_arrays_apart(checkpoints):
@@ -188,24 +123,24 @@ def test_parts_of_a_users_are_traced_each_time(change, checkpoints, monkeypatch)
         plan = plan.replace(views=(dataclasses.replace(plan.views[0], augmentations=("Af", "mine")),))
     else:
         plan = plan.replace(**{change: ("mine",) if change == "latent_losses" else "mine"})
-    with pytest.raises(traced.Unknown, match="mine"):
+    with pytest.raises(kept.Unknown, match="mine"):
         traced.described(plan, 0, jax.tree.structure(0), [])
 
 
-def test_a_group_that_splits_weights_is_traced_each_time(checkpoints, kept):
+def test_a_group_that_splits_weights_is_traced_each_time(checkpoints, place):
     engine = test_real_networks.build(checkpoints, 2, batch_size=2, mesh={"model": 2})
     engine.advance(engine.begin(items_lib.expand(tiny.PROMPTS[:2], 1), 3))
-    assert not list(kept.glob("*"))
+    assert not list(place.glob("*"))
 
 
-def test_memory_is_given_on_as_ever(checkpoints, kept):
+def test_memory_is_given_on_as_ever(checkpoints, place):
     """An iteration's state takes the place of the one before it."""
     engine = test_real_networks.build(checkpoints)
     args = engine._arguments("step", engine.shapes())
     aliased = lambda program: program.lower(*args).compile().memory_analysis().alias_size_in_bytes
     before = aliased(engine._programs._jitted("step", False, {"referees_active": True}))
     assert aliased(engine._programs("step", referees_active=True)) == before > 8 * 8 * 8 * 4 * 4
-    assert len(list(kept.iterdir())) == 1
+    assert len(list(place.iterdir())) == 1
 
 
 @pytest.mark.parametrize(("platform", "call"), [("cuda", "__cudnn$fmhaSoftmaxBackward"), ("tpu", "tpu_custom_call")])
@@ -219,6 +154,6 @@ def test_kernels_of_attention_can_be_kept(platform, call, cuda):
     assert f"@{call}" in export.deserialize(kept.serialize()).mlir_module()
 
 
-def test_names_of_programs_stay(checkpoints, kept):
+def test_names_of_programs_stay(checkpoints, place):
     programs = test_real_networks.build(checkpoints)._programs
     assert programs("judge").__name__ == programs._jitted("judge", False, {}).__name__

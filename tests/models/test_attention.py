@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
 from referee_jax.engine import parallel, peak_memory
 from referee_jax.hardware import chips
@@ -118,8 +119,8 @@ def test_a_tpu_attends_by_its_kernel(query, keys, is_kernel):
 def test_a_tpus_kernel_attends_as_xla(tokens, monkeypatch):
     """Outputs and gradients under vmap, nearer than 1 % to those in float32; lengths that are no blocks' too."""
     monkeypatch.setattr(attention, "KEPT", 0)
-    interpreted = functools.partial(attention.splash.make_splash_mha, interpret=True)
-    monkeypatch.setattr(attention.splash, "make_splash_mha", interpreted)
+    interpreted = functools.partial(splash.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash, "make_splash_mha", interpreted)
     keys = jax.random.split(jax.random.key(3), 4)
     shapes = [(2, 1, n, 2, 40) for n in (*tokens, tokens[1], tokens[0])]
     *x, weights = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
@@ -141,8 +142,8 @@ def test_a_tpus_kernel_attends_as_xla(tokens, monkeypatch):
 def test_a_group_splits_the_kernels_heads(monkeypatch):
     """As one device would attend, within the engine's shard_map; work is that of the group. An odd number of heads is XLA's."""
     monkeypatch.setattr(attention, "KEPT", 0)
-    interpreted = functools.partial(attention.splash.make_splash_mha, interpret=True)
-    monkeypatch.setattr(attention.splash, "make_splash_mha", interpreted)
+    interpreted = functools.partial(splash.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash, "make_splash_mha", interpreted)
     mesh = parallel.prompt_mesh(jax.devices()[:4], model=2)
     x = jax.random.normal(jax.random.key(4), (2, 1, 640, 2, 40), jnp.bfloat16)
 

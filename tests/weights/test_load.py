@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
+from referee_jax.hardware import kept
 from referee_jax.models import clip
 from referee_jax.models.diffusion import tiny_vae, unet, vae
-from referee_jax.weights import config_json, convert, generators, load, tokenizers
+from referee_jax.weights import config_json, convert, generators, hub, load, tokenizers
 from tests import conftest
 from tests.lazy import diffusers, pipelines, torch, transformers
 from tests.oracles import networks
@@ -507,3 +509,17 @@ SDXL_VAE = dict(
     block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4, layers_per_block=2,
     up_block_types=["UpDecoderBlock2D"] * 4, scaling_factor=0.13025,
 )  # fmt: skip
+
+
+def test_a_second_process_builds_no_network(monkeypatch, tmp_path):
+    """Of the referees and the U-Net of the shapes world: a network without weights comes as it was built."""
+    monkeypatch.setattr(kept, "directory", lambda: tmp_path / "traced")
+    names = {"unet": "stable-diffusion/unet", "vae_decoder": "stable-diffusion/vae", "clip": "clip", "blip2": "blip2"}
+    names |= {"blip_itm": "blip_itm", "clip_t5": "vqascore"}
+    build = lambda: [load.load(kind, hub.local_path(f"shapes/{name}")) for kind, name in names.items()]
+    first = build()
+    load._unfilled.cache_clear()
+    monkeypatch.setattr(nnx, "eval_shape", lambda *_: pytest.fail("a network was built"))
+    for network, again in zip(first, build(), strict=True):
+        assert jax.tree.structure(network) == jax.tree.structure(again)
+        assert all((x == y).all() for x, y in zip(*map(jax.tree.leaves, (network, again)), strict=True))
