@@ -15,6 +15,8 @@ from pathlib import Path
 import jax
 import jaxlib
 
+_LEAST = "jax_persistent_cache_min_compile_time_secs"  # of a program that is kept
+
 
 def use(device: str) -> str | None:
     """Has JAX keep this process's programs for this kind of device; a sentence if it cannot.
@@ -24,6 +26,8 @@ def use(device: str) -> str | None:
     """
     if not jax.config.jax_enable_compilation_cache:
         return None
+    if _LEAST.upper() not in os.environ:  # JAX's own second leaves out what a run's first pictures wait for
+        jax.config.update(_LEAST, 0.1)
     path = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     if "://" in path:  # a bucket, which has no file permissions
         jax.config.update("jax_compilation_cache_dir", f"{path.rstrip('/')}/{key(device)}")

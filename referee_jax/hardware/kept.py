@@ -23,6 +23,8 @@ import numpy as np
 from referee_jax.hardware import compile_cache
 
 PACKAGES = {"referee_jax", "flax", "jax", "jaxlib", "optax", "numpy", "builtins"}  # whose sources or versions are known
+# Options of JAX that name a place or devices: the directory has one kind of these, and what depends on their number says so.
+_ELSEWHERE = {"jax_compilation_cache_dir", "jax_platforms", "jax_num_cpu_devices"}
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -40,7 +42,7 @@ def once(made_of: str, make: Callable[[], Any]) -> Any:
     """What `make` returns, or returned in another process for the same `made_of`, sources, versions and device."""
     if not (place := directory()):
         return make()
-    options = {name: x for name, x in jax.config.values.items() if name != "jax_compilation_cache_dir"}
+    options = {name: x for name, x in jax.config.values.items() if name not in _ELSEWHERE}
     file = place / hashlib.sha256(f"{_sources()}\n{options}\n{made_of}".encode()).hexdigest()
     with contextlib.suppress(OSError):
         data = file.read_bytes()

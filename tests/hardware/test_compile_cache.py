@@ -56,6 +56,18 @@ def test_a_kept_program_gives_the_same(home, compiled):
     assert [path.stat().st_mode & 0o777 for path in (home, directory)] == [0o700, 0o700]
 
 
+@pytest.mark.parametrize("asked", [None, "2.5"])
+def test_programs_of_a_tenth_of_a_second_are_kept(asked, monkeypatch):
+    """Unless the user wants it otherwise."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    monkeypatch.delenv(name.upper(), raising=False)
+    if asked:
+        monkeypatch.setenv(name.upper(), asked)
+    jax.config.update(name, float(asked or 1))
+    compile_cache.use("cpu")
+    assert getattr(jax.config, name) == float(asked or 0.1)
+
+
 @pytest.mark.parametrize(
     "change", [lambda data: b"garbage", lambda data: data[:-20], lambda data: data[:-9] + b"x" + data[-8:]]
 )
