@@ -18,9 +18,10 @@ import jax
 from jax.experimental import topologies  # nothing public describes absent devices
 
 from referee_jax import config
-from referee_jax.engine import capacity, inverter
+from referee_jax.engine import capacity, inverter, parallel
 from referee_jax.hardware import chips
 from referee_jax.performance import abstract_networks, cost, hlo
+from referee_jax.weights import generators
 
 GIB = 2**30
 # No chip is touched, so libtpu needs neither a metadata server nor to be the only process that uses it.
@@ -42,7 +43,8 @@ class Report:
         batch: images of a group at once.
         fits: whether the program fits in a chip's memory.
         needed: bytes in all.
-        weights: bytes of the networks on a chip.
+        weights: bytes of the networks on a chip, the text encoders that stay there included.
+        texts: bytes of those among them, which an iteration does not read.
         flops: FLOPs of one image in a full iteration, rematerialised work (`remat`) included.
         useful: FLOPs of a whole image with its start and end, without rematerialised work.
         floor: seconds that the useful work takes at the peak of the chips of a group.
@@ -61,6 +63,7 @@ class Report:
     fits: bool
     needed: int | None
     weights: int
+    texts: int
     flops: float
     useful: float
     floor: float
@@ -153,6 +156,7 @@ def compile_for(settings: config.Settings, name: str) -> Report:
     batch, decided = engine.shapes(), engine.settings
     useful = cost.estimate(dataclasses.replace(settings, remat="none"))
     most = dataclasses.replace(decided, batch_size=0)
+    texts = _share(parallel.place(generators.resident(sized.prior.text_encoder), engine.mesh, batched=False))
     report = Report(
         topology=name,
         chips=len(targets),
@@ -160,9 +164,8 @@ def compile_for(settings: config.Settings, name: str) -> Report:
         batch=decided.batch_size,
         fits=False,
         needed=None,
-        weights=sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(engine.networks)
-        ),
+        weights=texts + _share(engine.networks),
+        texts=texts,
         flops=cost.step_flops(engine, batch),
         useful=useful.image,
         floor=useful.seconds(chip),
@@ -179,16 +182,22 @@ def compile_for(settings: config.Settings, name: str) -> Report:
     return measured(report, compiled, settings.steps, chip, time.monotonic() - start)
 
 
+def _share(networks: Any) -> int:
+    """Bytes that a chip holds of networks that are placed on the chips."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(networks))
+
+
 def measured(report: Report, compiled: jax.stages.Compiled, steps: int, chip: chips.Chip, seconds: float) -> Report:
     """The report with the numbers of a compiled program, of which an image takes `steps` iterations."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + report.texts
     cycles = hlo.cycles(text, chip.logits)
     strays = [group for group in hlo.exchanging(text) if len({chip // report.model for chip in group}) > 1]
     return dataclasses.replace(
         report,
-        fits=True,
-        needed=needed + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        fits=needed <= chip.bytes,
+        needed=needed,
         collectives=hlo.collectives(text),
         strays=sorted(strays),
         seconds=cycles.total * steps / report.batch / (chip.clock * 1e9),

@@ -69,7 +69,7 @@ def test_what_is_made_again_is_no_progress(monkeypatch):
 def test_a_slice_is_compiled_for(monkeypatch, tmp_path):
     """The report that doctor prints; nothing is run."""
     report = ahead_of_time.Report(
-        topology="v5e:2x4", chips=8, batch=2, fits=True, needed=2**30, weights=1, flops=1.0, useful=2.0, floor=1.5,
+        topology="v5e:2x4", chips=8, batch=2, fits=True, needed=2**30, weights=1, texts=0, flops=1.0, useful=2.0, floor=1.5,
         remat="full", most=3,
     )  # fmt: skip
     asked = []
