@@ -213,8 +213,8 @@ class Settings:
     image_size: int = bounded(512, low=8)  # side of the square image, in pixels
     precision: str = bounded("float32", allowed=("float32", "bfloat16"))  # of weights and activations
     batch_size: int = bounded(8, low=0)  # items per device (or group); 0: what an accelerator's memory holds
-    # What each layer of BLIP, BLIP-2, ALIGN, Qwen3-VL and CLIP-FlanT5 keeps for the backward pass: full: its input; dots:
-    # also products with weights; none: everything. auto: dots if it fits into the memory.
+    # What each layer of CLIP, SigLIP, BLIP, BLIP-2, ALIGN, Qwen3-VL and CLIP-FlanT5 keeps for the backward pass: full: its
+    # input; dots: also products with weights; none: everything. auto: dots if it fits into the memory.
     remat: str = bounded("auto", allowed=("auto", "full", "dots", "none"))
     mesh: Mesh = _group(Mesh)
     chunk: int = bounded(10, low=1)  # iterations between two log lines and checks for a stop request

@@ -238,7 +238,9 @@ class VisionTransformer(nnx.Module):
         self.embeddings = VisionEmbeddings(config, rngs=rngs)
         # The checkpoint's spelling.
         self.pre_layrnorm = layers.LayerNorm(config.hidden_size, epsilon=eps, rngs=rngs)
-        self.encoder = Encoder(config, is_causal=False, rngs=rngs)
+        # A short tower is unrolled, for CPUs, and keeps everything.
+        is_long = not layers.unrolls(config.num_hidden_layers)
+        self.encoder = Encoder(config, is_causal=False, remat=is_long, rngs=rngs)
         self.post_layernorm = layers.LayerNorm(config.hidden_size, epsilon=eps, rngs=rngs)
         self.config = config
 

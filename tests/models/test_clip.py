@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from referee_jax.models import clip
+from referee_jax.models import clip, layers, siglip
 from referee_jax.weights import convert, load
 from tests import conftest
 from tests.lazy import torch, transformers
@@ -235,3 +235,24 @@ def test_full_size_matches_transformers(name):
     assert conftest.relative_l2(pullback(jnp.asarray(cotangent))[0], pixels.grad.permute(0, 2, 3, 1)) < 1e-4
     assert conftest.relative_l2(network.encode_text(ids), theirs.text_embeds.detach()) < 1e-4
     assert conftest.relative_l2(image[:1], image[1:]) > 0.1
+
+
+@pytest.mark.parametrize("network", [clip, siglip])
+def test_the_gradient_of_a_long_tower_keeps_what_is_asked(network):
+    """All that a layer computes is 20 times its input; products are half of that. A short tower keeps all."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 32, 32, 3)), jnp.float32)
+
+    def tower(depth, remat):
+        sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": depth}
+        config = network.VisionConfig(**sizes, image_size=32, patch_size=8)
+        return layers.configured(network.VisionTransformer(config, rngs=nnx.Rngs(0)), remat=remat)
+
+    def layer(remat, low, high):  # bytes of one more layer
+        less, more = (conftest.gradient_memory(tower(depth, remat), x) for depth in (low, high))
+        return (more - less) / (high - low)
+
+    full, dots, everything = (layer(remat, 10, 18) for remat in layers.POLICIES)
+    assert full * 4 < dots * 2 < everything
+    assert layer("full", 3, 7) > dots
+    gradients = [jax.grad(lambda x, remat=remat: tower(9, remat)(x).sum())(x) for remat in layers.POLICIES]
+    assert max(conftest.relative_l2(gradient, gradients[0]) for gradient in gradients) < 1e-5
