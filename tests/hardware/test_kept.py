@@ -51,18 +51,26 @@ def test_other_sources_or_options_have_another(place, monkeypatch):
     assert kept.once("x", lambda: 3) == 3
 
 
-def test_a_bucket_keeps_only_what_jax_compiles():
-    before = jax.config.jax_compilation_cache_dir
-    move = functools.partial(jax.config.update, "jax_compilation_cache_dir")
+@pytest.mark.parametrize(
+    ("is_enabled", "place", "expected"),
+    [
+        (True, "gs://bucket/programs", None),
+        (True, "/home/programs", pathlib.Path("/home/programs/traced")),
+        (True, None, None),
+        (False, "/home/programs", None),
+    ],
+)
+def test_it_lies_beside_what_jax_compiles(is_enabled, place, expected):
+    """But not in a bucket, of which JAX alone has a way to read."""
+    options = {"jax_enable_compilation_cache": is_enabled, "jax_compilation_cache_dir": place}
+    before = {name: getattr(jax.config, name) for name in options}
     try:
-        move("gs://bucket/programs")
-        assert DIRECTORY() is None
-        move("/home/programs")
-        assert DIRECTORY() == pathlib.Path("/home/programs/traced")
-        move(None)
-        assert DIRECTORY() is None
+        for name, value in options.items():
+            jax.config.update(name, value)
+        assert DIRECTORY() == expected
     finally:
-        move(before)
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def outside(x):
