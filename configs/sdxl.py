@@ -5,7 +5,8 @@
 `method = "guided"` (docs/method.md) with the generator's own guidance; one pass and one gradient of the decoder an
 iteration. Its numbers are not tuned.
 
-Hardware: a GPU or TPU core with 32 GB, in bfloat16.
+Hardware: a GPU or TPU core with 32 GB, in bfloat16. Time of an image, at the least (`--estimate`): 1.5 s on an H100, 1.6 s on
+TPU v6e; three to eight times as long is usual (launch/README.md).
 """
 
 import pathlib
