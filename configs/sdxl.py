@@ -6,7 +6,7 @@
 iteration. Its numbers are not tuned.
 
 Hardware: a GPU or TPU core with 32 GB, in bfloat16. Time of an image, at the least (`--estimate`): 1.5 s on an H100, 1.6 s on
-TPU v6e; three to eight times as long is usual (launch/README.md).
+TPU v6e; the compiler's estimates of other generators are two to eleven times their least (launch/README.md).
 """
 
 import pathlib
