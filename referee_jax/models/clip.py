@@ -125,6 +125,11 @@ class Encoder(nnx.Module):
         self.layers = layers.stack(build, config.num_hidden_layers, rngs)
         self.remat = remat
 
+    @classmethod
+    def of_images(cls, config: TowerConfig, *, rngs: nnx.Rngs) -> "Encoder":
+        """A referee's tower; a short one is unrolled, for CPUs, and keeps everything."""
+        return cls(config, is_causal=False, remat=not layers.unrolls(config.num_hidden_layers), rngs=rngs)
+
     def __call__(self, x: Array) -> Array:
         return layers.scan_layers(self.layers, x, remat=self.remat)
 
@@ -238,9 +243,7 @@ class VisionTransformer(nnx.Module):
         self.embeddings = VisionEmbeddings(config, rngs=rngs)
         # The checkpoint's spelling.
         self.pre_layrnorm = layers.LayerNorm(config.hidden_size, epsilon=eps, rngs=rngs)
-        # A short tower is unrolled, for CPUs, and keeps everything.
-        is_long = not layers.unrolls(config.num_hidden_layers)
-        self.encoder = Encoder(config, is_causal=False, remat=is_long, rngs=rngs)
+        self.encoder = Encoder.of_images(config, rngs=rngs)
         self.post_layernorm = layers.LayerNorm(config.hidden_size, epsilon=eps, rngs=rngs)
         self.config = config
 

@@ -148,9 +148,7 @@ class VisionTransformer(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.embeddings = VisionEmbeddings(config, rngs=rngs)
-        # A short tower is unrolled, for CPUs, and keeps everything.
-        is_long = not layers.unrolls(config.num_hidden_layers)
-        self.encoder = clip.Encoder(config, is_causal=False, remat=is_long, rngs=rngs)
+        self.encoder = clip.Encoder.of_images(config, rngs=rngs)
         self.post_layernorm = layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
         self.head = PoolingHead(config, rngs=rngs)
         self.config = config
