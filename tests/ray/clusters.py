@@ -20,6 +20,8 @@ def alone() -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray would kill actors again and again, without end, while other tests fill the machine's memory.
+        "RAY_memory_monitor_refresh_ms": "0",
         "OMP_NUM_THREADS": "1",
     }
 
@@ -39,10 +41,14 @@ def start(engine: str, prompts, out, *flags: str, **environment: str) -> subproc
     )  # fmt: skip
 
 
-def run(*arguments, **environment: str) -> str:
+def run(*arguments, seconds: float = 400.0, **environment: str) -> str:
     """Runs a driver to its end; returns the line with its counts, behind which Ray may still tell of the dead."""
     driver = start(*arguments, **environment)
-    out, _ = driver.communicate(timeout=1800)
+    try:
+        out, _ = driver.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        kill(driver.pid)
+        raise AssertionError(f"no end in {seconds:.0f} s:\n{driver.communicate()[0][-3000:]}") from None
     assert driver.returncode == 0, out[-3000:]
     return next(line for line in reversed(out.splitlines()) if line.startswith("{"))
 
@@ -66,7 +72,12 @@ def actors(driver: int) -> list[int]:
     return [number for number, name in names.items() if b"MapBatches(Actor)" in name and is_ours(number)]
 
 
-def wait_for(condition, driver: subprocess.Popen, seconds: float = 600.0):
+def an_actor(driver: subprocess.Popen) -> int:
+    """The process of an actor of a driver, as soon as there is one: a process has no name while it gets another."""
+    return wait_for(lambda: actors(driver.pid), driver)[0]
+
+
+def wait_for(condition, driver: subprocess.Popen, seconds: float = 400.0):
     """Waits until a condition gives something; its value. The driver must not end meanwhile."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -74,7 +85,8 @@ def wait_for(condition, driver: subprocess.Popen, seconds: float = 600.0):
             return found
         assert driver.poll() is None, driver.communicate()[0][-3000:]
         time.sleep(0.05)
-    raise AssertionError("nothing came of it")
+    kill(driver.pid)
+    raise AssertionError(f"nothing came of it in {seconds:.0f} s:\n{driver.communicate()[0][-3000:]}")
 
 
 def kill(number: int) -> None:

@@ -18,6 +18,7 @@ from tests.s3 import s3  # noqa: F401
 
 FEW = ("--config.steps=2", "--config.init=noise", "--config.init_candidates=1", "--config.batch_size=8")
 STEPS = "--config.steps=25"
+LONG = 1500.0  # seconds that a step of a slow test may take
 
 
 def table(file: pathlib.Path, count: int, texts: list[str], **changes: str) -> pathlib.Path:
@@ -46,12 +47,12 @@ def test_killed_and_continued(tmp_path):
     prompts = table(tmp_path / "p.parquet", 60, list("abcdefghijk"), **bad)
     out, ids = tmp_path / "out", {f"r{n:05d}" for n in range(60)}
     driver = clusters.start("fake", prompts, out, STEPS, CPUS="2")
-    numbers = clusters.wait_for(lambda: len(clusters.actors(driver.pid)) == 2 and clusters.actors(driver.pid), driver)
+    numbers = clusters.wait_for(lambda: len(found := clusters.actors(driver.pid)) == 2 and found, driver)
     for number in numbers:
         environment = pathlib.Path(f"/proc/{number}/environ").read_text().split("\0")
         assert {f"{name}={value}" for name, value in devices.KEEPING_FREED_MEMORY.items()} <= set(environment)
     clusters.wait_for(lambda: list(out.glob("images/*")), driver)
-    clusters.kill(clusters.actors(driver.pid)[0])
+    clusters.kill(clusters.an_actor(driver))
     clusters.wait_for(lambda: set(clusters.actors(driver.pid)) - set(numbers), driver)
     clusters.kill(driver.pid)
     driver.communicate()
@@ -92,17 +93,17 @@ def test_the_shapes_world(tmp_path, layout):
     driver = clusters.start("shapes", prompts, out, *FEW, LAYOUT=layout)
     parts = lambda: len(list(out.glob("*/*.parquet")))
     for wanted in (1, 3):
-        clusters.wait_for(lambda n=wanted: parts() >= n, driver)
-        clusters.kill(clusters.actors(driver.pid)[0])
-    clusters.wait_for(lambda: parts() >= 5, driver)
+        clusters.wait_for(lambda n=wanted: parts() >= n, driver, LONG)
+        clusters.kill(clusters.an_actor(driver))
+    clusters.wait_for(lambda: parts() >= 5, driver, LONG)
     clusters.kill(driver.pid)
     driver.communicate()
-    assert clusters.run("shapes", prompts, out, *FEW, LAYOUT=layout) == "{'ok': 199, 'refused': 1}"
+    assert clusters.run("shapes", prompts, out, *FEW, seconds=LONG, LAYOUT=layout) == "{'ok': 199, 'refused': 1}"
     rows = clusters.rows(out)
     check(rows, tmp_path / "run", ids)
     assert [row["error"] for row in rows if row["error"]] == ["122 tokens, the prior reads 20"]
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
-    assert clusters.run("shapes", prompts, out, *FEW, LAYOUT=layout) == "{'ok': 199, 'refused': 1}"
+    assert clusters.run("shapes", prompts, out, *FEW, seconds=LONG, LAYOUT=layout) == "{'ok': 199, 'refused': 1}"
     assert before == {file: file.stat().st_mtime_ns for file in out.rglob("*")}
     assert {x["text"] for x in fakes.lines(tmp_path / "run" / "metadata.jsonl")} == {
         x["prompt"] for x in rows if not x["error"]
@@ -123,12 +124,12 @@ def test_killed_and_continued_in_s3(tmp_path, s3, layout):  # noqa: F811
     arguments, parts = ("fake", f"{s3}/p.parquet", f"{s3}/out", STEPS), lambda: fs.glob(f"{s3}/out/*/*.parquet")
     driver = clusters.start(*arguments, LAYOUT=layout, PAUSE="1")  # the first part comes before the last row
     clusters.wait_for(parts, driver)
-    clusters.kill(clusters.actors(driver.pid)[0])
+    clusters.kill(clusters.an_actor(driver))
     before = len(parts())
     clusters.wait_for(lambda: len(parts()) > before, driver)
     clusters.kill(driver.pid)
     driver.communicate()
-    assert clusters.run(*arguments, LAYOUT=layout) == "{'ok': 60}"
+    assert clusters.run(*arguments, seconds=LONG, LAYOUT=layout) == "{'ok': 60}"
     fs.get(f"{s3}/out", str(tmp_path / "out"), recursive=True)
     rows = clusters.rows(tmp_path / "out")
     assert [row["id"] for row in rows] == [f"r{n:05d}" for n in range(60)]
