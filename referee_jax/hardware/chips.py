@@ -80,7 +80,8 @@ MODEL = "model"  # the axis of a mesh over which weights are split
 # Primitives of cuDNN's attention, whose programs do not show their FLOPs (performance/flops.py).
 CUDNN_FORWARD, CUDNN_BACKWARD = "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"
 CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")  # what they are in a program
-SPLASH = "splash_attention"  # what the results of JAX's kernel for TPUs are named, for rematerialisation
+# What is named for rematerialisation: results of layers, and of JAX's kernel for TPUs.
+KEPT, SPLASH = "kept", "splash_attention"
 
 
 def of(kind: str) -> Chip | None:
@@ -97,6 +98,7 @@ class Hardware:
         attention_block: MiB of attention logits to compute at once; None: all.
         cudnn: whether long attention in half precision is cuDNN's.
         splash: whether it is the kernel of JAX for TPUs where its logits do not fit on the chip.
+        rows: of a tile, in which tokens lie; another number of tokens than a multiple takes longer.
         group: devices over which weights are split, along the mesh's axis MODEL; the kernel splits heads.
     """
 
@@ -104,6 +106,7 @@ class Hardware:
     attention_block: float | None = None
     cudnn: bool = False
     splash: bool = False
+    rows: int = 1
     group: int = 1
 
 
@@ -119,6 +122,7 @@ def traits(device: jax.Device | None = None, *, group: int = 1) -> Hardware:
         attention_block=chip and chip.scores,
         cudnn=group == 1 and _has_cudnn(device),
         splash=device.platform == "tpu",
+        rows=8 if device.platform == "tpu" else 1,
         group=group,
     )
 

@@ -271,7 +271,7 @@ class ALIGN(nnx.Module):
         text = config.text_config
         self.text_model = bert.Bert(text, token_types=text.type_vocab_size, pooler=True, rngs=rngs)
         self.vision_model = VisionModel(config.vision_config, rngs=rngs)
-        self.text_projection = nnx.Linear(text.hidden_size, config.projection_dim, rngs=rngs)
+        self.text_projection = layers.Linear(text.hidden_size, config.projection_dim, rngs=rngs)
         self.temperature = nnx.Param(jnp.asarray(config.temperature_init_value, jnp.float32))
         self.config = config
 

@@ -3,6 +3,7 @@
 Axis letters: B batch (views, latents), T queries, S keys and values, N heads, D width.
 """
 
+import functools
 import math
 
 import jax
@@ -12,6 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from referee_jax.hardware import chips
+from referee_jax.models import layers
 
 LONG = 256  # queries and keys, at least, for cuDNN: with 77 keys XLA's products were faster
 LANES = 128  # of a TPU: blocks of its kernel are multiples
@@ -28,6 +30,7 @@ def attend(
     bias: Array | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    tokens: int | None = None,
 ) -> Array:
     """Softmax attention with float32 probabilities, `[B, T, N, D]`.
 
@@ -42,14 +45,20 @@ def attend(
         bias: is added to the logits, broadcast to `[B, N, T, S]`.
         is_causal: whether a query attends only to itself and what is before it.
         scale: factor of the products of queries and keys; None: D^-1/2.
+        tokens: keys that are attended to, the first; None: all.
     """
+    count = key.shape[1] if tokens is None else tokens
     if bias is None and not is_causal and scale is None:
-        if hardware.cudnn and _suits_cudnn(query, key):
-            return _cudnn_attention(query, key, value)
         if hardware.splash and _suits_splash(query, key, hardware.group):
-            return _splash_in_group(query, key, value, hardware.group)
-        if (blocks := _block_count(query, key, hardware.attention_block)) > 1:
-            return _attention_in_blocks(query, key, value, blocks)
+            return _splash_in_group(query, key, value, count, hardware.group)
+        if count == key.shape[1]:
+            if hardware.cudnn and _suits_cudnn(query, key):
+                return _cudnn_attention(query, key, value)
+            if (blocks := _block_count(query, key, hardware.attention_block)) > 1:
+                return _attention_in_blocks(query, key, value, blocks)
+    if count < key.shape[1]:
+        padding = mask_bias(np.arange(key.shape[1]) < count)[None, None, None]
+        bias = padding if bias is None else bias + padding
     return jax.nn.dot_product_attention(query, key, value, bias=bias, is_causal=is_causal, scale=scale)
 
 
@@ -82,17 +91,18 @@ def _suits_splash(query: Array, key: Array, group: int) -> bool:
     return is_long and query.dtype == jnp.bfloat16 and query.shape[2:] == key.shape[2:] and query.shape[-1] <= LANES
 
 
-def _splash_in_group(query: Array, key: Array, value: Array, group: int) -> Array:
+def _splash_in_group(query: Array, key: Array, value: Array, count: int, group: int) -> Array:
     """The kernel, each device of a group with its part of the heads."""
+    attention = functools.partial(_splash_attention, count=count)
     if group == 1:
-        return _splash_attention(query, key, value)
+        return attention(query, key, value)
     heads = PartitionSpec(None, None, chips.MODEL, None)
     how = {"in_specs": (heads,) * 3, "out_specs": heads, "axis_names": {chips.MODEL}, "check_vma": False}
-    return jax.shard_map(_splash_attention, **how)(query, key, value)
+    return jax.shard_map(attention, **how)(query, key, value)
 
 
-def _splash_attention(query: Array, key: Array, value: Array) -> Array:
-    """Unmasked attention by JAX's kernel for TPUs (Dao et al. 2022, arXiv 2205.14135), lengths padded to its blocks."""
+def _splash_attention(query: Array, key: Array, value: Array, *, count: int) -> Array:
+    """Attention to the first keys by JAX's kernel for TPUs (Dao et al. 2022, arXiv 2205.14135), lengths padded to its blocks."""
     # Imported here, where there is a TPU: it takes a tenth of a second.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
@@ -101,9 +111,9 @@ def _splash_attention(query: Array, key: Array, value: Array) -> Array:
     (padded, block), (keys, key_block) = _padded(queries), _padded(key.shape[1], in_turn=True)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
-    if keys > key.shape[1]:
+    if keys > count:
         # Added keys are told by one more element, of which a query has 1: their logits are the least.
-        last, is_added = np.arange(width + 1) == width, np.arange(keys)[:, None] >= key.shape[1]
+        last, is_added = np.arange(width + 1) == width, np.arange(keys)[:, None] >= count
         q = _pad(q, padded, 1) + last.astype(q.dtype)
         k = _pad(k, keys, 1) + np.where(last & is_added, -1e30, 0).astype(k.dtype)
     sizes = splash.BlockSizes(
@@ -167,6 +177,43 @@ def _attention_in_blocks(query: Array, key: Array, value: Array, blocks: int) ->
     split = query.reshape(query.shape[0], blocks, -1, *query.shape[2:])
     one_block = jax.checkpoint(lambda query: jax.nn.dot_product_attention(query, key, value))
     return jnp.moveaxis(jax.lax.map(one_block, jnp.moveaxis(split, 1, 0)), 0, 1).reshape(query.shape)
+
+
+def in_tiles(x: Array, hardware: chips.Hardware) -> Array:
+    """`[B, T, D]` with zeros behind, as many tokens as are whole tiles of the hardware; see `among`."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % hardware.rows), (0, 0)))
+
+
+def among(
+    query: Array,
+    key: Array,
+    value: Array,
+    heads: int,
+    hardware: chips.Hardware,
+    tokens: int,
+    *,
+    is_causal: bool = False,
+) -> Array:
+    """Attention of tokens to each other, `[B, T, N * D]`; those from `tokens` on are of `in_tiles`, and not attended to.
+
+    With 257 tokens a TPU's compiler does not keep the softmax in the products beside it, and 264 queries are three times
+    128 for the matrix unit: the last ones attend by themselves.
+    """
+
+    def attended(query):
+        return merge_heads(
+            attend(split_heads(query, heads), keys, values, hardware, is_causal=is_causal, tokens=tokens)
+        )
+
+    if query.shape[1] == tokens:
+        keys, values = split_heads(key, heads), split_heads(value, heads)
+        return attended(query)
+    # Stored in parts, or they would be taken apart again going back.
+    keys, values = (split_heads(layers.keep(x), heads) for x in (key, value))
+    whole = query.shape[1] // LANES * LANES
+    if not whole or query.shape[1] - whole > hardware.rows:
+        return attended(layers.keep(query))
+    return jnp.concatenate([attended(layers.keep(q)) for q in (query[:, :whole], query[:, whole:])], axis=1)
 
 
 def mask_bias(mask: Array) -> Array:

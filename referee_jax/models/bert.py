@@ -61,9 +61,9 @@ class SelfAttention(nnx.Module):
     """Queries of the text; keys and values of `states`, which for self-attention are the text's."""
 
     def __init__(self, width: int, heads: int, states_width: int, *, rngs: nnx.Rngs):
-        self.query = nnx.Linear(width, width, rngs=rngs)
-        self.key = nnx.Linear(states_width, width, rngs=rngs)
-        self.value = nnx.Linear(states_width, width, rngs=rngs)
+        self.query = layers.Linear(width, width, rngs=rngs)
+        self.key = layers.Linear(states_width, width, rngs=rngs)
+        self.value = layers.Linear(states_width, width, rngs=rngs)
         self.heads, self.hardware = heads, chips.Hardware()
 
     def __call__(self, x: Array, states: Array, bias: Array | None, is_causal: bool) -> Array:
@@ -75,7 +75,7 @@ class Output(nnx.Module):
     """Projection, skip connection, then the norm (post-norm)."""
 
     def __init__(self, config: Config, features: int, *, rngs: nnx.Rngs):
-        self.dense = nnx.Linear(features, config.hidden_size, rngs=rngs)
+        self.dense = layers.Linear(features, config.hidden_size, rngs=rngs)
         self.LayerNorm = layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
 
     def __call__(self, x: Array, residual: Array) -> Array:
@@ -97,7 +97,7 @@ class Intermediate(nnx.Module):
     """The first half of the feed-forward: to the wider layer."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.dense = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.dense = layers.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
         self.act = config.hidden_act
 
     def __call__(self, x: Array) -> Array:
@@ -137,7 +137,7 @@ class Pooler(nnx.Module):
     """A layer for the first token's state."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.dense = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.dense = layers.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, states: Array) -> Array:
         return jnp.tanh(self.dense(states[:, 0]))
@@ -191,7 +191,7 @@ class PredictionHeadTransform(nnx.Module):
     """The layer between the last state and the vocabulary."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.dense = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.dense = layers.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
         self.LayerNorm = layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
         self.act = config.hidden_act
 

@@ -77,13 +77,13 @@ class VisionAttention(nnx.Module):
     """Self-attention with one matrix, and a `bias` or none, for queries, keys, values."""
 
     def __init__(self, config: VisionConfig, *, bias: bool = True, rngs: nnx.Rngs):
-        self.qkv = nnx.Linear(config.hidden_size, 3 * config.hidden_size, use_bias=bias, rngs=rngs)
-        self.projection = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.qkv = layers.Linear(config.hidden_size, 3 * config.hidden_size, use_bias=bias, rngs=rngs)
+        self.projection = layers.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
         self.heads, self.hardware = config.num_attention_heads, chips.Hardware()
 
-    def __call__(self, x: Array) -> Array:
-        q, k, v = (attention.split_heads(y, self.heads) for y in jnp.split(self.qkv(x), 3, axis=-1))
-        return self.projection(attention.merge_heads(attention.attend(q, k, v, self.hardware)))
+    def __call__(self, x: Array, tokens: int) -> Array:
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        return self.projection(attention.among(q, k, v, self.heads, self.hardware, tokens))
 
 
 class VisionLayer(nnx.Module):
@@ -96,8 +96,8 @@ class VisionLayer(nnx.Module):
         self.layer_norm2 = layers.LayerNorm(width, epsilon=eps, rngs=rngs)
         self.mlp = clip.MLP(width, config.intermediate_size, config.hidden_act, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def __call__(self, x: Array, tokens: int) -> Array:
+        x = x + self.self_attn(self.layer_norm1(x), tokens)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -113,7 +113,8 @@ class VisionEncoder(nnx.Module):
         self.layers = layers.stack(build, config.num_hidden_layers, rngs)
 
     def __call__(self, x: Array) -> Array:
-        return layers.scan_layers(self.layers, x, remat=True)
+        tokens, x = x.shape[1], attention.in_tiles(x, self.layers.layer.self_attn.hardware)
+        return layers.scan_layers(self.layers, x, tokens, remat=True)[:, :tokens]
 
 
 class VisionModel(nnx.Module):
@@ -146,9 +147,9 @@ class ImageTextRetrieval(nnx.Module):
         text, vision = config.text_config.hidden_size, config.vision_config.hidden_size
         self.vision_model = VisionModel(config.vision_config, rngs=rngs)
         self.text_encoder = bert.Bert(config.text_config, cross_width=vision, rngs=rngs)
-        self.vision_proj = nnx.Linear(vision, config.image_text_hidden_size, rngs=rngs)
-        self.text_proj = nnx.Linear(text, config.image_text_hidden_size, rngs=rngs)
-        self.itm_head = nnx.Linear(text, 2, rngs=rngs)
+        self.vision_proj = layers.Linear(vision, config.image_text_hidden_size, rngs=rngs)
+        self.text_proj = layers.Linear(text, config.image_text_hidden_size, rngs=rngs)
+        self.itm_head = layers.Linear(text, 2, rngs=rngs)
         self.config = config
 
     def match(self, states: Array, input_ids: Array, mask: Array) -> Array:

@@ -126,9 +126,9 @@ class Projections(nnx.Module):
     """Queries, keys and values; the last two may be of states of another width, `inputs`."""
 
     def __init__(self, config: QFormerConfig, inputs: int, *, rngs: nnx.Rngs):
-        self.query = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
-        self.key = nnx.Linear(inputs, config.hidden_size, rngs=rngs)
-        self.value = nnx.Linear(inputs, config.hidden_size, rngs=rngs)
+        self.query = layers.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.key = layers.Linear(inputs, config.hidden_size, rngs=rngs)
+        self.value = layers.Linear(inputs, config.hidden_size, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -292,9 +292,9 @@ class BLIP2(nnx.Module):
         self.query_tokens = nnx.Param(jax.random.normal(rngs.params(), (1, config.num_query_tokens, width)) * 0.02)
         self.embeddings = TextEmbeddings(qformer, rngs=rngs)
         self.qformer = QFormer(qformer, config.vision_config.hidden_size, rngs=rngs)
-        self.vision_projection = nnx.Linear(width, config.image_text_hidden_size, rngs=rngs)
-        self.text_projection = nnx.Linear(width, config.image_text_hidden_size, rngs=rngs)
-        self.itm_head = nnx.Linear(width, 2, rngs=rngs)
+        self.vision_projection = layers.Linear(width, config.image_text_hidden_size, rngs=rngs)
+        self.text_projection = layers.Linear(width, config.image_text_hidden_size, rngs=rngs)
+        self.itm_head = layers.Linear(width, 2, rngs=rngs)
         self.cls = bert.Head(qformer, rngs=rngs) if config.lm_head else None
         self.config = config
 

@@ -78,23 +78,23 @@ class Attention(nnx.Module):
     """Multi-head self-attention with separate projections."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
-        self.q_proj = nnx.Linear(width, width, rngs=rngs)
-        self.k_proj = nnx.Linear(width, width, rngs=rngs)
-        self.v_proj = nnx.Linear(width, width, rngs=rngs)
-        self.out_proj = nnx.Linear(width, width, rngs=rngs)
+        self.q_proj = layers.Linear(width, width, rngs=rngs)
+        self.k_proj = layers.Linear(width, width, rngs=rngs)
+        self.v_proj = layers.Linear(width, width, rngs=rngs)
+        self.out_proj = layers.Linear(width, width, rngs=rngs)
         self.heads, self.hardware = heads, chips.Hardware()
 
-    def __call__(self, x: Array, is_causal: bool) -> Array:
-        q, k, v = (attention.split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention.merge_heads(attention.attend(q, k, v, self.hardware, is_causal=is_causal)))
+    def __call__(self, x: Array, tokens: int, is_causal: bool) -> Array:
+        q, k, v = (p(x) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention.among(q, k, v, self.heads, self.hardware, tokens, is_causal=is_causal))
 
 
 class MLP(nnx.Module):
     """Two linear layers with an activation between."""
 
     def __init__(self, width: int, hidden: int, act: str, *, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(width, hidden, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, width, rngs=rngs)
+        self.fc1 = layers.Linear(width, hidden, rngs=rngs)
+        self.fc2 = layers.Linear(hidden, width, rngs=rngs)
         self.act = act
 
     def __call__(self, x: Array) -> Array:
@@ -112,8 +112,8 @@ class EncoderLayer(nnx.Module):
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act, rngs=rngs)
         self.is_causal = is_causal
 
-    def __call__(self, x: Array) -> Array:
-        x = x + self.self_attn(self.layer_norm1(x), self.is_causal)
+    def __call__(self, x: Array, tokens: int) -> Array:
+        x = x + self.self_attn(self.layer_norm1(x), tokens, self.is_causal)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -123,7 +123,7 @@ class Encoder(nnx.Module):
     def __init__(self, config: TowerConfig, *, is_causal: bool, remat: bool = False, rngs: nnx.Rngs):
         build = lambda rngs: EncoderLayer(config, is_causal=is_causal, rngs=rngs)
         self.layers = layers.stack(build, config.num_hidden_layers, rngs)
-        self.remat = remat
+        self.is_causal, self.remat = is_causal, remat
 
     @classmethod
     def of_images(cls, config: TowerConfig, *, rngs: nnx.Rngs) -> "Encoder":
@@ -131,14 +131,16 @@ class Encoder(nnx.Module):
         return cls(config, is_causal=False, remat=not layers.unrolls(config.num_hidden_layers), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return layers.scan_layers(self.layers, x, remat=self.remat)
+        tokens = x.shape[1]
+        x = x if self.is_causal else attention.in_tiles(x, self.layers.layer.self_attn.hardware)
+        return layers.scan_layers(self.layers, x, tokens, remat=self.remat)[:, :tokens]
 
     def last_two(self, x: Array) -> tuple[Array, Array]:
         """The states after the last block but one, and after the last."""
         blocks, depth = self.layers.layer, self.layers.depth
         first = layers.Stack(jax.tree.map(lambda w: w[:-1], blocks), depth - 1)
-        before = layers.scan_layers(first, x) if depth > 1 else x
-        return before, jax.tree.map(lambda w: w[-1], blocks)(before)
+        before = layers.scan_layers(first, x, x.shape[1]) if depth > 1 else x
+        return before, jax.tree.map(lambda w: w[-1], blocks)(before, x.shape[1])
 
 
 class TextEmbeddings(nnx.Module):
@@ -210,7 +212,7 @@ class TextModelWithProjection(nnx.Module):
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         self.text_model = TextTransformer(config, rngs=rngs)
-        self.text_projection = nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
+        self.text_projection = layers.Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
 
     def __call__(self, input_ids: Array) -> tuple[Array, Array]:
         """`int32[B, T]` to the states before the last block `[B, T, D]`, and the projected end token's `[B, P]`."""
@@ -265,8 +267,8 @@ class CLIP(nnx.Module):
         self.text_model = TextTransformer(config.text_config, rngs=rngs)
         self.vision_model = VisionTransformer(config.vision_config, rngs=rngs)
         width = config.projection_dim
-        self.visual_projection = nnx.Linear(config.vision_config.hidden_size, width, use_bias=False, rngs=rngs)
-        self.text_projection = nnx.Linear(config.text_config.hidden_size, width, use_bias=False, rngs=rngs)
+        self.visual_projection = layers.Linear(config.vision_config.hidden_size, width, use_bias=False, rngs=rngs)
+        self.text_projection = layers.Linear(config.text_config.hidden_size, width, use_bias=False, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
         self.config = config
 

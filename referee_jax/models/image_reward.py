@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from referee_jax.models import bert, blip
+from referee_jax.models import bert, blip, layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class MLP(nnx.Module):
     """Linear layers with nothing between them; `features` are their widths."""
 
     def __init__(self, features: tuple[int, ...], *, rngs: nnx.Rngs):
-        self.layers = nnx.List(nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(features))
+        self.layers = nnx.List(layers.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(features))
 
     def __call__(self, x: Array) -> Array:
         for layer in self.layers:

@@ -1,6 +1,6 @@
 """What the networks share: activations, norms in float32, stacks of equal layers.
 
-Leaves are Flax NNX's `Linear`, `Conv` and `Embed`, and the two norms below. A network's attributes
+Leaves are Flax NNX's `Conv` and `Embed`, and `Linear` and the norms below. A network's attributes
 have the names of the checkpoint's parameters, so that weights.convert can fill any network. Modules
 are JAX pytrees: pass them as arguments to jit, vmap, grad, scan and shard_map.
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from referee_jax.hardware import chips
 
@@ -58,6 +59,18 @@ def check_activation(config) -> None:
     """Raises ValueError if the config's `hidden_act` is not implemented here."""
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(f"hidden_act={config.hidden_act!r} is not implemented; supported: {', '.join(ACTIVATIONS)}")
+
+
+def keep(x: Array) -> Array:
+    """The same, named as what `remat="dots"` stores (POLICIES)."""
+    return checkpoint_name(x, chips.KEPT)
+
+
+class Linear(nnx.Linear):
+    """Flax NNX's, whose result is stored with its bias: as a product alone it would be added to again going back."""
+
+    def __call__(self, x: Array) -> Array:
+        return keep(super().__call__(x))
 
 
 def unit(x: Array) -> Array:
@@ -258,7 +271,7 @@ POLICIES = {
     "dots": lambda prim, *args, **params: (
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params)
         or prim.name == chips.CUDNN_FORWARD
-        or params.get("name") == chips.SPLASH
+        or params.get("name") in (chips.KEPT, chips.SPLASH)
     ),
     "none": jax.checkpoint_policies.everything_saveable,
 }

@@ -76,7 +76,7 @@ class TextTransformer(nnx.Module):
         self.embeddings = clip.TextEmbeddings(config.vocab_size, positions, width, rngs=rngs)
         self.encoder = clip.Encoder(config, is_causal=False, rngs=rngs)
         self.final_layer_norm = layers.LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs)
-        self.head = nnx.Linear(width, config.projection_size or width, rngs=rngs)
+        self.head = layers.Linear(width, config.projection_size or width, rngs=rngs)
         self.config = config
 
     @jax.named_scope("text_encoder")
@@ -113,7 +113,7 @@ class PoolingAttention(nnx.Module):
         # The matrices for queries, keys and values, stacked along the first axis.
         self.in_proj_weight = nnx.Param(jax.random.normal(rngs.params(), (3 * width, width)) * width**-0.5)
         self.in_proj_bias = nnx.Param(jnp.zeros(3 * width))
-        self.out_proj = nnx.Linear(width, width, rngs=rngs)
+        self.out_proj = layers.Linear(width, width, rngs=rngs)
         self.heads, self.hardware = heads, chips.Hardware()
 
     def __call__(self, query: Array, x: Array) -> Array:

@@ -36,9 +36,11 @@ def _out_last(ndim: int) -> tuple[int, ...]:
 
 # Module -> attribute -> (the checkpoint's name, axes of its tensor in our order). Parameters of
 # other modules have the checkpoint's names and axes.
+_PRODUCT = {"kernel": ("weight", _out_last), "bias": ("bias", _same)}
 KINDS: dict[type, dict[str, tuple[str, Callable[[int], tuple[int, ...]]]]] = {
-    nnx.Linear: {"kernel": ("weight", _out_last), "bias": ("bias", _same)},
-    nnx.Conv: {"kernel": ("weight", _out_last), "bias": ("bias", _same)},
+    layers.Linear: _PRODUCT,
+    nnx.Linear: _PRODUCT,
+    nnx.Conv: _PRODUCT,
     nnx.Embed: {"embedding": ("weight", _same)},
     layers.LayerNorm: {"scale": ("weight", _same), "bias": ("bias", _same)},
     layers.RMSNorm: {"scale": ("weight", _same)},

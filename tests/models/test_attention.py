@@ -139,6 +139,56 @@ def test_a_tpus_kernel_attends_as_xla(tokens, monkeypatch):
         assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)
 
 
+TILES = chips.Hardware(rows=8)
+
+
+def attended(hardware, padded):
+    """The sum, weighted, of attention among tokens of `[B, T, N * D]` that are padded behind or not, and its gradient."""
+
+    def loss(weights, *x):
+        tokens = x[0].shape[1]
+        out = attention.among(*(attention.in_tiles(y, padded) for y in x), 2, hardware, tokens)[:, :tokens]
+        return (out.astype(jnp.float32) * weights).sum(), out
+
+    return jax.jit(jax.vmap(jax.grad(loss, argnums=(1, 2, 3), has_aux=True)))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 50, 120, 126, 129, 197, 257, 577])
+def test_tokens_in_tiles_attend_as_they_are(tokens):
+    """Outputs and gradients under vmap; one more tile than 128 tokens or not."""
+    keys = jax.random.split(jax.random.key(5), 4)
+    x = [jax.random.normal(key, (2, 2, tokens, 16)) for key in keys]
+    ours, theirs = (attended(hardware, hardware)(*x) for hardware in (TILES, chips.Hardware()))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+def test_no_token_attends_to_what_fills_a_tile():
+    """Whatever is there, with a bias or by the order of tokens, too."""
+    q, k = (jax.random.normal(jax.random.key(n), (1, 8, 2, 4)) for n in (6, 7))
+    other = k.at[:, 5:].set(100.0)
+    bias = jax.random.normal(jax.random.key(8), (1, 1, 8, 8))
+    for how in ({}, {"bias": bias}, {"is_causal": True}, {"scale": 1.0}, {"hardware": CUDNN}):
+        attend = lambda k, how=how: attention.attend(q, k, k, **{"hardware": TILES} | how, tokens=5)
+        np.testing.assert_array_equal(attend(k), attend(other))
+        assert not np.allclose(attend(k)[:, 6:], attention.attend(q, k, k, **{"hardware": TILES} | how)[:, 6:])
+
+
+def test_a_tpus_kernel_attends_to_tokens_in_tiles(monkeypatch):
+    monkeypatch.setattr(attention, "KEPT", 0)
+    interpreted = functools.partial(splash.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash, "make_splash_mha", interpreted)
+    keys = jax.random.split(jax.random.key(9), 4)
+    x = [jax.random.normal(key, (1, 1, 577, 80), jnp.bfloat16) for key in keys]
+    kernel = chips.Hardware(splash=True, rows=8)
+    assert "pallas_call" in str(jax.make_jaxpr(attended(kernel, kernel))(*x))
+    ours = attended(kernel, kernel)(*x)
+    theirs = attended(chips.Hardware(), chips.Hardware())(*(y.astype(jnp.float32) for y in x))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b)
+        assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)
+
+
 def test_a_group_splits_the_kernels_heads(monkeypatch):
     """As one device would attend, within the engine's shard_map; work is that of the group. An odd number of heads is XLA's."""
     monkeypatch.setattr(attention, "KEPT", 0)

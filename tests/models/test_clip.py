@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from referee_jax.models import clip, layers, siglip
+from referee_jax.hardware import chips
+from referee_jax.models import blip, clip, layers, siglip
 from referee_jax.weights import convert, load
 from tests import conftest
 from tests.lazy import torch, transformers
@@ -256,3 +257,20 @@ def test_the_gradient_of_a_long_tower_keeps_what_is_asked(network):
     assert layer("full", 3, 7) > dots
     gradients = [jax.grad(lambda x, remat=remat: tower(9, remat)(x).sum())(x) for remat in layers.POLICIES]
     assert max(conftest.relative_l2(gradient, gradients[0]) for gradient in gradients) < 1e-5
+
+
+@pytest.mark.parametrize("tower", [clip.VisionTransformer, siglip.VisionTransformer, blip.VisionModel])
+@pytest.mark.parametrize("size", [24, 96])
+def test_tokens_in_tiles_change_nothing(tower, size):
+    """Of 10 and 145 tokens, of SigLIP 9 and 144; states and gradients."""
+    kind = {clip.VisionTransformer: clip, siglip.VisionTransformer: siglip}.get(tower, blip).VisionConfig
+    network = tower(kind(**VISION | {"image_size": size}), rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, size, size, 3)), jnp.float32)
+
+    def states(hardware):
+        configured = layers.configured(network, remat="dots", hardware=hardware)
+        y, back = jax.vjp(configured, x)
+        return y, back(jnp.cos(y))[0]
+
+    for ours, theirs in zip(states(chips.Hardware(rows=8)), states(chips.Hardware()), strict=True):
+        assert conftest.relative_l2(ours, theirs) < 1e-5

@@ -110,6 +110,15 @@ def test_what_is_recomputed(stack):
         np.testing.assert_allclose(other, gradients[0], rtol=1e-5, atol=1e-6)
 
 
+def test_a_product_is_stored_with_its_bias(capsys):
+    """Once, and not the product alone, to which the bias would be added again going back."""
+    linear = layers.Linear(3, 5, rngs=nnx.Rngs(0))
+    stored = jax.checkpoint(lambda x: jnp.sin(linear(x)), policy=layers.POLICIES["dots"])
+    jax.ad_checkpoint.print_saved_residuals(lambda x: stored(x).sum(), jnp.ones((2, 3)))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("f32[2,5]")]
+    assert "named 'kept'" in line
+
+
 def test_configured_is_a_copy(stack):
     changed = layers.configured({"within": (stack, None)}, remat="dots")["within"][0]
     assert (stack.remat, changed.remat) == ("full", "dots")

@@ -42,7 +42,7 @@ class Modulation(nnx.Module):
     """What acts on a stream: so many vectors `[B, 1, D]` each, from what acts on all blocks, `[B, D]`."""
 
     def __init__(self, width: int, count: int, *, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(width, count * width, rngs=rngs)
+        self.linear = layers.Linear(width, count * width, rngs=rngs)
         self.count = count
 
     def __call__(self, condition: Array) -> list[Array]:
@@ -76,7 +76,7 @@ class GELU(nnx.Module):
     """A linear layer and a GELU by tanh."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(inputs, outputs, rngs=rngs)
+        self.proj = layers.Linear(inputs, outputs, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return jax.nn.gelu(self.proj(x), approximate=True)
@@ -86,7 +86,7 @@ class FeedForward(nnx.Module):
     """Two linear layers, numbered as in the checkpoint, where 1 is dropout."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.net = nnx.List([GELU(width, 4 * width, rngs=rngs), None, nnx.Linear(4 * width, width, rngs=rngs)])
+        self.net = nnx.List([GELU(width, 4 * width, rngs=rngs), None, layers.Linear(4 * width, width, rngs=rngs)])
 
     def __call__(self, x: Array) -> Array:
         return self.net[2](self.net[0](x))
@@ -115,7 +115,7 @@ class Attention(nnx.Module):
         has_text_out: bool = True,
         rngs: nnx.Rngs,
     ):
-        linear = lambda: nnx.Linear(width, width, rngs=rngs)
+        linear = lambda: layers.Linear(width, width, rngs=rngs)
         norm = lambda: layers.RMSNorm(width // heads, epsilon=EPSILON, rngs=rngs) if has_norm else None
         self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k = linear(), linear(), linear(), norm(), norm()
         self.to_out = nnx.List([linear()]) if has_out else None

@@ -104,8 +104,8 @@ class SingleBlock(nnx.Module):
         width = config.width
         self.norm = dit.Modulation(width, 3, rngs=rngs)
         self.attn = dit.Attention(width, config.num_attention_heads, has_norm=True, has_out=False, rngs=rngs)
-        self.proj_mlp = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.proj_out = nnx.Linear(5 * width, width, rngs=rngs)
+        self.proj_mlp = layers.Linear(width, 4 * width, rngs=rngs)
+        self.proj_out = layers.Linear(5 * width, width, rngs=rngs)
 
     def __call__(self, x: Array, condition: Array, places: np.ndarray) -> Array:
         """Text and image `[B, S + T, D]`."""
@@ -123,13 +123,13 @@ class Flux(nnx.Module):
         self.time_text_embed = dit.Embedding(
             config.pooled_projection_dim, width, has_guidance=config.guidance_embeds, rngs=rngs
         )
-        self.context_embedder = nnx.Linear(config.joint_attention_dim, width, rngs=rngs)
-        self.x_embedder = nnx.Linear(config.in_channels, width, rngs=rngs)
+        self.context_embedder = layers.Linear(config.joint_attention_dim, width, rngs=rngs)
+        self.x_embedder = layers.Linear(config.in_channels, width, rngs=rngs)
         double, single = (lambda rngs, block=block: block(config, rngs=rngs) for block in (DoubleBlock, SingleBlock))
         self.transformer_blocks = layers.stack(double, config.num_layers, rngs)
         self.single_transformer_blocks = layers.stack(single, config.num_single_layers, rngs)
         self.norm_out = dit.LastModulation(width, rngs=rngs)
-        self.proj_out = nnx.Linear(width, config.in_channels, dtype=jnp.float32, rngs=rngs)
+        self.proj_out = layers.Linear(width, config.in_channels, dtype=jnp.float32, rngs=rngs)
         self.config = config
 
     @jax.named_scope("flux")

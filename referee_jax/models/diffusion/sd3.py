@@ -122,7 +122,7 @@ class SD3(nnx.Module):
         width, patch = config.width, config.patch_size
         self.pos_embed = Patches(config, rngs=rngs)
         self.time_text_embed = dit.Embedding(config.pooled_projection_dim, width, rngs=rngs)
-        self.context_embedder = nnx.Linear(config.joint_attention_dim, width, rngs=rngs)
+        self.context_embedder = layers.Linear(config.joint_attention_dim, width, rngs=rngs)
         duals = len(config.dual_attention_layers)
         counts = {True: duals, False: config.num_layers - 1 - duals}
         self.transformer_blocks = layers.Row(
@@ -133,7 +133,7 @@ class SD3(nnx.Module):
         )
         self.norm_out = dit.LastModulation(width, rngs=rngs)
         channels = config.out_channels or config.in_channels
-        self.proj_out = nnx.Linear(width, patch * patch * channels, dtype=jnp.float32, rngs=rngs)
+        self.proj_out = layers.Linear(width, patch * patch * channels, dtype=jnp.float32, rngs=rngs)
         self.config = config
 
     @jax.named_scope("sd3")

@@ -138,8 +138,8 @@ class TimeEmbedding(nnx.Module):
     """Sinusoids to the time embedding."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(inputs, outputs, rngs=rngs)
-        self.linear_2 = nnx.Linear(outputs, outputs, rngs=rngs)
+        self.linear_1 = layers.Linear(inputs, outputs, rngs=rngs)
+        self.linear_2 = layers.Linear(outputs, outputs, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
@@ -149,10 +149,10 @@ class Attention(nnx.Module):
     """Multi-head attention of tokens to a context; for self-attention the context is the tokens."""
 
     def __init__(self, width: int, context: int, heads: int, *, rngs: nnx.Rngs):
-        self.to_q = nnx.Linear(width, width, use_bias=False, rngs=rngs)
-        self.to_k = nnx.Linear(context, width, use_bias=False, rngs=rngs)
-        self.to_v = nnx.Linear(context, width, use_bias=False, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(width, width, rngs=rngs)])
+        self.to_q = layers.Linear(width, width, use_bias=False, rngs=rngs)
+        self.to_k = layers.Linear(context, width, use_bias=False, rngs=rngs)
+        self.to_v = layers.Linear(context, width, use_bias=False, rngs=rngs)
+        self.to_out = nnx.List([layers.Linear(width, width, rngs=rngs)])
         self.heads, self.hardware = heads, chips.Hardware()
 
     def __call__(self, x: Array, context: Array) -> Array:
@@ -164,7 +164,7 @@ class GEGLU(nnx.Module):
     """Linear layer gated by an exact GELU (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(inputs, 2 * outputs, rngs=rngs)
+        self.proj = layers.Linear(inputs, 2 * outputs, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         y, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -175,7 +175,7 @@ class FeedForward(nnx.Module):
     """A gated layer and a linear one, numbered as in the checkpoint, where 1 is dropout."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.net = nnx.List([GEGLU(width, 4 * width, rngs=rngs), None, nnx.Linear(4 * width, width, rngs=rngs)])
+        self.net = nnx.List([GEGLU(width, 4 * width, rngs=rngs), None, layers.Linear(4 * width, width, rngs=rngs)])
 
     def __call__(self, x: Array) -> Array:
         return self.net[2](self.net[0](x))
@@ -208,7 +208,7 @@ class Transformer(nnx.Module):
     def __init__(self, width: int, heads: int, depth: int, config: Config, *, rngs: nnx.Rngs):
         self.norm = layers.GroupNorm(config.norm_num_groups, width, epsilon=1e-6, rngs=rngs)
         if config.use_linear_projection:
-            self.proj_in, self.proj_out = (nnx.Linear(width, width, rngs=rngs) for _ in range(2))
+            self.proj_in, self.proj_out = (layers.Linear(width, width, rngs=rngs) for _ in range(2))
         else:
             self.proj_in, self.proj_out = (nnx.Conv(width, width, (1, 1), rngs=rngs) for _ in range(2))
         build = lambda rngs: TransformerBlock(width, config.cross_attention_dim, heads, rngs=rngs)

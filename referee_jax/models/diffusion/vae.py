@@ -73,7 +73,7 @@ class ResnetBlock(nnx.Module):
     ):
         self.norm1 = layers.GroupNorm(groups, inputs, epsilon=epsilon, rngs=rngs)
         self.conv1 = nnx.Conv(inputs, outputs, (3, 3), padding=1, rngs=rngs)
-        self.time_emb_proj = None if time_width is None else nnx.Linear(time_width, outputs, rngs=rngs)
+        self.time_emb_proj = None if time_width is None else layers.Linear(time_width, outputs, rngs=rngs)
         self.norm2 = layers.GroupNorm(groups, outputs, epsilon=epsilon, rngs=rngs)
         self.conv2 = nnx.Conv(outputs, outputs, (3, 3), padding=1, rngs=rngs)
         self.conv_shortcut = None if inputs == outputs else nnx.Conv(inputs, outputs, (1, 1), rngs=rngs)
@@ -118,10 +118,10 @@ class Attention(nnx.Module):
 
     def __init__(self, channels: int, *, groups: int, rngs: nnx.Rngs):
         self.group_norm = layers.GroupNorm(groups, channels, epsilon=1e-6, rngs=rngs)
-        self.to_q = nnx.Linear(channels, channels, rngs=rngs)
-        self.to_k = nnx.Linear(channels, channels, rngs=rngs)
-        self.to_v = nnx.Linear(channels, channels, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(channels, channels, rngs=rngs)])
+        self.to_q = layers.Linear(channels, channels, rngs=rngs)
+        self.to_k = layers.Linear(channels, channels, rngs=rngs)
+        self.to_v = layers.Linear(channels, channels, rngs=rngs)
+        self.to_out = nnx.List([layers.Linear(channels, channels, rngs=rngs)])
         self.hardware = chips.Hardware()
 
     def __call__(self, x: Array) -> Array:

@@ -94,7 +94,7 @@ class CLIPT5(t5.T5):
         super().__init__(config, rngs=rngs)
         self.vision_tower = VisionTower(config.tower, rngs=rngs)
         inputs = (config.vision_config.hidden_size, config.d_model)
-        self.mm_projector = nnx.List(nnx.Linear(n, config.d_model, rngs=rngs) for n in inputs)
+        self.mm_projector = nnx.List(layers.Linear(n, config.d_model, rngs=rngs) for n in inputs)
 
     def encode_image(self, images: Array) -> Array:
         """Normalised images `[B, S, S, 3]` to what stands among the words, `[B, P, D]`."""

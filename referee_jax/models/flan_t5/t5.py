@@ -119,10 +119,10 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         inner = config.num_heads * config.d_kv
-        self.q = nnx.Linear(config.d_model, inner, use_bias=False, rngs=rngs)
-        self.k = nnx.Linear(config.d_model, inner, use_bias=False, rngs=rngs)
-        self.v = nnx.Linear(config.d_model, inner, use_bias=False, rngs=rngs)
-        self.o = nnx.Linear(inner, config.d_model, use_bias=False, rngs=rngs)
+        self.q = layers.Linear(config.d_model, inner, use_bias=False, rngs=rngs)
+        self.k = layers.Linear(config.d_model, inner, use_bias=False, rngs=rngs)
+        self.v = layers.Linear(config.d_model, inner, use_bias=False, rngs=rngs)
+        self.o = layers.Linear(inner, config.d_model, use_bias=False, rngs=rngs)
         self.heads, self.hardware = config.num_heads, chips.Hardware()
 
     def __call__(self, x: Array, states: Array, *biases: Array) -> Array:
@@ -159,9 +159,9 @@ class GatedDense(nnx.Module):
     """act(wi_0 x) * (wi_1 x), then wo."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.wi_0 = nnx.Linear(config.d_model, config.d_ff, use_bias=False, rngs=rngs)
-        self.wi_1 = nnx.Linear(config.d_model, config.d_ff, use_bias=False, rngs=rngs)
-        self.wo = nnx.Linear(config.d_ff, config.d_model, use_bias=False, rngs=rngs)
+        self.wi_0 = layers.Linear(config.d_model, config.d_ff, use_bias=False, rngs=rngs)
+        self.wi_1 = layers.Linear(config.d_model, config.d_ff, use_bias=False, rngs=rngs)
+        self.wo = layers.Linear(config.d_ff, config.d_model, use_bias=False, rngs=rngs)
         self.act = config.hidden_act
 
     def __call__(self, x: Array) -> Array:
@@ -273,7 +273,7 @@ class T5(T5Encoder):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
-        linear = lambda: nnx.Linear(config.d_model, config.vocab_size, use_bias=False, rngs=rngs)
+        linear = lambda: layers.Linear(config.d_model, config.vocab_size, use_bias=False, rngs=rngs)
         self.lm_head = linear() if config.lm_head else None
 
     def logits(self, targets: Array, states: Array, states_mask: Array | None = None) -> Array:

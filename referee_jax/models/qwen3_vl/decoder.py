@@ -81,10 +81,10 @@ class Attention(nnx.Module):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         width, eps = config.hidden_size, config.rms_norm_eps
         own, shared = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nnx.Linear(width, own, use_bias=False, rngs=rngs)
-        self.k_proj = nnx.Linear(width, shared, use_bias=False, rngs=rngs)
-        self.v_proj = nnx.Linear(width, shared, use_bias=False, rngs=rngs)
-        self.o_proj = nnx.Linear(own, width, use_bias=False, rngs=rngs)
+        self.q_proj = layers.Linear(width, own, use_bias=False, rngs=rngs)
+        self.k_proj = layers.Linear(width, shared, use_bias=False, rngs=rngs)
+        self.v_proj = layers.Linear(width, shared, use_bias=False, rngs=rngs)
+        self.o_proj = layers.Linear(own, width, use_bias=False, rngs=rngs)
         self.q_norm = layers.RMSNorm(config.head_dim, epsilon=eps, rngs=rngs)
         self.k_norm = layers.RMSNorm(config.head_dim, epsilon=eps, rngs=rngs)
         self.heads, self.shared = config.num_attention_heads, config.num_key_value_heads
@@ -102,9 +102,9 @@ class MLP(nnx.Module):
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         width, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
-        self.up_proj = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
-        self.down_proj = nnx.Linear(hidden, width, use_bias=False, rngs=rngs)
+        self.gate_proj = layers.Linear(width, hidden, use_bias=False, rngs=rngs)
+        self.up_proj = layers.Linear(width, hidden, use_bias=False, rngs=rngs)
+        self.down_proj = layers.Linear(hidden, width, use_bias=False, rngs=rngs)
         self.act = config.hidden_act
 
     def __call__(self, x: Array) -> Array:
@@ -173,7 +173,7 @@ class Qwen3VL(nnx.Module):
         text = config.text_config
         self.model = Model(config, rngs=rngs)
         is_tied = config.tie_word_embeddings
-        self.lm_head = None if is_tied else nnx.Linear(text.hidden_size, text.vocab_size, use_bias=False, rngs=rngs)
+        self.lm_head = None if is_tied else layers.Linear(text.hidden_size, text.vocab_size, use_bias=False, rngs=rngs)
         self.config = config
 
     def embed(self, input_ids: Array) -> Array:

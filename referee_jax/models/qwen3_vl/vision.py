@@ -85,8 +85,8 @@ class Attention(nnx.Module):
     """Self-attention with one matrix for queries, keys and values, and rotary positions."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
-        self.qkv = nnx.Linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
-        self.proj = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.qkv = layers.Linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
+        self.proj = layers.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
         self.heads, self.hardware = config.num_heads, chips.Hardware()
 
     def __call__(self, x: Array, angles: np.ndarray) -> Array:
@@ -99,8 +99,8 @@ class MLP(nnx.Module):
     """Two linear layers with an activation between."""
 
     def __init__(self, width: int, hidden: int, out: int, act: str, *, rngs: nnx.Rngs):
-        self.linear_fc1 = nnx.Linear(width, hidden, rngs=rngs)
-        self.linear_fc2 = nnx.Linear(hidden, out, rngs=rngs)
+        self.linear_fc1 = layers.Linear(width, hidden, rngs=rngs)
+        self.linear_fc2 = layers.Linear(hidden, out, rngs=rngs)
         self.act = act
 
     def __call__(self, x: Array) -> Array:
