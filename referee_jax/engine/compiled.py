@@ -52,7 +52,7 @@ class Programs:
         return bool(begun) and begun.done()
 
     def _program(self, name: str, swept: bool, static: dict[str, Any]) -> Any:
-        key = name, swept, *sorted(static.items())
+        key = _key(name, swept, static)
         if key not in self._made:
             jitted = self._jitted(name, swept, static)
             # How a group splits weights is said outside of a trace.
@@ -63,7 +63,7 @@ class Programs:
 
     def _jitted(self, name: str, swept: bool, static: dict[str, Any]) -> Any:
         """The program of this name that has no trace yet."""
-        key = name, swept, *sorted(static.items())
+        key = _key(name, swept, static)
         if key not in self._fresh:
             fn, batched, _ = programs.PROGRAMS[name]
             batched = [swept if x == "hyper" else x for x in batched]
@@ -95,6 +95,10 @@ class Programs:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             self._begun.clear()
+
+
+def _key(name: str, swept: bool, static: dict[str, Any]) -> tuple:
+    return name, swept, *sorted(static.items())
 
 
 def _compile(program: Any, args: tuple) -> None:

@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,12 +22,13 @@ import ml_collections
 import numpy as np
 from jax import Array
 
-from referee_jax import config, prompts, referees
+from referee_jax import config, referees
 from referee_jax import items as items_lib
 from referee_jax.engine import builders, capacity, compiled, parallel
 from referee_jax.engine import particles as particles_lib
 from referee_jax.engine.particles import Particle
 from referee_jax.engine.results import Batch, Picture, Result, Start
+from referee_jax.engine.texts import Texts
 from referee_jax.hardware import chips, compile_cache
 from referee_jax.hardware import devices as hardware_devices
 from referee_jax.items import Item, Part
@@ -39,7 +39,6 @@ from referee_jax.weights import generators
 from referee_jax.weights.generators import Generator
 
 CHOICE = held_out.LOSSES.index("choice")
-TOKENIZED = 4096  # prompts whose tokens stay in memory, some kilobytes each
 
 
 def _some(texts: Sequence[str], samples: int) -> list[items_lib.Item]:
@@ -64,7 +63,7 @@ class Inverter:
         devices: Sequence[jax.Device] | None = None,
     ):
         hardware_devices.check_numbers()
-        self.mesh, self.tokenizers = builders.make_mesh(settings, devices), prior.tokenizers
+        self.mesh = builders.make_mesh(settings, devices)
         limit = chips.memory_limit(self.mesh.devices.flat[0])
         self.settings = settings = capacity.fitting(settings, prior, judges, limit)
         self.steps, self.chunk = settings.steps, settings.chunk
@@ -72,6 +71,7 @@ class Inverter:
         self.batch_size = settings.batch_size * self.groups
         self.judges = [judge for judge in judges if not judge.spec.is_held_out]
         self.held_out = [judge for judge in judges if judge.spec.is_held_out]
+        self.texts = Texts(settings, prior.tokenizers, self.judges, self.held_out)
         hardware = chips.traits(self.mesh.devices.flat[0], group=self.mesh.shape[parallel.MODEL])
         networks = builders.make_networks(prior, self.judges, self.held_out, remat=settings.remat, hardware=hardware)
         self.networks = parallel.place(networks, self.mesh, batched=False)
@@ -80,8 +80,7 @@ class Inverter:
         self.hyper = builders.make_hyper(settings)
         gradients = [view_plan.has_gradient for view_plan in self.plan.views]
         self.is_optimised, self.losses = any(gradients), held_out.LOSSES[: 2 if all(gradients) else 3]
-        self.compiled, self._programs, self._tokens = False, compiled.Programs(self.plan, self.mesh), {}
-        self.questions: Mapping[str, Sequence[Atom]] = {}
+        self.compiled, self._programs = False, compiled.Programs(self.plan, self.mesh)
         self._encode = compiled.jit(jax.vmap(builders.encode, in_axes=(None, None, 0)), self.mesh)
 
     @classmethod
@@ -133,16 +132,12 @@ class Inverter:
     def asking(self, questions: Mapping[str, Sequence[Atom]]) -> "Inverter":
         """The same, with its compiled programs, where some prompts have questions of their user's."""
         other = copy.copy(self)
-        other.questions, other._tokens = questions, {}
+        other.texts = self.texts.asking(questions)
         return other
 
     def check(self, prompt: str, negative: str | None = None) -> str | None:
         """Why this prompt, with a negative prompt of its own, cannot be used, or None."""
-        try:
-            self._tokenize(prompt, negative)
-        except prompts.Unreadable as error:
-            return error.reason
-        return None
+        return self.texts.refusal(prompt, negative)
 
     def begin(
         self,
@@ -228,7 +223,7 @@ class Inverter:
             raise ValueError(f"{len(items)} items for a batch of 1 to {self.batch_size}")
         items = self._padded(list(items))
         place = functools.partial(parallel.place, mesh=self.mesh, batched=True)
-        stacked = jax.tree.map(lambda *x: np.stack(x), *(self._tokenize(*item.texts) for item in items))
+        stacked = jax.tree.map(lambda *x: np.stack(x), *(self.texts.tokens(*item.texts) for item in items))
         # A T5 is on the host, and on the devices for this call alone; a group splits it.
         encoder = parallel.place(self.text_encoder, self.mesh, batched=False)
         prompt = place(self._encode(self.networks, encoder, stacked))
@@ -248,15 +243,7 @@ class Inverter:
         saved = [particle.saved for particle in batch.particles] if self.settings.particles > 1 else batch.state
         leaves = jax.tree_util.tree_leaves_with_path(saved)
         state = {jax.tree_util.keystr(path): np.asarray(x)[: len(batch.items)] for path, x in leaves}
-        return Part(batch.items, batch.step, state | self._asked(batch.items))
-
-    def _asked(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
-        """Where referees are asked questions, a hash of those about each item's prompt, to be saved."""
-        judges = [judge for judge in (*self.judges, *self.held_out) if judge.spec.questions]
-        if not judges:
-            return {}
-        asked = lambda prompt: [judge.atoms(prompt, self.questions.get(prompt, ())) for judge in judges]
-        return {"questions": np.array([zlib.crc32(repr(asked(item.prompt)).encode()) for item in items], np.uint32)}
+        return Part(batch.items, batch.step, state | self.texts.asked(batch.items))
 
     def resume(self, part: Part, seed: int) -> Batch:
         """The batch of a part of `snapshot`, of this or another batch. ValueError for a state of other settings."""
@@ -269,7 +256,7 @@ class Inverter:
         paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
         expected = {jax.tree_util.keystr(path): x for path, x in paths}
         saved = dict(part.state or {})
-        asked = self._asked(part.items)
+        asked = self.texts.asked(part.items)
         if any(not np.array_equal(saved.pop(name, None), x) for name, x in asked.items()):
             raise ValueError("the saved state is one of other questions")
         types = lambda arrays: {name: (x.shape[1:], x.dtype) for name, x in arrays.items()}
@@ -357,7 +344,7 @@ class Inverter:
     def shapes(self) -> Batch:
         """An abstract batch, for `trace`."""
         item = Item("any", 0)
-        tokens = jax.tree.map(lambda x: np.stack([x] * self.batch_size), self._tokenize(item.prompt))
+        tokens = jax.tree.map(lambda x: np.stack([x] * self.batch_size), self.texts.tokens(item.prompt))
         place = functools.partial(parallel.place, mesh=self.mesh)
         encoder = place(jax.eval_shape(lambda: self.text_encoder), batched=False)
         prompt = place(jax.eval_shape(self._encode, self.networks, encoder, tokens), batched=True)
@@ -438,18 +425,9 @@ class Inverter:
                 pairs = zip(held_out.LOSSES, first[n], last[n], strict=True)
                 losses = {name: (float(start), float(end)) for name, start, end in pairs if name in self.losses}
             status = "nonfinite" if frozen[n] else "done"
-            asked = self._answered(item.prompt, item_scores)
+            asked = self.texts.answered(item.prompt, item_scores)
             pictures.append(Picture(item, images[n], item_scores, latents[n], status, losses, asked))
         return pictures
-
-    def _answered(self, prompt: str, scores: dict[str, float]) -> dict[str, list[dict[str, Any]]]:
-        """Takes the answers to questions out of an item's scores, by referee."""
-        groups = (("referee", self.judges), ("held_out", self.held_out))
-        judges = [(f"{role}_{n}", judge) for role, group in groups for n, judge in enumerate(group)]
-        given = self.questions.get(prompt, ())
-        return {
-            name: judge.answered(scores, prompt, given, f"{name}/") for name, judge in judges if judge.spec.questions
-        }
 
     def __call__(self, texts: Sequence[str], *, samples: int = 1, seed: int = 0) -> Result:
         """All of `texts` x `samples`, batch by batch. ValueError for a prompt that cannot be used, and for none."""
@@ -504,21 +482,6 @@ class Inverter:
         for part in items_lib.batches(_some(texts, samples), self.batch_size):
             pictures += engine.finish(engine._initial_batch(part, seed, start))
         return Result.of(pictures, {})
-
-    def _tokenize(self, prompt: str, negative: str | None = None) -> dict[str, Any]:
-        """The tokens of a prompt, and of a negative prompt in the place of the settings'.
-
-        Those of the last TOKENIZED are kept: `begin` need not read again after `check`.
-        """
-        if (prompt, negative) not in self._tokens:
-            given = self.questions.get(prompt, ())
-            tokens = builders.tokenize(
-                self.settings, self.tokenizers, self.judges, self.held_out, prompt, given, negative=negative
-            )
-            if len(self._tokens) == TOKENIZED:
-                del self._tokens[next(iter(self._tokens))]
-            self._tokens[prompt, negative] = tokens
-        return self._tokens[prompt, negative]
 
     def _is_swept(self, batch: Batch) -> bool:
         return jax.tree.leaves(batch.hyper)[0].ndim > 0
