@@ -18,6 +18,7 @@ from referee_jax.models import layers
 LONG = 256  # queries and keys, at least, for cuDNN: with 77 keys XLA's products were faster
 LANES = 128  # of a TPU: blocks of its kernel are multiples
 BLOCK = 1024, 512  # queries or keys that its kernel has at once, at most and at least
+TILED = 32  # MiB of logits, from more of which tokens are kept in whole tiles; with fewer it took longer
 KEPT = 64  # MiB of logits that XLA keeps on a TPU's chip by itself; the kernel is faster from more
 
 
@@ -179,9 +180,11 @@ def _attention_in_blocks(query: Array, key: Array, value: Array, blocks: int) ->
     return jnp.moveaxis(jax.lax.map(one_block, jnp.moveaxis(split, 1, 0)), 0, 1).reshape(query.shape)
 
 
-def in_tiles(x: Array, hardware: chips.Hardware) -> Array:
-    """`[B, T, D]` with zeros behind, as many tokens as are whole tiles of the hardware; see `among`."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % hardware.rows), (0, 0)))
+def in_tiles(x: Array, heads: int, hardware: chips.Hardware) -> Array:
+    """`[B, T, D]` with zeros behind, as many tokens as are whole tiles of the hardware, where they are many; see `among`."""
+    batch, tokens, _ = x.shape
+    missing = -tokens % hardware.rows if 4 * batch * heads * tokens**2 > TILED * 2**20 else 0
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
 
 
 def among(

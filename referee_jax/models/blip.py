@@ -113,7 +113,8 @@ class VisionEncoder(nnx.Module):
         self.layers = layers.stack(build, config.num_hidden_layers, rngs)
 
     def __call__(self, x: Array) -> Array:
-        tokens, x = x.shape[1], attention.in_tiles(x, self.layers.layer.self_attn.hardware)
+        tokens, own = x.shape[1], self.layers.layer.self_attn
+        x = attention.in_tiles(x, own.heads, own.hardware)
         return layers.scan_layers(self.layers, x, tokens, remat=True)[:, :tokens]
 
 

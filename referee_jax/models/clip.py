@@ -131,8 +131,8 @@ class Encoder(nnx.Module):
         return cls(config, is_causal=False, remat=not layers.unrolls(config.num_hidden_layers), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        tokens = x.shape[1]
-        x = x if self.is_causal else attention.in_tiles(x, self.layers.layer.self_attn.hardware)
+        tokens, own = x.shape[1], self.layers.layer.self_attn
+        x = x if self.is_causal else attention.in_tiles(x, own.heads, own.hardware)
         return layers.scan_layers(self.layers, x, tokens, remat=self.remat)[:, :tokens]
 
     def last_two(self, x: Array) -> tuple[Array, Array]:

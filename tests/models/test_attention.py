@@ -147,20 +147,32 @@ def attended(hardware, padded):
 
     def loss(weights, *x):
         tokens = x[0].shape[1]
-        out = attention.among(*(attention.in_tiles(y, padded) for y in x), 2, hardware, tokens)[:, :tokens]
+        out = attention.among(*(attention.in_tiles(y, 2, padded) for y in x), 2, hardware, tokens)[:, :tokens]
         return (out.astype(jnp.float32) * weights).sum(), out
 
     return jax.jit(jax.vmap(jax.grad(loss, argnums=(1, 2, 3), has_aux=True)))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 50, 120, 126, 129, 197, 257, 577])
-def test_tokens_in_tiles_attend_as_they_are(tokens):
+def test_tokens_in_tiles_attend_as_they_are(tokens, monkeypatch):
     """Outputs and gradients under vmap; one more tile than 128 tokens or not."""
+    monkeypatch.setattr(attention, "TILED", 0)
     keys = jax.random.split(jax.random.key(5), 4)
     x = [jax.random.normal(key, (2, 2, tokens, 16)) for key in keys]
     ours, theirs = (attended(hardware, hardware)(*x) for hardware in (TILES, chips.Hardware()))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "filled"),
+    [((10, 257, 1408), 16, 264), ((4, 257, 1408), 16, 257), ((10, 256, 1408), 16, 256), ((10, 577, 1024), 16, 584)],
+)
+def test_many_tokens_fill_tiles(shape, heads, filled):
+    """Where the logits of all views are more than a chip keeps; on other devices never."""
+    x = jnp.ones(shape, jnp.bfloat16)
+    assert attention.in_tiles(x, heads, TILES).shape == (shape[0], filled, shape[2])
+    assert attention.in_tiles(x, heads, chips.Hardware()).shape == shape
 
 
 def test_no_token_attends_to_what_fills_a_tile():
@@ -175,6 +187,7 @@ def test_no_token_attends_to_what_fills_a_tile():
 
 
 def test_a_tpus_kernel_attends_to_tokens_in_tiles(monkeypatch):
+    monkeypatch.setattr(attention, "TILED", 0)
     monkeypatch.setattr(attention, "KEPT", 0)
     interpreted = functools.partial(splash.make_splash_mha, interpret=True)
     monkeypatch.setattr(splash, "make_splash_mha", interpreted)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from referee_jax.hardware import chips
-from referee_jax.models import blip, clip, layers, siglip
+from referee_jax.models import attention, blip, clip, layers, siglip
 from referee_jax.weights import convert, load
 from tests import conftest
 from tests.lazy import torch, transformers
@@ -261,8 +261,9 @@ def test_the_gradient_of_a_long_tower_keeps_what_is_asked(network):
 
 @pytest.mark.parametrize("tower", [clip.VisionTransformer, siglip.VisionTransformer, blip.VisionModel])
 @pytest.mark.parametrize("size", [24, 96])
-def test_tokens_in_tiles_change_nothing(tower, size):
+def test_tokens_in_tiles_change_nothing(tower, size, monkeypatch):
     """Of 10 and 145 tokens, of SigLIP 9 and 144; states and gradients."""
+    monkeypatch.setattr(attention, "TILED", 0)
     kind = {clip.VisionTransformer: clip, siglip.VisionTransformer: siglip}.get(tower, blip).VisionConfig
     network = tower(kind(**VISION | {"image_size": size}), rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, size, size, 3)), jnp.float32)
