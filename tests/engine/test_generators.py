@@ -84,7 +84,7 @@ def test_a_text_longer_than_clip_reads(saved, referee):
     """As in the pipelines, T5 reads all of it and CLIP its beginning; without a T5 it is refused."""
     (root, pipeline), text = saved("FLUX.1-schnell"), " ".join([PROMPT] * 20)
     engine = build(root, referee)
-    ours = inverter_lib.builders.tokenize(engine.settings, engine.tokenizers, (), (), text)["prior"]
+    ours = inverter_lib.builders.tokenize(engine.settings, engine.texts.tokenizers, (), (), text)["prior"]
     for tokenizer, tokens in zip((pipeline.tokenizer, pipeline.tokenizer_2), ours, strict=True):
         how = {"padding": "max_length", "truncation": True, "max_length": tokens.shape[1]}
         np.testing.assert_array_equal(tokens[:1], tokenizer([text], **how)["input_ids"])
@@ -92,7 +92,7 @@ def test_a_text_longer_than_clip_reads(saved, referee):
     for name, words, limit in (("FLUX.1-schnell", text * 5, 256), ("SDXL", text, 77)):
         engine = build(saved(name)[0], referee)
         with pytest.raises(prompts.Unreadable, match=f"the prior reads {limit}"):
-            inverter_lib.builders.tokenize(engine.settings, engine.tokenizers, (), (), words)
+            inverter_lib.builders.tokenize(engine.settings, engine.texts.tokenizers, (), (), words)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 from referee_jax import config, prompts, referees
 from referee_jax.engine import inverter as inverter_lib
+from referee_jax.engine import texts as texts_lib
 from referee_jax.items import expand
 from referee_jax.weights import generators
 from tests.lazy import transformers
@@ -55,14 +56,11 @@ def engine(checkpoints, tmp_path_factory):
 @pytest.fixture
 def counted(engine):
     """The engine with nothing read, and the tokenizers of its prior and of its three referees."""
-    tokenizers = [Counting(engine.tokenizers[0])]
-    engine = copy.copy(engine)
-    engine.tokenizers, engine._tokens = tokenizers[:1], {}
-    for role in ("judges", "held_out"):
-        counting = [dataclasses.replace(judge, tokenizer=Counting(judge.tokenizer)) for judge in getattr(engine, role)]
-        tokenizers += [judge.tokenizer for judge in counting]
-        setattr(engine, role, counting)
-    return engine, tokenizers
+    counting = lambda judges: [dataclasses.replace(judge, tokenizer=Counting(judge.tokenizer)) for judge in judges]
+    texts, engine = engine.texts, copy.copy(engine)
+    judges, held_out, prior = counting(texts.judges), counting(texts.held_out), [Counting(texts.tokenizers[0])]
+    engine.texts = texts_lib.Texts(texts.settings, prior, judges, held_out)
+    return engine, [*prior, *(judge.tokenizer for judge in (*judges, *held_out))]
 
 
 def test_a_prompt_is_read_once_from_the_check_to_its_batch(counted):
@@ -72,26 +70,26 @@ def test_a_prompt_is_read_once_from_the_check_to_its_batch(counted):
     assert calls() == [2] * 4
     batch = engine.begin(expand([PROMPT], 2), seed=0)
     assert calls() == [2] * 4 and batch.step == 0
-    engine._tokenize("a green square")  # of a prompt that was not checked
+    engine.texts.tokens("a green square")  # of a prompt that was not checked
     assert calls() == [3] * 4
 
 
 def test_the_prior_reads_a_text_repaired(engine):
     """As the CLIP that it has learnt from."""
     odd, plain = (
-        engine._tokenize(text)["prior"] for text in ("it\u2019s a \uff52\uff45\uff44 circle", "it's a red circle")
+        engine.texts.tokens(text)["prior"] for text in ("it\u2019s a \uff52\uff45\uff44 circle", "it's a red circle")
     )
     np.testing.assert_array_equal(odd, plain)
 
 
 def test_few_prompts_are_kept(counted, monkeypatch):
     engine, _ = counted
-    monkeypatch.setattr(inverter_lib, "TOKENIZED", 3)
+    monkeypatch.setattr(texts_lib, "TOKENIZED", 3)
     for n in range(10):
         engine.check("red " * n + "circle")
-    assert list(engine._tokens) == [("red " * n + "circle", None) for n in (7, 8, 9)]
+    assert list(engine.texts._tokens) == [("red " * n + "circle", None) for n in (7, 8, 9)]
     # One that was dropped is read again, and is the same.
-    again = engine._tokenize("circle")["referees"][0]["input_ids"]
+    again = engine.texts.tokens("circle")["referees"][0]["input_ids"]
     np.testing.assert_array_equal(again, engine.judges[0].read("circle")["input_ids"])
 
 
