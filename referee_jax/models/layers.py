@@ -299,7 +299,10 @@ def configured(tree: Any, *, remat: str | None = None, hardware: chips.Hardware 
 
 
 def _parts(tree: Any, is_part: Callable[[Any], bool]) -> list[Any]:
-    return [x for x in jax.tree.leaves(tree, is_leaf=is_part) if is_part(x)]
+    """Those of a pytree, and those within them."""
+    below = [x for x in jax.tree.leaves(tree, is_leaf=lambda x: x is not tree and is_part(x)) if is_part(x)]
+    own = [tree] if is_part(tree) else []
+    return own + [part for x in below if x is not tree for part in _parts(x, is_part)]
 
 
 def unrolls(depth: int) -> bool:

@@ -1,5 +1,7 @@
 """What the networks share: activations, norms, and what is kept for the backward pass."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,6 +137,27 @@ def test_hardware_is_set_in_every_attention():
     assert tree["one"].hardware == tree["stack"].layer.hardware == chips.Hardware()
     again = layers.configured(changed, remat="none")
     assert (again["stack"].layer.hardware, again["stack"].remat, changed["stack"].remat) == (hardware, "none", "full")
+
+
+def test_parts_are_set_within_others():
+    """A stack of modules that have stacks, and modules with hardware that have others."""
+
+    class Outer(nnx.Module):
+        def __init__(self, rngs):
+            self.hardware = chips.Hardware()
+            self.attention = clip.Attention(8, 2, rngs=rngs)
+            self.stack = layers.stack(lambda rngs: clip.Attention(8, 2, rngs=rngs), 2, rngs)
+
+    hardware = chips.Hardware(rows=8)
+    changed = layers.configured(layers.stack(Outer, 2, nnx.Rngs(0)), remat="none", hardware=hardware)
+    outer = changed.layer
+    assert changed.remat == outer.stack.remat == "none"
+    assert outer.hardware == outer.attention.hardware == outer.stack.layer.hardware == hardware
+
+
+def test_networks_store_their_products_with_biases():
+    files = pathlib.Path(layers.__file__).parent.rglob("*.py")
+    assert [file.name for file in files if "nnx.Linear(" in file.read_text()] == []
 
 
 def test_recomputed_layers_are_in_a_loop(stack):
