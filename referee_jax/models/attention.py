@@ -202,21 +202,19 @@ def among(
     With 257 tokens a TPU's compiler does not keep the softmax in the products beside it, and 264 queries are three times
     128 for the matrix unit: the last ones attend by themselves.
     """
+    is_filled = query.shape[1] > tokens
+    # Stored in parts, or they would be taken apart again going back.
+    stored = layers.keep if is_filled else lambda x: x
+    keys, values = (split_heads(stored(x), heads) for x in (key, value))
 
     def attended(query):
-        return merge_heads(
-            attend(split_heads(query, heads), keys, values, hardware, is_causal=is_causal, tokens=tokens)
-        )
+        how = {"is_causal": is_causal, "tokens": tokens}
+        return merge_heads(attend(split_heads(stored(query), heads), keys, values, hardware, **how))
 
-    if query.shape[1] == tokens:
-        keys, values = split_heads(key, heads), split_heads(value, heads)
-        return attended(query)
-    # Stored in parts, or they would be taken apart again going back.
-    keys, values = (split_heads(layers.keep(x), heads) for x in (key, value))
     whole = query.shape[1] // LANES * LANES
-    if not whole or query.shape[1] - whole > hardware.rows:
-        return attended(layers.keep(query))
-    return jnp.concatenate([attended(layers.keep(q)) for q in (query[:, :whole], query[:, whole:])], axis=1)
+    if not is_filled or not whole or query.shape[1] - whole > hardware.rows:
+        return attended(query)
+    return jnp.concatenate([attended(part) for part in (query[:, :whole], query[:, whole:])], axis=1)
 
 
 def mask_bias(mask: Array) -> Array:
