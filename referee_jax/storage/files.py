@@ -186,17 +186,21 @@ def encode_lines(*records: Mapping[str, Any]) -> bytes:
     return b"".join(json.dumps(finite(record), allow_nan=False).encode() + b"\n" for record in records)
 
 
-def append(path: Path, *records: Mapping[str, Any]) -> None:
-    """Appends a line of JSON per record and syncs the file: all of them, or on OSError none."""
-    data = encode_lines(*records)
+def append(path: Path, *records: Mapping[str, Any], seconds: float | None = None) -> bool:
+    """Appends a line of JSON per record and syncs the file: all of them, or on OSError none.
+
+    Returns False if it was locked by another for so many seconds (default PATIENCE), who may have been stopped.
+    """
+    data, is_free = encode_lines(*records), True
     for is_last in (False, False, True):
         with open(path, "ab", buffering=0) as file:
-            lock(file)
+            is_free &= lock(file, seconds) is not False
             # RunDirectory.merge may have replaced or removed it before the lock: open it again.
             if is_last or os.fstat(file.fileno()).st_nlink:
                 file.seek(0, os.SEEK_END)
                 write_all(file, data, path)
-                return
+                break
+    return is_free
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

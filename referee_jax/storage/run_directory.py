@@ -62,6 +62,7 @@ PACKAGES = ("referee_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transform
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
 FOLDERS = ("images", "shards")
 NOTED = ("commits", "licenses", "weights")
+PATIENCE = 10.0  # seconds to wait for the log's lock, which is held for a line
 # To estimate the space on disk: compressed bytes per raw byte, at most; and bytes of metadata.
 SHARE = {"png": 0.9, "webp": 0.75, "frame": 0.25}
 OVERHEAD = 16384
@@ -108,7 +109,7 @@ class RunDirectory:
 
     def __init__(self, storage: local.Disk | bucket_lib.Bucket, settings: config.Settings, *, process: int | str = 0):
         self.storage, self.path, self.name = storage, storage.local, storage.name
-        self.settings, self.process = settings, process
+        self.settings, self.process, self.patience = settings, process, PATIENCE
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # get each line of the log
         journal = f"metadata-{process}.jsonl" if process else "metadata.jsonl"
         self.images, self.journal, self.log_file = (self.path / x for x in ("images", journal, "log.jsonl"))
@@ -330,7 +331,8 @@ class RunDirectory:
     def log(self, event: str, **values: Any) -> None:
         """Appends a line to log.jsonl."""
         line = {"event": event, "time": files_lib.now(), **values}
-        files_lib.append(self.log_file, line)
+        if not files_lib.append(self.log_file, line, seconds=self.patience):
+            self.patience = 0.0  # who holds it was stopped: to wait again would delay each chunk
         for listen in self.listeners:
             listen(files_lib.finite(line))
 

@@ -9,6 +9,7 @@ from referee_jax import config, prompts, referees
 from referee_jax import items as items_lib
 from referee_jax.engine import inverter as inverter_lib
 from referee_jax.engine import parallel
+from referee_jax.engine import texts as texts_lib
 from referee_jax.performance import ahead_of_time, cost, flops, hlo
 from tests import tiny
 from tests.conftest import relative_l2
@@ -132,7 +133,10 @@ def weights(jaxpr):
 def test_a_prompt_is_counted_as_each_referee_reads_it(inverter, tmp_path, monkeypatch):
     networks.save_blip2(tmp_path, lm_head=False)
     judge = referees.load_referee(config.RefereeSpec(name="blip2", checkpoint=str(tmp_path), losses={"itm": 1.0}))
-    monkeypatch.setattr(inverter, "held_out", [judge])
+    texts = inverter.texts
+    monkeypatch.setattr(
+        inverter, "texts", texts_lib.Texts(texts.settings, texts.tokenizers, texts.judges, held_out=[judge])
+    )
     quoted = '"red" ' * 11
     assert prompts.token_count(judge.tokenizer, quoted) == 35  # but marks are not read
     assert judge.read(quoted)["attention_mask"].sum() == 13 and inverter.check(quoted) is None

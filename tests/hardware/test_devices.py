@@ -242,7 +242,7 @@ def test_cudnn(monkeypatch, backend, version, capability, found):
 
 def test_traits_of_a_chip_that_is_not_there():
     tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    assert chips.traits(tpu) == chips.Hardware(dense=True, attention_block=32, splash=True)
+    assert chips.traits(tpu) == chips.Hardware(dense=True, attention_block=32, splash=True, rows=8)
 
 
 @pytest.mark.parametrize(

@@ -103,13 +103,13 @@ def test_lines_go_to_the_file_that_has_the_name(tmp_path, monkeypatch):
     file, lock = tmp_path / "x.jsonl", files.lock
     files.append(file, {"n": 0})
 
-    def late(handle):
+    def late(handle, seconds):
         monkeypatch.setattr(files, "lock", lock)
         files.write_atomic(file, files.encode_lines({"n": 1}))
-        return lock(handle)
+        return lock(handle, seconds)
 
     monkeypatch.setattr(files, "lock", late)
-    files.append(file, {"n": 2})
+    assert files.append(file, {"n": 2})
     assert files.read_lines(file) == [{"n": 1}, {"n": 2}]
 
 

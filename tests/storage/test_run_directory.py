@@ -506,3 +506,22 @@ def test_wrapped_text_fits(text, count):
     assert all(font.getlength(line) <= 100 for line in wrapped)
     if not (wrapped and wrapped[-1].endswith("...")):
         assert "".join(wrapped).replace(" ", "") == "".join(text.split())
+
+
+def test_a_process_that_was_stopped_delays_a_log_once(tmp_path, monkeypatch):
+    """It may have been stopped with the lock, and chunks end every few seconds; when it goes on, lines are locked again."""
+    run, waited, lock = run_directory.RunDirectory.open(tmp_path, SETTINGS), [], files.lock
+
+    def noted(file, seconds=None):
+        is_locked = lock(file, min(seconds, 0.1))
+        waited.append((seconds, is_locked))
+        return is_locked
+
+    monkeypatch.setattr(files, "lock", noted)
+    with open(run.log_file, "rb+", buffering=0) as stopped:
+        assert lock(stopped, 0)
+        for number in range(3):
+            run.log("chunk", number=number)
+    run.log("chunk", number=3)
+    assert waited == [(run_directory.PATIENCE, False), (0.0, False), (0.0, False), (0.0, True)]
+    assert [line["number"] for line in files.read_lines(run.log_file) if line["event"] == "chunk"] == [0, 1, 2, 3]
