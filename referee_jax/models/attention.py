@@ -87,8 +87,9 @@ def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
 
 def _suits_splash(query: Array, key: Array, group: int) -> bool:
     """Whether the logits are more than XLA keeps on a chip of a group, and the kernel can do it."""
-    is_long = min(query.shape[1], key.shape[1]) >= BLOCK[1] and _logits(query, key) > KEPT * group
-    is_long &= query.shape[2] % group == 0
+    batch, queries, heads, _ = query.shape
+    is_long = min(queries, key.shape[1]) >= BLOCK[1] and _logits(batch, heads, queries, key.shape[1]) > KEPT * group
+    is_long &= heads % group == 0
     return is_long and query.dtype == jnp.bfloat16 and query.shape[2:] == key.shape[2:] and query.shape[-1] <= LANES
 
 
@@ -154,20 +155,20 @@ def _pad(x: Array, length: int, elements: int = 0) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, elements)))
 
 
-def _logits(query: Array, key: Array) -> float:
+def _logits(batch: int, heads: int, queries: int, keys: int) -> float:
     """MiB of all logits."""
-    batch, queries, heads, _ = query.shape
-    return 4 * batch * heads * queries * key.shape[1] / 2**20
+    return 4 * batch * heads * queries * keys / 2**20
 
 
 def _block_count(query: Array, key: Array, limit: float | None) -> int:
     """Blocks of queries, a power of two, with at most `limit` MiB of logits each."""
     if limit is None:
         return 1
-    blocks = 2 ** math.ceil(math.log2(max(1.0, _logits(query, key) / limit)))
+    batch, queries, heads, _ = query.shape
+    blocks = 2 ** math.ceil(math.log2(max(1.0, _logits(batch, heads, queries, key.shape[1]) / limit)))
     # XLA by itself keeps logits of up to twice the limit on the chip, with a faster gradient than
     # blocks have.
-    return blocks if blocks > 2 and query.shape[1] % blocks == 0 else 1
+    return blocks if blocks > 2 and queries % blocks == 0 else 1
 
 
 def _attention_in_blocks(query: Array, key: Array, value: Array, blocks: int) -> Array:
@@ -183,8 +184,14 @@ def _attention_in_blocks(query: Array, key: Array, value: Array, blocks: int) ->
 def in_tiles(x: Array, heads: int, hardware: chips.Hardware) -> Array:
     """`[B, T, D]` with zeros behind, as many tokens as are whole tiles of the hardware, where they are many; see `among`."""
     batch, tokens, _ = x.shape
-    missing = -tokens % hardware.rows if 4 * batch * heads * tokens**2 > TILED * 2**20 else 0
+    missing = -tokens % hardware.rows if _logits(batch, heads, tokens, tokens) > TILED else 0
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
+
+
+def scan_in_tiles(stack: layers.Stack, x: Array, *, remat: bool) -> Array:
+    """`layers.scan_layers` of layers that attend `among` their tokens, which lie in whole tiles meanwhile."""
+    tokens, own = x.shape[1], stack.layer.self_attn
+    return layers.scan_layers(stack, in_tiles(x, own.heads, own.hardware), tokens, remat=remat)[:, :tokens]
 
 
 def among(

@@ -113,9 +113,7 @@ class VisionEncoder(nnx.Module):
         self.layers = layers.stack(build, config.num_hidden_layers, rngs)
 
     def __call__(self, x: Array) -> Array:
-        tokens, own = x.shape[1], self.layers.layer.self_attn
-        x = attention.in_tiles(x, own.heads, own.hardware)
-        return layers.scan_layers(self.layers, x, tokens, remat=True)[:, :tokens]
+        return attention.scan_in_tiles(self.layers, x, remat=True)
 
 
 class VisionModel(nnx.Module):

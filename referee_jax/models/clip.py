@@ -131,9 +131,9 @@ class Encoder(nnx.Module):
         return cls(config, is_causal=False, remat=not layers.unrolls(config.num_hidden_layers), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        tokens, own = x.shape[1], self.layers.layer.self_attn
-        x = x if self.is_causal else attention.in_tiles(x, own.heads, own.hardware)
-        return layers.scan_layers(self.layers, x, tokens, remat=self.remat)[:, :tokens]
+        if self.is_causal:
+            return layers.scan_layers(self.layers, x, x.shape[1], remat=self.remat)
+        return attention.scan_in_tiles(self.layers, x, remat=self.remat)
 
     def last_two(self, x: Array) -> tuple[Array, Array]:
         """The states after the last block but one, and after the last."""

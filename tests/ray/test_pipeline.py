@@ -123,10 +123,10 @@ def test_killed_and_continued_in_s3(tmp_path, s3, layout):  # noqa: F811
     fs.put(str(prompts), f"{s3}/p.parquet")
     arguments, parts = ("fake", f"{s3}/p.parquet", f"{s3}/out", STEPS), lambda: fs.glob(f"{s3}/out/*/*.parquet")
     driver = clusters.start(*arguments, LAYOUT=layout, PAUSE="1")  # the first part comes before the last row
-    clusters.wait_for(parts, driver)
+    clusters.wait_for(parts, driver, LONG)
     clusters.kill(clusters.an_actor(driver))
     before = len(parts())
-    clusters.wait_for(lambda: len(parts()) > before, driver)
+    clusters.wait_for(lambda: len(parts()) > before, driver, LONG)
     clusters.kill(driver.pid)
     driver.communicate()
     assert clusters.run(*arguments, seconds=LONG, LAYOUT=layout) == "{'ok': 60}"
